@@ -1,0 +1,67 @@
+"""Every error Mergeloom raises on purpose.
+
+    MergeloomError                what the command line shows without a traceback
+    ├── SpecError                 a spec or recipe says something that cannot be meant (place, remedy)
+    ├── SourceError               a checkpoint cannot be had: missing, gated, truncated, not a checkpoint
+    ├── MismatchError             checkpoints that do not fit each other: shape, architecture, vocabulary
+    ├── NonFiniteError            a NaN or an infinity, named by tensor and by expert or method
+    ├── CapacityError             memory, disk or device is too small, and by how much
+    ├── StoreError                the store holds something that cannot be trusted or used
+    ├── EvaluationError           a task that does not exist, or an evaluation that cannot be done
+    ├── IdentityError             a value without a canonical form was about to enter a key
+    └── ServiceError              Prefect, Dask or MLflow did not answer
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MergeloomError(Exception):
+    """What happened, where, and what to do, in one message meant for a person."""
+
+
+class SpecError(MergeloomError):
+    """A spec or recipe says something that cannot be meant."""
+
+
+class SourceError(MergeloomError):
+    """A checkpoint cannot be had."""
+
+
+class MismatchError(MergeloomError):
+    """Checkpoints that do not fit each other."""
+
+
+class NonFiniteError(MergeloomError):
+    """A tensor holds a NaN or an infinity."""
+
+
+class CapacityError(MergeloomError):
+    """Memory, disk or a device is too small."""
+
+
+class StoreError(MergeloomError):
+    """The store holds something that cannot be trusted or used."""
+
+
+class EvaluationError(MergeloomError):
+    """A task that does not exist, or an evaluation that cannot be done."""
+
+
+class IdentityError(MergeloomError):
+    """A value without a canonical form was about to enter a key."""
+
+
+class ServiceError(MergeloomError):
+    """Prefect, Dask or MLflow did not answer."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Half a sentence that offers the known name closest to `name`, else lists what is known."""
+    choices = sorted(known)
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return "known: " + (", ".join(choices) if choices else "none")

@@ -1,0 +1,169 @@
+"""What makes two results the same result: canonical JSON, digests, step keys and the counter-based random.
+
+Nothing here knows what a model is. A `Step` is inert data; where and when it is done is never part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergecore.errors import IdentityError
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+GRID = 1 << 20
+"""Elements of one block: reductions, digests and spans all follow this fixed grid, whatever the chunk size."""
+
+
+def canonical(value: Any) -> bytes:
+    """`value` as the one JSON text that stands for it: sorted keys, no white space, UTF-8.
+
+    Raises IdentityError for anything without a canonical form (sets, paths, NaN, objects …): what cannot be written
+    down cannot be part of a key.
+    """
+    return json.dumps(_plain(value, "$"), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _plain(value: Any, where: str) -> Json:
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise IdentityError(f"{where} is {value!r}: a key holds finite numbers only")
+        return float(value)
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise IdentityError(f"{where} has a key that is no string; name every entry")
+        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [_plain(item, f"{where}[{position}]") for position, item in enumerate(value)]
+    raise IdentityError(f"{where} is a {type(value).__name__}, which has no canonical form; give plain JSON values")
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex) over the canonical JSON of `value`."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def file_sha256(path: Path, chunk: int = 8 << 20) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    state = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        buffer = memoryview(bytearray(chunk))
+        while size := file.readinto(buffer):
+            state.update(buffer[:size])
+    return state.hexdigest()
+
+
+def tensor_digest(block_digests: Sequence[str]) -> str:
+    """Digest of a tensor from the digests of its blocks of `GRID` elements, in order."""
+    return hashlib.sha256("".join(block_digests).encode()).hexdigest()
+
+
+def model_digest(tensors: Mapping[str, tuple[str, Sequence[int], str]]) -> str:
+    """Digest of a model from {name: (dtype, shape, tensor digest)}: the same for every sharding of the same tensors."""
+    return digest([[name, dtype, list(shape), held] for name, (dtype, shape, held) in sorted(tensors.items())])
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of work as a record: its key is a SHA-256 over exactly these fields.
+
+    kind: snapshot, statistic, merge, evaluation or registration. plugin, version: who does it. parameters: everything
+    that can change the numbers, defaults included. inputs: keys of other steps (or content digests), by role.
+    """
+
+    kind: str
+    plugin: str
+    version: int
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return {
+            "kind": self.kind,
+            "plugin": self.plugin,
+            "version": self.version,
+            "parameters": dict(self.parameters),
+            "inputs": dict(self.inputs),
+        }
+
+    @cached_property
+    def key(self) -> str:
+        """64 hex digits: equal keys, equal results."""
+        return digest(self.as_json())
+
+    @property
+    def name(self) -> str:
+        """A short name for people and for the folder in the store: plug-in and the first 12 digits of the key."""
+        return f"{self.plugin}-{self.key[:12]}"
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Step) and self.key == other.key
+
+
+# --- random numbers as a function -----------------------------------------------------------------------------------
+
+
+def random_key(seed: int, expert: str, tensor: str) -> tuple[int, int]:
+    """Two 32-bit words that stand for (seed, expert id, tensor name) in `random_words`."""
+    held = hashlib.sha256(canonical([seed, expert, tensor])).digest()
+    return int.from_bytes(held[:4], "big"), int.from_bytes(held[4:8], "big")
+
+
+def _signed(word: int) -> int:
+    word &= 0xFFFFFFFF
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def _shifted(words: Tensor, bits: int) -> Tensor:
+    """Logical (zero-filling) right shift of int32 words, which torch only shifts arithmetically."""
+    return (words >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def random_words(key: tuple[int, int], start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Uniform int32 words for the flat indices start … start+count−1, shape (count,).
+
+    A pure function of key and index (two keyed rounds of a 32-bit avalanche hash), so the same for any chunk, order,
+    worker or device. Indices beyond 2^32 enter through the high word, which is folded into the key.
+    """
+    high = start >> 32
+    if (start + count - 1) >> 32 != high and count > 0:
+        cut = ((high + 1) << 32) - start
+        return torch.cat([random_words(key, start, cut, device), random_words(key, start + cut, count - cut, device)])
+    low = start & 0xFFFFFFFF
+    words = torch.arange(low, low + count, dtype=torch.int64, device=device).to(torch.int32)
+    words = words ^ _signed(key[0] ^ (high * 0x9E3779B9))
+    for salt, (first, second) in ((key[1], (0x7FEB352D, 0x846CA68B)), (0, (0x21F0AAAD, 0xD35A2D97))):
+        words = words ^ _shifted(words, 16)
+        words = words * _signed(first)
+        words = words ^ _shifted(words, 15)
+        words = words * _signed(second)
+        words = words ^ _shifted(words, 16)
+        words = words + _signed(salt)
+    return words
+
+
+def drop_limit(rate: float) -> int:
+    """The int32 limit L with P(word < L) = rate, to 2^-32: integers are compared, never floats."""
+    return _signed_limit(round(rate * (1 << 32)))
+
+
+def _signed_limit(unsigned: int) -> int:
+    return min(max(unsigned, 0), (1 << 32) - 1) - (1 << 31)

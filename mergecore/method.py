@@ -1,0 +1,257 @@
+"""The plug-in kinds: what a method, a statistic and an evaluator are. The file to read first.
+
+A plug-in is its own parameters: a frozen pydantic model that refuses unknown fields. Its `name` and `version` and its
+fields are all that enters a step's key, so whatever can change the numbers is a field and nothing else is.
+
+    Method     turns a base and experts into tensors of one model     merge(base, experts, …)
+    Statistic  looks at models once and writes a few tensors          streamed: begin · add · combine · finish
+                                                                      with data: compute(model, data)
+    Evaluator  scores one model on one task                           (mergecore/evaluators)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+Report = Callable[["Event"], None]
+"""Where progress goes. Nothing in mergecore prints."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something worth telling: what is being done, how much of it is done, out of how much, in which unit."""
+
+    what: str
+    done: float = 0
+    total: float = 0
+    unit: str = ""
+
+
+def silent(event: Event) -> None:
+    """A `report` that says nothing."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor's dtype (safetensors' name: F32, BF16, F16, I64 …) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class TensorSource(Protocol):
+    """Named tensors that can be read in pieces: a checkpoint on disk, a statistic's result, a dict in memory."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor, by name."""
+        ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements start … stop−1 of the flattened tensor, in its own dtype; not to be written to."""
+        ...
+
+
+class Per(StrEnum):
+    """How much a method sees at once."""
+
+    ELEMENT = "element"
+    """Any flat chunk: the engine picks the chunk, the numbers do not depend on it."""
+    TENSOR = "tensor"
+    """One whole tensor, in its shape."""
+    LAYER = "layer"
+    """All tensors of one layer."""
+    MODEL = "model"
+    """Everything at once."""
+
+
+class Scope(StrEnum):
+    """What a statistic looks at."""
+
+    EXPERT = "expert"
+    """One expert: shared by every cell that uses it."""
+    POOL = "pool"
+    """All experts of a merge together."""
+
+
+class Plugin(BaseModel):
+    """Parameters and nothing else; `name` is how a spec calls it, `version` is bumped by hand when numbers change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    def parameters(self) -> dict[str, Any]:
+        """The fields as plain JSON, defaults included: what enters the step's key."""
+        return self.model_dump(mode="json")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of every model: elements start … stop−1 of the flattened tensor `name`, or the whole tensor.
+
+    base and experts are float32; for `Per.ELEMENT` of shape (stop−start,), else of the tensor's shape. `experts` holds
+    what the method asked for with `on`: weights θ_t, or deltas τ_t = θ_t − θ_0. ids are the experts' ids, in the same
+    order. members: for LAYER and MODEL the blocks of the single tensors, else empty.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    base: Tensor | None
+    experts: tuple[Tensor, ...]
+    ids: tuple[str, ...]
+    members: tuple[Block, ...] = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a statistic found: a few tensors by name, and numbers that fit into JSON."""
+
+    tensors: TensorSource
+    numbers: Mapping[str, Any]
+
+
+Statistics = Mapping[str, Sequence[Found]]
+"""By the name the method gave it: one `Found` per expert (scope EXPERT, in the experts' order) or a single one (POOL)."""
+
+
+class Statistic(Plugin, ABC):
+    """Looks at models and writes a few tensors. A streamed one implements begin, add, combine and finish.
+
+    `add` sees `Block`s whose `experts` are deltas: one expert for scope EXPERT, all for POOL, and returns the new
+    state; blocks come in any order and states of different workers are joined by `combine`, so a reduction keeps one
+    float64 value per block and folds them in order in `finish`. `finish` may return `Rescan`: the pass then reads
+    again, only the tensors named. States are plain picklable data.
+    """
+
+    scope: ClassVar[Scope]
+
+    def statistics(self) -> dict[str, Statistic]:
+        """What this statistic must know beforehand, by the name it is handed under."""
+        return {}
+
+    @abstractmethod
+    def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Any:
+        """The empty state for the tensors that are merged and counted."""
+
+    @abstractmethod
+    def add(self, state: Any, block: Block, statistics: Statistics) -> Any:
+        """The state after one more block."""
+
+    @abstractmethod
+    def combine(self, left: Any, right: Any) -> Any:
+        """One state from two that have seen different blocks."""
+
+    @abstractmethod
+    def finish(self, state: Any, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result | Rescan:
+        """The result, or a wish to read again."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished statistic: tensors by name (float32, float64 or int64) and numbers that fit into JSON."""
+
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rescan:
+    """Read again with this state; `tensors` limits the reading to these names (None: all of the selection)."""
+
+    state: Any
+    tensors: tuple[str, ...] | None = None
+
+
+class DataStatistic(Plugin, ABC):
+    """A statistic that runs the model on data (scope EXPERT): Fisher, Gram matrices, router usage."""
+
+    scope: ClassVar[Scope] = Scope.EXPERT
+
+    def statistics(self) -> dict[str, Statistic]:
+        """What this statistic must know beforehand."""
+        return {}
+
+    @abstractmethod
+    def compute(
+        self, model: torch.nn.Module, data: Calibration, selection: Mapping[str, TensorInfo], report: Report
+    ) -> Result:
+        """The result for `model` (float32, eval mode) on `data`, for the tensors of the selection."""
+
+
+class Calibration(Protocol):
+    """Items on which a model's own output distribution can be asked for."""
+
+    def __len__(self) -> int:
+        """Number of items."""
+        ...
+
+    def logits(self, model: torch.nn.Module, items: Sequence[int]) -> list[Tensor]:
+        """For each of the items a (positions, classes) float32 tensor: one row per place where the model predicts."""
+        ...
+
+    def labels(self, items: Sequence[int]) -> list[Tensor]:
+        """For each of the items the true classes, shape (positions,), int64."""
+        ...
+
+
+class Method(Plugin, ABC):
+    """A way of merging. An element-wise or per-tensor method writes only `merge`."""
+
+    per: ClassVar[Per] = Per.ELEMENT
+    ordered: ClassVar[bool] = False
+    """False: a sum without order, experts are folded by ascending id. True: the recipe's order holds."""
+    idempotent: ClassVar[bool] = True
+    """Experts that are all equal to e give e (with the method's neutral values)."""
+
+    @property
+    @abstractmethod
+    def on(self) -> str:
+        """'weights' (θ_t, no base needed) or 'deltas' (τ_t = θ_t − θ_0)."""
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the numbers depend on the base."""
+        return self.on == "deltas"
+
+    def statistics(self) -> dict[str, Statistic | DataStatistic]:
+        """What the method must know beforehand, by the name it is handed under."""
+        return {}
+
+    def validate_count(self, count: int) -> None:
+        """Raise SpecError where the parameters (weights, say) do not fit `count` experts."""
+
+    def bound(self, order: Sequence[int]) -> Method:
+        """The same method with per-expert parameters (weights, say) moved along when experts are reordered."""
+        return self
+
+    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
+        """Small tensors and values that `merge` needs for this block besides base and experts."""
+        return {}
+
+    @abstractmethod
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """The merged weights of one block, float32, from `base` (None where it is not needed) and `experts`."""
+
+    def merge_block(self, block: Block, statistics: Statistics) -> dict[str, Tensor]:
+        """The merged tensors of one block, by name."""
+        return {block.name: self.merge(block.base, block.experts, **self.arguments(block, statistics))}

@@ -1,0 +1,43 @@
+"""Where checkpoints come from: a local directory or a hub. What a source must offer is written here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergecore.method import Report
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a checkpoint: its size in bytes and, where it is known without a download, its SHA-256 (hex)."""
+
+    size: int
+    sha256: str | None
+
+
+class Source(ABC):
+    """One checkpoint, resolved: its files do not change any more."""
+
+    uri: str
+    """How a person names it: the path, or hub-id@commit."""
+    revision: str | None
+    """The commit it was resolved to, None for a local directory."""
+
+    @property
+    @abstractmethod
+    def files(self) -> Mapping[str, SourceFile]:
+        """Every file that matters (weights, index, config, tokenizer, chat template, adapter config), by name."""
+
+    @abstractmethod
+    def read(self, name: str, start: int, length: int) -> bytes:
+        """A piece of a file; for a hub by range request, so that headers are had without the weights.
+
+        Raises SourceError where the file is shorter.
+        """
+
+    @abstractmethod
+    def fetch(self, report: Report) -> Path:
+        """A local directory that holds all files, downloading (resumable, checked against sha256) what is missing."""
