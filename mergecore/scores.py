@@ -1,0 +1,66 @@
+"""What a sweep has measured, as plain data: read from the store by `run.collect`, shown by `report` and by MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Kind = Literal["base", "expert", "multitask", "merge"]
+Status = Literal["done", "pending", "failed", "refused"]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """How tasks are grouped: category → tasks for held-in and held-out; `trained_for`: expert → its held-in tasks."""
+
+    held_in: Mapping[str, tuple[str, ...]]
+    held_out: Mapping[str, tuple[str, ...]]
+    trained_for: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class CellScores:
+    """One cell (one model) and what is known of it.
+
+    cell: its id (stable across extensions of the spec). method, values: '' and {} for baselines; `values` holds the
+    method's parameters that the spec gave. subset: −1 for baselines. experts: names, in the order of the spec.
+    items: split → task → one score per item (float64, same items in the same order for every cell).
+    model: key of the step that makes the model, `digest` of its content where it is known. `chosen`: this cell's
+    values won on the validation items of its (method, count, subset), or there was nothing to choose.
+    measured: seconds, peak bytes and the like; never part of any key. lineage: recipe and keys, JSON.
+    """
+
+    cell: str
+    kind: Kind
+    name: str
+    method: str
+    values: Mapping[str, Any]
+    count: int
+    subset: int
+    experts: tuple[str, ...]
+    status: Status
+    reason: str
+    chosen: bool
+    model: str
+    digest: str
+    items: Mapping[str, Mapping[str, NDArray[np.float64]]]
+    measured: Mapping[str, float] = field(default_factory=dict)
+    lineage: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep by its name, its spec as YAML text, and all of its cells: baselines first."""
+
+    name: str
+    spec: str
+    suite: Suite
+    cells: tuple[CellScores, ...]
+    select_by: str
+    """What the best cell is chosen by: 'held_in' or 'held_out'."""
+    registered: Mapping[str, Any] | None = None
+    """The registration record: cell, model name, alias, uri, digest, and whether validation or test scores chose it."""
