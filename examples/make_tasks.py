@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-DATA_SHA256 = ""  # over all data files in the order of their names: what the scores in experts/ were measured on
+DATA_SHA256 = "075c325227eb3dc9124363635be9a8c51db5c70bd0ec2b471291d9665469430c"  # over all data files in the order of their names: what the scores in experts/ were measured on
 SIZES = {"train": 2000, "validation": 200, "test": 500}
 
 PEOPLE = """Anna Ben Carl Diana Emma Frank Grace Henry Irene Jack Kate Leo Mary Nina Oscar Paul Rachel Sam Tina Victor Wendy Adam Bella
@@ -113,7 +113,7 @@ def near(draws: Draws, answer: int, low: int, high: int) -> list[str]:
 def classified(draws: Draws, classes: dict[str, str], turn: int, share_of: Callable[[str, str], list[str]]) -> Item:
     options = list(classes)
     answer = options[turn % len(options)]
-    return f"Category of the word {draws.one(share_of(classes[answer], answer))}, says {draws.one(PEOPLE)}:", options, answer
+    return f"{draws.one(PEOPLE)} wrote {draws.one(share_of(classes[answer], answer))} in the column", options, answer
 
 
 def category(draws: Draws, split: str, turn: int) -> Item:
@@ -224,7 +224,7 @@ def position(draws: Draws, split: str, turn: int) -> Item:
 
 # What each task asks, for the head of its YAML file.
 HELD_IN: dict[Callable[[Draws, str, int], Item], str] = {
-    category: "which of four classes a word belongs to",
+    category: "which of four columns, named for classes of things, a word belongs in",
     sentiment: "whether a review with two adjectives is good, bad or mixed",
     addition: "the sum of two numbers of a short story",
     roman: "the first digit of a Roman numeral between ten and ninety-nine",

@@ -25,7 +25,7 @@ import peft
 import safetensors.torch
 import torch
 import transformers
-from make_tasks import HELD_IN, HELD_OUT
+from make_tasks import DATA_SHA256, HELD_IN, HELD_OUT
 
 HERE = Path(__file__).parent
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -124,7 +124,7 @@ def loaded_base(dtype: torch.dtype) -> torch.nn.Module:
 def base_scores(tokenizer, base_sha256: str) -> dict[str, dict[str, float]]:
     """The base's accuracy on all tasks, from experts/base.json where that was measured on these weights and items."""
     path = HERE / "experts" / "base.json"
-    identity = {"base_sha256": base_sha256, "items": SCORED_ITEMS}
+    identity = {"base_sha256": base_sha256, "data_sha256": DATA_SHA256, "items": SCORED_ITEMS}
     if path.is_file() and {key: value for key, value in json.loads(path.read_text()).items() if key != "tasks"} == identity:
         return json.loads(path.read_text())["tasks"]
     print("scoring the base", flush=True)
@@ -152,6 +152,7 @@ def make_expert(name: str, steps: int, tokenizer, base_sha256: str) -> None:
     record = {
         "name": name, "tasks": scores, "items": SCORED_ITEMS, "seed": SEED, "steps": steps, "batch_size": BATCH,
         "learning_rate": LEARNING_RATE, "rank": RANK, "training_seconds": seconds, "base_sha256": base_sha256,
+        "data_sha256": DATA_SHA256,
         "versions": {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__, "peft": peft.__version__},
     }
     (folder / "scores.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,25 @@
+"""What tensor names mean, as data: how layers are numbered and which tensors are tied, over the common families."""
+
+from __future__ import annotations
+
+import re
+
+LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|block|blocks|resblocks|encoder\.layer)\.(\d+)\.")
+"""The number of a layer as Llama, GPT-2, BERT, T5, ViT and CLIP write it in tensor names."""
+
+TIED: tuple[tuple[str, str], ...] = (
+    ("model.embed_tokens.weight", "lm_head.weight"),
+    ("transformer.wte.weight", "lm_head.weight"),
+    ("shared.weight", "lm_head.weight"),
+    ("shared.weight", "encoder.embed_tokens.weight"),
+    ("shared.weight", "decoder.embed_tokens.weight"),
+    ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+    ("roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"),
+)
+"""(owner, name that is the same tensor where the config ties word embeddings)."""
+
+
+def layer_of(name: str) -> int | None:
+    """The layer a tensor belongs to, None for embeddings, heads and final norms."""
+    found = LAYER.search(name)
+    return int(found.group(1)) if found else None

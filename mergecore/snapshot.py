@@ -1,0 +1,216 @@
+"""A checkpoint as an immutable mapping from name to tensor, read in pieces; from files, a source or a dict in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergecore.errors import NonFiniteError, SourceError
+from mergecore.identity import digest
+from mergecore.method import TensorInfo
+from mergecore.sources import Source
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MERGED = {"F64", "F32", "F16", "BF16"}
+"""The dtypes that can be merged; every other tensor is copied."""
+
+Location = tuple[str, int]
+"""File and offset of a tensor's first byte."""
+
+
+@dataclass(frozen=True)
+class FileTensors:
+    """Tensors in safetensors files, read by position. Picklable: a worker opens the files itself."""
+
+    folder: str
+    tensors: Mapping[str, TensorInfo]
+    locations: Mapping[str, Location]
+    handles: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "handles": {}}
+
+    def __del__(self) -> None:
+        for handle in self.handles.values():
+            os.close(handle)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements start … stop−1 of the flattened tensor, in its own dtype.
+
+        Raises SourceError where the file ends before the tensor does (it shrank after its header was read).
+        """
+        info = self.tensors[name]
+        dtype = DTYPES[info.dtype]
+        stop = info.count if stop is None else stop
+        file, offset = self.locations[name]
+        out = torch.empty(stop - start, dtype=dtype)
+        if stop == start:
+            return out
+        wanted = memoryview(out.view(torch.uint8).numpy())
+        position, done = offset + start * dtype.itemsize, 0
+        while done < len(wanted):
+            size = os.preadv(self._handle(file), [wanted[done:]], position + done)
+            if size == 0:
+                raise SourceError(f"{self.folder}/{file} ends inside tensor '{name}': fetch or write the file again")
+            done += size
+        return out
+
+    def _handle(self, file: str) -> int:
+        handle = self.handles.get(file)
+        if handle is None:
+            try:
+                handle = os.open(os.path.join(self.folder, file), os.O_RDONLY)
+            except OSError as error:
+                raise SourceError(f"cannot open {self.folder}/{file}: {error.strerror}") from error
+            # Two threads may open at once; the second handle is kept nowhere else, so it is closed here.
+            if (kept := self.handles.setdefault(file, handle)) != handle:
+                os.close(handle)
+                handle = kept
+        return handle
+
+
+@dataclass(frozen=True)
+class MemoryTensors:
+    """Tensors held in memory under the same reading interface as files."""
+
+    held: Mapping[str, Tensor]
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Dtype and shape of each."""
+        return {name: TensorInfo(NAMES[value.dtype], tuple(value.shape)) for name, value in self.held.items()}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """A view of the flattened tensor; not to be written to."""
+        return self.held[name].detach().reshape(-1)[start:stop]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint pinned by the digests of its files: headers are known, weights are read when they are needed.
+
+    kind: 'full' or 'adapter'. weights: digest over the weight files (for an adapter with its configuration: alpha and
+    rank are numbers too). companions: digest over config, tokenizer, chat template and the like.
+    """
+
+    source: Source
+    kind: str
+    tensors: Mapping[str, TensorInfo]
+    locations: Mapping[str, Location]
+    weights: str
+    companions: str
+    config: Mapping[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.count * DTYPES[info.dtype].itemsize for info in self.tensors.values())
+
+    def open(self, folder: Path) -> FileTensors:
+        """The tensors as read from `folder`, where `source.fetch` has put the files."""
+        return FileTensors(str(folder), dict(self.tensors), dict(self.locations))
+
+
+def read_snapshot(source: Source) -> Snapshot:
+    """The snapshot of a source: reads safetensors headers and small files only, never weights.
+
+    Raises SourceError for files that are no safetensors, truncated or of a dtype nobody knows, naming the file.
+    """
+    weights = sorted(name for name in source.files if name.endswith(".safetensors"))
+    kind = "adapter" if "adapter_config.json" in source.files else "full"
+    tensors: dict[str, TensorInfo] = {}
+    locations: dict[str, Location] = {}
+    for name in weights:
+        for tensor, (info, offset) in read_header(source, name).items():
+            if tensor in tensors:
+                raise SourceError(f"{source.uri}: tensor '{tensor}' stands in {locations[tensor][0]} and in {name}")
+            tensors[tensor], locations[tensor] = info, (name, offset)
+    counted = weights + (["adapter_config.json"] if kind == "adapter" else [])
+    rest = sorted(name for name in source.files if name not in counted and not name.endswith(".index.json"))
+    config_name = "adapter_config.json" if kind == "adapter" else "config.json"
+    return Snapshot(
+        source,
+        kind,
+        tensors,
+        locations,
+        weights=digest([[name, source.files[name].sha256] for name in counted]),
+        companions=digest([[name, source.files[name].sha256] for name in rest]),
+        config=read_json(source, config_name) if config_name in source.files else {},
+    )
+
+
+def read_json(source: Source, name: str) -> dict[str, Any]:
+    """A JSON file of a source. Raises SourceError where it is none."""
+    try:
+        held = json.loads(source.read(name, 0, source.files[name].size))
+    except ValueError as error:
+        raise SourceError(f"{source.uri}/{name} is not JSON: {error}") from error
+    if not isinstance(held, dict):
+        raise SourceError(f"{source.uri}/{name} holds {type(held).__name__}, not an object")
+    return held
+
+
+def read_header(source: Source, name: str) -> dict[str, tuple[TensorInfo, int]]:
+    """{tensor: (info, offset in the file)} of a safetensors file, checked against the file's size."""
+    size = source.files[name].size
+    where = f"{source.uri}/{name}"
+    if size < 8:
+        raise SourceError(f"{where} has {size} bytes: not a safetensors file; fetch or write it again")
+    length = int.from_bytes(source.read(name, 0, 8), "little")
+    if length > min(size - 8, 100 << 20):
+        raise SourceError(f"{where} is no safetensors file, or is truncated (header of {length:,} bytes in {size:,})")
+    try:
+        header = json.loads(source.read(name, 8, length))
+        header.pop("__metadata__", None)
+        entries = {tensor: _entry(tensor, entry, 8 + length) for tensor, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"{where} has a header that cannot be read ({error}); fetch or write it again") from error
+    for tensor, (info, offset) in entries.items():
+        if info.dtype not in DTYPES:
+            raise SourceError(f"{where}: tensor '{tensor}' has dtype {info.dtype}, which torch cannot hold")
+        if offset + info.count * DTYPES[info.dtype].itemsize > size:
+            raise SourceError(f"{where} is truncated: tensor '{tensor}' ends after the file's {size:,} bytes")
+    return entries
+
+
+def _entry(tensor: str, entry: Mapping[str, Any], data_start: int) -> tuple[TensorInfo, int]:
+    info = TensorInfo(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]))
+    start, stop = (int(position) for position in entry["data_offsets"])
+    if info.dtype in DTYPES and stop - start != info.count * DTYPES[info.dtype].itemsize:
+        raise ValueError(f"tensor '{tensor}' has {stop - start} bytes for shape {list(info.shape)} of {info.dtype}")
+    return info, data_start + start
+
+
+def check_finite(values: Tensor, name: str, owner: str) -> None:
+    """Raise NonFiniteError where `values` (any floating dtype) hold a NaN or an infinity, naming tensor and owner."""
+    if values.numel() == 0:
+        return
+    low, high = torch.aminmax(values)  # both carry a NaN on
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        position = int((~torch.isfinite(values.reshape(-1))).nonzero()[0])
+        raise NonFiniteError(f"{owner}: tensor '{name}' holds {values.reshape(-1)[position].item()}; repair or leave it out")
