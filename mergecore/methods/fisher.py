@@ -1,0 +1,73 @@
+"""Fisher-weighted averaging: θ = Σ c_t F_t θ_t / Σ c_t F_t, element by element (Matena & Raffel 2022, §3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import fsum, sqrt
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mergecore.method import Block, DataStatistic, Method, Statistic, Statistics
+from mergecore.methods.average import check_weights, moved
+from mergecore.statistics.fisher import DiagonalFisher
+from mergecore.trims import folded_sum
+
+
+class Fisher(Method):
+    """The mean of the experts' weights, each coordinate weighted by how sharply the expert's output depends on it."""
+
+    name: ClassVar[str] = "fisher"
+
+    weights: Annotated[
+        tuple[Annotated[float, Field(ge=0)], ...] | None,
+        Field(description="c_t, one per expert in the order of the recipe; none: equal"),
+    ] = None
+    normalize: Annotated[
+        bool, Field(description="divide each expert's Fisher by its l2 norm over the selection, as the authors do")
+    ] = True
+    floor: Annotated[float, Field(ge=0, description="smallest Fisher value, applied before the norm is divided out")] = 0.0
+    fisher: Annotated[DiagonalFisher, Field(description="how the diagonal Fisher information is estimated")] = (
+        DiagonalFisher()
+    )
+
+    @property
+    def on(self) -> str:
+        """Weights."""
+        return "weights"
+
+    def statistics(self) -> dict[str, Statistic | DataStatistic]:
+        """Each expert's diagonal Fisher."""
+        return {"fisher": self.fisher}
+
+    def validate_count(self, count: int) -> None:
+        """One weight per expert, not all zero."""
+        check_weights(self.weights, count)
+
+    def bound(self, order: Sequence[int]) -> Fisher:
+        """Weights moved along with their experts."""
+        return self if self.weights is None else self.model_copy(update={"weights": moved(self.weights, order)})
+
+    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
+        """The Fisher of the block, (stop−start,) float32 per expert, and each expert's coefficient c_t / ‖F_t‖."""
+        found = statistics["fisher"]
+        norms = [sqrt(fsum(one.numbers["squared_norm"].values())) if self.normalize else 1.0 for one in found]
+        weights = self.weights or (1.0,) * len(found)
+        return {
+            "fishers": [one.tensors.read(block.name, block.start, block.stop) for one in found],
+            "coefficients": [c / norm if norm > 0 else 0.0 for c, norm in zip(weights, norms, strict=True)],
+            "weights": weights,
+        }
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """The weighted mean; where every expert's weight is 0, the plain mean by `weights`."""
+        importance = [
+            fisher.to(experts[0].device).clamp(min=self.floor) * coefficient
+            for fisher, coefficient in zip(arguments["fishers"], arguments["coefficients"], strict=True)
+        ]
+        total = folded_sum(importance)
+        informed = folded_sum([share * expert for share, expert in zip(importance, experts, strict=True)])
+        plain = folded_sum([expert * c for expert, c in zip(experts, arguments["weights"], strict=True)])
+        return torch.where(total > 0, informed / total, plain / sum(arguments["weights"]))

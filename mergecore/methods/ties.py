@@ -1,0 +1,97 @@
+"""TIES-Merging: trim, elect sign, disjoint merge (Yadav et al. 2023, §3); with a drop, DARE-TIES (Yu et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mergecore.method import Block, Method, Statistic, Statistics
+from mergecore.statistics.sign_majority import SignMajority, trimmed_deltas
+from mergecore.statistics.threshold import Count, Threshold
+from mergecore.trims import RandomDrop, folded_sum
+
+
+class Ties(Method):
+    """Keeps each expert's largest changes, elects a sign per coordinate by total mass and joins those that agree."""
+
+    name: ClassVar[str] = "ties"
+    idempotent: ClassVar[bool] = False
+
+    density: Annotated[float, Field(ge=0, le=1, description="share of each task vector that is kept")] = 0.2
+    scale: Annotated[float, Field(description="λ, the factor of the joined task vector")] = 1.0
+    scope: Annotated[
+        Literal["global", "tensor"],
+        Field(description="rank magnitudes over the whole selection (the paper) or within each tensor (mergekit)"),
+    ] = "global"
+    aggregate: Annotated[
+        Literal["mean", "sum", "max"], Field(description="how the values that agree with the elected sign are joined")
+    ] = "mean"
+    count: Annotated[
+        Count,
+        Field(
+            description="at the threshold: 'at_least' keeps all of them, 'exact' the first by tensor name and index, "
+            "'published' does as the authors' code"
+        ),
+    ] = "at_least"
+    zero_sign: Annotated[
+        Literal["drop", "positive", "majority"] | None,
+        Field(description="where trimmed values cancel exactly; none: 'drop', or 'majority' with count 'published'"),
+    ] = None
+    drop: Annotated[RandomDrop | None, Field(description="random drop of deltas before the trim (DARE-TIES)")] = None
+
+    @property
+    def on(self) -> str:
+        """Deltas."""
+        return "deltas"
+
+    @property
+    def threshold(self) -> Threshold:
+        """The trim as a statistic."""
+        return Threshold(density=self.density, ranked=self.scope, count=self.count, drop=self.drop)
+
+    @property
+    def by_majority(self) -> bool:
+        """Whether exact cancellations take the merge-wide majority sign."""
+        return self.zero_sign == "majority" or (self.zero_sign is None and self.count == "published")
+
+    def statistics(self) -> dict[str, Statistic]:
+        """Each expert's threshold; the majority sign only where it decides something."""
+        needed = SignMajority(threshold=self.threshold).statistics()
+        needed.pop("profile", None)
+        return {**needed, **({"majority": SignMajority(threshold=self.threshold)} if self.by_majority else {})}
+
+    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
+        """Trimmed deltas τ̂_t, and the sign that stands where their sum is exactly 0."""
+        return {"deltas": trimmed_deltas(self.threshold, block, statistics), "zero": self._zero(statistics)}
+
+    def _zero(self, statistics: Statistics) -> int:
+        if self.by_majority:
+            # A majority of 0 leaves the sign at 0, and the authors' selector then takes the negatives (specs §4d).
+            return int(statistics["majority"][0].numbers["sign"]) or -1
+        return 1 if self.zero_sign == "positive" else 0
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """θ_0 + λ · (mean, sum or largest of the τ̂_t that agree with the elected sign)."""
+        assert base is not None
+        deltas: Sequence[Tensor] = arguments["deltas"]
+        sign = torch.sign(folded_sum(deltas))
+        if arguments["zero"]:
+            sign = torch.where(sign == 0, float(arguments["zero"]), sign)
+        agreeing = [torch.where(torch.sign(delta) * sign > 0, delta, 0.0) for delta in deltas]
+        return base + self._joined(agreeing, sign) * self.scale
+
+    def _joined(self, agreeing: Sequence[Tensor], sign: Tensor) -> Tensor:
+        if self.aggregate == "max":
+            largest = agreeing[0].abs()
+            for delta in agreeing[1:]:
+                largest = torch.maximum(largest, delta.abs())
+            return largest * sign
+        total = folded_sum(agreeing)
+        if self.aggregate == "sum":
+            return total
+        count = folded_sum([(delta != 0).to(torch.float32) for delta in agreeing])
+        return total / count.clamp(min=1.0)

@@ -1,0 +1,220 @@
+"""The exact magnitude threshold of a task vector at a density, without sorting: radix selection in two scans.
+
+TIES (Yadav et al. 2023, §3.1 trim). The profile is the first scan; here a second counts the low half-words inside the
+bin that holds the wanted rank, which gives the r-th largest |τ| to the last bit and how many are above and at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from math import floor
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from mergecore.method import Block, Found, Rescan, Result, Scope, Statistic, Statistics, TensorInfo
+from mergecore.statistics.dropped_norms import drop_statistics, l1_factors
+from mergecore.statistics.profile import LOW, Profile, Sparse, bits, high_counts, joined, sparse
+from mergecore.trims import RandomDrop, dropped
+
+Count = Literal["at_least", "exact", "published"]
+
+
+@dataclass
+class Group:
+    """One ranking over all tensors together, or over one of them. `bin` holds the wanted rank, `above` lie over it."""
+
+    tensors: frozenset[str]
+    total: int
+    rank: int
+    bin: int = -1
+    above: int = 0
+    low: dict[str, Sparse] = field(default_factory=dict)
+    """Per tensor the low half-words inside the bin; once `value` is known only those equal to it."""
+    value: int = -1
+    """Bit pattern of the threshold, −1 where nothing is kept."""
+    needed: int = 0
+    """How many of the elements exactly at the threshold are still to be kept (count exact)."""
+    cut: tuple[str, int] | None = None
+    """Tensor and flat index of the last element at the threshold that is kept; None where all of them are."""
+    ties: dict[int, int] = field(default_factory=dict)
+    block: int = -1
+
+    def equal(self) -> int:
+        """How many elements lie exactly at the threshold."""
+        return int(sum(counts[1].sum() for counts in self.low.values()))
+
+
+@dataclass
+class ThresholdState:
+    """The groups, and which of the scans is under way: 'low', 'count' or 'locate'."""
+
+    groups: list[Group]
+    scan: str = "low"
+
+    def group_of(self, tensor: str) -> Group:
+        """The group that ranks this tensor."""
+        return self.groups[0] if len(self.groups) == 1 else next(g for g in self.groups if tensor in g.tensors)
+
+
+class Threshold(Statistic):
+    """The r-th largest |τ| of one expert, r = ⌊density · d⌋, d = elements of the selection (or of each tensor).
+
+    count 'at_least' and 'published' keep |τ| ≥ threshold (published: r = int(d·density) + 1, as the authors' code
+    does); 'exact' keeps exactly r: of those at the threshold the first by (tensor name, flat index). numbers: 'kept',
+    'of', 'density' = kept/of, and per group the bit pattern of the threshold, how many are above and at it, the cut.
+    """
+
+    name: ClassVar[str] = "threshold"
+    scope: ClassVar[Scope] = Scope.EXPERT
+
+    density: Annotated[float, Field(ge=0, le=1)]
+    ranked: Literal["global", "tensor"] = "global"
+    count: Count = "at_least"
+    drop: RandomDrop | None = None
+
+    def statistics(self) -> dict[str, Statistic]:
+        """The profile of the same delta."""
+        return {"profile": Profile(drop=self.drop), **drop_statistics(self.drop)}
+
+    def rank(self, total: int) -> int:
+        """How many of `total` elements are wanted."""
+        if self.count == "published":
+            return min(int(total * self.density) + 1, total)
+        return floor(Fraction(str(self.density)) * total)
+
+    def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> ThresholdState:
+        """Find each group's bin from the profile."""
+        counts = high_counts(statistics["profile"][0], selection)
+        members = [frozenset(selection)] if self.ranked == "global" else [frozenset([name]) for name in sorted(selection)]
+        groups = []
+        for tensors in members:
+            total = sum(selection[name].count for name in tensors)
+            group = Group(tensors, total, self.rank(total))
+            if group.rank > 0:
+                group.bin, group.above = bin_of_rank([counts[name] for name in tensors], group.rank)
+            groups.append(group)
+        return ThresholdState(groups)
+
+    def add(self, state: ThresholdState, block: Block, statistics: Statistics) -> ThresholdState:
+        """Count what this scan is about."""
+        group = state.group_of(block.name)
+        if group.rank == 0 or (state.scan != "low" and (group.cut is None or block.name != group.cut[0])):
+            return state
+        delta = dropped(self.drop, block, l1_factors(self.drop, statistics, block.name))[0]
+        pattern = bits(delta.abs()).reshape(-1)
+        if state.scan == "low":
+            inside = pattern[(pattern >> 16) == group.bin] & (LOW - 1)
+            if inside.numel():
+                group.low[block.name] = joined(group.low.get(block.name), sparse(inside, LOW))
+        elif state.scan == "count":
+            group.ties[block.start] = int((pattern == group.value).sum())
+        elif block.start == group.block:
+            position = int((pattern == group.value).nonzero()[group.needed - 1])
+            group.cut = (block.name, block.start + position)
+        return state
+
+    def combine(self, left: ThresholdState, right: ThresholdState) -> ThresholdState:
+        """Join what two workers counted."""
+        for ours, theirs in zip(left.groups, right.groups, strict=True):
+            for name, counts in theirs.low.items():
+                if left.scan == "low":
+                    ours.low[name] = joined(ours.low.get(name), counts)
+            ours.ties.update(theirs.ties)
+            if ours.cut and theirs.cut and theirs.cut[1] > ours.cut[1]:
+                ours.cut = theirs.cut
+        return left
+
+    def finish(
+        self, state: ThresholdState, selection: Mapping[str, TensorInfo], statistics: Statistics
+    ) -> Result | Rescan:
+        """The thresholds; for count exact first two more scans of the tensors in which a cut lies."""
+        for group in state.groups:
+            if group.rank and state.scan == "low":
+                self._settle(group)
+            elif group.cut and state.scan == "count":
+                _descend(group)
+        waiting = tuple(sorted(group.cut[0] for group in state.groups if group.cut))
+        if waiting and state.scan != "locate":
+            return Rescan(ThresholdState(state.groups, {"low": "count", "count": "locate"}[state.scan]), waiting)
+        return Result({}, self._numbers(state))
+
+    def _settle(self, group: Group) -> None:
+        """Fix the threshold from the low half-words, and for count exact the tensor in which the last one kept lies."""
+        low, above = bin_of_rank(list(group.low.values()), group.rank - group.above)
+        group.above += above
+        group.value = (group.bin << 16) | low
+        group.low = {name: _only(counts, low) for name, counts in group.low.items()}
+        group.needed = group.rank - group.above
+        if self.count != "exact" or group.needed == group.equal():
+            return
+        for name in sorted(group.low):
+            here = int(group.low[name][1].sum())
+            if group.needed <= here:
+                group.cut = (name, -1)
+                return
+            group.needed -= here
+
+    def _numbers(self, state: ThresholdState) -> dict[str, Any]:
+        groups = [
+            {
+                "bits": group.value,
+                "above": group.above,
+                "equal": group.equal(),
+                "cut": list(group.cut) if group.cut else None,
+                "kept": group.rank if self.count == "exact" else group.above + group.equal(),
+            }
+            for group in state.groups
+        ]
+        of = sum(group.total for group in state.groups)
+        kept = sum(int(group["kept"]) for group in groups)  # type: ignore[call-overload]
+        names = None if self.ranked == "global" else [next(iter(group.tensors)) for group in state.groups]
+        return {"groups": groups, "tensors": names, "kept": kept, "of": of, "density": kept / of if of else 0.0}
+
+
+def bin_of_rank(counts: list[Sparse], rank: int) -> tuple[int, int]:
+    """The bin that holds the rank-th largest element, and how many lie in higher bins."""
+    total: Sparse | None = None
+    for part in counts:
+        total = joined(total, part)
+    assert total is not None
+    bins, held = total
+    above: NDArray[np.int64] = held[::-1].cumsum() - held[::-1]
+    position = int(np.searchsorted(above, rank, side="left")) - 1
+    return int(bins[::-1][position]), int(above[position])
+
+
+def _only(counts: Sparse, wanted: int) -> Sparse:
+    at = counts[0] == wanted
+    return counts[0][at], counts[1][at]
+
+
+def _descend(group: Group) -> None:
+    """From the ties per block to the block in which the last one kept lies."""
+    for start in sorted(group.ties):
+        if group.needed <= group.ties[start]:
+            group.block = start
+            return
+        group.needed -= group.ties[start]
+
+
+def threshold_of(found: Found, tensor: str) -> tuple[Tensor, int | None]:
+    """(threshold, cut) for one tensor: keep |τ| > threshold, and at it up to flat index `cut` (None: all of them).
+
+    The threshold is a float32 scalar, infinite where nothing is kept.
+    """
+    names = found.numbers["tensors"]
+    group = found.numbers["groups"][0 if names is None else names.index(tensor)]
+    if group["bits"] < 0:
+        return torch.tensor(float("inf")), None
+    value = torch.tensor(group["bits"], dtype=torch.int32).view(torch.float32)
+    if group["cut"] is None:
+        return value, None
+    name, index = group["cut"]
+    return value, index if tensor == name else (1 << 62 if tensor < name else -1)
