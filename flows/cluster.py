@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import dask
-from dask.utils import parse_timedelta
+from dask.system import CPU_COUNT
 from distributed import Client, Nanny, Scheduler, SpecCluster, Worker, WorkerPlugin
 
 from mergecore.errors import ServiceError
@@ -62,8 +61,8 @@ def local_cluster(folder: Path, workers: int | None = None, devices: Sequence[st
     """
     logs = (folder / "dask").resolve()
     logs.mkdir(parents=True, exist_ok=True)
-    chosen = list(devices) if devices else [None] * (workers or len(os.sched_getaffinity(0)))
-    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": True, "dashboard_address": "127.0.0.1:0"}}
+    chosen = list(devices) if devices else [None] * (workers or CPU_COUNT)
+    options = {"host": "127.0.0.1", "port": 0, "dashboard": True, "dashboard_address": "127.0.0.1:0"}
     settings = {
         # A worker that was killed takes longer than the default of 15 s to come back with torch imported; after that
         # time the cluster would close its nanny for good and go on with one worker less.
@@ -75,7 +74,9 @@ def local_cluster(folder: Path, workers: int | None = None, devices: Sequence[st
     with dask.config.set(settings), contextlib.ExitStack() as stack:
         specification = {number: _worker(number, device) for number, device in enumerate(chosen)}
         try:
-            cluster = stack.enter_context(SpecCluster(specification, scheduler, silence_logs=logging.ERROR))
+            cluster = stack.enter_context(
+                SpecCluster(specification, {"cls": Scheduler, "options": options}, silence_logs=logging.ERROR)
+            )
             client = stack.enter_context(Client(cluster, set_as_default=False))
             client.wait_for_workers(len(chosen), timeout=START_SECONDS)
         except (OSError, TimeoutError, RuntimeError) as error:
@@ -91,7 +92,7 @@ def connected(address: str) -> Iterator[Client]:
     Raises ServiceError when nobody answers or no worker has a slot: Dask itself would wait for one without a word.
     """
     try:
-        client = Client(address, timeout=parse_timedelta(CONNECT_SECONDS), set_as_default=False)
+        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:
         raise ServiceError(f"No Dask scheduler answers at {address} ({error}).") from error
     with client:

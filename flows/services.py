@@ -21,7 +21,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -142,13 +142,15 @@ def _environment(**ours: str) -> dict[str, str]:
     return {**kept, "PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": "1", **ours}
 
 
-def _launch(name: str, folder: Path, port: int, health: str, module: list[str], environment: dict[str, str]) -> Service:
+def launch(
+    name: str, folder: Path, port: int, health: str, module: Sequence[str], environment: dict[str, str]
+) -> Service:
     """Start `python -m MODULE…` under the supervisor; does not wait."""
     log = folder / "server.log"
-    command = [sys.executable, "-I", "-S", str(Path(supervise.__file__).resolve()), str(os.getpid()), str(GRACE_SECONDS)]
+    supervisor = ["-I", "-S", str(Path(supervise.__file__).resolve()), str(os.getpid()), str(GRACE_SECONDS)]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, sys.executable, "-m", *module],
+            [sys.executable, *supervisor, sys.executable, "-m", *module],
             cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     return Service(name, f"http://{HOST}:{port}", health, log, process)
@@ -172,7 +174,7 @@ def start_prefect(folder: Path, port: int | None = None) -> Service:
         PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false",
     )
     module = ["prefect", "server", "start", "--host", HOST, "--port", str(port)]
-    return _launch("The Prefect server", home, port, "/api/health", module, environment)
+    return launch("The Prefect server", home, port, "/api/health", module, environment)
 
 
 def start_mlflow(folder: Path, port: int | None = None) -> Service:
@@ -185,7 +187,7 @@ def start_mlflow(folder: Path, port: int | None = None) -> Service:
     module = ["mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1", "--serve-artifacts"]
     module += ["--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}"]
     module += ["--artifacts-destination", str(home / "artifacts")]
-    return _launch("The MLflow server", home, port, "/health", module, environment)
+    return launch("The MLflow server", home, port, "/health", module, environment)
 
 
 STARTS: Mapping[str, Callable[[Path, int | None], Service]] = {"prefect": start_prefect, "mlflow": start_mlflow}

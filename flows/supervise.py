@@ -38,7 +38,7 @@ def supervise(parent: int, grace: float, command: Sequence[str]) -> None:
 
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
-    service = subprocess.Popen(command, preexec_fn=die_with_supervisor)
+    service = subprocess.Popen(command, preexec_fn=die_with_supervisor)  # noqa: PLW1509 — one thread
     while service.poll() is None and not asked and os.getppid() == parent:
         time.sleep(POLL_SECONDS)
     os.killpg(0, signal.SIGTERM)  # our own handler only notes it

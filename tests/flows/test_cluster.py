@@ -1,0 +1,55 @@
+"""A local Dask cluster has one thread, one slot and one torch thread per process; one that runs elsewhere needs slots."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from distributed import Client, LocalCluster
+
+from flows import services
+from flows.cluster import SLOT, connected, dask_client, local_cluster
+from mergecore.errors import ServiceError
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Client]]:
+    """Two workers that each see one (imagined) CUDA device."""
+    folder = tmp_path_factory.mktemp("cluster")
+    with local_cluster(folder, devices=["3", "5"]) as client:
+        yield folder, client
+
+
+def test_workers_have_one_thread_one_slot_and_their_own_device(cluster: tuple[Path, Client]) -> None:
+    folder, client = cluster
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    assert [worker["nthreads"] for worker in workers.values()] == [1, 1]
+    assert all(worker["resources"] == {SLOT: 1} for worker in workers.values())
+    devices = client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
+    assert sorted(devices.values()) == ["3", "5"]
+    assert set(client.run(os.getenv, "OMP_NUM_THREADS").values()) == {"1"}
+    assert client.submit(sum, [1, 2], resources={SLOT: 1}).result(timeout=30) == 3
+    assert (folder / "dask" / "worker-0.log").exists()
+
+
+def test_a_running_cluster_is_joined_by_its_address(cluster: tuple[Path, Client], tmp_path: Path) -> None:
+    _, client = cluster
+    with dask_client(tmp_path, address=client.scheduler.address) as other:
+        assert len(other.scheduler_info(n_workers=-1)["workers"]) == 2
+
+
+def test_an_address_where_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.cluster.CONNECT_SECONDS", 1.0)
+    with pytest.raises(ServiceError, match="No Dask scheduler"), connected(f"tcp://127.0.0.1:{services.free_port()}"):
+        pass
+
+
+def test_a_cluster_without_slots_is_refused_instead_of_waited_for() -> None:
+    with (
+        LocalCluster(n_workers=1, processes=False, dashboard_address=None) as bare,
+        pytest.raises(ServiceError, match="--resources"),
+        connected(bare.scheduler_address),
+    ):
+        pass
