@@ -92,6 +92,11 @@ class SplitScores:
         self.base = next((cell.cell for cell in sweep.cells if cell.kind == "base"), None)
         self.experts = {cell.name: cell.cell for cell in sweep.cells if cell.kind == "expert"}
         self._check_items()
+        self._means = {
+            (cell, task): float(np.mean(scores)) if np.isfinite(scores).all() else float("nan")
+            for cell, tasks in self.items.items()
+            for task, scores in tasks.items()
+        }
 
     def _check_items(self) -> None:
         seen: dict[str, tuple[int, str]] = {}
@@ -106,10 +111,7 @@ class SplitScores:
 
     def mean(self, cell: str, task: str) -> float | None:
         """Mean over the items of a task, NaN where an item is not finite, None where it was not measured."""
-        scores = self.items[cell].get(task)
-        if scores is None:
-            return None
-        return float(np.mean(scores)) if np.isfinite(scores).all() else float("nan")
+        return self._means.get((cell, task))
 
     def average(self, cell: CellScores) -> Average:
         """How the cell is averaged: its own experts' tasks held-in, all tasks held-out."""
@@ -125,7 +127,7 @@ class SplitScores:
             for tasks in held_in.values()
             for task in tasks
         }
-        best = {task: self._best_expert(experts, task) for task, experts in rivals.items()}
+        best = {task: self._best_expert(experts, task) for task, experts in rivals.items() if experts}
         base = {task: self._base(task) for tasks in self.suite.held_out.values() for task in tasks}
         return Average(cell.cell, self._side(cell, held_in, best), self._side(cell, self.suite.held_out, base))
 
@@ -137,8 +139,6 @@ class SplitScores:
             if mean is None:  # the best of the others would be another denominator tomorrow
                 return None, f"{task}: expert '{expert}' has no {self.split} scores to divide by"
             means[expert] = mean
-        if not means:
-            return None, f"{task}: no expert was trained for it, so there is nothing to divide by"
         return self.experts[max(means, key=lambda expert: means[expert])], ""
 
     def _base(self, task: str) -> tuple[str | None, str]:
@@ -158,6 +158,9 @@ class SplitScores:
         unreliable: dict[str, str] = {}
         denominators: dict[str, str] = {}
         for task in weights:
+            if task not in divisors:
+                unreliable[task] = f"{task}: no expert was trained for it, so there is nothing to divide by"
+                continue
             divisor, reason = divisors[task]
             if divisor is None:
                 unknown.append(reason)
@@ -165,7 +168,7 @@ class SplitScores:
             denominators[task] = divisor
             if complaint := self._complaint(divisor, task):
                 unreliable[task] = complaint
-            elif task not in missing and not np.isfinite(self.items[cell.cell][task]).all():
+            elif np.isnan(self._means.get((cell.cell, task), 0.0)):
                 unknown.append(f"{task}: the scores of this cell are not all finite")
         trusted = {
             category: tuple(task for task in tasks if task not in unreliable) for category, tasks in categories.items()
@@ -202,7 +205,9 @@ class SplitScores:
             for number in range(2):
                 sides = [average.sides[number] for average in averages]
                 _add(own[2 * number : 2 * number + 2], means, sides, task, numerators, order)
-                _add(base[2 * number : 2 * number + 2], means, sides, task, np.full_like(numerators, base_column), order)
+                _add(
+                    base[2 * number : 2 * number + 2], means, sides, task, np.full_like(numerators, base_column), order
+                )
         for column, average in enumerate(averages):
             for number, side in enumerate(average.sides):
                 for measure, shares in enumerate((side.weights, side.ratios)):
