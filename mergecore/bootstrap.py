@@ -78,7 +78,7 @@ def percentile_interval(samples: Floats, level: float = 0.95) -> tuple[Floats, F
     if not 0 < level < 1:
         raise EvaluationError(f"an interval of level {level} cannot be given; use a number between 0 and 1")
     ends = np.full((2, *samples.shape[1:]), np.nan)
-    drawn = samples[1:].reshape(len(samples) - 1, -1)
+    drawn = samples[1:].reshape(len(samples) - 1, samples[0].size)
     known = np.isfinite(drawn)
     flat = ends.reshape(2, -1)
     quantiles = [(1 - level) / 2, (1 + level) / 2]

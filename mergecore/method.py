@@ -135,15 +135,17 @@ Statistics = Mapping[str, Sequence[Found]]
 
 
 class Statistic(Plugin, ABC):
-    """Looks at models and writes a few tensors. A streamed one implements begin, add, combine and finish.
+    """Looks at models and writes a few tensors: begin, then add for every block, combine, finish.
 
     `add` sees `Block`s whose `experts` are deltas: one expert for scope EXPERT, all for POOL, and returns the new
     state; blocks come in any order and states of different workers are joined by `combine`, so a reduction keeps one
     float64 value per block and folds them in order in `finish`. `finish` may return `Rescan`: the pass then reads
-    again, only the tensors named. States are plain picklable data.
+    again, only the tensors named, every span starting from the state given. States are plain picklable data.
     """
 
     scope: ClassVar[Scope]
+    whole: ClassVar[bool] = False
+    """True: looks at all tensors an expert carries, whatever the selection, so that selections share it."""
 
     def statistics(self) -> dict[str, Statistic]:
         """What this statistic must know beforehand, by the name it is handed under."""
@@ -243,6 +245,10 @@ class Method(Plugin, ABC):
     def bound(self, order: Sequence[int]) -> Method:
         """The same method with per-expert parameters (weights, say) moved along when experts are reordered."""
         return self
+
+    def outputs(self, selection: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+        """Names and shapes of what is made from the merged tensors; the same unless the method changes widths."""
+        return selection
 
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
         """Small tensors and values that `merge` needs for this block besides base and experts."""

@@ -18,6 +18,7 @@ class DroppedNorms(Statistic):
 
     name: ClassVar[str] = "dropped_norms"
     scope: ClassVar[Scope] = Scope.EXPERT
+    whole: ClassVar[bool] = True
 
     drop: RandomDrop
 

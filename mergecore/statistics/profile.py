@@ -114,7 +114,7 @@ def sparse(bins: Tensor, size: int) -> Sparse:
     """Occupied bins and counts of int32 bin numbers below `size`."""
     counts = torch.bincount(bins.reshape(-1), minlength=size)
     occupied = counts.nonzero().reshape(-1)
-    return occupied.numpy(), counts[occupied].numpy()
+    return occupied.cpu().numpy(), counts[occupied].cpu().numpy()
 
 
 def joined(left: Sparse | None, right: Sparse) -> Sparse:

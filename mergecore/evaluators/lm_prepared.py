@@ -1,0 +1,204 @@
+"""What of an lm-eval task is the same for every model: documents, prompts, token ids, targets; and its training items.
+
+Kept once per process. lm-eval's `Instance`s are made anew for every model: they collect responses, and a kept one
+would hand the second model the first one's answers.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergecore.errors import EvaluationError
+from mergecore.evaluators.lm_loglikelihood import Encoded, batches, forward_options
+from mergecore.evaluators.lm_tasks import document_text, quiet
+from mergecore.identity import digest
+
+Prompt = Callable[[Any, Any, int], Any]
+"""(lm-eval task, document, examples) → the prompt, with the evaluator's chat template and system instruction."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One item: its number in the split, lm-eval's doc_hash, its target as text, and its requests as plain tuples."""
+
+    item: int
+    document: Any
+    digest: str
+    target: str
+    choices: tuple[str, ...]
+    requests: tuple[tuple[str, Any, int, Any], ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task ready for any model. batches: forward passes of log-likelihood requests, empty for other kinds."""
+
+    task: Any
+    documents: tuple[Document, ...]
+    batches: tuple[Any, ...]
+
+    def instances(self) -> list[list[Any]]:
+        """New lm-eval Instances, per document."""
+        from lm_eval.api.instance import Instance
+
+        def new(document: Document, request: tuple[str, Any, int, Any]) -> Any:
+            kind, arguments, index, metadata = request
+            held = (
+                copy.deepcopy(arguments) if kind == "generate_until" else arguments
+            )  # holds a dict that is written to
+            return Instance(request_type=kind, doc=document.document, arguments=held, idx=index, metadata=metadata)
+
+        return [[new(document, request) for request in document.requests] for document in self.documents]
+
+
+def encoded(lm: Any, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+    """Token ids of (context, continuation) pairs, from lm-eval's own encoding."""
+    from lm_eval.api.instance import Instance
+
+    held: list[Encoded] = []
+
+    def keep(requests: list[Encoded], **_: Any) -> list[tuple[float, bool]]:
+        held.extend(requests)
+        return [(0.0, False)] * len(requests)
+
+    scorer = lm._loglikelihood_tokens
+    lm._loglikelihood_tokens = keep
+    try:
+        lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
+    finally:
+        lm._loglikelihood_tokens = scorer
+    return held
+
+
+def prepare(task: Any, lm: Any, prompt: Prompt, limit: int | None, share: bool) -> Prepared:
+    """Documents, requests and forward passes of a task. share: as in `lm_loglikelihood.batches`."""
+    examples = int(task.config.num_fewshot or 0)
+    with quiet():
+        listed = list(islice(enumerate(task.eval_docs), limit))
+        documents = tuple(
+            _document(task, item, document, prompt(task, document, examples)) for item, document in listed
+        )
+    pairs = [request[1] for held in documents for request in held.requests if request[0] == "loglikelihood"]
+    passes = batches(encoded(lm, pairs), lm.batch_size, lm.max_length, share) if pairs else []
+    return Prepared(task, documents, tuple(passes))
+
+
+def _requests(task: Any, item: int, document: Any, context: Any, chat: bool) -> list[Any]:
+    """lm-eval's requests for a document, as a list."""
+    made = task.construct_requests(
+        doc=document, ctx=context, metadata=(task.config.task, item, task.config.repeats), apply_chat_template=chat
+    )
+    return made if isinstance(made, list) else [made]
+
+
+def _document(task: Any, item: int, document: Any, context: tuple[Any, bool]) -> Document:
+    made = _requests(task, item, document, *context)
+    choices = tuple(task.doc_to_choice(document)) if task.config.doc_to_choice is not None else ()
+    requests = tuple((held.request_type, held.arguments, held.idx, held.metadata) for held in made)
+    held = hashlib.sha256(document_text(document).encode()).hexdigest()
+    return Document(item, document, held, _target(task, document, choices), choices, requests)
+
+
+def _gold(task: Any, document: Any) -> Any:
+    """What is right: an index, a string or a list of either; where the prompts differ instead, the index of the prompt."""
+    return task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
+
+
+def _target(task: Any, document: Any, choices: Sequence[str]) -> str:
+    gold = _gold(task, document)
+    named = [
+        choices[one] if isinstance(one, int) and choices else str(one)
+        for one in (gold if isinstance(gold, list) else [gold])
+    ]
+    return " | ".join(named)
+
+
+# --- training items ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LanguageItems:
+    """Training items as token ids, for statistics that need the model's own predictions (a `Calibration`).
+
+    sequences: the prompt's and the right answer's tokens; answers: how many of the last tokens are the answer;
+    documents: digest of each item. Logits are those of the places that predict the answer, over the whole vocabulary.
+    """
+
+    sequences: tuple[tuple[int, ...], ...]
+    answers: tuple[int, ...]
+    documents: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def logits(self, model: nn.Module, items: Sequence[int]) -> list[Tensor]:
+        """Per item (answer tokens, vocabulary), float32, differentiable.
+
+        Items of equal length share a pass and nothing is ever padded, so hooks on the model see the items' tokens alone.
+        """
+        options, device = forward_options(model), next(model.parameters()).device
+        by_length: dict[int, list[int]] = {}
+        for position, item in enumerate(items):
+            by_length.setdefault(len(self.sequences[item]), []).append(position)
+        found: dict[int, Tensor] = {}
+        for positions in by_length.values():
+            inputs = torch.tensor([self.sequences[items[position]][:-1] for position in positions], device=device)
+            widths = [self.answers[items[position]] for position in positions]
+            logits = model(inputs, **options(max(widths))).logits
+            found.update(
+                (position, logits[row, -width:].float())
+                for row, (position, width) in enumerate(zip(positions, widths, strict=True))
+            )
+        return [found[position] for position in range(len(items))]
+
+    def labels(self, items: Sequence[int]) -> list[Tensor]:
+        """Per item the right answer's tokens, int64, shape (answer tokens,)."""
+        return [torch.tensor(self.sequences[item][-self.answers[item] :]) for item in items]
+
+
+def training_items(task: Any, lm: Any, prompt: Prompt, items: int, seed: int) -> LanguageItems:
+    """`items` training documents with the lowest hash(seed, document), each with its right answer and no examples.
+
+    Fewer where the split has fewer. Raises EvaluationError for a task without a training split.
+    """
+    if not task.has_training_docs():
+        raise EvaluationError(f"task '{task.config.task}' has no training split to take items from")
+    drawn = sorted(
+        (digest([seed, document_text(document)]), item) for item, document in enumerate(task.training_docs())
+    )
+    documents = [(item, task.training_docs()[item]) for _, item in drawn[:items]]
+    with quiet():
+        pairs = [_answer(task, item, document, prompt(task, document, 0)) for item, document in documents]
+    sequences = [(tuple(context + answer), len(answer)) for _, context, answer in _answer_tokens(task, lm, pairs)]
+    kept = [(tokens[-(lm.max_length + 1) :], count) for tokens, count in sequences]
+    names = tuple(hashlib.sha256(document_text(document).encode()).hexdigest() for _, document in documents)
+    return LanguageItems(tuple(tokens for tokens, _ in kept), tuple(count for _, count in kept), names)
+
+
+def _answer(task: Any, item: int, document: Any, context: tuple[Any, bool]) -> tuple[str, str]:
+    """The prompt and the right continuation of a training document."""
+    requests = _requests(task, item, document, *context)
+    gold = _gold(task, document)
+    gold = gold[0] if isinstance(gold, list) else gold
+    if task.OUTPUT_TYPE == "multiple_choice":
+        right = gold if isinstance(gold, int) else list(task.doc_to_choice(document)).index(gold)
+        return tuple(requests[right].args[:2])  # type: ignore[return-value]
+    if task.OUTPUT_TYPE == "generate_until":
+        text = task.doc_to_choice(document)[gold] if task.config.doc_to_choice is not None else str(gold)
+        return context[0], ("" if context[1] else task.config.target_delimiter) + text
+    return ("", requests[0].args[0]) if task.OUTPUT_TYPE == "loglikelihood_rolling" else requests[0].args
+
+
+def _answer_tokens(task: Any, lm: Any, pairs: Sequence[tuple[str, str]]) -> Iterator[Encoded]:
+    for encoding, pair in zip(encoded(lm, pairs), pairs, strict=True):
+        if not encoding[2]:
+            raise EvaluationError(f"task '{task.config.task}': the right answer {pair[1]!r} has no token of its own")
+        yield encoding

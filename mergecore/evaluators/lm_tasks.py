@@ -1,0 +1,289 @@
+"""Task files of lm-eval as plain data: where they lie, what they say, and the digests of the data they read.
+
+Nothing here imports lm-eval (a second), torch models or datasets unless a task is one of lm-eval's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from mergecore.errors import EvaluationError, nearest
+from mergecore.evaluators import Split
+from mergecore.identity import file_sha256
+
+READERS = ("json", "parquet", "csv", "text")
+"""Values of `dataset_path` that read local files; their digests stand for the data."""
+
+_STRUCTURE = ("tag", "group", "task_list", "task_alias")
+"""Keys that place a task in lists and tables and cannot change a number."""
+
+_DEFAULT_METRICS = {
+    "multiple_choice": "acc",
+    "generate_until": "exact_match",
+    "loglikelihood": "perplexity",
+    "loglikelihood_rolling": "word_perplexity",
+}
+"""lm-eval's first metric per output type, for a task that lists none."""
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML whose `!function module.name` becomes the name and the digest of the module beside the file."""
+
+
+def _function(loader: Any, node: Any) -> dict[str, str]:
+    name = str(loader.construct_scalar(node))
+    module = Path(node.start_mark.name).parent / (name.rpartition(".")[0].replace(".", "/") + ".py")
+    return {"function": name, **({"sha256": file_sha256(module)} if module.is_file() else {})}
+
+
+_Loader.add_constructor("!function", _function)
+
+
+def read_yaml(path: Path, seen: frozenset[Path] = frozenset()) -> dict[str, Any]:
+    """A task file with its includes merged as lm-eval merges them; functions become plain data.
+
+    Raises EvaluationError where the file cannot be read, is no mapping or includes itself.
+    """
+    path = path.resolve()
+    if path in seen:
+        raise EvaluationError(f"{path.name} includes itself")
+    try:
+        with open(path, "rb") as file:
+            config = yaml.load(file, Loader=_Loader)
+    except (OSError, yaml.YAMLError) as error:
+        raise EvaluationError(f"the task file {path.name} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise EvaluationError(f"the task file {path.name} holds no mapping")
+    includes = config.pop("include", [])
+    merged: dict[str, Any] = {}
+    for include in includes if isinstance(includes, list) else [includes]:
+        merged.update(read_yaml(path.parent / include, seen | {path}))
+        merged.pop("task_list", None)
+    return {**merged, **config}
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """One task as its YAML file says it."""
+
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+
+    def split_name(self, split: Split) -> str:
+        """The name the task gives to `split`. Raises EvaluationError where it has none."""
+        name = self.config.get(f"{split}_split")
+        if not isinstance(name, str):
+            other = [known for known in ("training", "validation", "test") if self.config.get(f"{known}_split")]
+            raise EvaluationError(f"task '{self.name}' has no {split} split; it has: {', '.join(other) or 'none'}")
+        return name
+
+    def fewshot_count(self, asked: int | None) -> int:
+        """Examples in the prompt, as lm-eval decides: a task that says 0 keeps 0."""
+        own = self.config.get("num_fewshot")
+        return asked if asked is not None and own != 0 else int(own or 0)
+
+    def fewshot_split(self, evaluated: str) -> str:
+        """The split the examples in the prompt are drawn from."""
+        nested = self.config.get("fewshot_config") or {}
+        named = nested.get("split") or self.config.get("fewshot_split")
+        return str(named or self.config.get("training_split") or self.config.get("validation_split") or evaluated)
+
+    @property
+    def data_files(self) -> dict[str, tuple[Path, ...]] | None:
+        """Local files by split, found relative to the YAML file's own folder; None where the data come from a hub."""
+        given = (self.config.get("dataset_kwargs") or {}).get("data_files")
+        if self.config.get("dataset_path") not in READERS or not given:
+            return None
+        by_split = given if isinstance(given, Mapping) else {"train": given}
+        return {split: tuple(self._paths(files)) for split, files in by_split.items()}
+
+    def _paths(self, files: Any) -> Iterator[Path]:
+        for name in [files] if isinstance(files, str) else files:
+            found = sorted(self.path.parent.glob(name)) if "*" in name else [self.path.parent / name]
+            for path in found:
+                if not path.is_file():
+                    raise EvaluationError(
+                        f"task '{self.name}' reads {name}, which is not there; paths are relative to its YAML"
+                    )
+                yield path
+
+    def digests(self, split: str) -> list[str] | None:
+        """SHA-256 of every file of a split; None where the data are not local files."""
+        files = self.data_files
+        if files is None:
+            return None
+        if split not in files:
+            raise EvaluationError(
+                f"task '{self.name}' has no data_files for its split '{split}'; known: {', '.join(files)}"
+            )
+        return [file_sha256(path) for path in files[split]]
+
+    def count(self, split: str) -> int | None:
+        """Documents of a split, or None where only lm-eval can tell (filters, other formats, a hub)."""
+        files = self.data_files
+        nested = "field" in (self.config.get("dataset_kwargs") or {})
+        if files is None or self.config.get("process_docs") is not None or nested:
+            return None
+        if self.config["dataset_path"] == "json":
+            counts = [_json_lines(path) for path in files[split]]
+            return None if None in counts else sum(count or 0 for count in counts)
+        if self.config["dataset_path"] == "parquet":
+            return sum(int(pq.ParquetFile(path).metadata.num_rows) for path in files[split])
+        return None
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The configuration without paths, split names and list keeping: what can change a number besides the data."""
+        left_out = {*_STRUCTURE, "task", "training_split", "validation_split", "test_split", "num_fewshot"}
+        config = {key: value for key, value in self.config.items() if key not in left_out}
+        if (keywords := config.get("dataset_kwargs")) is not None:
+            config["dataset_kwargs"] = {key: keywords[key] for key in keywords if key not in ("data_files", "data_dir")}
+        return config
+
+    @property
+    def metric(self) -> str:
+        """The primary metric: `metadata.primary_metric`, else the first listed, else lm-eval's first of the kind.
+
+        Raises EvaluationError where lower is better: every table here takes higher for better.
+        """
+        metadata = self.config.get("metadata")
+        listed = [entry for entry in self.config.get("metric_list") or [] if isinstance(entry, Mapping)]
+        named = metadata.get("primary_metric") if isinstance(metadata, Mapping) else None
+        first = (
+            listed[0].get("metric") if listed else _DEFAULT_METRICS[self.config.get("output_type", "generate_until")]
+        )
+        metric = str(named or (first["function"] if isinstance(first, Mapping) else first))
+        entry = next((entry for entry in listed if entry.get("metric") == metric), {})
+        rolling = self.config.get("output_type") == "loglikelihood_rolling"
+        if entry.get("higher_is_better") is False and not rolling:
+            raise EvaluationError(
+                f"task '{self.name}': lower is better in '{metric}'; name another in metadata.primary_metric"
+            )
+        return metric
+
+
+def _json_lines(path: Path) -> int | None:
+    """Documents in a JSON-lines file; None for another kind of JSON file."""
+    with open(path, "rb") as file:
+        if file.read(1) != b"{":
+            return None
+        file.seek(0)
+        return sum(1 for line in file if line.strip())
+
+
+def tasks_in(folder: Path) -> dict[str, TaskFile]:
+    """Every task file under `folder` by task name. Files that are no task are passed over; twins are refused."""
+    found: dict[str, TaskFile] = {}
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            config = read_yaml(path)
+        except EvaluationError:
+            continue  # lm-eval passes over it too: a folder may hold other YAML files
+        name = config.get("task")
+        if not isinstance(name, str) or "group" in config:
+            continue
+        if name in found:
+            raise EvaluationError(f"task '{name}' is in both {found[name].path.name} and {path.name}; rename one")
+        found[name] = TaskFile(name, path.resolve(), config)
+    return found
+
+
+@functools.cache
+def _own_index() -> dict[str, tuple[str, Path | None]]:
+    """lm-eval's own names with kind and file: 6.5 s, so only for a name that the folder does not have."""
+    from lm_eval.tasks import TaskManager
+
+    index = TaskManager(include_defaults=True).task_index
+    return {name: (entry.kind.name, entry.yaml_path) for name, entry in index.items()}
+
+
+def find_task(name: str, local: Mapping[str, TaskFile]) -> TaskFile:
+    """The task called `name`, from the folder or else from lm-eval's own. Raises EvaluationError with the nearest name."""
+    if name in local:
+        return local[name]
+    kind, path = _own_index().get(name, ("", None))
+    if kind in ("GROUP", "TAG"):
+        raise EvaluationError(
+            f"'{name}' is a group of lm-eval tasks; name its tasks one by one, the means are taken here"
+        )
+    if kind != "TASK" or path is None:
+        own = {known for known, (held, _) in _own_index().items() if held == "TASK"}
+        offers = [nearest(name, local), nearest(name, own)]  # lm-eval has thousands of names: offered, never listed
+        close = [offer for offer in offers if offer.startswith("did you mean")]
+        raise EvaluationError(f"there is no task '{name}': {(close or offers)[0]}")
+    return TaskFile(name, path, read_yaml(path))
+
+
+def lm_eval_version() -> str:
+    """The installed version, without importing it."""
+    return importlib.metadata.version("lm_eval")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """lm-eval's warnings and the data reader's progress bars held back: nothing in mergecore prints."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    logger = logging.getLogger("lm_eval")
+    level, shown = logger.level, not are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if shown:
+            enable_progress_bars()
+
+
+def build(file: TaskFile, split: Split, cache: Path) -> Any:
+    """lm-eval's own task object, with `split` in the place of its test split. cache: a folder for the data reader.
+
+    The reader's own cache is keyed by path and time, not by content, hence an empty folder for local files.
+    """
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = {key: value for key, value in load_yaml(file.path).items() if key not in _STRUCTURE}
+    if "class" in config:
+        raise EvaluationError(
+            f"task '{file.name}' is written in Python; only tasks that are YAML alone can be scored here"
+        )
+    config["test_split"] = file.split_name(split)
+    if (files := file.data_files) is not None:
+        named = {split: [str(path) for path in paths] for split, paths in files.items()}
+        keywords = {**(config.get("dataset_kwargs") or {}), "data_files": named}
+        config["dataset_kwargs"] = {**keywords, "cache_dir": str(cache), "keep_in_memory": True}
+    try:
+        with quiet():
+            return ConfigurableTask(config=config)
+    except Exception as error:  # lm-eval and datasets raise anything from KeyError to a hub's own errors
+        raise EvaluationError(f"task '{file.name}' cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def document_text(document: Any) -> str:
+    """A document as the JSON that lm-eval hashes."""
+    from lm_eval.utils import handle_non_serializable
+
+    return json.dumps(document, indent=2, default=handle_non_serializable, ensure_ascii=False)
+
+
+def documents_digest(documents: Any) -> str:
+    """SHA-256 over the documents of a split, for data that are no local files."""
+    state = hashlib.sha256()
+    for document in documents:
+        state.update(hashlib.sha256(document_text(document).encode()).digest())
+    return state.hexdigest()

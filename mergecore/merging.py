@@ -1,0 +1,163 @@
+"""Merging in memory: mappings in, a mapping out, the same numbers as the pipeline writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergecore.delta import Expert, FullExpert
+from mergecore.engine import (
+    MergeJob,
+    PassPlan,
+    StatisticJob,
+    coarsest,
+    plan_spans,
+    run_pass,
+)
+from mergecore.errors import SpecError
+from mergecore.identity import GRID
+from mergecore.layout import SelectRule, check_fit, lay_out
+from mergecore.method import DataStatistic, Found, Method, Report, Scope, Statistic, Statistics, TensorInfo, silent
+from mergecore.snapshot import MERGED, NAMES, MemoryTensors
+from mergecore.writer import MemorySink
+
+
+class InProcess:
+    """Runs spans in threads of this process."""
+
+    def __init__(self, workers: int = 1) -> None:
+        self.workers = workers
+
+    def each(self, function: Any, shared: Any, items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """In order with one worker, else as they complete."""
+        if self.workers == 1 or len(items) == 1:
+            for position, item in enumerate(items):
+                yield position, function(shared, item)
+            return
+        from concurrent.futures import as_completed
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            futures = {pool.submit(function, shared, item): position for position, item in enumerate(items)}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+def merge(
+    method: Method,
+    *,
+    base: Mapping[str, Tensor] | None = None,
+    experts: Sequence[Mapping[str, Tensor]],
+    ids: Sequence[str] | None = None,
+    statistics: Mapping[str, Sequence[Mapping[str, Tensor]]] | None = None,
+    select: Sequence[SelectRule] = (),
+    dtype: torch.dtype | None = None,
+    report: Report = silent,
+) -> dict[str, Tensor]:
+    """Merge `experts` (and `base`) by `method`; the result has the base's names, shapes and, unless `dtype` says
+    otherwise, dtypes.
+
+    base may be left out where the method does not need it; tensors that are not merged are then the first expert's.
+    ids: the experts' ids; given, experts are folded by ascending id as the pipeline does, else in list order. A random
+    drop demands them. statistics: what the method cannot work out from weights alone (Fisher), one mapping per expert.
+    Raises SpecError, MismatchError and NonFiniteError.
+    """
+    _check(method, base, experts, ids)
+    first = base if base is not None else experts[0]
+    shapes = MemoryTensors(first)
+    for position, expert in enumerate(experts):
+        check_fit(shapes.tensors, MemoryTensors(expert).tensors, f"expert {position}", tied=False)
+    layout = lay_out(shapes.tensors, {}, [tuple(expert) for expert in experts], select)
+    order = list(range(len(experts)))
+    if ids is not None and not method.ordered:
+        order.sort(key=lambda position: ids[position])
+    named = [str(position) for position in order] if ids is None else [ids[position] for position in order]
+    pool = tuple(
+        FullExpert(name, f"{position}", MemoryTensors(experts[position])) for name, position in zip(named, order, strict=True)
+    )
+    given = {name: [values[position] for position in order] for name, values in (statistics or {}).items()}
+    bound = method.bound(order)
+    found = find_statistics(bound, shapes, pool, layout.merged, given, report)
+    outputs = {**bound.outputs(layout.merged), **layout.copied}
+    if dtype is not None:
+        outputs = {name: stored_as(info, NAMES[dtype]) for name, info in outputs.items()}
+    sink = MemorySink(outputs)
+    job = MergeJob("merge", bound, tuple(range(len(pool))), frozenset(layout.merged), outputs, found, sink)
+    spans = plan_spans({**layout.merged, **layout.copied}, bound.per)
+    run_pass(PassPlan(shapes, pool, (job,), (), spans), InProcess(), report)
+    return {name: sink.held[name] for name in first if name in sink.held} | sink.held
+
+
+def stored_as(info: TensorInfo, dtype: str) -> TensorInfo:
+    """The tensor as it is written: floating-point ones in `dtype`, others as they are."""
+    return TensorInfo(dtype, info.shape) if info.dtype in MERGED else info
+
+
+def _check(
+    method: Method, base: Mapping[str, Tensor] | None, experts: Sequence[Mapping[str, Tensor]], ids: Sequence[str] | None
+) -> None:
+    if not experts:
+        raise SpecError("no experts given: a merge needs at least one")
+    method.validate_count(len(experts))
+    if base is None and method.needs_base:
+        raise SpecError(f"method '{method.name}' works on task vectors; give the base they start from")
+    if ids is not None and (len(ids) != len(experts) or len(set(ids)) != len(ids)):
+        raise SpecError(f"ids: give one distinct id for each of the {len(experts)} experts")
+    if ids is None and getattr(method, "drop", None) is not None:
+        raise SpecError("a random drop depends on who the experts are: give `ids`, one string per expert")
+
+
+def find_statistics(
+    method: Method | Statistic,
+    base: MemoryTensors,
+    pool: Sequence[Expert],
+    selection: Mapping[str, TensorInfo],
+    given: Mapping[str, Sequence[Mapping[str, Tensor]]],
+    report: Report,
+) -> Statistics:
+    """Everything `method` must know beforehand, worked out depth first from models in memory, or as given."""
+    found: dict[str, Sequence[Found]] = {}
+    for name, statistic in method.statistics().items():
+        if name in given:
+            found[name] = [_given(values, selection) for values in given[name]]
+        elif isinstance(statistic, DataStatistic):
+            raise SpecError(
+                f"method '{method.name}' needs '{name}', which takes data: give statistics={{'{name}': "
+                "[one mapping per expert]}, or run it from a spec with tasks"
+            )
+        else:
+            groups = [(p,) for p in range(len(pool))] if statistic.scope is Scope.EXPERT else [tuple(range(len(pool)))]
+            found[name] = [_find(statistic, base, [pool[p] for p in group], selection, report) for group in groups]
+    return found
+
+
+def _find(
+    statistic: Statistic, base: MemoryTensors, pool: Sequence[Expert], selection: Mapping[str, TensorInfo], report: Report
+) -> Found:
+    known = find_statistics(statistic, base, pool, selection, {}, report)
+    job = StatisticJob("statistic", statistic, tuple(range(len(pool))), selection, known)
+    plan = PassPlan(base, tuple(pool), (), (job,), plan_spans(selection, coarsest(())))
+    result = run_pass(plan, InProcess(), report).results["statistic"]
+    return Found(MemoryTensors(result.tensors), result.numbers)
+
+
+def _given(values: Mapping[str, Tensor], selection: Mapping[str, TensorInfo]) -> Found:
+    missing = sorted(set(selection) - set(values))
+    if missing:
+        raise SpecError(f"statistics: nothing given for tensor '{missing[0]}' and {len(missing) - 1} more")
+    return Found(MemoryTensors(values), {"squared_norm": {name: squared_norm(values[name]) for name in selection}})
+
+
+def squared_norm(values: Tensor) -> float:
+    """Σ v² in float64 over the fixed grid of blocks, folded in order."""
+    total = 0.0
+    for block in values.reshape(-1).split(GRID):
+        wide = block.to(torch.float64)
+        total += float((wide * wide).sum())
+    return total

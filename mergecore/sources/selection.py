@@ -1,0 +1,97 @@
+"""Which files of a checkpoint matter: its weights, and what says how to read and how to run them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from fnmatch import fnmatch
+
+from mergecore.errors import SourceError
+
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*spiece*",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Patterns of the files beside the weights, all at the top of the folder."""
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+TEMPLATES = "additional_chat_templates/"
+
+
+def files_that_matter(names: Collection[str], read: Callable[[str], bytes], where: str) -> tuple[str, ...]:
+    """The files of a checkpoint, sorted, out of all `names` ('/' between folders); `read` gives a small one's bytes.
+
+    An index decides where there is one, then model.safetensors, then an adapter, else every safetensors file at the
+    top. Raises SourceError where there are no safetensors, or where the index cannot be read or names what is missing.
+    """
+    top = {name for name in names if "/" not in name}
+    kept = {name for name in top if any(fnmatch(name, pattern) for pattern in COMPANIONS)}
+    kept |= {name for name in names if name.startswith(TEMPLATES)}
+    weights = sorted(name for name in top if name.endswith(".safetensors"))
+    indices = sorted(name for name in top if name.endswith(".safetensors.index.json"))
+    index = INDEX if INDEX in top else indices[0] if len(indices) == 1 and SINGLE not in top else None
+    if index is not None:
+        kept |= {index, *_shards(index, read(index), names, where)}
+    elif SINGLE in top:
+        kept.add(SINGLE)
+    elif ADAPTER in top:
+        kept |= {ADAPTER, ADAPTER_CONFIG} & top
+        if ADAPTER_CONFIG not in top:
+            raise SourceError(f"{where} holds {ADAPTER} but no {ADAPTER_CONFIG}, which says rank and scaling; add it")
+    elif weights:
+        kept |= set(weights)
+    else:
+        raise SourceError(f"{where} holds no safetensors weights. {_remedy(sorted(top), where)}")
+    return tuple(sorted(kept))
+
+
+def _shards(index: str, content: bytes, names: Collection[str], where: str) -> set[str]:
+    try:
+        named = {str(shard) for shard in json.loads(content)["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SourceError(
+            f"{where}/{index} is not an index: it must be JSON with a 'weight_map' of tensor to file; fetch it again"
+        ) from None
+    missing = sorted(named - set(names))
+    if missing or not named:
+        lacking = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "") if named else "no file at all"
+        raise SourceError(
+            f"{where}/{index} names {lacking}; {len(named) - len(missing)} of {len(named)} shards are there: "
+            "the copy is not complete, fetch it again"
+        )
+    return named
+
+
+def _remedy(top: list[str], where: str) -> str:
+    """How to come to safetensors from what is there."""
+    gguf = next((name for name in top if name.endswith(".gguf")), None)
+    pickled = next((name for name in top if name.endswith((".bin", ".bin.index.json", ".pt", ".pth", ".ckpt"))), None)
+    load = f"model = transformers.AutoModelForCausalLM.from_pretrained('{where}'"
+    if pickled is not None:
+        return (
+            f"It holds {pickled}; safetensors are needed. Convert: {load}, dtype='auto'), then "
+            "model.save_pretrained('new-folder') (with the Auto class of your task) and copy the tokenizer files"
+        )
+    if gguf is not None:
+        return (
+            f"It holds {gguf}; safetensors are needed. Convert: {load}, gguf_file='{gguf}'), copy its state_dict into "
+            "a fresh model of the same config without quantization_config, and save_pretrained that one"
+        )
+    return f"A checkpoint is {SINGLE}, or {INDEX} and its shards, or {ADAPTER} and {ADAPTER_CONFIG}; " + (
+        f"this holds {', '.join(top[:5])}" + (", …" if len(top) > 5 else "") if top else "this is empty"
+    )

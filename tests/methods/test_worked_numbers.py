@@ -1,0 +1,147 @@
+"""The worked numbers of the methods' definitions: each value here was computed by an independent formula, not by us."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mergecore import merge, methods
+from mergecore.statistics.threshold import Threshold
+
+BASE = {"w": torch.tensor([1.0, 2.0, -1.0])}
+FIRST = {"w": torch.tensor([1.5, 2.0, -2.0])}
+SECOND = {"w": torch.tensor([0.5, 3.0, -1.5])}
+
+
+def close(found: torch.Tensor, expected: list[float]) -> None:
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_task_arithmetic() -> None:
+    def made(scale: float) -> torch.Tensor:
+        return merge(methods.TaskArithmetic(scale=scale), base=BASE, experts=[FIRST, SECOND])["w"]
+
+    close(made(0.4), [1, 2.4, -1.6])
+    close(made(0.5), [1, 2.5, -1.75])
+    assert torch.equal(made(0.0), BASE["w"])
+    close(merge(methods.TaskArithmetic(scale=-0.5), base=BASE, experts=[FIRST])["w"], [0.75, 2, -0.5])
+
+
+def test_average_needs_no_base() -> None:
+    close(merge(methods.Average(), experts=[FIRST, SECOND])["w"], [1, 2.5, -1.75])
+    close(merge(methods.Average(weights=(3, 1)), experts=[FIRST, SECOND])["w"], [1.25, 2.25, -1.875])
+
+
+TASK_VECTORS = torch.tensor(
+    [
+        [0.5, -0.1, 0.02, 0.3, -0.4, 0.0, 0.01, -0.03, 0.2, -0.05],
+        [0.4, 0.2, -0.03, -0.3, 0.1, 0.0, -0.02, 0.05, -0.6, 0.04],
+        [-0.6, 0.15, 0.01, 0.0, 0.35, 0.0, 0.03, -0.01, 0.1, 0.02],
+    ]
+)
+
+
+def merged_by_ties(vectors: torch.Tensor, split: int = 0, **values: object) -> torch.Tensor:
+    """TIES on rows of task vectors; `split` cuts the flat vector into two tensors, which a global ranking must not see."""
+
+    def model(row: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"a": row[:split], "b": row[split:]} if split else {"a": row}
+
+    base = model(torch.zeros(vectors.shape[1]))
+    found = merge(methods.Ties.model_validate(values), base=base, experts=[model(row) for row in vectors])
+    return torch.cat([found[name] for name in sorted(found)])
+
+
+@pytest.mark.parametrize("split", [0, 1, 4, 9])
+def test_ties_exact_top_share(split: int) -> None:
+    found = merged_by_ties(TASK_VECTORS, split, density=0.2)
+    close(found, [0.45, 0, 0, 0, -0.4, 0, 0, 0, -0.6, 0])
+
+
+@pytest.mark.parametrize("split", [0, 3, 7])
+def test_ties_as_published(split: int) -> None:
+    found = merged_by_ties(TASK_VECTORS, split, density=0.2, count="published")
+    close(found, [0.45, 0.15, 0, -0.3, -0.4, 0, 0, 0, -0.6, 0])
+
+
+def test_ties_majority_decides_exact_cancellation() -> None:
+    rows = torch.tensor([[0.3, 1.0, -0.2, -0.1], [-0.3, 0.5, -0.4, 0.0]])
+    close(merged_by_ties(rows, density=1.0, zero_sign="majority"), [-0.3, 0.75, -0.3, -0.1])
+    close(merged_by_ties(rows, density=1.0), [0, 0.75, -0.3, -0.1])
+    close(merged_by_ties(rows, density=1.0, zero_sign="positive"), [0.3, 0.75, -0.3, -0.1])
+    close(merged_by_ties(rows, density=1.0, aggregate="sum"), [0, 1.5, -0.6, -0.1])
+    close(merged_by_ties(rows, density=1.0, aggregate="max"), [0, 1.0, -0.4, -0.1])
+
+
+def test_ties_at_the_threshold() -> None:
+    """Five equal magnitudes, three wanted: 'at_least' keeps all five, 'exact' the first three by name and index."""
+    row = torch.tensor([[0.5, -0.5, 0.1, 0.5, -0.5, 0.5, 0.0, 0.2, 0.1, 0.1]])
+    for split in (0, 1, 4):
+        close(merged_by_ties(row, split, density=0.3), [0.5, -0.5, 0, 0.5, -0.5, 0.5, 0, 0, 0, 0])
+        close(merged_by_ties(row, split, density=0.3, count="exact"), [0.5, -0.5, 0, 0.5, 0, 0, 0, 0, 0, 0])
+
+
+def test_ties_keeps_nothing_and_everything() -> None:
+    close(merged_by_ties(TASK_VECTORS[:1], density=0.0), [0.0] * 10)
+    close(merged_by_ties(TASK_VECTORS[:1], density=1.0), TASK_VECTORS[0].tolist())
+
+
+def test_rank_is_the_decimal_not_the_binary_product() -> None:
+    assert Threshold(density=0.29).rank(100) == 29
+    assert Threshold(density=0.2).rank(10) == 2
+    assert Threshold(density=0.2, count="published").rank(10) == 3
+    assert Threshold(density=1.0, count="published").rank(10) == 10
+
+
+def fisher_merge(**values: object) -> torch.Tensor:
+    experts = [{"w": torch.tensor([1.0, 2.0, 3.0, 4.0])}, {"w": torch.tensor([3.0, -2.0, 5.0, 0.0])}]
+    fishers = [{"w": torch.tensor([4.0, 1.0, 0.0, 0.0])}, {"w": torch.tensor([1.0, 1.0, 2e-7, 0.0])}]
+    return merge(methods.Fisher.model_validate(values), experts=experts, statistics={"fisher": fishers})["w"]
+
+
+def test_fisher() -> None:
+    close(fisher_merge(floor=1e-6), [1.843174, -0.978413, 4.489206, 1.021587])
+    # Without a floor the only informed expert wins, and where nobody is informed the plain mean stands.
+    close(fisher_merge(), [1.843174, -0.978413, 5.0, 2.0])
+    close(fisher_merge(normalize=False), [1.4, 0, 5.0, 2.0])
+    close(fisher_merge(weights=(0, 1)), [3.0, -2.0, 5.0, 0.0])
+
+
+def test_fisher_norm_takes_a_factor_out() -> None:
+    experts = [{"w": torch.randn(50)}, {"w": torch.randn(50)}]
+    fishers = [torch.rand(50), torch.rand(50)]
+
+    def made(factor: float) -> torch.Tensor:
+        given = [{"w": fishers[0] * factor}, {"w": fishers[1]}]
+        return merge(methods.Fisher(), experts=experts, statistics={"fisher": given})["w"]
+
+    torch.testing.assert_close(made(1.0), made(1000.0))
+
+
+def test_dare_rescales() -> None:
+    delta = torch.tensor([0.002, -0.001, 0.0005, 0.003])
+    drop = methods.RandomDrop(rate=0.5)
+    kept = torch.tensor([True, False, False, True])
+    close(drop.apply(delta, kept, 1 / (1 - drop.rate)), [0.004, 0, 0, 0.006])
+    factor = float(delta.abs().sum() / delta[kept].abs().sum())
+    close(drop.apply(delta, kept, factor), [0.0026, 0, 0, 0.0039])
+
+
+@pytest.mark.parametrize("rescale", ["inverse", "l1"])
+def test_dare_expectation_and_density(rescale: str) -> None:
+    torch.manual_seed(0)
+    count, seeds, rate = 4000, 60, 0.7
+    delta = torch.randn(count)
+    total = torch.zeros(count)
+    for seed in range(seeds):
+        drop = methods.RandomDrop.model_validate({"rate": rate, "seed": seed, "rescale": rescale})
+        method = methods.TaskArithmetic(scale=1.0, drop=drop)
+        found = merge(method, base={"w": torch.zeros(count)}, experts=[{"w": delta}], ids=["expert"])["w"]
+        kept = int((found != 0).sum())
+        assert abs(kept - count * (1 - rate)) < 5 * (count * rate * (1 - rate)) ** 0.5
+        if rescale == "l1":
+            assert float(found.abs().sum()) == pytest.approx(float(delta.abs().sum()), rel=1e-4)
+        total += found
+    error = (total / seeds - delta).abs()
+    sigma = delta.abs() * (rate / (1 - rate) / seeds) ** 0.5
+    assert float((error <= 4 * sigma + 0.05 * delta.abs()).float().mean()) > 0.999
