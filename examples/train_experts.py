@@ -78,7 +78,10 @@ def train(model: torch.nn.Module, tokenizer, items: list[dict], steps: int) -> N
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     warm_up = max(1, steps // 12)
-    factor = lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up))  # noqa: E731
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warm_up, (steps - step) / (steps - warm_up))
+
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     shuffled = random.Random(SEED)
     queue: list[dict] = []
@@ -104,7 +107,9 @@ def save_adapter(wrapped: peft.PeftModel, folder: Path) -> None:
             parameter.data = parameter.data.to(torch.bfloat16).float()
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in peft.get_peft_model_state_dict(wrapped).items()}
-    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    weights = folder / "adapter_model.safetensors"
+    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # some versions of safetensors leave a file that only its owner can read
     config = wrapped.peft_config["default"]
     config.base_model_name_or_path = HUB_NAME
     config.inference_mode = True
