@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -27,7 +27,9 @@ BASELINES = (
     ("multitask", "multitask", {"color": "#555555", "linestyle": (0, (6, 2))}),
     ("mean expert", "mean expert", {"color": "#555555", "linestyle": (0, (6, 2, 1, 2))}),
 )
-SETTINGS = {
+LONGEST_LABEL = 110
+"""Characters of a legend entry that fit the width of the figure."""
+SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "mergeloom",  # otherwise every file has other identifiers
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -48,7 +50,7 @@ def draw(summary: Summary, path: Path | str) -> tuple[Path, Path]:
     stem = path.with_suffix("") if path.suffix.lower() in (".png", ".svg") else path
     png, svg = (stem.with_name(f"{stem.name}{suffix}") for suffix in (".png", ".svg"))
     stem.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **SETTINGS}):
+    with matplotlib.style.context(["default", SETTINGS]):  # whatever the caller has set
         figure = sweep_figure(summary)
         with tempfile.TemporaryDirectory(prefix=".figure-", dir=stem.parent) as draft:
             for target, metadata in ((png, {"Software": None}), (svg, {"Date": None, "Creator": None})):
@@ -63,19 +65,19 @@ def sweep_figure(summary: Summary) -> Figure:
     baselines = {row["kind"]: row for row in summary.baselines.to_pylist()}
     entries = _legend_entries(lines, baselines)
     columns = 1 if max((len(label) for _, label in entries), default=0) > 60 else 2
-    caption = textwrap.wrap(_caption(summary, lines), 128)
+    caption = textwrap.wrap(_caption(summary, lines), 168)
     below = 0.25 + 0.19 * math.ceil(len(entries) / columns) + 0.17 * len(caption)  # inches
-    height = 3.6 + below
+    height = 3.7 + below
     figure = Figure(figsize=(9.6, height))
     FigureCanvasAgg(figure)
     figure.suptitle(
         f"{summary.name}: scores on {summary.split} items", x=0.01, y=1 - 0.08 / height, ha="left", va="top"
     )
     panels = figure.subplots(1, 2)
-    figure.subplots_adjust(left=0.075, right=0.985, wspace=0.2, top=1 - 0.62 / height, bottom=(below + 0.55) / height)
+    figure.subplots_adjust(left=0.075, right=0.985, wspace=0.2, top=1 - 0.62 / height, bottom=(below + 0.45) / height)
     counts = sorted({row["count"] for _, rows in lines for row in rows})
     _panel(panels[0], "held_in_normalised", lines, baselines, counts)
-    panels[0].set(title="Held-in tasks", ylabel="score ÷ score of the own expert")
+    panels[0].set(title="Held-in tasks", ylabel="score ÷ score of the best own expert")
     _panel(panels[1], "held_out_normalised", lines, baselines, counts)
     panels[1].set(title="Held-out tasks", ylabel="score ÷ score of the base")
     text_height = 0.17 * len(caption)
@@ -104,6 +106,7 @@ def method_lines(summary: Summary) -> list[tuple[str, list[Row]]]:
         ranked = {label: _rank([row[measure] for row in rows]) for label, rows in labels.items()}
         label = max(ranked, key=lambda one: ranked[one])
         text = f"{method} ({label})" if label else method
+        text = textwrap.shorten(text, LONGEST_LABEL, placeholder=" …")  # the table has the whole
         text += f" – best of {len(labels)} listed" if len(labels) > 1 else ""
         lines.append((text, sorted(labels[label], key=lambda row: int(row["count"]))))
     return lines
@@ -142,17 +145,19 @@ def _panel(
         means = [row[measure] for row in known]
         panel.plot(places, means, zorder=3, **_style(number))
         bars = [(x, row) for x, row in zip(places, known, strict=True) if _finite(row[f"{measure}_low"])]
-        ends = [[row[f"{measure}_{end}"] for _, row in bars] for end in ("low", "high")]
-        panel.vlines([x for x, _ in bars], *ends, color=_style(number)["color"], linewidth=1.3, alpha=0.75, zorder=2)
+        low, high = ([row[f"{measure}_{end}"] for _, row in bars] for end in ("low", "high"))
+        panel.vlines([x for x, _ in bars], low, high, color=_style(number)["color"], linewidth=1.3, alpha=0.75)
     for kind, _, style in BASELINES:
         if _shown(kind, measure, baselines):
             panel.axhline(baselines[kind][measure], linewidth=1.2, zorder=1, **style)
             drawn = True
+    for place in range(0, len(counts), 2):  # which count the points moved sideways belong to
+        panel.axvspan(place - 0.5, place + 0.5, color="#f4f4f4", linewidth=0, zorder=0)
     panel.set_xlabel("number of experts merged")
     panel.xaxis.set_major_locator(FixedLocator(list(range(len(counts)))))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.set_xticklabels([str(count) for count in counts])
-    panel.set_xlim(-0.6, max(len(counts), 1) - 0.4)
+    panel.set_xlim(-0.5, max(len(counts), 1) - 0.5)
     panel.margins(y=0.08)
     panel.grid(axis="y", color="#dddddd", linewidth=0.6)
     panel.set_axisbelow(True)
@@ -192,5 +197,6 @@ def _caption(summary: Summary, lines: Sequence[tuple[str, Sequence[Row]]]) -> st
         "Ratios per task, averaged within each category, then over categories"
         + (f", then {how}. " if several else f", {how}. ")
         + f"Bars: 95 % intervals of a paired bootstrap over {'subsets and ' if several else ''}items "
-        f"({summary.resamples} resamples). Points are moved sideways so that bars do not cover each other."
+        f"({summary.resamples} resamples)."
+        + (" Points are moved sideways so that bars do not cover each other." if len(lines) > 1 else "")
     )

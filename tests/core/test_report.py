@@ -16,6 +16,7 @@ import pytest
 from mergecore.averages import MEASURES
 from mergecore.bootstrap import Draws, percentile_interval
 from mergecore.errors import EvaluationError
+from mergecore.figure import draw, method_lines, sweep_figure
 from mergecore.report import best, markdown, summarise, write_tables
 from mergecore.scores import CellScores, Suite, Sweep
 
@@ -379,3 +380,33 @@ def test_intervals_leave_out_what_has_no_value() -> None:
 def test_importing_the_report_costs_neither_matplotlib_nor_a_service() -> None:
     code = "import sys, mergecore.report; print({'matplotlib', 'prefect', 'mlflow', 'dask'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_a_figure_is_the_same_bytes_each_time_and_carries_no_date(tmp_path: Path) -> None:
+    summary = summarise(sweep(BASE, ALPHA, BETA, MERGED), "test", draws=QUICK)
+    first = draw(summary, tmp_path / "figure.png")
+    assert [path.name for path in first] == ["figure.png", "figure.svg"]
+    held = [path.read_bytes() for path in first]
+    assert [path.read_bytes() for path in draw(summary, tmp_path / "again")] == held
+    assert b"<dc:date>" not in held[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.png", "again.svg", "figure.png", "figure.svg"]
+
+
+def test_a_figure_can_be_drawn_of_nothing_and_of_many_methods() -> None:
+    assert len(sweep_figure(summarise(sweep(), "test", draws=QUICK)).axes) == 2
+    scores = dict(MERGED.items["test"])
+    cells = [merge(f"m{i}-{n}", scores, f"method{i}", count=n) for i in range(9) for n in (2, 4, 8, 64)]
+    panel = sweep_figure(summarise(sweep(BASE, ALPHA, BETA, *cells), "test", draws=QUICK)).axes[0]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["2", "4", "8", "64"]
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in panel.lines}
+    assert len(looks) == len(panel.lines)
+
+
+def test_a_figure_draws_the_best_of_listed_values_and_says_so() -> None:
+    better = {**MERGED.items["test"], "b1": [0.9, 0.9]}
+    cells = [
+        merge("x", dict(MERGED.items["test"]), "ties", values={"scale": 0.3}),
+        merge("y", better, "ties", values={"scale": 1}),
+    ]
+    lines = method_lines(summarise(sweep(BASE, ALPHA, BETA, *cells), "test", draws=QUICK))
+    assert [text for text, _ in lines] == ["ties (scale=1) – best of 2 listed"]
