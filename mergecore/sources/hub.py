@@ -70,10 +70,18 @@ class HubSource(Source):
             if not COMMIT.fullmatch(known):
                 raise not_cached(asked, self._client.cache)
             return known
-        commit, self._offered = self._client.describe(revision)
-        if not pinned:
-            _write(reference, commit)
-        return commit
+        try:
+            commit, self._offered = self._client.describe(revision)
+        except SourceError as error:
+            if not COMMIT.fullmatch(known):
+                raise
+            # An older commit is never taken in silence: it would give other numbers under the same name.
+            problem = f"{error}; the cache holds commit {known} of it: pin that, or run offline"
+        else:
+            if not pinned:
+                _write(reference, commit)
+            return commit
+        raise SourceError(problem)
 
     @cached_property
     def files(self) -> Mapping[str, SourceFile]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import huggingface_hub
 from huggingface_hub import constants, errors
-from huggingface_hub.file_download import http_get, repo_folder_name
+from huggingface_hub.file_download import http_get, is_xet_available, repo_folder_name  # type: ignore[attr-defined]
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it exports them at run time only
     WeakFileLock,
     build_hf_headers,
@@ -160,7 +160,7 @@ class HubClient:
         about = huggingface_hub.get_hf_file_metadata(
             self._url(commit, name), token=self._token, endpoint=self._endpoint, library_name=LIBRARY
         )
-        if about.etag is None or (about.xet_file_data is not None and not constants.HF_HUB_DISABLE_XET):
+        if about.etag is None or (about.xet_file_data is not None and is_xet_available()):
             return
         blob = self.folder / "blobs" / about.etag
         lock = self.cache / ".locks" / self.folder.name / f"{about.etag}.lock"

@@ -209,8 +209,9 @@ def nearest_folder(path: Path) -> str:
     while not missing.parent.is_dir():
         missing = missing.parent
     folders = sorted(entry.name for entry in missing.parent.iterdir() if entry.is_dir())
-    close = difflib.get_close_matches(missing.name, folders, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(missing.name, folders, n=1, cutoff=0.6)
     if close:
         whole = missing.parent / close[0] / path.relative_to(missing)
         return f"did you mean '{whole if whole.is_dir() else missing.parent / close[0]}'?"
-    return f"the nearest existing folder is '{missing.parent}'"
+    where = "the current folder" if missing.parent == Path() else f"'{missing.parent}'"
+    return f"the nearest existing folder is {where}"

@@ -53,5 +53,7 @@ def resolve(
     try:
         return HubSource(name, written or revision, cache_dir, token, endpoint, offline=offline, digests=digests)
     except SourceError as error:
+        if written or revision is not None:
+            raise  # nobody writes a revision behind a path
         problem = str(error)
     raise SourceError(f"{problem}. Read as a hub id, as no folder '{name}' exists here; {nearest_folder(Path(name))}")
