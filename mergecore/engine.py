@@ -241,6 +241,7 @@ def run_span(round: Round, task: SpanTask) -> SpanOutcome:
 
     Raises NonFiniteError naming tensor and expert, or tensor and method.
     """
+    torch.set_num_threads(1)  # sums differ in their last bits between one thread and two; spans are what runs in parallel
     plan, span, outcome = round.plan, round.plan.spans[task.number], SpanOutcome()
     open_merges = []
     for job in plan.merges if task.only is None else ():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -177,15 +177,39 @@ def read_json(source: Source, name: str) -> dict[str, Any]:
 
 def read_header(source: Source, name: str) -> dict[str, tuple[TensorInfo, int]]:
     """{tensor: (info, offset in the file)} of a safetensors file, checked against the file's size."""
-    size = source.files[name].size
-    where = f"{source.uri}/{name}"
+    return parse_header(lambda start, length: source.read(name, start, length), source.files[name].size, f"{source.uri}/{name}")
+
+
+def open_file(path: Path) -> FileTensors:
+    """The tensors of one safetensors file that the store holds."""
+    return open_files(path.parent, [path.name])
+
+
+def open_files(folder: Path, names: Sequence[str]) -> FileTensors:
+    """The tensors of several safetensors files in one folder. Raises SourceError where one cannot be read."""
+    tensors: dict[str, TensorInfo] = {}
+    locations: dict[str, Location] = {}
+    for name in names:
+        with open(folder / name, "rb") as file:
+
+            def piece(start: int, length: int, file: BinaryIO = file) -> bytes:
+                file.seek(start)
+                return file.read(length)
+
+            for tensor, (info, offset) in parse_header(piece, (folder / name).stat().st_size, str(folder / name)).items():
+                tensors[tensor], locations[tensor] = info, (name, offset)
+    return FileTensors(str(folder), tensors, locations)
+
+
+def parse_header(read: Callable[[int, int], bytes], size: int, where: str) -> dict[str, tuple[TensorInfo, int]]:
+    """{tensor: (info, offset in the file)} from the file's first bytes. read: (start, length) → bytes."""
     if size < 8:
         raise SourceError(f"{where} has {size} bytes: not a safetensors file; fetch or write it again")
-    length = int.from_bytes(source.read(name, 0, 8), "little")
+    length = int.from_bytes(read(0, 8), "little")
     if length > min(size - 8, 100 << 20):
         raise SourceError(f"{where} is no safetensors file, or is truncated (header of {length:,} bytes in {size:,})")
     try:
-        header = json.loads(source.read(name, 8, length))
+        header = json.loads(read(8, length))
         header.pop("__metadata__", None)
         entries = {tensor: _entry(tensor, entry, 8 + length) for tensor, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

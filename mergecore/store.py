@@ -153,6 +153,29 @@ class Store:
         if folder.exists():
             self._discard(folder)
 
+    def fail(self, step: Step, reason: str) -> None:
+        """Record that a step was tried and why it failed; it is not tried again until `forgive`."""
+        path = self.root / "failures" / f"{step.key}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"step": step.as_json(), "reason": reason})
+
+    def failures(self) -> dict[str, str]:
+        """{key: reason} of every step that failed."""
+        found = {}
+        for path in (self.root / "failures").glob("*.json"):
+            try:
+                found[path.stem] = str(json.loads(path.read_text())["reason"])
+            except (OSError, ValueError, KeyError):
+                continue
+        return found
+
+    def forgive(self) -> int:
+        """Forget every failure, so that the steps are tried again; returns how many."""
+        held = list((self.root / "failures").glob("*.json"))
+        for path in held:
+            path.unlink(missing_ok=True)
+        return len(held)
+
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Hold the exclusive lock `name` across processes; waits for who has it. Gone with its process, even a killed one."""

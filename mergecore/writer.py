@@ -66,6 +66,11 @@ class ShardSink(Sink):
     tensors: Mapping[str, TensorInfo]
     shards: Sequence[Shard]
 
+    def complete(self) -> bool:
+        """Whether all files are there at their full size."""
+        paths = [(self.folder / shard.name, shard.size) for shard in self.shards]
+        return all(path.exists() and path.stat().st_size == size for path, size in paths)
+
     def prepare(self) -> None:
         """Create the files at their full size with their headers. Raises CapacityError where the disk is too small."""
         for shard in self.shards:

@@ -21,8 +21,8 @@ from mergecore.evaluators.lm_loglikelihood import Encoded, batches, forward_opti
 from mergecore.evaluators.lm_tasks import document_text, quiet
 from mergecore.identity import digest
 
-Prompt = Callable[[Any, Any, int], Any]
-"""(lm-eval task, document, examples) → the prompt, with the evaluator's chat template and system instruction."""
+Prompt = Callable[[Any, Any, int], tuple[Any, bool]]
+"""(lm-eval task, document, number of examples) → the prompt as lm-eval builds it, and whether it is a chat turn."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _answer(task: Any, item: int, document: Any, context: tuple[Any, bool]) -> t
     gold = gold[0] if isinstance(gold, list) else gold
     if task.OUTPUT_TYPE == "multiple_choice":
         right = gold if isinstance(gold, int) else list(task.doc_to_choice(document)).index(gold)
-        return tuple(requests[right].args[:2])  # type: ignore[return-value]
+        return tuple(requests[right].args[:2])
     if task.OUTPUT_TYPE == "generate_until":
         text = task.doc_to_choice(document)[gold] if task.config.doc_to_choice is not None else str(gold)
         return context[0], ("" if context[1] else task.config.target_delimiter) + text

@@ -1,0 +1,308 @@
+"""Language models scored by lm-eval's tasks (EleutherAI, 0.4.13): its prompts, requests and metrics, one resident model.
+
+Item for item the numbers of `lm_eval.simple_evaluate` in a fresh process. Tasks are YAML files in a folder (lm-eval's
+include path; data files relative to the YAML) or, for a name that is not there, lm-eval's own.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field
+
+from mergecore.errors import EvaluationError
+from mergecore.evaluators import Evaluator, Resident, Split, TaskIdentity
+from mergecore.evaluators.lm_loglikelihood import Encoded, Likelihood, batches, likelihoods
+from mergecore.evaluators.lm_prepared import LanguageItems, Prepared, prepare, training_items
+from mergecore.evaluators.lm_results import results_json, row, table
+from mergecore.evaluators.lm_tasks import (
+    TaskFile,
+    build,
+    documents_digest,
+    find_task,
+    lm_eval_version,
+    quiet,
+    tasks_in,
+)
+from mergecore.evaluators.weights import blank, check_fit, fill, mismatches
+from mergecore.method import Event, Report, TensorSource
+from mergecore.snapshot import MemoryTensors
+
+__all__ = ["LmEval", "results_json"]
+
+
+class LmEval(Evaluator):
+    """lm-eval on a resident causal language model.
+
+    limit: the first so many items of a split (None: all). batch_size: prompts in one pass. dtype: of the weights and of
+    the arithmetic. num_fewshot: examples in a prompt (None: what the task says; a task that says 0 keeps 0).
+    apply_chat_template: prompts as turns of the tokenizer's chat template. system_instruction: put before every prompt.
+    seed: of lm-eval's four generators (the examples in the prompt, and sampling where a task samples).
+    logits_cache: one pass for requests that differ in the last token only; changes numbers by rounding at most (other
+    neighbours in a batch, other padding), and makes options of one token several times faster.
+    """
+
+    name: ClassVar[str] = "lm_eval"
+
+    limit: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
+    logits_cache: bool = True
+
+    def resolve(self, tasks: Sequence[str], split: Split, folder: Path | None) -> dict[str, TaskIdentity]:
+        """What each task is: configuration and SHA-256 of the data, from the files alone.
+
+        Data of a hub, filtered documents and formats other than JSON lines and Parquet are loaded to be counted (and,
+        where they are no local files, hashed). Code that a `!function` module imports from elsewhere is not hashed.
+        Raises EvaluationError: unknown task (nearest name), no such split, unreadable file, lower is better.
+        """
+        local = _local(folder)
+        return {name: self._resolved(find_task(name, local), split) for name in tasks}
+
+    def training_identity(self, tasks: Sequence[str], folder: Path | None) -> dict[str, Any]:
+        """What `Resident.calibration` draws from, as plain JSON for a statistic's key: configurations and data digests."""
+        local, found = _local(folder), {}
+        for name in tasks:
+            file = find_task(name, local)
+            split = file.config.get("training_split")
+            if not isinstance(split, str):
+                raise EvaluationError(f"task '{name}' has no training split to take items from")
+            data = file.digests(split)
+            if data is None:
+                data = [documents_digest(_load(file).training_docs())]
+            found[name] = {"config": file.plain, "data": data}
+        return {"tasks": found, "lm_eval": lm_eval_version(), "evaluator": self.parameters()}
+
+    def open(self, companions: Path, folder: Path | None) -> Resident:
+        """A model of the config in `companions`, in `dtype`, on the CPU; `.model.to(device)` moves it."""
+        return _LmResident(self, companions, folder)
+
+    def _resolved(self, file: TaskFile, split: Split) -> TaskIdentity:
+        evaluated, examples = file.split_name(split), file.fewshot_count(self.num_fewshot)
+        data: dict[str, Any] = {"evaluated": file.digests(evaluated)}
+        fewshot = file.fewshot_split(evaluated)
+        count = file.count(evaluated)
+        if data["evaluated"] is None or count is None:
+            task = _load(file, split)
+            count = len(task.eval_docs)
+            data["evaluated"] = data["evaluated"] or [documents_digest(task.eval_docs)]
+        if examples:
+            data["examples"] = file.digests(fewshot) or [documents_digest(_load(file, split).fewshot_docs())]
+        identity = {
+            "config": {**file.plain, "num_fewshot": examples},
+            "data": data,
+            "documents": count,
+            "lm_eval": lm_eval_version(),
+            "evaluator": self.parameters(),
+        }
+        items = min(count, self.limit or count)
+        return TaskIdentity(task=file.name, split=split, items=items, metric=file.metric, identity=identity)
+
+
+class _LmResident(Resident):
+    """A causal language model whose weights are swapped in place."""
+
+    def __init__(self, evaluator: LmEval, companions: Path, folder: Path | None) -> None:
+        from lm_eval.models.huggingface import HFLM
+
+        self._evaluator, self._folder = evaluator, folder
+        self._model, tokenizer = _shell(companions, getattr(torch, evaluator.dtype))
+        blank(self._model)
+        self._filled = False
+        self._prepared: dict[tuple[str, Split], tuple[TaskIdentity, Prepared]] = {}
+        with quiet():
+            self._lm: Any = HFLM(
+                pretrained=self._model,
+                tokenizer=tokenizer,
+                batch_size=evaluator.batch_size,
+                logits_cache=evaluator.logits_cache,
+            )
+        self._lm._loglikelihood_tokens = self._answers
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The module, in eval mode."""
+        module: torch.nn.Module = self._model
+        return module
+
+    def swap(self, weights: TensorSource) -> None:
+        """Put these weights in, cast to the evaluator's dtype; NaN everywhere first.
+
+        Names are those of the module, or those of the family's checkpoints (transformers then renames and fuses them,
+        which takes a second copy in memory). Raises MismatchError, NonFiniteError.
+        """
+        self._filled = False
+        if mismatches(self._model, weights):
+            weights = _renamed(self._model, weights)
+        check_fit(self._model, weights)
+        blank(self._model)
+        fill(self._model, weights)
+        self._model.eval()
+        self._filled = True
+
+    def score(self, task: TaskIdentity, report: Report) -> pa.Table:
+        """One row per item, and one more float64 column for every other metric that has a number per item.
+
+        loglikelihoods: of the task's options (nats), null for generated text. Raises EvaluationError where the task's
+        files are no longer what was resolved, or no weights are in; NonFiniteError where a log-likelihood is NaN.
+        """
+        if not self._filled:
+            raise EvaluationError("the evaluator holds no weights: swap a model in before scoring")
+        prepared = self._ready(task)
+        instances = prepared.instances()
+        with quiet(), _seeded(self._evaluator.seed):
+            self._respond(prepared, list(chain.from_iterable(instances)), task, report)
+            made = list(chain.from_iterable(instances))
+            for ensemble in prepared.task._filters:
+                ensemble.apply(made)
+            first = next(iter(made[0].filtered_resps))
+            rows = [
+                row(prepared.task, document, [held.filtered_resps[first] for held in ours], task)
+                for document, ours in zip(prepared.documents, instances, strict=True)
+            ]
+        return table(rows)
+
+    def calibration(self, tasks: Sequence[str], items: int, seed: int) -> LanguageItems:
+        """Training items with their right answers, in the evaluator's prompt format without examples.
+
+        The answer is the right option or the target text; logits are over the whole vocabulary.
+        """
+        local, share = _local(self._folder), divmod(items, max(len(tasks), 1))
+        drawn = []
+        for position, name in enumerate(tasks):
+            file = find_task(name, local)
+            count = share[0] + (position < share[1])
+            drawn.append(training_items(_load(file), self._lm, self._prompt, count, seed))
+        return LanguageItems(
+            tuple(chain.from_iterable(one.sequences for one in drawn)),
+            tuple(chain.from_iterable(one.answers for one in drawn)),
+            tuple(chain.from_iterable(one.documents for one in drawn)),
+        )
+
+    def _prompt(self, task: Any, document: Any, examples: int) -> tuple[Any, bool]:
+        chat = self._evaluator.apply_chat_template
+        context = task.fewshot_context(
+            document,
+            num_fewshot=examples,
+            system_instruction=self._evaluator.system_instruction,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=True,  # the default of simple_evaluate
+            chat_template=self._lm.apply_chat_template if chat else None,
+            gen_prefix=task.doc_to_prefix(document),
+        )
+        return context, chat
+
+    def _ready(self, task: TaskIdentity) -> Prepared:
+        held = self._prepared.get((task.task, task.split))
+        if held is not None and held[0] == task:
+            return held[1]
+        file = find_task(task.task, _local(self._folder))
+        if self._evaluator._resolved(file, task.split) != task:
+            raise EvaluationError(f"task '{task.task}' is not what it was when it was resolved; plan again")
+        built = _load(file, task.split)
+        built.set_config(key="num_fewshot", value=file.fewshot_count(self._evaluator.num_fewshot))
+        built.set_fewshot_seed(seed=self._evaluator.seed)
+        ready = prepare(built, self._lm, self._prompt, self._evaluator.limit, self._evaluator.logits_cache)
+        self._prepared[task.task, task.split] = (task, ready)
+        return ready
+
+    def _respond(self, prepared: Prepared, instances: list[Any], task: TaskIdentity, report: Report) -> None:
+        """Put the model's responses into the Instances."""
+        self._lm._device = next(self._model.parameters()).device
+        what = f"evaluate {task.task}"
+        if prepared.batches:
+            count = len(instances)
+
+            def done(requests: int) -> None:
+                report(Event(what, task.items * requests / count, task.items, "items"))
+
+            for held, answer in zip(instances, likelihoods(self._model, prepared.batches, done), strict=True):
+                held.resps.extend([answer] * held.repeats)
+            return
+        repeated = [held for held in instances for _ in range(held.repeats)]
+        with torch.no_grad():
+            responses = getattr(self._lm, repeated[0].request_type)(repeated, disable_tqdm=True)
+        for held, response in zip(repeated, responses, strict=True):
+            held.resps.append(response)
+        report(Event(what, task.items, task.items, "items"))
+
+    def _answers(self, requests: Sequence[Encoded], **_: Any) -> list[Likelihood]:
+        """What lm-eval's own code asks for (rolling log-likelihoods), by way of our batches."""
+        share = self._evaluator.logits_cache
+        made = batches(requests, self._evaluator.batch_size, self._lm.max_length, share)
+        return likelihoods(self._model, made, lambda _: None)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def _shell(companions: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A model without weights and its tokenizer. Buffers that no checkpoint holds are as the config says."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.initialization import no_init_weights
+
+    if not (companions / "config.json").is_file():
+        raise EvaluationError(f"{companions} holds no config.json: there is no model to score")
+    config = AutoConfig.from_pretrained(companions, local_files_only=True)
+    with no_init_weights():
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    model.tie_weights()
+    if (companions / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(companions, local_files_only=True)
+    return model.eval(), AutoTokenizer.from_pretrained(companions, local_files_only=True)
+
+
+def _renamed(model: Any, weights: TensorSource) -> TensorSource:
+    """The weights under the module's names, where the family's checkpoints use others (prefixes, fused experts).
+
+    What transformers cannot place either stays as it was, so that the refusal speaks of the checkpoint's names.
+    """
+    held = {name: weights.read(name).view(info.shape) for name, info in weights.tensors.items()}
+    with quiet():
+        loaded, found = type(model).from_pretrained(
+            None, config=model.config, state_dict=held, dtype=model.dtype, output_loading_info=True
+        )
+    if any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+        return weights
+    return MemoryTensors(dict(loaded.state_dict()))
+
+
+def _local(folder: Path | None) -> Mapping[str, TaskFile]:
+    if folder is not None and not folder.is_dir():
+        raise EvaluationError(f"the folder of task files {folder} is not there")
+    return tasks_in(folder) if folder is not None else {}
+
+
+def _load(file: TaskFile, split: Split | None = None) -> Any:
+    """lm-eval's task object with its documents in memory."""
+    chosen: Split = split or ("test" if file.config.get("test_split") else "validation")
+    with tempfile.TemporaryDirectory(prefix="mergeloom-") as cache:
+        return build(file, chosen, Path(cache))
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """lm-eval's three global generators set to `seed`, and left as they were found."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

@@ -1,0 +1,332 @@
+"""From a spec to cells and from cells to steps: what every number needs, by key, before anything is done.
+
+A cell is one model to be made and measured. Planning touches no weights: equal plans come from equal digests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergecore.errors import MergeloomError, SpecError
+from mergecore.evaluators import Evaluator, Split, TaskIdentity
+from mergecore.identity import Step, digest
+from mergecore.layout import Layout, lay_out
+from mergecore.method import DataStatistic, Method, Scope, Statistic, TensorInfo
+from mergecore.methods.average import Average
+from mergecore.pool import Member, Pool, snapshot_step
+from mergecore.registry import evaluator_from
+from mergecore.scores import Kind, Suite
+from mergecore.snapshot import DTYPES, MERGED
+from mergecore.spec import SAFETENSORS_DTYPE, Spec, size_in_bytes, values_label
+from mergecore.merging import stored_as
+
+ENGINE = 1
+"""Version of the arithmetic that all merges share (deltas in float32, one rounding); bumped when numbers change."""
+
+
+@dataclass(frozen=True)
+class StatisticPlan:
+    """One statistic of some experts over a selection. `experts` are ids in fold order."""
+
+    step: Step
+    statistic: Statistic | DataStatistic
+    experts: tuple[str, ...]
+    selection: Mapping[str, TensorInfo]
+    inputs: Mapping[str, tuple[StatisticPlan, ...]]
+    tasks: tuple[str, ...] = ()
+
+    def with_inputs(self) -> Iterator[StatisticPlan]:
+        """Everything that must be known for it, deepest first, itself last."""
+        for plans in self.inputs.values():
+            for plan in plans:
+                yield from plan.with_inputs()
+        yield self
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """One model: the method with its parameters in fold order, and what it must know beforehand."""
+
+    step: Step
+    method: Method
+    experts: tuple[str, ...]
+    layout: Layout
+    outputs: Mapping[str, TensorInfo]
+    statistics: Mapping[str, tuple[StatisticPlan, ...]]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the written model."""
+        return sum(info.count * DTYPES[info.dtype].itemsize for info in self.outputs.values())
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model to be made and measured. `merge` is None where the model is a checkpoint as it stands."""
+
+    id: str
+    kind: Kind
+    name: str
+    method: str
+    values: Mapping[str, Any]
+    count: int
+    subset: int
+    experts: tuple[str, ...]
+    model: Step
+    merge: MergePlan | None
+    member: Member | None
+    tasks: tuple[str, ...]
+    refused: str = ""
+
+    @property
+    def group(self) -> tuple[str, int, int]:
+        """Cells of one group differ in their values only; one of them is chosen on validation items."""
+        return (self.method if self.kind == "merge" else self.id, self.count, self.subset)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a sweep consists of."""
+
+    spec: Spec
+    pool: Pool
+    suite: Suite
+    cells: tuple[Cell, ...]
+    evaluators: Mapping[Split, Evaluator]
+    tasks: Mapping[Split, Mapping[str, TaskIdentity]]
+    folder: Path | None
+    _digests: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    _evaluations: dict[tuple[str, str, str], Step] = field(default_factory=dict, compare=False, repr=False)
+
+    def evaluation(self, cell: Cell, split: Split, task: str) -> Step:
+        """The step that scores a cell's model on one task."""
+        place = (cell.id, split, task)
+        if place not in self._evaluations:
+            self._evaluations[place] = self._evaluation(cell, split, task)
+        return self._evaluations[place]
+
+    def _evaluation(self, cell: Cell, split: Split, task: str) -> Step:
+        evaluator, identity = self.evaluators[split], self.tasks[split][task]
+        known = f"{split}/{task}"
+        if known not in self._digests:
+            self._digests[known] = digest(dict(identity.identity))
+            self._digests[split] = digest(evaluator.parameters())
+        return Step(
+            "evaluation",
+            evaluator.name,
+            evaluator.version,
+            {"task": task, "identity": self._digests[known], "settings": self._digests[split]},
+            {"model": cell.model.key, "companions": self.companions(cell).companions},
+        )
+
+    def companions(self, cell: Cell) -> Any:
+        """The snapshot whose config and tokenizer go with the cell's model."""
+        if cell.merge is None and cell.member is not None:
+            return cell.member.snapshot
+        return self.pool.base
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """Validation first, where the spec has it."""
+        return tuple(self.evaluators)
+
+    @property
+    def shard_size(self) -> int:
+        """Bytes of a shard."""
+        return size_in_bytes(self.spec.output.shard_size)
+
+
+def make_plan(spec: Spec, pool: Pool, root: Path) -> Plan:
+    """The plan of a sweep. `root`: what relative paths in the spec's `evaluate.path` start from.
+
+    Raises SpecError and EvaluationError for what cannot be meant; a method whose values do not fit a count becomes a
+    refused cell instead.
+    """
+    evaluate = spec.evaluate
+    folder = root / evaluate.path if evaluate.path else None
+    evaluators: dict[Split, Evaluator] = {}
+    if evaluate.validation is not None:
+        limits = {"limit": evaluate.validation.limit}
+        evaluators["validation"] = evaluator_from(evaluate.evaluator, {**evaluate.settings, **limits}, "evaluate")
+    evaluators["test"] = evaluator_from(evaluate.evaluator, evaluate.settings, "evaluate")
+    suite = Suite(
+        {category: tuple(tasks) for category, tasks in evaluate.held_in.items()},
+        {category: tuple(tasks) for category, tasks in evaluate.held_out.items()},
+        {expert.name: expert.tasks for expert in spec.experts},
+    )
+    names = list(dict.fromkeys(task for group in (suite.held_in, suite.held_out) for held in group.values() for task in held))
+    if not names:
+        raise SpecError("evaluate: no task stands in held_in or held_out; a sweep needs something to measure")
+    tasks = {split: evaluator.resolve(names, split, folder) for split, evaluator in evaluators.items()}
+    planner = Planner(spec, pool, suite, evaluators["test"], tasks["test"])
+    return Plan(spec, pool, suite, tuple(planner.cells()), evaluators, tasks, folder)
+
+
+class Planner:
+    """Builds merges and their statistics, each distinct one once."""
+
+    def __init__(
+        self, spec: Spec, pool: Pool, suite: Suite, evaluator: Evaluator, tasks: Mapping[str, TaskIdentity]
+    ) -> None:
+        self.spec, self.pool, self.suite, self.evaluator, self.tasks = spec, pool, suite, evaluator, tasks
+        self.builder = MergeBuilder(pool, spec.select, spec.output.dtype, self._data)
+
+    def _data(self, member: Member) -> dict[str, Any]:
+        names = member.tasks or tuple(sorted(self.tasks))
+        return {
+            "tasks": {task: digest(dict(self.tasks[task].identity)) for task in names},
+            "settings": digest(self.evaluator.parameters()),
+            "companions": self.pool.base.companions,
+        }
+
+    def cells(self) -> Iterator[Cell]:
+        """Baselines first, then every merge by count, subset and method."""
+        everything = tuple(dict.fromkeys(t for g in (self.suite.held_in, self.suite.held_out) for h in g.values() for t in h))
+        base = snapshot_step(self.pool.base)
+        yield Cell(base.key[:16], "base", "base", "", {}, 0, -1, (), base, None, None, everything)
+        for member in self.pool.members:
+            own = member.tasks if member.name in self.pool.experts else None
+            tasks = everything if own is None else self._tasks_of([member.name])
+            yield self._baseline(member, tasks)
+        seen: set[str] = set()
+        for count in self.spec.counts:
+            for subset in range(self.spec.subsets.per_count):
+                chosen = self.draw(count, subset)
+                for method, values in self.spec.methods_expanded():
+                    cell = self._cell(method, values, count, subset, chosen)
+                    if cell.id not in seen:
+                        seen.add(cell.id)
+                        yield cell
+
+    def draw(self, count: int, subset: int) -> tuple[str, ...]:
+        """The first `count` experts by hash(seed, subset, id), named in the order of the spec."""
+        seed = self.spec.subsets.seed
+        ranked = sorted(self.pool.experts.values(), key=lambda member: digest([seed, subset, member.id]))
+        held = {member.name for member in ranked[:count]}
+        return tuple(name for name in self.pool.experts if name in held)
+
+    def _tasks_of(self, experts: Sequence[str]) -> tuple[str, ...]:
+        own = {task for name in experts for task in self.pool.experts[name].tasks}
+        held_in = [task for tasks in self.suite.held_in.values() for task in tasks if task in own]
+        return tuple(dict.fromkeys([*held_in, *(task for tasks in self.suite.held_out.values() for task in tasks)]))
+
+    def _baseline(self, member: Member, tasks: tuple[str, ...]) -> Cell:
+        kind: Kind = "expert" if member.name in self.pool.experts else "multitask"
+        experts = (member.name,) if kind == "expert" else ()
+        if member.factors is None:
+            step = snapshot_step(member.snapshot)
+            return Cell(step.key[:16], kind, member.name, "", {}, len(experts), -1, experts, step, None, member, tasks)
+        merge = self.builder.build(Average(), [member])
+        key = digest(["baseline", merge.step.key])
+        return Cell(key[:16], kind, member.name, "", {}, len(experts), -1, experts, merge.step, merge, member, tasks)
+
+    def _cell(
+        self, method: Method, values: Mapping[str, Any], count: int, subset: int, chosen: tuple[str, ...]
+    ) -> Cell:
+        label = values_label(values)
+        name = f"{method.name}({label}) n{count} s{subset}" if label else f"{method.name} n{count} s{subset}"
+        try:
+            merge = self.builder.build(method, [self.pool.experts[expert] for expert in chosen])
+        except MergeloomError as error:
+            refused = Step("merge", method.name, method.version, method.parameters(), {"experts": list(chosen)})
+            return Cell(
+                refused.key[:16], "merge", name, method.name, values, count, subset, chosen, refused, None, None, (), str(error)
+            )
+        return Cell(
+            merge.step.key[:16], "merge", name, method.name, values, count, subset, chosen, merge.step, merge, None,
+            self._tasks_of(chosen),
+        )  # fmt: skip
+
+
+class MergeBuilder:
+    """Turns (method, experts) into steps; layouts and statistics that several merges share are built once.
+
+    data: for a statistic that needs data, what identifies the data it sees for an expert.
+    """
+
+    def __init__(self, pool: Pool, select: Sequence[Any], dtype: str | None, data: Any) -> None:
+        self.pool, self.select, self.data = pool, tuple(select), data
+        self.dtype = SAFETENSORS_DTYPE[dtype] if dtype else None
+        self.by_id = {member.id: member for member in pool.members}
+        self._layouts: dict[frozenset[str], tuple[Layout, Mapping[str, TensorInfo], str]] = {}
+        self._statistics: dict[str, StatisticPlan] = {}
+        self._wholes: dict[str, Mapping[str, TensorInfo]] = {}
+
+    def build(self, method: Method, members: Sequence[Member]) -> MergePlan:
+        """The merge of these experts by this method. Raises SpecError where the values do not fit."""
+        method.validate_count(len(members))
+        order = list(range(len(members)))
+        if not method.ordered:
+            order.sort(key=lambda position: members[position].id)
+        ids = tuple(members[position].id for position in order)
+        bound = method.bound(order)
+        layout, outputs, tensors = self._layout([self.by_id[one].carried() for one in ids])
+        statistics = self._statistics_of(bound, ids, layout.merged, tensors)
+        step = Step(
+            "merge",
+            bound.name,
+            bound.version,
+            {"values": bound.parameters(), "dtype": self.dtype, "tensors": tensors, "engine": ENGINE},
+            {
+                "base": self.pool.base.weights,
+                "experts": list(ids),
+                "statistics": {name: [plan.step.key for plan in plans] for name, plans in statistics.items()},
+            },
+        )
+        if (changed := bound.outputs(layout.merged)) is not layout.merged:
+            outputs = self._outputs({**changed, **layout.copied})
+        return MergePlan(step, bound, ids, layout, outputs, statistics)
+
+    def _outputs(self, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+        return {name: stored_as(info, self.dtype or info.dtype) for name, info in tensors.items()}
+
+    def _layout(self, carried: Sequence[frozenset[str]]) -> tuple[Layout, Mapping[str, TensorInfo], str]:
+        union = frozenset().union(*carried)
+        if union not in self._layouts:
+            layout = lay_out(self.pool.base.tensors, self.pool.base.config, [union], self.select)
+            tensors = digest([sorted(layout.merged), sorted(layout.copied)])
+            self._layouts[union] = (layout, self._outputs({**layout.merged, **layout.copied}), tensors)
+        return self._layouts[union]
+
+    def _statistics_of(
+        self, owner: Method | Statistic, ids: tuple[str, ...], selection: Mapping[str, TensorInfo], tensors: str
+    ) -> dict[str, tuple[StatisticPlan, ...]]:
+        found = {}
+        for name, statistic in owner.statistics().items():
+            groups = [(one,) for one in ids] if statistic.scope is Scope.EXPERT else [ids]
+            found[name] = tuple(self._statistic(statistic, group, selection, tensors) for group in groups)
+        return found
+
+    def _statistic(
+        self,
+        statistic: Statistic | DataStatistic,
+        ids: tuple[str, ...],
+        selection: Mapping[str, TensorInfo],
+        tensors: str,
+    ) -> StatisticPlan:
+        inner: dict[str, tuple[StatisticPlan, ...]] = {}
+        inputs: dict[str, Any] = {"base": self.pool.base.weights, "experts": list(ids)}
+        tasks: tuple[str, ...] = ()
+        if isinstance(statistic, Statistic) and statistic.whole:
+            selection = self._whole(ids[0])
+        else:
+            inputs["tensors"] = tensors
+        if isinstance(statistic, DataStatistic):
+            inputs["data"] = self.data(self.by_id[ids[0]])
+            tasks = tuple(sorted(inputs["data"]["tasks"]))
+        else:
+            inner = self._statistics_of(statistic, ids, selection, tensors)
+            inputs["statistics"] = {name: [plan.step.key for plan in plans] for name, plans in inner.items()}
+        parameters = {"values": statistic.parameters(), "engine": ENGINE}
+        step = Step("statistic", statistic.name, statistic.version, parameters, inputs)
+        return self._statistics.setdefault(step.key, StatisticPlan(step, statistic, ids, selection, inner, tasks))
+
+    def _whole(self, expert: str) -> Mapping[str, TensorInfo]:
+        """Every tensor the expert can change, whatever is selected: profiles are shared by all selections."""
+        if expert not in self._wholes:
+            layout = lay_out(self.pool.base.tensors, self.pool.base.config, [self.by_id[expert].carried()], ())
+            self._wholes[expert] = {name: info for name, info in layout.merged.items() if info.dtype in MERGED}
+        return self._wholes[expert]

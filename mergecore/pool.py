@@ -1,0 +1,160 @@
+"""The checkpoints of a sweep or recipe, resolved and checked against each other before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergecore.delta import AdapterExpert, Expert, Factor, FullExpert, adapter_factors
+from mergecore.errors import MismatchError, SpecError
+from mergecore.identity import Step
+from mergecore.layout import check_fit
+from mergecore.method import Event, Report, TensorInfo
+from mergecore.snapshot import FileTensors, Snapshot, read_json, read_snapshot
+from mergecore.sources import Source
+from mergecore.spec import ExpertSpec, SourceSpec
+
+Resolver = Callable[[SourceSpec], Source]
+"""Finds the source a spec names; the caller decides about caches, tokens and being offline."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One expert: its snapshot, and for an adapter its low-rank factors by base tensor."""
+
+    name: str
+    tasks: tuple[str, ...]
+    snapshot: Snapshot
+    factors: Mapping[str, Factor] | None
+
+    @property
+    def id(self) -> str:
+        """The digest of its weights: who the expert is, whatever it is called and wherever it lies."""
+        return self.snapshot.weights
+
+    def carried(self) -> frozenset[str]:
+        """The base tensors that its own files hold."""
+        return frozenset(self.snapshot.tensors if self.factors is None else self.factors)
+
+    def open(self, folder: Path, base: Mapping[str, TensorInfo]) -> Expert:
+        """The expert as the engine reads it, from the folder its files lie in."""
+        held = self.snapshot.open(folder)
+        if self.factors is None:
+            return FullExpert(self.id, self.name, held)
+        shapes = {name: (base[name].shape[0], base[name].shape[1]) for name in self.factors}
+        return AdapterExpert(self.id, self.name, held, dict(self.factors), shapes)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Base, experts by name and the multitask model; `warnings` are to be said aloud."""
+
+    base: Snapshot
+    experts: Mapping[str, Member]
+    multitask: Member | None
+    warnings: tuple[str, ...]
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """Experts, then the multitask model."""
+        return (*self.experts.values(), *([self.multitask] if self.multitask else []))
+
+    @property
+    def tied(self) -> bool:
+        """Whether the base ties its word embeddings."""
+        return bool(self.base.config.get("tie_word_embeddings"))
+
+
+def snapshot_step(snapshot: Snapshot) -> Step:
+    """The step that pins a checkpoint."""
+    return Step("snapshot", snapshot.kind, 1, {}, {"weights": snapshot.weights, "companions": snapshot.companions})
+
+
+def resolve_pool(
+    base: SourceSpec,
+    experts: Sequence[ExpertSpec],
+    multitask: SourceSpec | None,
+    resolve: Resolver,
+    report: Report,
+) -> Pool:
+    """Resolve and check every checkpoint; reads headers and small files only.
+
+    Raises SourceError for what cannot be had and MismatchError for what does not fit the base: architecture, shapes,
+    vocabulary.
+    """
+    ground = read_snapshot(resolve(base))
+    report(Event(f"base {ground.source.uri}"))
+    if ground.kind != "full":
+        raise SpecError(f"base: {ground.source.uri} is an adapter; give the checkpoint it was trained on")
+    warnings: list[str] = []
+    members: dict[str, Member] = {}
+    for position, expert in enumerate(experts):
+        report(Event(f"expert {expert.name}", position + 1, len(experts), "experts"))
+        member = _member(expert.name, expert.tasks, read_snapshot(resolve(expert)), ground, base.source, warnings)
+        same = next((other.name for other in members.values() if other.id == member.id), None)
+        if same is not None:
+            raise SpecError(f"experts: '{expert.name}' and '{same}' have the same weights; list each checkpoint once")
+        members[expert.name] = member
+    several = None
+    if multitask is not None:
+        several = _member("multitask", (), read_snapshot(resolve(multitask)), ground, base.source, warnings)
+    return Pool(ground, members, several, tuple(warnings))
+
+
+def _member(
+    name: str, tasks: tuple[str, ...], found: Snapshot, base: Snapshot, base_name: str, warnings: list[str]
+) -> Member:
+    where = f"expert '{name}' ({found.source.uri})"
+    if found.kind == "adapter":
+        factors = adapter_factors(found.tensors, found.config, base.tensors, where)
+        recorded = str(found.config.get("base_model_name_or_path") or "")
+        if recorded and not _same_base(recorded, base, base_name):
+            warnings.append(f"{where} records '{recorded}' as its base, the spec says '{base_name}'")
+        return Member(name, tasks, found, factors)
+    for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
+        ours, theirs = base.config.get(key), found.config.get(key)
+        if ours is not None and theirs is not None and ours != theirs:
+            raise MismatchError(f"{where} has {key} {theirs}, the base has {ours}: they are no versions of one model")
+    check_fit(base.tensors, found.tensors, where, bool(base.config.get("tie_word_embeddings")))
+    _check_tokenizer(where, found, base, warnings)
+    return Member(name, tasks, found, None)
+
+
+def _same_base(recorded: str, base: Snapshot, base_name: str) -> bool:
+    known = (base_name, base.source.uri, str(base.config.get("_name_or_path", "")))
+    return any(recorded == name or Path(recorded).name == Path(name.partition("@")[0]).name for name in known if name)
+
+
+def _check_tokenizer(where: str, found: Snapshot, base: Snapshot, warnings: list[str]) -> None:
+    """Raise MismatchError where the vocabularies differ; other differences of the tokenizer files are said aloud."""
+    name = "tokenizer.json"
+    if name not in found.source.files or name not in base.source.files:
+        return
+    if found.source.files[name].sha256 == base.source.files[name].sha256:
+        return
+    ours, theirs = (_vocabulary(read_json(one.source, name)) for one in (base, found))
+    differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    if differing:
+        raise MismatchError(
+            f"{where}: its tokenizer gives {len(differing)} tokens other ids than the base's (first: {differing[0]!r}); "
+            "only experts that share the base's vocabulary can be merged"
+        )
+    warnings.append(f"{where} has another tokenizer.json than the base (same vocabulary); the base's is used")
+
+
+def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+    model = tokenizer.get("model") or {}
+    held = model.get("vocab") or {}
+    tokens = dict(held) if isinstance(held, dict) else {entry[0]: number for number, entry in enumerate(held)}
+    return tokens | {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or []}
+
+
+def opened(pool: Pool, folders: Mapping[str, Path]) -> tuple[FileTensors, dict[str, Expert]]:
+    """The base and the experts (by id) as the engine reads them. folders: weights digest → where the files lie."""
+    base = pool.base.open(folders[pool.base.weights])
+    experts = {
+        member.id: member.open(folders[member.id], pool.base.tensors) for member in pool.members if member.id in folders
+    }
+    return base, experts

@@ -1,0 +1,455 @@
+"""The only place where a step is done: in a notebook, on the command line and in a Prefect task alike.
+
+Each function completes the work it is given through an `Executor`, records it in the store and returns what was done
+and what failed. A failure is recorded with its reason and never stops the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pyarrow.parquet as parquet
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergecore.delta import Expert
+from mergecore.engine import Executor, MergeJob, PassPlan, StatisticJob, coarsest, plan_spans, run_pass
+from mergecore.errors import EvaluationError, MergeloomError
+from mergecore.evaluators import Evaluator, Resident, Split, TaskIdentity
+from mergecore.frontier import Scoring
+from mergecore.identity import Step, model_digest, tensor_digest
+from mergecore.engine import block_digests
+from mergecore.method import DataStatistic, Event, Found, Report, Result, TensorInfo, TensorSource, silent
+from mergecore.plan import MergePlan, Plan, StatisticPlan
+from mergecore.pool import Pool, opened, snapshot_step
+from mergecore.snapshot import NAMES, FileTensors, MemoryTensors, Snapshot, open_file, open_files
+from mergecore.store import Draft, State, Store
+from mergecore.writer import ShardSink, plan_shards
+
+TENSORS = "tensors.safetensors"
+ITEMS = "items.parquet"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where work is done: the store, who runs spans and scores, where progress goes, and where checkpoints lie."""
+
+    plan: Plan
+    store: Store
+    executor: Executor
+    report: Report
+    folders: dict[str, Path] = field(default_factory=dict)
+    """Weights digest → local folder, filled by `fetch`."""
+    device: str = "cpu"
+
+
+@dataclass
+class Done:
+    """What a piece of work completed: names of steps, and {name: reason} of those that failed."""
+
+    steps: list[str] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def note(self, other: Done) -> Done:
+        """Both together."""
+        return Done(self.steps + other.steps, {**self.failures, **other.failures}, self.seconds + other.seconds)
+
+
+def fetch(place: Place, snapshot: Snapshot) -> Done:
+    """Have a checkpoint's files at hand, and record what it is."""
+    began = time.monotonic()
+    folder = snapshot.source.fetch(place.report)
+    place.folders[snapshot.weights] = folder
+    step = snapshot_step(snapshot)
+    if not place.store.is_done(step):
+        with place.store.draft(step) as draft:
+            files = {name: [held.size, held.sha256] for name, held in sorted(snapshot.source.files.items())}
+            result = {"uri": snapshot.source.uri, "revision": snapshot.source.revision, "files": files}
+            place.store.commit(draft, snapshot.weights, result, made_with(began))
+    return Done([step.name], {}, time.monotonic() - began)
+
+
+def run_statistics(place: Place, plans: Sequence[StatisticPlan]) -> Done:
+    """Complete streamed statistics in one reading of the models; where one fails they are tried one by one."""
+
+    def attempt(held: Sequence[StatisticPlan]) -> list[str]:
+        began = time.monotonic()
+        with _drafts(place.store, [plan.step for plan in held]) as drafts:
+            wanted = [plan for plan in held if plan.step in drafts]
+            if wanted:
+                outcome = run_pass(_pass(place, wanted, [], drafts), place.executor, place.report)
+                for plan in wanted:
+                    commit_result(place.store, drafts[plan.step], outcome.results[plan.step.key], made_with(began))
+        return [plan.step.name for plan in held]
+
+    return _each_or_alone(place, plans, attempt)
+
+
+def run_merges(place: Place, plans: Sequence[MergePlan]) -> Done:
+    """Complete merges in one reading of the models; what spans an earlier try has finished are not done again."""
+
+    def attempt(held: Sequence[MergePlan]) -> list[str]:
+        began = time.monotonic()
+        with _drafts(place.store, [plan.step for plan in held], resume=True) as drafts:
+            wanted = [plan for plan in held if plan.step in drafts]
+            if wanted:
+                planned = _pass(place, [], wanted, drafts)
+                outcome = run_pass(planned, place.executor, place.report)
+                for plan in wanted:
+                    shutil.rmtree(drafts[plan.step].path / "journal")
+                    _commit_model(place, plan, drafts[plan.step], outcome.models, outcome.tensors, made_with(began))
+        return [plan.step.name for plan in held]
+
+    return _each_or_alone(place, plans, attempt)
+
+
+def _each_or_alone(place: Place, plans: Sequence[Any], attempt: Callable[[Sequence[Any]], list[str]]) -> Done:
+    """All in one pass; if that fails, each alone, so that only the culprit is recorded as failed."""
+    began = time.monotonic()
+    try:
+        return Done(attempt(plans), {}, time.monotonic() - began)
+    except MergeloomError as error:
+        if len(plans) == 1:
+            place.store.fail(plans[0].step, str(error))
+            return Done([], {plans[0].step.name: str(error)}, time.monotonic() - began)
+    done = Done()
+    for plan in plans:
+        done = done.note(_each_or_alone(place, [plan], attempt))
+    return done
+
+
+@contextlib.contextmanager
+def _drafts(store: Store, steps: Sequence[Step], resume: bool = False) -> Iterator[dict[Step, Draft]]:
+    """Drafts of the steps that are still missing once their locks are held (taken in order of key: no deadlock)."""
+    with contextlib.ExitStack() as stack:
+        held: dict[Step, Draft] = {}
+        for step in sorted(steps, key=lambda step: step.key):
+            draft = stack.enter_context(store.draft(step, resume))
+            if store.state(step) is not State.PRESENT:
+                held[step] = draft
+        yield held
+
+
+def _pass(
+    place: Place, statistics: Sequence[StatisticPlan], merges: Sequence[MergePlan], drafts: Mapping[Step, Draft]
+) -> PassPlan:
+    """What the engine needs: the pool's experts once each, every job's share of them, and the spans."""
+    base, experts = opened(place.plan.pool, place.folders)
+    ids = sorted({one for plan in (*statistics, *merges) for one in plan.experts})
+    position = {one: number for number, one in enumerate(ids)}
+    statistic_jobs = tuple(
+        StatisticJob(
+            plan.step.key,
+            plan.statistic,
+            tuple(position[one] for one in plan.experts),
+            plan.selection,
+            read_inputs(place.store, plan.inputs),
+        )
+        for plan in statistics
+        if not isinstance(plan.statistic, DataStatistic)
+    )
+    merge_jobs = tuple(_merge_job(place, plan, drafts[plan.step], position) for plan in merges)
+    read = dict[str, TensorInfo]()
+    for job in statistic_jobs:
+        read.update(job.selection)
+    for merge in merges:
+        read.update({**merge.layout.merged, **merge.layout.copied})
+    spans = plan_spans(read, coarsest([plan.method for plan in merges]))
+    return PassPlan(base, tuple(experts[one] for one in ids), merge_jobs, statistic_jobs, spans, place.device)
+
+
+def _merge_job(place: Place, plan: MergePlan, draft: Draft, position: Mapping[str, int]) -> MergeJob:
+    sink = ShardSink(draft.path, dict(plan.outputs), plan_shards(plan.outputs, place.plan.shard_size))
+    journal = draft.path / "journal"
+    if journal.exists() and not sink.complete():
+        shutil.rmtree(journal)
+    journal.mkdir(exist_ok=True)
+    return MergeJob(
+        plan.step.key,
+        plan.method,
+        tuple(position[one] for one in plan.experts),
+        frozenset(plan.layout.merged),
+        dict(plan.outputs),
+        read_inputs(place.store, plan.statistics),
+        sink,
+        journal,
+    )
+
+
+def _commit_model(
+    place: Place,
+    plan: MergePlan,
+    draft: Draft,
+    models: Mapping[str, str],
+    tensors: Mapping[str, Mapping[str, str]],
+    made: Mapping[str, Any],
+) -> None:
+    key = plan.step.key
+    earlier = place.store.record(plan.step)
+    held = {name: [info.dtype, list(info.shape), tensors[key][name]] for name, info in sorted(plan.outputs.items())}
+    result = {"tensors": held, "bytes": plan.size, "dropped": dict(plan.layout.dropped), **_kept(place.store, plan)}
+    place.store.commit(draft, models[key], result, made)
+    if earlier is not None and earlier.digest != models[key]:
+        place.report(
+            Event(f"{plan.step.name} was made again and differs from what is on record (other library or device?)")
+        )
+
+
+def _kept(store: Store, plan: MergePlan) -> dict[str, Any]:
+    """The share of each task vector that its threshold really keeps, by expert."""
+    kept = {}
+    for found in plan.statistics.get("threshold", ()):
+        record = store.record(found.step)
+        if record is not None:
+            kept[found.experts[0]] = record.result["density"]
+    return {"kept_density": kept} if kept else {}
+
+
+# --- statistics' results ------------------------------------------------------------------------------------------
+
+
+def commit_result(store: Store, draft: Draft, result: Result, made: Mapping[str, Any]) -> None:
+    """Write a statistic's tensors and numbers and record them under their digest."""
+    tensors = {name: value.contiguous() for name, value in result.tensors.items()}
+    if tensors:
+        save_file(tensors, draft.path / TENSORS)
+    held = {
+        name: (NAMES[value.dtype], tuple(value.shape), tensor_digest(list(block_digests(value.reshape(-1), 0).values())))
+        for name, value in tensors.items()
+    }
+    store.commit(draft, model_digest(held), result.numbers, made)
+
+
+def read_inputs(store: Store, inputs: Mapping[str, tuple[StatisticPlan, ...]]) -> dict[str, list[Found]]:
+    """What a method or statistic must know beforehand, from the store."""
+    return {name: [read_found(store, plan) for plan in plans] for name, plans in inputs.items()}
+
+
+def read_found(store: Store, plan: StatisticPlan) -> Found:
+    """One statistic's result, its tensors read when they are asked for."""
+    record = store.record(plan.step)
+    if record is None:
+        raise MergeloomError(f"statistic {plan.step.name} is asked for before it was worked out")
+    path = store.folder(plan.step) / TENSORS
+    tensors: TensorSource = open_file(path) if TENSORS in record.files else MemoryTensors({})
+    return Found(tensors, record.result)
+
+
+# --- models on data -----------------------------------------------------------------------------------------------
+
+_RESIDENTS: dict[tuple[str, str], Resident] = {}
+_RESIDENT_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every scoring or data statistic of a sweep shares; sent to a worker once."""
+
+    store: Path
+    evaluator: Evaluator
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """One model and the tasks on which it is to be scored."""
+
+    weights: FileTensors
+    companions: Path
+    companions_digest: str
+    tasks: tuple[tuple[Split, TaskIdentity, Step], ...]
+
+
+@dataclass(frozen=True)
+class DataTask:
+    """One expert and the statistic that is to be worked out on its training items."""
+
+    plan: StatisticPlan
+    base: FileTensors
+    expert: Expert
+    companions: Path
+    companions_digest: str
+
+
+@dataclass(frozen=True)
+class Folded:
+    """An expert as a model: its weights in float32, an adapter folded into the base."""
+
+    base: FileTensors
+    expert: Expert
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The base's tensors."""
+        return self.base.tensors
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements of θ_t; what the expert does not carry is the base's."""
+        stop = self.base.tensors[name].count if stop is None else stop
+        held = self.base.read(name, start, stop)
+        if not self.expert.carries(name):
+            return held
+        return self.expert.weights(self.expert.block(name, start, stop), held.to(torch.float32))
+
+
+def run_scorings(place: Place, scorings: Sequence[Scoring]) -> Done:
+    """Score models, one after another on each worker; a model's tasks stay together."""
+    tasks = []
+    for scoring in scorings:
+        companions = place.plan.companions(scoring.cell)
+        if scoring.cell.merge is None:
+            snapshot = place.plan.pool.base if scoring.cell.member is None else scoring.cell.member.snapshot
+            weights = snapshot.open(place.folders[snapshot.weights])
+        else:
+            weights = open_model(place.store, scoring.cell.model)
+        tasks.append(ScoreTask(weights, place.folders[companions.weights], companions.companions, scoring.tasks))
+    bench = Bench(place.store.root, place.plan.evaluators["test"], place.plan.folder)
+    return _gather(place, score_model, bench, tasks, [scoring.cell.name for scoring in scorings], "models scored")
+
+
+def run_data_statistics(place: Place, plans: Sequence[StatisticPlan]) -> Done:
+    """Work out statistics that run an expert on data."""
+    base, experts = opened(place.plan.pool, place.folders)
+    ground = place.plan.pool.base
+    tasks = [
+        DataTask(plan, base, experts[plan.experts[0]], place.folders[ground.weights], ground.companions) for plan in plans
+    ]
+    bench = Bench(place.store.root, place.plan.evaluators["test"], place.plan.folder)
+    return _gather(place, find_on_data, bench, tasks, [plan.step.name for plan in plans], "statistics on data")
+
+
+def _gather(
+    place: Place,
+    function: Callable[[Bench, Any], Done],
+    bench: Bench,
+    tasks: Sequence[Any],
+    names: Sequence[str],
+    what: str,
+) -> Done:
+    done = Done()
+    finished = 0
+    place.report(Event(what, 0, len(tasks), "models"))
+    for position, found in place.executor.each(function, bench, tasks):
+        done = done.note(found)
+        finished += 1
+        place.report(Event(f"{what}: {names[position]}", finished, len(tasks), "models"))
+    return done
+
+
+def open_model(store: Store, step: Step) -> FileTensors:
+    """The tensors of a model in the store."""
+    record = store.record(step)
+    names = [] if record is None else [name for name in record.files if name.endswith(".safetensors")]
+    return open_files(store.folder(step), names)
+
+
+def resident(bench: Bench, companions: Path, companions_digest: str, dtype: str | None = None) -> Resident:
+    """The model shell of this process for these companions, opened once. Another one is let go first."""
+    evaluator = bench.evaluator
+    if dtype is not None and "dtype" in type(evaluator).model_fields:
+        evaluator = evaluator.model_copy(update={"dtype": dtype})
+    key = (str(evaluator.parameters()), companions_digest)
+    if key not in _RESIDENTS:
+        _RESIDENTS.clear()
+        _RESIDENTS[key] = evaluator.open(companions, bench.folder)
+    return _RESIDENTS[key]
+
+
+def score_model(bench: Bench, task: ScoreTask) -> Done:
+    """Score one model on its tasks, in the process it is called in; each task is recorded as soon as it is done."""
+    store, done, began = Store(bench.store), Done(), time.monotonic()
+    with _RESIDENT_LOCK:
+        torch.set_num_threads(1)
+        try:
+            held = resident(bench, task.companions, task.companions_digest)
+            held.swap(task.weights)
+        except MergeloomError as error:
+            for _, _, step in task.tasks:
+                store.fail(step, str(error))
+            return Done([], {step.name: str(error) for _, _, step in task.tasks}, time.monotonic() - began)
+        for _, identity, step in task.tasks:
+            try:
+                _score_task(store, held, identity, step)
+                done.steps.append(step.name)
+            except MergeloomError as error:
+                store.fail(step, str(error))
+                done.failures[step.name] = str(error)
+    done.seconds = time.monotonic() - began
+    return done
+
+
+def _score_task(store: Store, held: Resident, identity: TaskIdentity, step: Step) -> None:
+    began = time.monotonic()
+    with store.draft(step) as draft:
+        if store.is_done(step):
+            return
+        table = held.score(identity, silent)
+        scores = table.column("score").to_pylist()
+        if not scores:
+            raise EvaluationError(f"task '{identity.task}' has no items in its {identity.split} split")
+        parquet.write_table(table, draft.path / ITEMS, compression="zstd")
+        digest = table_digest(draft.path / ITEMS)
+        result = {"task": identity.task, "split": identity.split, "metric": identity.metric, "score": fmean(scores),
+                  "items": len(scores), "identity": dict(identity.identity)}  # fmt: skip
+        store.commit(draft, digest, result, made_with(began))
+
+
+def table_digest(path: Path) -> str:
+    """SHA-256 of a table's file."""
+    from mergecore.identity import file_sha256
+
+    return file_sha256(path)
+
+
+def find_on_data(bench: Bench, task: DataTask) -> Done:
+    """Work out one data statistic in the process it is called in."""
+    store, began, plan = Store(bench.store), time.monotonic(), task.plan
+    assert isinstance(plan.statistic, DataStatistic)
+    with _RESIDENT_LOCK:
+        torch.set_num_threads(1)
+        try:
+            with store.draft(plan.step) as draft:
+                if store.is_done(plan.step, bytes_needed=True):
+                    return Done([plan.step.name])
+                held = resident(bench, task.companions, task.companions_digest, dtype="float32")
+                held.swap(Folded(task.base, task.expert))
+                samples = int(getattr(plan.statistic, "samples", 0))
+                data = held.calibration(plan.tasks, samples, int(getattr(plan.statistic, "seed", 0)))
+                result = plan.statistic.compute(held.model, data, plan.selection, silent)
+                commit_result(store, draft, result, made_with(began))
+        except MergeloomError as error:
+            store.fail(plan.step, str(error))
+            return Done([], {plan.step.name: str(error)}, time.monotonic() - began)
+    return Done([plan.step.name], {}, time.monotonic() - began)
+
+
+def made_with(began: float) -> dict[str, Any]:
+    """How a result was made: never part of a key, always part of its record."""
+    return {
+        "seconds": round(time.monotonic() - began, 3),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+
+
+def drop_models(place: Place, plans: Sequence[MergePlan]) -> None:
+    """Free the bytes of models that nothing can ask for any more."""
+    for plan in plans:
+        place.store.drop(plan.step)
+
+
+def snapshots_of(pool: Pool) -> list[Snapshot]:
+    """Every checkpoint of the pool, the base first."""
+    return [pool.base, *(member.snapshot for member in pool.members)]

@@ -1,0 +1,264 @@
+"""What a user writes: a spec for a sweep, a recipe for one merge. Typed, checked, and nothing in it is executed."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mergecore.errors import SpecError
+from mergecore.layout import SelectRule
+from mergecore.method import Method
+from mergecore.registry import METHODS, explained, method_from
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+SAFETENSORS_DTYPE: dict[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class Part(BaseModel):
+    """A part of a spec: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceSpec(Part):
+    """Where a checkpoint or adapter comes from; a plain string stands for its `source`."""
+
+    source: str = Field(description="a directory, or a hub id with an optional @revision")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+
+class ExpertSpec(SourceSpec):
+    """An expert of the pool."""
+
+    name: str = Field(description="a short name; it labels, it never decides anything")
+    tasks: tuple[str, ...] = Field((), description="the held-in tasks it was trained for")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"source": value, "name": Path(value.partition("@")[0]).name} if isinstance(value, str) else value
+
+
+class Subsets(Part):
+    """How the experts of a count are drawn: subset s of n is the first n experts by hash(seed, s, id), so nested."""
+
+    per_count: Annotated[int, Field(ge=1, description="subsets per count; equal ones are one cell")] = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Validation(Part):
+    """Validation items: grid values are chosen on them; test items are then opened for the winners only."""
+
+    limit: Annotated[int | None, Field(ge=1, description="items a task; none: all of the validation split")] = None
+
+
+class Evaluate(BaseModel):
+    """What is measured. Every other key is a setting of the evaluator (limit, batch_size, dtype, num_fewshot …)."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    evaluator: str = "lm_eval"
+    path: str | None = Field(None, description="folder of task files; tasks not found there are lm-eval's own")
+    held_in: Mapping[str, tuple[str, ...]] = Field(description="category → tasks that experts were trained for")
+    held_out: Mapping[str, tuple[str, ...]] = Field({}, description="category → tasks that no expert saw")
+    validation: Validation | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The evaluator's own settings."""
+        return dict(self.model_extra or {})
+
+
+class Register(Part):
+    """What enters the model registry."""
+
+    name: str = Field(description="name of the registered model")
+    alias: str = Field("champion", description="alias that the best cell gets")
+    by: Literal["held_in", "held_out"] = Field("held_in", description="the score that decides")
+
+
+class Output(Part):
+    """What is written and what stays."""
+
+    dtype: Dtype | None = Field(None, description="of the files; none: as the base has it")
+    shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*[KMGT]?B$")] = "5GB"
+    keep: Literal["registered", "best", "all", "none"] = Field(
+        "registered", description="which models stay on disk: the registered one, the best per method, all, none"
+    )
+    register_: Register | None = Field(None, alias="register")
+    store: str = Field(".mergeloom", description="folder of everything that has been done; shared by all workers")
+
+
+class Run(Part):
+    """Where the work runs; nothing here can change a number."""
+
+    prefect: str | None = Field(None, description="URL of a Prefect API; none: a local server for this run")
+    mlflow: str | None = Field(None, description="tracking URI; none: MLFLOW_TRACKING_URI, else the store's own database")
+    dask: str = Field("local", description="'local', 'gpu' (one worker a device) or a scheduler's address")
+    workers: Annotated[int | None, Field(ge=1, description="local worker processes; none: one a core")] = None
+    memory: str | None = Field(None, description="memory that a pass may use, 8GB say; none: half of what is free")
+    disk: str | None = Field(None, description="disk that models under way may use; none: half of what is free")
+
+
+class Spec(Part):
+    """A sweep: which checkpoints, which methods with which values, how many experts, which evaluations."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the sweep's identity: letters, digits, . _ -")
+    base: SourceSpec
+    multitask: SourceSpec | None = None
+    experts: tuple[ExpertSpec, ...]
+    methods: tuple[Mapping[str, Any], ...]
+    counts: tuple[Annotated[int, Field(ge=1)], ...]
+    subsets: Subsets = Subsets()
+    select: tuple[SelectRule, ...] = ()
+    evaluate: Evaluate
+    output: Output = Output()
+    run: Run = Run()
+
+    @field_validator("experts")
+    @classmethod
+    def _named_once(cls, experts: tuple[ExpertSpec, ...]) -> tuple[ExpertSpec, ...]:
+        names = [expert.name for expert in experts]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two experts are called '{twice[0]}'; give each its own name")
+        return experts
+
+    @model_validator(mode="after")
+    def _fits(self) -> Spec:
+        for count in self.counts:
+            if count > len(self.experts):
+                raise ValueError(f"counts: {count} experts are asked for, the pool has {len(self.experts)}")
+        held_in = {task for tasks in self.evaluate.held_in.values() for task in tasks}
+        for expert in self.experts:
+            for task in expert.tasks:
+                if task not in held_in:
+                    raise ValueError(f"experts.{expert.name}: its task '{task}' stands in no category of evaluate.held_in")
+        return self
+
+    def methods_expanded(self) -> list[tuple[Method, dict[str, Any]]]:
+        """Every method with every combination of its grids, and the values the spec gave it; average is always there."""
+        found: list[tuple[Method, dict[str, Any]]] = []
+        for position, entry in enumerate(self.methods):
+            for values in expanded(entry):
+                name = str(values.pop("method", ""))
+                method = method_from(name, values, f"methods[{position}]")
+                if all(method != other for other, _ in found):
+                    found.append((method, values))
+        if all(other != METHODS["average"]() for other, _ in found):
+            found.insert(0, (METHODS["average"](), {}))
+        return found
+
+
+class Recipe(Part):
+    """One merge. Every key besides these is a parameter of the method."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    method: str
+    base: SourceSpec | None = None
+    experts: tuple[ExpertSpec, ...]
+    dtype: Dtype | None = None
+    select: tuple[SelectRule, ...] = ()
+    shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*[KMGT]?B$")] = "5GB"
+
+    def built(self) -> Method:
+        """The method with its parameters."""
+        return method_from(self.method, dict(self.model_extra or {}), "recipe")
+
+
+def expanded(value: Any) -> Iterator[Any]:
+    """Every combination of the `{grid: [...]}` entries anywhere inside a value, in the order written."""
+    if isinstance(value, Mapping):
+        if set(value) == {"grid"}:
+            for choice in value["grid"]:
+                yield from expanded(choice)
+            return
+        keys = list(value)
+        for combination in itertools.product(*(list(expanded(value[key])) for key in keys)):
+            yield dict(zip(keys, combination, strict=True))
+    elif isinstance(value, list | tuple):
+        for combination in itertools.product(*(list(expanded(item)) for item in value)):
+            yield list(combination)
+    else:
+        yield value
+
+
+def size_in_bytes(text: str) -> int:
+    """'5GB' as bytes, with decimal units."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", text.strip())
+    if found is None:
+        raise SpecError(f"'{text}' is no size; write a number and a unit, as in 8GB or 500MB")
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping a YAML file holds. Raises SpecError with line and column where it is not YAML."""
+    try:
+        held = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        beside = sorted(other.name for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        raise SpecError(f"{path} does not exist" + (f"; there is {', '.join(beside[:5])}" if beside else "")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(held, dict):
+        raise SpecError(f"{path} holds {type(held).__name__}, not a mapping of keys")
+    return held
+
+
+def parse_spec(held: Mapping[str, Any], where: str) -> Spec:
+    """A checked spec, its methods built once to be checked too. Raises SpecError naming every place that is wrong."""
+    try:
+        spec = Spec.model_validate(dict(held))
+    except ValidationError as error:
+        raise SpecError(explained(error, Spec, where)) from None
+    spec.methods_expanded()
+    return spec
+
+
+def parse_recipe(held: Mapping[str, Any], where: str) -> Recipe:
+    """A checked recipe. Raises SpecError."""
+    if "merge_method" in held or "slices" in held:
+        raise SpecError(f"{where} is in mergekit's form, which cannot be read yet; write `method:`, `base:` and `experts:`")
+    try:
+        recipe = Recipe.model_validate(dict(held))
+    except ValidationError as error:
+        raise SpecError(explained(error, Recipe, where)) from None
+    recipe.built()
+    return recipe
+
+
+def values_label(values: Mapping[str, Any]) -> str:
+    """Values as people read them: 'scale=0.5, drop.rate=0.5'; empty where the spec gave none."""
+    return ", ".join(f"{path}={value:g}" if isinstance(value, float) else f"{path}={value}" for path, value in _leaves(values))
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif not (key == "kind" and prefix):
+            yield f"{prefix}{key}", value
+
+
+def as_yaml(value: Any) -> str:
+    """YAML text of plain values, keys in the order given."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+def names_of(items: Sequence[ExpertSpec]) -> tuple[str, ...]:
+    """The experts' names."""
+    return tuple(item.name for item in items)
