@@ -271,10 +271,13 @@ def _renamed(model: Any, weights: TensorSource) -> TensorSource:
     What transformers cannot place either stays as it was, so that the refusal speaks of the checkpoint's names.
     """
     held = {name: weights.read(name).view(info.shape) for name, info in weights.tensors.items()}
-    with quiet():
-        loaded, found = type(model).from_pretrained(
-            None, config=model.config, state_dict=held, dtype=model.dtype, output_loading_info=True
-        )
+    try:
+        with quiet():
+            loaded, found = type(model).from_pretrained(
+                None, config=model.config, state_dict=held, dtype=model.dtype, output_loading_info=True
+            )
+    except RuntimeError:  # shapes that do not fit, named by `check_fit`
+        return weights
     if any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         return weights
     return MemoryTensors(dict(loaded.state_dict()))

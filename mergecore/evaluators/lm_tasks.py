@@ -234,19 +234,26 @@ def lm_eval_version() -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval's warnings and the data reader's progress bars held back: nothing in mergecore prints."""
+    """Warnings and progress bars of lm-eval, transformers and the data reader held back: nothing in mergecore prints."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as bars
 
-    logger = logging.getLogger("lm_eval")
-    level, shown = logger.level, not are_progress_bars_disabled()
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers")]
+    levels = [logger.level for logger in loggers]
+    reading, loading = not are_progress_bars_disabled(), bars.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     disable_progress_bars()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
-        logger.setLevel(level)
-        if shown:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if reading:
             enable_progress_bars()
+        if loading:
+            bars.enable_progress_bar()
 
 
 def build(file: TaskFile, split: Split, cache: Path) -> Any:

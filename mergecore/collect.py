@@ -1,0 +1,124 @@
+"""From plan and store to what a sweep has measured: every number in a report comes from here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as parquet
+from numpy.typing import NDArray
+
+from mergecore.frontier import Frontier
+from mergecore.identity import Step
+from mergecore.plan import Cell, Plan
+from mergecore.run import ITEMS
+from mergecore.scores import CellScores, Status, Sweep
+from mergecore.spec import as_yaml
+from mergecore.store import Store
+
+
+def collect(frontier: Frontier) -> Sweep:
+    """The sweep as the store holds it: scores per item, states and reasons, lineage, and what is registered."""
+    plan, store = frontier.plan, frontier.store
+    cells = tuple(_cell(frontier, cell) for cell in plan.cells)
+    register = plan.spec.output.register_
+    return Sweep(
+        plan.spec.name,
+        spec_text(plan),
+        plan.suite,
+        cells,
+        register.by if register else "held_in",
+        read_registration(store, plan.spec.name, {cell.cell for cell in cells}),
+    )
+
+
+def spec_text(plan: Plan) -> str:
+    """The spec as YAML, defaults left out."""
+    return as_yaml(plan.spec.model_dump(mode="json", exclude_defaults=True, by_alias=True))
+
+
+def _cell(frontier: Frontier, cell: Cell) -> CellScores:
+    plan, store = frontier.plan, frontier.store
+    trouble = frontier.trouble(cell)
+    pending = not trouble and any(True for _ in frontier.wanted(cell))
+    status: Status = "refused" if cell.refused else "failed" if trouble else "pending" if pending else "done"
+    items: dict[str, dict[str, NDArray[np.float64]]] = {}
+    seconds = 0.0
+    for split in plan.splits:
+        for task in cell.tasks:
+            step = plan.evaluation(cell, split, task)
+            if frontier.done(step):
+                items.setdefault(split, {})[task] = item_scores(store, step)
+                record = store.record(step)
+                seconds += float(record.made.get("seconds", 0.0)) if record else 0.0
+    record = store.record(cell.model) if cell.merge else None
+    measured = {"eval/seconds": round(seconds, 3)} if seconds else {}
+    if record is not None:
+        measured["merge/seconds"] = float(record.made.get("seconds", 0.0))
+    return CellScores(
+        cell.id, cell.kind, cell.name, cell.method, dict(cell.values), cell.count, cell.subset, cell.experts,
+        status, trouble, bool(frontier.chosen(cell)), cell.model.key, record.digest if record else "",
+        items, measured, lineage(plan, cell, record.result if record else {}),
+    )  # fmt: skip
+
+
+def item_scores(store: Store, step: Step) -> NDArray[np.float64]:
+    """One score per item of an evaluation, float64."""
+    table = parquet.read_table(store.folder(step) / ITEMS, columns=["score"])
+    return np.asarray(table.column("score").to_numpy(), dtype=np.float64)
+
+
+def lineage(plan: Plan, cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Recipe and origin of a cell's model: what a stranger needs to make it again."""
+    base = plan.pool.base
+    found: dict[str, Any] = {
+        "base": {"source": base.source.uri, "weights": base.weights, "config": base.companions},
+        "experts": [
+            {"name": name, "source": plan.pool.experts[name].snapshot.source.uri, "weights": plan.pool.experts[name].id}
+            for name in cell.experts
+        ],
+        "recipe": recipe_of(plan, cell),
+        "step": cell.model.as_json(),
+    }
+    if "kept_density" in result:
+        names = {member.id: member.name for member in plan.pool.members}
+        found["kept_density"] = {names.get(one, one): kept for one, kept in result["kept_density"].items()}
+    return found
+
+
+def recipe_of(plan: Plan, cell: Cell) -> dict[str, Any]:
+    """The recipe that `mergeloom merge` takes to make this cell's model alone; empty for a checkpoint as it stands."""
+    if cell.kind != "merge":
+        return {}
+    values = dict(cell.values)
+    spec = plan.spec
+    recipe = {
+        "method": cell.method,
+        **values,
+        "base": plan.pool.base.source.uri,
+        "experts": [
+            {"name": name, "source": plan.pool.experts[name].snapshot.source.uri} for name in cell.experts
+        ],
+    }
+    if spec.output.dtype:
+        recipe["dtype"] = spec.output.dtype
+    if spec.select:
+        recipe["select"] = [rule.model_dump(mode="json", exclude_defaults=True) for rule in spec.select]
+    return recipe
+
+
+def registration_file(store: Store, sweep: str) -> Path:
+    """Where the sweep's registration is recorded."""
+    return store.root / "sweeps" / sweep / "registration.json"
+
+
+def read_registration(store: Store, sweep: str, cells: set[str]) -> dict[str, Any] | None:
+    """The registration record, None where there is none or its cell is no longer part of the sweep."""
+    try:
+        held = json.loads(registration_file(store, sweep).read_text())
+    except (OSError, ValueError):
+        return None
+    return held if held.get("cell") in cells else None

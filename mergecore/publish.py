@@ -1,0 +1,104 @@
+"""A model as a directory that `transformers` loads: weights, config, tokenizer, chat template and a model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergecore.collect import lineage, registration_file
+from mergecore.errors import StoreError
+from mergecore.frontier import Frontier
+from mergecore.identity import Step
+from mergecore.plan import Cell
+from mergecore.run import Done, Place, made_with
+from mergecore.snapshot import Snapshot
+from mergecore.spec import as_yaml
+from mergecore.store import write_json
+from mergecore.writer import INDEX
+
+TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def write_companions(folder: Path, snapshot: Snapshot, at: Path, dtypes: Sequence[str]) -> None:
+    """Copy config, tokenizer, chat template and the like of `snapshot` (lying in `at`) beside merged weights.
+
+    dtypes: safetensors names of the floating-point tensors written; where there is only one, the config says so.
+    """
+    for name in snapshot.source.files:
+        if name.endswith(".safetensors") or name in (INDEX, "adapter_config.json"):
+            continue
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name == "config.json":
+            config = dict(snapshot.config)
+            if len(set(dtypes)) == 1 and dtypes[0] in TORCH_NAMES:
+                key = "torch_dtype" if "torch_dtype" in config else "dtype"
+                config[key] = TORCH_NAMES[dtypes[0]]
+            target.write_text(json.dumps(config, indent=2) + "\n")
+        else:
+            shutil.copyfile(at / name, target)
+
+
+def model_card(recipe: Mapping[str, Any], origin: Mapping[str, Any], scores: Mapping[str, float] | None = None) -> str:
+    """README.md of a merged model: what it is made of, the recipe as it can be run again, digests of every input."""
+    base = origin["base"]["source"]
+    head = {"base_model": [base, *(expert["source"] for expert in origin["experts"])], "tags": ["merge", "mergeloom"]}
+    lines = ["---", as_yaml(head).strip(), "---", "", f"# Merge of {len(origin['experts'])} experts by {recipe['method']}", ""]
+    lines += ["Made with Mergeloom. The recipe, as `mergeloom merge` takes it:", "", "```yaml", as_yaml(dict(recipe)).strip(), "```"]
+    lines += ["", "| input | source | SHA-256 of its weights |", "|---|---|---|"]
+    lines += [f"| base | {base} | `{origin['base']['weights']}` |"]
+    lines += [f"| {one['name']} | {one['source']} | `{one['weights']}` |" for one in origin["experts"]]
+    if origin.get("kept_density"):
+        kept = ", ".join(f"{name} {share:.4%}" for name, share in origin["kept_density"].items())
+        lines += ["", f"Share of each task vector that the threshold kept: {kept}."]
+    if scores:
+        lines += ["", "| score | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4f} |" for name, value in scores.items()]
+    return "\n".join(lines) + "\n"
+
+
+def register(place: Place, frontier: Frontier, cell: Cell, chosen_on: str, scores: Mapping[str, float]) -> Done:
+    """Publish the best cell's model inside the store (weights linked, not copied) and record the registration.
+
+    The record is what MLflow's registry is projected from. Raises StoreError where the model's bytes are not there.
+    """
+    began = time.monotonic()
+    store, plan = place.store, place.plan
+    settings = plan.spec.output.register_
+    assert settings is not None and cell.merge is not None
+    record = store.record(cell.model)
+    if record is None or record.dropped:
+        raise StoreError(f"the model of {cell.name} is not in the store; run the sweep again")
+    step = registration_step(frontier, cell)
+    origin = lineage(plan, cell, record.result)
+    if not store.is_done(step, bytes_needed=True):
+        with store.draft(step) as draft:
+            for name in record.files:
+                os.link(store.folder(cell.model) / name, draft.path / name)
+            dtypes = sorted({info[0] for info in record.result["tensors"].values() if info[0] in TORCH_NAMES})
+            write_companions(draft.path, plan.pool.base, place.folders[plan.pool.base.weights], dtypes)
+            (draft.path / "README.md").write_text(model_card(origin["recipe"], origin, scores))
+            store.commit(draft, record.digest, {"cell": cell.name}, made_with(began))
+    path = registration_file(store, plan.spec.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = {
+        "cell": cell.id,
+        "name": settings.name,
+        "alias": settings.alias,
+        "uri": store.folder(step).as_uri(),
+        "digest": record.digest,
+        "chosen_on": chosen_on,
+    }
+    write_json(path, held)
+    return Done([step.name], {}, time.monotonic() - began)
+
+
+def registration_step(frontier: Frontier, cell: Cell) -> Step:
+    """The step that publishes a cell's model."""
+    inputs = {"model": cell.model.key, "companions": frontier.plan.pool.base.companions}
+    return Step("registration", cell.method, 1, {}, inputs)
