@@ -24,6 +24,7 @@ from mergecore.evaluators import Evaluator, Resident, Split, TaskIdentity
 from mergecore.evaluators.lm_loglikelihood import Encoded, Likelihood, batches, likelihoods
 from mergecore.evaluators.lm_prepared import LanguageItems, Prepared, prepare, training_items
 from mergecore.evaluators.lm_results import results_json, row, table
+from mergecore.evaluators.lm_shell import renamed, shell
 from mergecore.evaluators.lm_tasks import (
     TaskFile,
     build,
@@ -35,7 +36,6 @@ from mergecore.evaluators.lm_tasks import (
 )
 from mergecore.evaluators.weights import blank, check_fit, fill, mismatches
 from mergecore.method import Event, Report, TensorSource
-from mergecore.snapshot import MemoryTensors
 
 __all__ = ["LmEval", "results_json"]
 
@@ -119,7 +119,7 @@ class _LmResident(Resident):
         from lm_eval.models.huggingface import HFLM
 
         self._evaluator, self._folder = evaluator, folder
-        self._model, tokenizer = _shell(companions, getattr(torch, evaluator.dtype))
+        self._model, tokenizer = shell(companions, getattr(torch, evaluator.dtype))
         blank(self._model)
         self._filled = False
         self._prepared: dict[tuple[str, Split], tuple[TaskIdentity, Prepared]] = {}
@@ -146,7 +146,7 @@ class _LmResident(Resident):
         """
         self._filled = False
         if mismatches(self._model, weights):
-            weights = _renamed(self._model, weights)
+            weights = renamed(self._model, weights)
         check_fit(self._model, weights)
         blank(self._model)
         fill(self._model, weights)
@@ -244,43 +244,6 @@ class _LmResident(Resident):
         share = self._evaluator.logits_cache
         made = batches(requests, self._evaluator.batch_size, self._lm.max_length, share)
         return likelihoods(self._model, made, lambda _: None)
-
-
-# --- models -----------------------------------------------------------------------------------------------------------
-
-
-def _shell(companions: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A model without weights and its tokenizer. Buffers that no checkpoint holds are as the config says."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-    from transformers.initialization import no_init_weights
-
-    if not (companions / "config.json").is_file():
-        raise EvaluationError(f"{companions} holds no config.json: there is no model to score")
-    config = AutoConfig.from_pretrained(companions, local_files_only=True)
-    with no_init_weights():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    model.tie_weights()
-    if (companions / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(companions, local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(companions, local_files_only=True)
-
-
-def _renamed(model: Any, weights: TensorSource) -> TensorSource:
-    """The weights under the module's names, where the family's checkpoints use others (prefixes, fused experts).
-
-    What transformers cannot place either stays as it was, so that the refusal speaks of the checkpoint's names.
-    """
-    held = {name: weights.read(name).view(info.shape) for name, info in weights.tensors.items()}
-    try:
-        with quiet():
-            loaded, found = type(model).from_pretrained(
-                None, config=model.config, state_dict=held, dtype=model.dtype, output_loading_info=True
-            )
-    except RuntimeError:  # shapes that do not fit, named by `check_fit`
-        return weights
-    if any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-        return weights
-    return MemoryTensors(dict(loaded.state_dict()))
 
 
 def _local(folder: Path | None) -> Mapping[str, TaskFile]:

@@ -236,7 +236,9 @@ def lm_eval_version() -> str:
 def quiet() -> Iterator[None]:
     """Warnings and progress bars of lm-eval, transformers and the data reader held back: nothing in mergecore prints."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging as bars
+    from transformers.utils import logging as transformers_logging
+
+    bars: Any = transformers_logging
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers")]
     levels = [logger.level for logger in loggers]

@@ -1,0 +1,47 @@
+"""A causal language model without weights, from its config; and its family's names for weights turned into the module's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergecore.errors import EvaluationError
+from mergecore.evaluators.lm_tasks import quiet
+from mergecore.method import TensorSource
+from mergecore.snapshot import MemoryTensors
+
+
+def shell(companions: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A model without weights and its tokenizer. Buffers that no checkpoint holds are as the config says."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.initialization import no_init_weights
+
+    if not (companions / "config.json").is_file():
+        raise EvaluationError(f"{companions} holds no config.json: there is no model to score")
+    config = AutoConfig.from_pretrained(companions, local_files_only=True)
+    with no_init_weights():
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    model.tie_weights()
+    if (companions / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(companions, local_files_only=True)
+    return model.eval(), AutoTokenizer.from_pretrained(companions, local_files_only=True)
+
+
+def renamed(model: Any, weights: TensorSource) -> TensorSource:
+    """The weights under the module's names, where the family's checkpoints use others (prefixes, fused experts).
+
+    What transformers cannot place either stays as it was, so that the refusal speaks of the checkpoint's names.
+    """
+    held = {name: weights.read(name).view(info.shape) for name, info in weights.tensors.items()}
+    try:
+        with quiet():
+            loaded, found = type(model).from_pretrained(
+                None, config=model.config, state_dict=held, dtype=model.dtype, output_loading_info=True
+            )
+    except RuntimeError:  # shapes that do not fit, named by `check_fit`
+        return weights
+    if any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+        return weights
+    return MemoryTensors(dict(loaded.state_dict()))
