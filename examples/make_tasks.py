@@ -303,7 +303,8 @@ def main() -> None:
     out = parser.parse_args().out
     texts: dict[str, str] = {}
     for task, about in {**HELD_IN, **HELD_OUT}.items():
-        name, taken = task.__name__, set()
+        name = task.__name__
+        taken: set[str] = set()
         splits = ["train", "validation", "test"] if task in HELD_IN else ["validation", "test"]
         write_if_changed(out / f"{name}.yaml", task_yaml(name, about, splits))
         for split in splits:
