@@ -161,7 +161,7 @@ def make_plan(spec: Spec, pool: Pool, root: Path) -> Plan:
     if not names:
         raise SpecError("evaluate: no task stands in held_in or held_out; a sweep needs something to measure")
     tasks = {split: evaluator.resolve(names, split, folder) for split, evaluator in evaluators.items()}
-    planner = Planner(spec, pool, suite, evaluators["test"], tasks["test"])
+    planner = Planner(spec, pool, suite, evaluators["test"], tasks["test"], folder)
     return Plan(spec, pool, suite, tuple(planner.cells()), evaluators, tasks, folder)
 
 
@@ -169,18 +169,22 @@ class Planner:
     """Builds merges and their statistics, each distinct one once."""
 
     def __init__(
-        self, spec: Spec, pool: Pool, suite: Suite, evaluator: Evaluator, tasks: Mapping[str, TaskIdentity]
+        self,
+        spec: Spec,
+        pool: Pool,
+        suite: Suite,
+        evaluator: Evaluator,
+        tasks: Mapping[str, TaskIdentity],
+        folder: Path | None,
     ) -> None:
-        self.spec, self.pool, self.suite, self.evaluator, self.tasks = spec, pool, suite, evaluator, tasks
+        self.spec, self.pool, self.suite = spec, pool, suite
+        self.evaluator, self.tasks, self.folder = evaluator, tasks, folder
         self.builder = MergeBuilder(pool, spec.select, spec.output.dtype, self._data)
 
     def _data(self, member: Member) -> dict[str, Any]:
         names = member.tasks or tuple(sorted(self.tasks))
-        return {
-            "tasks": {task: digest(dict(self.tasks[task].identity)) for task in names},
-            "settings": digest(self.evaluator.parameters()),
-            "companions": self.pool.base.companions,
-        }
+        training = self.evaluator.training_identity(names, self.folder)
+        return {"tasks": list(names), "training": digest(training), "companions": self.pool.base.companions}
 
     def cells(self) -> Iterator[Cell]:
         """Baselines first, then every merge by count, subset and method."""
@@ -316,7 +320,7 @@ class MergeBuilder:
             inputs["tensors"] = tensors
         if isinstance(statistic, DataStatistic):
             inputs["data"] = self.data(self.by_id[ids[0]])
-            tasks = tuple(sorted(inputs["data"]["tasks"]))
+            tasks = tuple(inputs["data"]["tasks"])
         else:
             inner = self._statistics_of(statistic, ids, selection, tensors)
             inputs["statistics"] = {name: [plan.step.key for plan in plans] for name, plans in inner.items()}

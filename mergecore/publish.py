@@ -68,7 +68,7 @@ def register(place: Place, frontier: Frontier, cell: Cell, chosen_on: str, score
     The record is what MLflow's registry is projected from. Raises StoreError where the model's bytes are not there.
     """
     began = time.monotonic()
-    store, plan = place.store, place.plan
+    store, plan = place.store, frontier.plan
     settings = plan.spec.output.register_
     assert settings is not None and cell.merge is not None
     record = store.record(cell.model)

@@ -30,7 +30,7 @@ from mergecore.frontier import Scoring
 from mergecore.identity import Step, model_digest, tensor_digest
 from mergecore.engine import block_digests
 from mergecore.method import DataStatistic, Event, Found, Report, Result, TensorInfo, TensorSource, silent
-from mergecore.plan import MergePlan, Plan, StatisticPlan
+from mergecore.plan import MergePlan, StatisticPlan
 from mergecore.pool import Pool, opened, snapshot_step
 from mergecore.snapshot import NAMES, FileTensors, MemoryTensors, Snapshot, open_file, open_files
 from mergecore.store import Draft, State, Store
@@ -44,13 +44,24 @@ ITEMS = "items.parquet"
 class Place:
     """Where work is done: the store, who runs spans and scores, where progress goes, and where checkpoints lie."""
 
-    plan: Plan
+    pool: Pool
     store: Store
     executor: Executor
     report: Report
+    shard_size: int
+    evaluator: Evaluator | None = None
+    tasks: Path | None = None
+    """Folder of task files."""
     folders: dict[str, Path] = field(default_factory=dict)
     """Weights digest → local folder, filled by `fetch`."""
     device: str = "cpu"
+
+    @property
+    def bench(self) -> Bench:
+        """What scoring and statistics on data share."""
+        if self.evaluator is None:
+            raise EvaluationError("nothing here says how models are evaluated; run this from a spec with `evaluate:`")
+        return Bench(self.store.root, self.evaluator, self.tasks)
 
 
 @dataclass
@@ -145,7 +156,7 @@ def _pass(
     place: Place, statistics: Sequence[StatisticPlan], merges: Sequence[MergePlan], drafts: Mapping[Step, Draft]
 ) -> PassPlan:
     """What the engine needs: the pool's experts once each, every job's share of them, and the spans."""
-    base, experts = opened(place.plan.pool, place.folders)
+    base, experts = opened(place.pool, place.folders)
     ids = sorted({one for plan in (*statistics, *merges) for one in plan.experts})
     position = {one: number for number, one in enumerate(ids)}
     statistic_jobs = tuple(
@@ -170,7 +181,7 @@ def _pass(
 
 
 def _merge_job(place: Place, plan: MergePlan, draft: Draft, position: Mapping[str, int]) -> MergeJob:
-    sink = ShardSink(draft.path, dict(plan.outputs), plan_shards(plan.outputs, place.plan.shard_size))
+    sink = ShardSink(draft.path, dict(plan.outputs), plan_shards(plan.outputs, place.shard_size))
     journal = draft.path / "journal"
     if journal.exists() and not sink.complete():
         shutil.rmtree(journal)
@@ -258,7 +269,7 @@ class Bench:
 
     store: Path
     evaluator: Evaluator
-    folder: Path | None
+    tasks: Path | None
 
 
 @dataclass(frozen=True)
@@ -307,26 +318,25 @@ def run_scorings(place: Place, scorings: Sequence[Scoring]) -> Done:
     """Score models, one after another on each worker; a model's tasks stay together."""
     tasks = []
     for scoring in scorings:
-        companions = place.plan.companions(scoring.cell)
-        if scoring.cell.merge is None:
-            snapshot = place.plan.pool.base if scoring.cell.member is None else scoring.cell.member.snapshot
-            weights = snapshot.open(place.folders[snapshot.weights])
-        else:
+        companions = place.pool.base
+        if scoring.cell.merge is not None:
             weights = open_model(place.store, scoring.cell.model)
+        else:
+            if scoring.cell.member is not None:
+                companions = scoring.cell.member.snapshot
+            weights = companions.open(place.folders[companions.weights])
         tasks.append(ScoreTask(weights, place.folders[companions.weights], companions.companions, scoring.tasks))
-    bench = Bench(place.store.root, place.plan.evaluators["test"], place.plan.folder)
-    return _gather(place, score_model, bench, tasks, [scoring.cell.name for scoring in scorings], "models scored")
+    return _gather(place, score_model, place.bench, tasks, [scoring.cell.name for scoring in scorings], "models scored")
 
 
 def run_data_statistics(place: Place, plans: Sequence[StatisticPlan]) -> Done:
     """Work out statistics that run an expert on data."""
-    base, experts = opened(place.plan.pool, place.folders)
-    ground = place.plan.pool.base
+    base, experts = opened(place.pool, place.folders)
+    ground = place.pool.base
     tasks = [
         DataTask(plan, base, experts[plan.experts[0]], place.folders[ground.weights], ground.companions) for plan in plans
     ]
-    bench = Bench(place.store.root, place.plan.evaluators["test"], place.plan.folder)
-    return _gather(place, find_on_data, bench, tasks, [plan.step.name for plan in plans], "statistics on data")
+    return _gather(place, find_on_data, place.bench, tasks, [plan.step.name for plan in plans], "statistics on data")
 
 
 def _gather(
@@ -362,7 +372,7 @@ def resident(bench: Bench, companions: Path, companions_digest: str, dtype: str 
     key = (str(evaluator.parameters()), companions_digest)
     if key not in _RESIDENTS:
         _RESIDENTS.clear()
-        _RESIDENTS[key] = evaluator.open(companions, bench.folder)
+        _RESIDENTS[key] = evaluator.open(companions, bench.tasks)
     return _RESIDENTS[key]
 
 

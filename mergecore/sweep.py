@@ -25,7 +25,7 @@ class Winner:
 def complete(place: Place, frontier: Frontier, after: Callable[[Done], None]) -> Done:
     """Do everything that is missing, round by round; `after` hears of each round."""
     done = Done()
-    for snapshot in snapshots_of(place.plan.pool):
+    for snapshot in snapshots_of(place.pool):
         done = done.note(fetch(place, snapshot))
     drop_models(place, frontier.droppable())
     while round := frontier.round():

@@ -46,6 +46,10 @@ class Evaluator(Plugin, ABC):
         """
 
     @abstractmethod
+    def training_identity(self, tasks: Sequence[str], folder: Path | None) -> dict[str, Any]:
+        """What `Resident.calibration` draws from, as plain JSON: it enters the key of a statistic on data."""
+
+    @abstractmethod
     def open(self, companions: Path, folder: Path | None) -> Resident:
         """A model shell (weights not yet set) from the config and tokenizer files in `companions`."""
 

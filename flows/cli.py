@@ -1,0 +1,206 @@
+"""The command line. Heavy imports are inside the commands, so that help and a single merge start at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mergecore.errors import MergeloomError
+
+FAILED_CELLS = 3
+"""Exit code of a sweep that went through but has failed or refused cells."""
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Errors meant for a person are shown as one; everything else keeps its traceback."""
+    try:
+        yield
+    except MergeloomError as error:
+        raise click.ClickException(str(error)) from None
+    except KeyboardInterrupt:
+        click.echo("interrupted; what is finished is kept, run the same command again to go on", err=True)
+        sys.exit(130)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="mergeloom")
+def main() -> None:
+    """Model merging as a pipeline: one spec, every method exact, every step cached.
+
+    \b
+    mergeloom methods                 what can be merged how, and with which parameters
+    mergeloom merge RECIPE OUT        one model, in this process, in seconds
+    mergeloom plan SPEC               what a sweep would do, cost and reuse
+    mergeloom sweep SPEC              do it; the same command resumes and extends it
+    mergeloom report SPEC             tables and figure of what is known so far
+    mergeloom serve                   Prefect and MLflow over the same data
+
+    A recipe is a few lines of YAML:
+
+    \b
+    method: ties
+    density: 0.2
+    base: path-or-hub-id@revision
+    experts: [path-a, hub-id-b@revision]
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--durable", is_flag=True, help="fsync every file before OUT appears")
+@click.option("--workers", type=click.IntRange(1), help="threads that merge; default: one a core")
+def merge(recipe: Path, out: Path, durable: bool, workers: int | None) -> None:
+    """Make one model from RECIPE in the new folder OUT.
+
+    OUT holds what `transformers` loads: weights (safetensors), config, generation config, tokenizer, chat template, a
+    model card with recipe and lineage. It is written as OUT.tmp and renamed, so it is there whole or not at all.
+    """
+    with errors():
+        from flows.budget import cores, readable
+        from flows.session import digest_cache, resolver
+        from flows.terminal import progress
+        from mergecore.merging import InProcess
+        from mergecore.single import merge_recipe
+        from mergecore.spec import parse_recipe, read_yaml
+
+        parsed = parse_recipe(read_yaml(recipe), recipe.name)
+        with progress() as report:
+            find = resolver(digest_cache(), report)
+            made = merge_recipe(parsed, out, find, InProcess(workers or cores()), report, durable=durable)
+        for warning in made.warnings:
+            click.echo(f"note: {warning}", err=True)
+        click.echo(f"{made.folder}  {readable(made.size)}  digest {made.digest[:16]}")
+
+
+@main.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--cells", is_flag=True, help="list every cell")
+def plan(spec: Path, cells: bool) -> None:
+    """Show what SPEC asks for: cells, steps, what is done, what the rest costs. Nothing is written.
+
+    Everything that can be refused is refused here: keys and values, checkpoints that do not fit each other, tasks that
+    do not exist, memory and disk that do not suffice.
+    """
+    with errors():
+        from flows.budget import check_fit, cores, cost
+        from flows.overview import plan_text
+        from flows.session import open_session
+
+        session = open_session(spec)
+        found = cost(session.frontier, session.spec.run.workers or cores())
+        click.echo(plan_text(session, found, cells))
+        check_fit(session.spec, session.store, found)
+
+
+@main.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--in-process", is_flag=True, help="do everything in this process: no Prefect, no Dask")
+@click.option("--workers", type=click.IntRange(1), help="worker processes (threads with --in-process); default: one a core")
+@click.option("--retry-failed", is_flag=True, help="try failed cells again")
+@click.option("--no-track", is_flag=True, help="do not write to MLflow")
+def sweep(spec: Path, in_process: bool, workers: int | None, retry_failed: bool, no_track: bool) -> None:
+    """Run SPEC, go on with it, or extend it: only what is missing is done.
+
+    Killed at any moment, the same command goes on where it was. Cells that are refused or fail are recorded with their
+    reason and do not stop the others; the exit code is then 3. Without addresses in the spec a local Prefect server,
+    MLflow and Dask cluster are started and stopped again.
+    """
+    with errors():
+        from flows.conduct import conduct
+        from flows.session import open_session
+        from flows.terminal import progress
+
+        session = open_session(spec)
+        for warning in session.plan.pool.warnings:
+            click.echo(f"note: {warning}", err=True)
+        with progress() as report:
+            outcome = conduct(
+                session, report, in_process=in_process, workers=workers, retry_failed=retry_failed, track=not no_track
+            )
+        click.echo(outcome.text)
+        sys.exit(FAILED_CELLS if outcome.troubled else 0)
+
+
+@main.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--split", type=click.Choice(["test", "validation"]), default="test", help="which items to report on")
+def report(spec: Path, split: str) -> None:
+    """Print the table of SPEC as it stands and write tables (Parquet, CSV), report.md and the figure beside the store."""
+    with errors():
+        from flows.conduct import written_report
+        from flows.session import open_session
+
+        session = open_session(spec)
+        text, paths = written_report(session, split)
+        click.echo(text)
+        for path in paths:
+            click.echo(str(path))
+
+
+@main.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--rebuild", is_flag=True, help="delete the sweep's runs first and make them all anew")
+@click.option("--uri", help="MLflow tracking URI; default: the spec's, else MLFLOW_TRACKING_URI, else the store's database")
+def track(spec: Path, rebuild: bool, uri: str | None) -> None:
+    """Project SPEC as the store holds it into MLflow. MLflow is a view: this can be done again at any time."""
+    with errors():
+        from flows.conduct import projected
+        from flows.session import open_session
+
+        session = open_session(spec)
+        result = projected(session, uri, {}, rebuild=rebuild)
+        click.echo(f"{result.written} runs written, {result.unchanged} unchanged, {result.retired} retired")
+        for name, url in result.urls.items():
+            click.echo(f"{name}: {url}")
+
+
+@main.command()
+@click.argument("name", required=False)
+def methods(name: str | None) -> None:
+    """List the merge methods, or one method's parameters with defaults and ranges."""
+    with errors():
+        from flows.overview import method_text, methods_text
+
+        click.echo(method_text(name) if name else methods_text())
+
+
+@main.command()
+@click.argument("source")
+def inspect(source: str) -> None:
+    """Show what SOURCE (a directory or hub id) is: kind, tensors, dtypes, layers, digests. Reads headers only."""
+    with errors():
+        from flows.overview import inspect_text
+        from flows.session import digest_cache, resolver
+        from mergecore.snapshot import read_snapshot
+        from mergecore.spec import SourceSpec
+
+        click.echo(inspect_text(read_snapshot(resolver(digest_cache())(SourceSpec(source=source)))))
+
+
+@main.command()
+@click.option("--store", type=click.Path(path_type=Path), default=Path(".mergeloom"), help="folder of the sweeps to show")
+@click.option("--prefect-port", type=int, default=4200, show_default=True)
+@click.option("--mlflow-port", type=int, default=5000, show_default=True)
+def serve(store: Path, prefect_port: int, mlflow_port: int) -> None:
+    """Start Prefect and MLflow over the data of a store, on fixed ports, until Ctrl-C.
+
+    A sweep started meanwhile over the same store joins in and can be watched.
+    """
+    with errors():
+        from flows.services import Ports
+        from flows.services import serve as hold
+
+        hold(store, Ports(prefect=prefect_port, mlflow=mlflow_port), click.echo)
+
+
+if __name__ == "__main__":
+    main()

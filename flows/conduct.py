@@ -1,0 +1,156 @@
+"""Carries a session through: in this process, or with Prefect, MLflow and Dask around the same steps; then the report."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.budget import check_fit, cores, cost
+from flows.session import Session
+from mergecore.collect import collect
+from mergecore.errors import EvaluationError, ServiceError
+from mergecore.frontier import summary
+from mergecore.merging import InProcess
+from mergecore.method import Event, Report
+from mergecore.report import markdown, summarise, write_tables
+from mergecore.run import Done
+from mergecore.sweep import complete, to_register
+
+if TYPE_CHECKING:
+    from tasks.track import TrackResult
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a sweep ended: what to print, and whether cells failed or were refused."""
+
+    text: str
+    troubled: bool
+
+
+def conduct(
+    session: Session, report: Report, *, in_process: bool, workers: int | None, retry_failed: bool, track: bool
+) -> Outcome:
+    """Do what is missing and say what came out. Where nothing is missing no server and no cluster is started."""
+    if retry_failed and (count := session.store.forgive()):
+        report(Event(f"{count} failed steps will be tried again"))
+        session.frontier.refresh()
+    missing = bool(session.frontier.round()) or to_register(session.frontier, collect(session.frontier)) is not None
+    urls: dict[str, str] = {}
+    if missing:
+        check_fit(session.spec, session.store, cost(session.frontier, workers or session.spec.run.workers or cores()))
+        urls = (_alone if in_process else _with_services)(session, report, workers, track)
+    return conclusion(session, urls, reused=not missing)
+
+
+def _alone(session: Session, report: Report, workers: int | None, track: bool) -> dict[str, str]:
+    place = session.place(InProcess(workers or cores()), report)
+
+    def say(done: Done) -> None:
+        for name, reason in done.failures.items():
+            report(Event(f"failed: {name}: {reason}"))
+
+    complete(place, session.frontier, say)
+    if not track:
+        return {}
+    from flows.services import servers
+
+    written_report(session)
+    with _tolerated(report), servers(session.store.root, prefect="none", mlflow=mlflow_uri(session)) as addresses:
+        return dict(projected(session, addresses.mlflow, {}).urls)
+    return {}
+
+
+def _with_services(session: Session, report: Report, workers: int | None, track: bool) -> dict[str, str]:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.services import servers
+    from flows.sweep import run_session
+
+    report(Event("starting Prefect and MLflow"))
+    given = session.spec.run.prefect or os.environ.get("PREFECT_API_URL")
+    with servers(session.store.root, prefect=given, mlflow=mlflow_uri(session)) as addresses:
+        with temporary_settings({PREFECT_API_URL: addresses.prefect}), _quiet_console():
+            found = run_session(session, report, workers, addresses.mlflow if track else None)
+        return {"Prefect": addresses.prefect_page, **found}
+
+
+@contextlib.contextmanager
+def _quiet_console() -> Iterator[None]:
+    """Prefect's log lines go to its pages; on the terminal stands our own progress."""
+    loggers = [logging.getLogger(name) for name in ("prefect", "prefect.flow_runs", "prefect.task_runs")]
+    held = [(logger, list(logger.handlers)) for logger in loggers]
+    for logger in loggers:
+        logger.handlers = [handler for handler in logger.handlers if "Console" not in type(handler).__name__]
+    try:
+        yield
+    finally:
+        for logger, handlers in held:
+            logger.handlers = handlers
+
+
+@contextlib.contextmanager
+def _tolerated(report: Report) -> Iterator[None]:
+    """MLflow is a view: without it the sweep stands, and can be projected later."""
+    try:
+        yield
+    except ServiceError as error:
+        report(Event(f"not shown in MLflow: {error} Run `mergeloom track` later."))
+
+
+def mlflow_uri(session: Session) -> str | None:
+    """The spec's tracking URI, else MLFLOW_TRACKING_URI; None: the store's own."""
+    return session.spec.run.mlflow or os.environ.get("MLFLOW_TRACKING_URI")
+
+
+def projected(session: Session, uri: str | None, links: Mapping[str, str], rebuild: bool = False) -> TrackResult:
+    """The sweep shown in MLflow; a server over the store's own database is started for it where no URI is known."""
+    from tasks import track
+
+    paths = {path.name: path for path in session.results.glob("*") if path.suffix in (".png", ".md", ".parquet")}
+    function = track.rebuild if rebuild else track.project
+    sweep, known = collect(session.frontier), uri or mlflow_uri(session)
+    if known:
+        return function(sweep, known, paths, links, session.store.root / "locks")
+    from flows.services import servers
+
+    with servers(session.store.root, prefect="none") as addresses:
+        return function(sweep, addresses.mlflow, paths, links, session.store.root / "locks")
+
+
+def written_report(session: Session, split: str = "test") -> tuple[str, list[Path]]:
+    """The report as text, and the files it was written to: tables, report.md and the figure."""
+    found = summarise(collect(session.frontier), split)
+    paths = list(write_tables(found, session.results))
+    if found.curve.num_rows:
+        from mergecore.figure import draw
+
+        paths += list(draw(found, session.results / "figure"))
+    return markdown(found), paths
+
+
+def conclusion(session: Session, urls: Mapping[str, str], reused: bool) -> Outcome:
+    """What a sweep that went through tells: the table, where the files are, what failed, where it can be seen."""
+    counts = summary(session.frontier)
+    try:
+        text, paths = written_report(session)
+    except EvaluationError as error:
+        text, paths = f"no report: {error}", []
+    lines = [text.strip(), ""]
+    if reused:
+        lines.append("everything was found in the store; nothing had to be done")
+    lines += [f"written: {path}" for path in paths if path.suffix in (".png", ".md")]
+    lines += [f"{name}: {url}" for name, url in urls.items()]
+    lines.append(f"`mergeloom serve --store {session.spec.output.store}` shows the same in Prefect and MLflow")
+    troubled = counts["failed"] + counts["refused"]
+    if troubled:
+        lines.append(f"{troubled} of {sum(counts.values())} cells failed or were refused (--retry-failed tries again):")
+        named = [(cell, session.frontier.trouble(cell)) for cell in session.plan.cells]
+        lines += [f"  {cell.name}: {reason}" for cell, reason in named if reason][:20]
+    return Outcome("\n".join(lines), troubled > 0 or counts["pending"] > 0)
+

@@ -1,0 +1,93 @@
+"""Plans, methods and checkpoints as text for the terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from flows.budget import Cost, readable
+from flows.session import Session
+from flows.terminal import table
+from mergecore.architectures import layer_of
+from mergecore.errors import SpecError, nearest
+from mergecore.registry import METHODS
+from mergecore.snapshot import Snapshot
+
+
+def plan_text(session: Session, found: Cost, cells: bool) -> str:
+    """The plan in a dozen lines, or with every cell."""
+    plan, frontier = session.plan, session.frontier
+    kinds = Counter(cell.kind for cell in plan.cells)
+    methods = sorted({cell.method for cell in plan.cells if cell.method})
+    lines = [
+        f"sweep {session.spec.name}: {found.cells} cells"
+        f" ({kinds['merge']} merges by {', '.join(methods)}; {found.cells - kinds['merge']} baselines)",
+        f"done: {found.cells_done} cells; still to do: {found.statistics} statistics, {found.merges} merges in "
+        f"{found.passes} passes, {found.evaluations} evaluations",
+        f"reads {readable(found.bytes_read)}, writes {readable(found.bytes_written)}, at most {readable(found.disk)} of "
+        f"models on disk at a time, {readable(found.peak_memory)} of memory at the peak",
+        f"expected time: {duration(found.seconds)} ({'from what this store measured' if found.measured else 'a guess'})",
+    ]
+    lines += [f"note: {warning}" for warning in plan.pool.warnings]
+    refused = [cell for cell in plan.cells if cell.refused]
+    lines += [f"refused: {cell.name}: {cell.refused}" for cell in refused[:10]]
+    if cells:
+        rows = [[cell.id, cell.kind, cell.name, _state(frontier, cell), ", ".join(cell.experts)] for cell in plan.cells]
+        lines += ["", table(["cell", "kind", "name", "state", "experts"], rows)]
+    return "\n".join(lines)
+
+
+def _state(frontier: Any, cell: Any) -> str:
+    if cell.refused:
+        return "refused"
+    if frontier.trouble(cell):
+        return "failed"
+    return "to do" if any(True for _ in frontier.wanted(cell)) else "done"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def methods_text() -> str:
+    """Every method in a line."""
+    rows = [[name, (kind.__doc__ or "").strip().splitlines()[0], ", ".join(kind.model_fields)] for name, kind in METHODS.items()]
+    return table(["method", "what it does", "parameters"], rows) + "\n\n`mergeloom methods NAME` tells more of one."
+
+
+def method_text(name: str) -> str:
+    """One method: what it is, its source, its parameters with defaults and ranges."""
+    if name not in METHODS:
+        raise SpecError(f"there is no method '{name}'; {nearest(name, METHODS)}")
+    kind = METHODS[name]
+    module = __import__(kind.__module__, fromlist=["__doc__"])
+    rows = []
+    for field, info in kind.model_fields.items():
+        limits = [str(limit) for limit in info.metadata if not hasattr(limit, "func")]
+        default = "must be given" if info.is_required() else repr(info.default)
+        rows.append([field, default, (info.description or "") + (f" [{', '.join(limits)}]" if limits else "")])
+    needs = "base and experts" if kind.model_construct().needs_base else "experts only"
+    statistics = ", ".join(kind.model_construct().statistics()) or "nothing"
+    head = f"{name} ({kind.__name__})\n{(kind.__doc__ or '').strip()}\n{(module.__doc__ or '').strip()}"
+    return f"{head}\nneeds: {needs}; worked out beforehand: {statistics}\n\n" + table(["parameter", "default", "meaning"], rows)
+
+
+def inspect_text(snapshot: Snapshot) -> str:
+    """What a checkpoint is, from its headers."""
+    dtypes = Counter(info.dtype for info in snapshot.tensors.values())
+    layers = {layer for name in snapshot.tensors if (layer := layer_of(name)) is not None}
+    elements = sum(info.count for info in snapshot.tensors.values())
+    lines = [
+        f"{snapshot.source.uri}: {'LoRA adapter' if snapshot.kind == 'adapter' else 'full checkpoint'}",
+        f"{len(snapshot.tensors)} tensors, {elements:,} parameters, {readable(snapshot.size)}, "
+        + ", ".join(f"{count} × {dtype}" for dtype, count in dtypes.most_common()),
+    ]
+    if layers:
+        lines.append(f"{len(layers)} layers ({min(layers)} to {max(layers)})")
+    told = ("model_type", "architectures", "vocab_size", "tie_word_embeddings", "base_model_name_or_path", "r", "lora_alpha", "use_rslora")
+    lines += [f"{key}: {snapshot.config[key]}" for key in told if snapshot.config.get(key) is not None]
+    lines += [f"weights    {snapshot.weights}", f"companions {snapshot.companions}"]
+    return "\n".join(lines)

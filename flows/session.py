@@ -1,0 +1,101 @@
+"""From a spec file to a plan held against its store: what every command starts with. Reads the environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mergecore.engine import Executor
+from mergecore.frontier import Frontier
+from mergecore.method import Report, silent
+from mergecore.plan import Plan, make_plan
+from mergecore.pool import Resolver, resolve_pool
+from mergecore.run import Place
+from mergecore.sources import Source
+from mergecore.sources.local import DigestCache
+from mergecore.sources.resolve import resolve
+from mergecore.spec import SourceSpec, Spec, parse_spec, read_yaml
+from mergecore.store import Store
+
+
+@dataclass(frozen=True)
+class Session:
+    """A spec, its plan, its store and what is still missing."""
+
+    spec: Spec
+    plan: Plan
+    store: Store
+    frontier: Frontier
+
+    def place(self, executor: Executor, report: Report) -> Place:
+        """Where this session's work is done."""
+        plan = self.plan
+        device = "cuda" if self.spec.run.dask == "gpu" and torch.cuda.is_available() else "cpu"
+        return Place(
+            plan.pool, self.store, executor, report, plan.shard_size, plan.evaluators["test"], plan.folder, {}, device
+        )
+
+    @property
+    def results(self) -> Path:
+        """Where tables and figures of this sweep are written."""
+        return self.store.root / "sweeps" / self.spec.name
+
+
+def resolver(digests: Path | None, report: Report = silent) -> Resolver:
+    """Finds sources with the hub settings of this environment (HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT, HF_HOME)."""
+    cache = DigestCache(digests)
+    token = _token()
+
+    def found(source: SourceSpec) -> Source:
+        return resolve(
+            source.source,
+            revision=source.revision,
+            token=token,
+            offline=os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+            endpoint=os.environ.get("HF_ENDPOINT"),
+            digests=cache,
+            report=report,
+        )
+
+    return found
+
+
+def _token() -> str | None:
+    """HF_TOKEN, else what `hf auth login` has stored."""
+    if token := os.environ.get("HF_TOKEN"):
+        return token
+    home = os.environ.get("HF_HOME", os.path.join(os.path.expanduser("~"), ".cache", "huggingface"))
+    try:
+        return Path(os.environ.get("HF_TOKEN_PATH", os.path.join(home, "token"))).read_text().strip() or None
+    except OSError:
+        return None
+
+
+def digest_cache() -> Path:
+    """Where digests of local files are remembered when there is no store."""
+    home = os.environ.get("XDG_CACHE_HOME", os.path.join(os.path.expanduser("~"), ".cache"))
+    return Path(home) / "mergeloom" / "digests.jsonl"
+
+
+def open_session(path: Path, report: Report = silent) -> Session:
+    """Parse, resolve, check and plan. Nothing is written. Raises a MergeloomError for what cannot be meant or had."""
+    return session_of(parse_spec(read_yaml(path), path.name), report)
+
+
+def session_of(spec: Spec, report: Report = silent) -> Session:
+    """The session of a parsed spec; relative paths in it start from the current directory."""
+    store = Store(spec.output.store)
+    pool = resolve_pool(spec.base, spec.experts, spec.multitask, resolver(digest_cache(), report), report)
+    plan = make_plan(spec, pool, Path.cwd())
+    return Session(spec, plan, store, Frontier(plan, store, models_at_once(plan, store)))
+
+
+def models_at_once(plan: Plan, store: Store) -> int:
+    """How many models may lie on the disk at a time: what fits the budget, and no more than keeps evaluation fed."""
+    from flows.budget import disk_budget
+
+    largest = max((cell.merge.size for cell in plan.cells if cell.merge is not None), default=1)
+    return max(1, min(disk_budget(plan.spec, store) // largest, 24))

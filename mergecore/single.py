@@ -1,0 +1,144 @@
+"""One recipe, one model: a directory that `transformers` loads, made in this process and written once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergecore.engine import Executor
+from mergecore.errors import MergeloomError, SpecError, StoreError
+from mergecore.identity import Step
+from mergecore.method import DataStatistic, Report
+from mergecore.plan import MergeBuilder, MergePlan, StatisticPlan
+from mergecore.pool import Member, Pool, Resolver, resolve_pool
+from mergecore.publish import TORCH_NAMES, model_card, write_companions
+from mergecore.run import Done, Place, fetch, run_merges, run_statistics, snapshots_of
+from mergecore.spec import Recipe, SourceSpec, as_yaml, size_in_bytes
+from mergecore.store import State, Store
+
+
+@dataclass(frozen=True)
+class Made:
+    """A written model: where, its content digest, its bytes, and what was said aloud on the way."""
+
+    folder: Path
+    digest: str
+    size: int
+    warnings: tuple[str, ...]
+
+
+def merge_recipe(
+    recipe: Recipe, out: Path, resolve: Resolver, executor: Executor, report: Report, *, durable: bool = False
+) -> Made:
+    """Make the recipe's model in `out`, by way of `out`.tmp and a rename; durable: fsync before the rename.
+
+    Raises a MergeloomError for what cannot be made; nothing is left at `out` or beside it then.
+    """
+    if out.exists():
+        raise StoreError(f"{out} exists already; choose another name or remove it")
+    method = recipe.built()
+    pool = resolve_pool(_base(recipe), recipe.experts, None, resolve, report)
+    builder = MergeBuilder(pool, recipe.select, recipe.dtype, _no_data)
+    plan = builder.build(method, list(pool.experts.values()))
+    draft = out.with_name(out.name + ".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    store = Store(draft / ".work")
+    try:
+        draft.mkdir(parents=True)
+        place = Place(pool, store, executor, report, size_in_bytes(recipe.shard_size))
+        for snapshot in snapshots_of(pool):
+            fetch(place, snapshot)
+        _finish(run_all(place, plan))
+        made = _settle(place, plan, recipe, draft)
+        if durable:
+            _sync(draft)
+        os.rename(draft, out)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise StoreError(f"cannot write {out}: {error}") from error
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return Made(out, made, plan.size, pool.warnings)
+
+
+def _base(recipe: Recipe) -> SourceSpec:
+    """The base; a method on weights alone takes config and untouched tensors from the first expert where none is given."""
+    if recipe.base is not None:
+        return recipe.base
+    if not recipe.experts:
+        raise SpecError("recipe.experts: at least one expert is needed")
+    if recipe.built().needs_base:
+        raise SpecError(f"recipe.base: method '{recipe.method}' works on task vectors; give the base they start from")
+    first = recipe.experts[0]
+    return SourceSpec(source=first.source, revision=first.revision)
+
+
+def _no_data(member: Member) -> dict[str, Any]:
+    raise SpecError(
+        f"this method needs a statistic of expert '{member.name}' on data, and a recipe names none; write a spec with "
+        "`evaluate:` and the experts' tasks, and run `mergeloom sweep`"
+    )
+
+
+def run_all(place: Place, plan: MergePlan) -> Done:
+    """The merge and, level by level, what it must know beforehand."""
+    done = Done()
+    waiting = [one for plans in plan.statistics.values() for group in plans for one in group.with_inputs()]
+    pending = {one.step.key: one for one in waiting if not isinstance(one.statistic, DataStatistic)}
+    while pending and not done.failures:
+        ready = [one for one in pending.values() if not _open_inputs(one, pending)]
+        done = done.note(run_statistics(place, ready))
+        pending = {key: one for key, one in pending.items() if place.store.state(one.step) is not State.PRESENT}
+    return done if done.failures else done.note(run_merges(place, [plan]))
+
+
+def _open_inputs(plan: StatisticPlan, pending: dict[str, StatisticPlan]) -> bool:
+    return any(one.step.key in pending for plans in plan.inputs.values() for one in plans)
+
+
+def _finish(done: Done) -> None:
+    if done.failures:
+        raise MergeloomError(next(iter(done.failures.values())))
+
+
+def _settle(place: Place, plan: MergePlan, recipe: Recipe, draft: Path) -> str:
+    """Move the weights up, put companions and card beside them, remove the work folder; returns the model's digest."""
+    record = place.store.record(plan.step)
+    assert record is not None
+    for name in record.files:
+        os.rename(place.store.folder(plan.step) / name, draft / name)
+    dtypes = sorted({info.dtype for info in plan.outputs.values() if info.dtype in TORCH_NAMES})
+    base = place.pool.base
+    write_companions(draft, base, place.folders[base.weights], dtypes)
+    held = recipe.model_dump(mode="json", exclude_defaults=True)
+    (draft / "README.md").write_text(model_card(held, _origin(place.pool, plan.step, record.result), None))
+    (draft / "mergeloom.yaml").write_text(as_yaml(held))
+    shutil.rmtree(draft / ".work")
+    return record.digest
+
+
+def _origin(pool: Pool, step: Step, result: Any) -> dict[str, Any]:
+    names = {member.id: member.name for member in pool.members}
+    kept = {names.get(one, one): share for one, share in result.get("kept_density", {}).items()}
+    return {
+        "base": {"source": pool.base.source.uri, "weights": pool.base.weights},
+        "experts": [
+            {"name": one.name, "source": one.snapshot.source.uri, "weights": one.id} for one in pool.experts.values()
+        ],
+        "step": step.as_json(),
+        "kept_density": kept,
+    }
+
+
+def _sync(folder: Path) -> None:
+    """Have every file and the folder itself on the disk."""
+    for path in [*sorted(folder.rglob("*")), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,18 @@
+"""Evaluations: a batch of models scored side by side, all tasks of a model on one worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import task
+from prefect.states import State
+
+from mergecore.run import run_scorings
+from tasks.work import OPTIONS, Work, cached, ended
+
+
+@task(name="evaluate", task_run_name="evaluate {name}", **OPTIONS)
+def evaluate(name: str, work: Work) -> State[Any]:
+    """`work.items`: scorings (a cell and the tasks on which it is still to be scored)."""
+    missing = [one for one in work.items if not all(work.place.store.is_done(step) for _, _, step in one.tasks)]
+    return ended(run_scorings(work.place, missing)) if missing else cached(len(work.items), "models' scores")

@@ -1,0 +1,35 @@
+"""The sweep shown in MLflow as a Prefect task; `tasks/track.py` does the writing and knows nothing of Prefect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from prefect import get_run_logger, task
+from prefect.states import Completed, State
+
+from mergecore.errors import ServiceError
+from tasks.work import OPTIONS
+
+if TYPE_CHECKING:
+    from tasks.track import TrackResult
+
+
+class Projection:
+    """How the sweep is projected, and the pages that came out of it."""
+
+    def __init__(self, project: Callable[[], TrackResult]) -> None:
+        self.project = project
+        self.pages: dict[str, str] = {}
+
+
+@task(name="track", task_run_name="track {name}", **OPTIONS)
+def track(name: str, projection: Projection) -> State[Any]:
+    """MLflow is a view: where it is away the task completes saying so, and the sweep can be projected later."""
+    try:
+        result = projection.project()
+    except ServiceError as error:
+        get_run_logger().warning("not shown in MLflow: %s", error)
+        return Completed(name="Without MLflow", message=str(error), data=None)
+    projection.pages.update(result.urls)
+    return Completed(message=f"{result.written} runs written, {result.unchanged} unchanged", data=None)

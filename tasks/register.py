@@ -1,0 +1,20 @@
+"""Registration: the best cell's model published in the store and named in the registration record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import task
+from prefect.states import State
+
+from mergecore.frontier import Frontier
+from mergecore.sweep import register_best
+from tasks.work import OPTIONS, Work, cached, ended
+
+
+@task(name="register", task_run_name="register {name}", **OPTIONS)
+def register(name: str, work: Work) -> State[Any]:
+    """`work.items`: the frontier. Cached where the winner is registered already."""
+    frontier: Frontier = work.items[0]
+    done = register_best(work.place, frontier)
+    return ended(done) if done.steps or done.failures else cached(1, "registration")

@@ -1,0 +1,18 @@
+"""Profiles of task vectors: norms and bit-pattern counts of every expert, in one reading of the pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import task
+from prefect.states import State
+
+from mergecore.run import run_statistics
+from tasks.work import OPTIONS, Work, cached, ended
+
+
+@task(name="task vectors", task_run_name="task vectors {name}", **OPTIONS)
+def task_vectors(name: str, work: Work) -> State[Any]:
+    """`work.items`: plans of profiles."""
+    missing = [plan for plan in work.items if not work.place.store.is_done(plan.step, bytes_needed=True)]
+    return ended(run_statistics(work.place, missing)) if missing else cached(len(work.items), "profiles")

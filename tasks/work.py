@@ -1,0 +1,49 @@
+"""What the tasks share: how work is handed to them, and how they end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, State
+
+from mergecore.run import Done, Place
+
+OPTIONS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
+"""Prefect's own result cache is off: the store is the one truth."""
+
+
+class Work:
+    """Work and the place to do it. A plain class: Prefect looks into dataclasses and lists for futures, not into this."""
+
+    def __init__(self, place: Place, items: Sequence[Any] = ()) -> None:
+        self.place, self.items = place, items
+
+
+def ended(done: Done) -> State[Any]:
+    """The state a task ends in: Completed, its message saying what was done and what failed."""
+    message = f"{len(done.steps)} steps in {done.seconds:.1f} s"
+    logger = get_run_logger()
+    for name, reason in done.failures.items():
+        logger.warning("%s failed: %s", name, reason)
+    if done.failures:
+        return Completed(name="With failures", message=f"{message}; {len(done.failures)} failed: {first(done)}", data=None)
+    return Completed(message=message, data=None)
+
+
+def first(done: Done) -> str:
+    """The first failure as a sentence."""
+    return next((f"{name}: {reason}" for name, reason in done.failures.items()), "")
+
+
+def cached(count: int, what: str) -> State[Any]:
+    """The state of a task whose work was all done before."""
+    return Completed(name="Cached", message=f"{count} {what} found in the store", data=None)
+
+
+@task(name="reuse", task_run_name="{kind}: reuse {count}", **OPTIONS)
+def reuse(kind: str, count: int) -> State[Any]:
+    """Shows in one line how many steps of a kind an earlier run has finished."""
+    return cached(count, kind)

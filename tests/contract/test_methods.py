@@ -1,0 +1,186 @@
+"""What every method promises, from the registry: a new method is tested by being listed there."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mergecore.engine as engine
+from mergecore import merge
+from mergecore.errors import MergeloomError, NonFiniteError
+from mergecore.method import DataStatistic, Method
+from mergecore.methods import RandomDrop, Ties
+from mergecore.registry import METHODS
+
+DROP = {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 3}
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("average", {}),
+    ("average", {"weights": [3, 1, 2]}),
+    ("average", {"drop": DROP}),
+    ("task_arithmetic", {"scale": 0.7}),
+    ("task_arithmetic", {"scale": -0.3, "drop": {**DROP, "rescale": "inverse"}}),
+    *(
+        ("ties", {"density": 0.3, "scale": 0.8, "scope": scope, "aggregate": aggregate, "count": count})
+        for scope, aggregate, count in itertools.product(
+            ("global", "tensor"), ("mean", "sum", "max"), ("at_least", "exact", "published")
+        )
+    ),
+    ("ties", {"density": 0.5, "drop": DROP, "count": "exact", "zero_sign": "majority"}),
+    ("fisher", {}),
+    ("fisher", {"weights": [1, 0, 2], "normalize": False, "floor": 1e-3}),
+]
+IDS = ["c", "a", "b"]
+
+
+def test_every_method_is_covered() -> None:
+    assert {name for name, _ in VARIANTS} == set(METHODS)
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda variant: f"{variant[0]}-{json.dumps(variant[1], separators=(',', ':'))}")
+def method(request: pytest.FixtureRequest) -> Method:
+    name, values = request.param
+    return METHODS[name].model_validate(values)
+
+
+def models(dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """A base and three experts: a matrix, a convolution, a vector, a scalar, an empty tensor and an integer buffer."""
+    generator = torch.Generator().manual_seed(1)
+
+    def made(scale: float) -> dict[str, Tensor]:
+        shapes: dict[str, tuple[int, ...]] = {"m": (37, 19), "conv": (3, 4, 3, 3), "v": (11,), "s": (), "empty": (0, 4)}
+        held = {name: (torch.randn(shape, generator=generator) * scale).to(dtype) for name, shape in shapes.items()}
+        return {**held, "count": torch.arange(5)}
+
+    base = made(1.0)
+    experts = []
+    for _ in range(3):
+        change = made(0.1)
+        experts.append({n: (base[n] + change[n]).to(dtype) if base[n].is_floating_point() else base[n] for n in base})
+    return base, experts
+
+
+def merged(
+    method: Method,
+    base: Mapping[str, Tensor],
+    experts: list[dict[str, Tensor]],
+    ids: list[str] | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    needs_data = any(isinstance(statistic, DataStatistic) for statistic in method.statistics().values())
+    given = {"fisher": [{n: (e[n].float() * 3).sin() ** 2 for n in e} for e in experts]} if needs_data else None
+    return merge(method, base=base, experts=experts, ids=ids or IDS, statistics=given, **options)
+
+
+def same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_parameters_survive_json(method: Method) -> None:
+    assert type(method).model_validate(json.loads(json.dumps(method.parameters()))) == method
+
+
+def test_unknown_parameters_are_refused(method: Method) -> None:
+    with pytest.raises(ValueError, match="extra"):
+        type(method).model_validate({**method.parameters(), "no_such_parameter": 1})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_shapes_dtypes_and_inputs_are_kept(method: Method, dtype: torch.dtype) -> None:
+    base, experts = models(dtype)
+    before = [{n: t.clone() for n, t in held.items()} for held in (base, *experts)]
+    found = merged(method, base, experts)
+    assert {n: (t.shape, t.dtype) for n, t in found.items()} == {n: (t.shape, t.dtype) for n, t in base.items()}
+    assert all(same(old, new) for old, new in zip(before, (base, *experts), strict=True))
+    assert torch.equal(found["count"], base["count"])
+
+
+def test_same_bytes_twice_for_any_chunk_and_order(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, experts = models()
+    first = merged(method, base, experts)
+    assert same(first, merged(method, base, experts))
+    for chunk in (7, 64):
+        monkeypatch.setattr(engine, "CHUNK", chunk)
+        assert same(first, merged(method, base, experts))
+    turned = {name: base[name] for name in reversed(base)}
+    assert same(first, merged(method, turned, experts))
+    order = [2, 0, 1]
+    moved = method
+    if getattr(method, "weights", None):
+        moved = method.model_copy(update={"weights": tuple(method.weights[p] for p in order)})  # type: ignore[attr-defined]
+    assert same(first, merged(moved, base, [experts[p] for p in order], [IDS[p] for p in order]))
+
+
+def test_blocks_of_the_grid_do_not_matter(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Element-wise results do not depend on the grid; only float64 sums do, and they only through l1 rescaling."""
+    base, experts = models()
+    first = merged(method, base, experts)
+    for module in ("mergecore.engine", "mergecore.merging"):
+        monkeypatch.setattr(f"{module}.GRID", 64)
+    second = merged(method, base, experts)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-6, atol=1e-7)
+
+
+def test_equal_experts_give_the_expert(method: Method) -> None:
+    if not method.idempotent or getattr(method, "drop", None) is not None:
+        pytest.skip("not declared")
+    base, experts = models(torch.bfloat16)
+    found = merged(method, base, [experts[0]] * 3)
+    assert same(found, {name: experts[0][name] for name in base})
+
+
+def test_a_single_expert(method: Method) -> None:
+    base, experts = models()
+    one = method.model_copy(update={"weights": None}) if getattr(method, "weights", None) else method
+    found = merged(one, base, experts[:1], ["a"])
+    assert all(torch.isfinite(value).all() for value in found.values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_not_finite_is_refused_by_name(method: Method, bad: float) -> None:
+    base, experts = models()
+    experts[1]["conv"] = experts[1]["conv"].clone()
+    experts[1]["conv"].view(-1)[3] = bad
+    if getattr(method, "name", "") == "fisher":
+        fishers = [{n: torch.ones_like(e[n], dtype=torch.float32) for n in e} for e in experts]
+        with pytest.raises(NonFiniteError, match="conv"):
+            merge(method, base=base, experts=experts, statistics={"fisher": fishers})
+        return
+    with pytest.raises(NonFiniteError, match=r"expert '1'.*conv"):
+        merged(method, base, experts)
+
+
+def test_overflow_of_the_result_names_the_method() -> None:
+    base = {"w": torch.tensor([1.0, 2.0])}
+    with pytest.raises(NonFiniteError, match="task_arithmetic"):
+        merge(METHODS["task_arithmetic"].model_validate({"scale": 1e38}), base=base, experts=[{"w": base["w"] * 1e4}])
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    base, experts = models()
+    experts[0]["v"] = torch.zeros(12)
+    with pytest.raises(MergeloomError, match=r"'v' has shape \[12\], in the base \[11\]"):
+        merge(METHODS["average"](), base=base, experts=experts)
+    del experts[0]["v"]
+    with pytest.raises(MergeloomError, match="lacks 'v'"):
+        merge(METHODS["average"](), base=base, experts=experts)
+
+
+def test_a_drop_demands_ids() -> None:
+    base, experts = models()
+    with pytest.raises(MergeloomError, match="ids"):
+        merge(Ties(drop=RandomDrop(rate=0.5)), base=base, experts=experts)
+
+
+def test_dtype_of_the_result() -> None:
+    base, experts = models()
+    found = merge(Ties(), base=base, experts=experts, dtype=torch.bfloat16)
+    wide = merge(Ties(), base=base, experts=experts)
+    assert all(torch.equal(found[n], wide[n].to(torch.bfloat16)) for n in base if n != "count")
+    assert found["count"].dtype == torch.int64

@@ -1,0 +1,86 @@
+"""Thresholds by radix selection against a full sort, to the last element."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import floor
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergecore.engine import PassPlan, StatisticJob, plan_spans, run_pass
+from mergecore.delta import FullExpert
+from mergecore.merging import InProcess, find_statistics
+from mergecore.method import Found, Per, Result, silent
+from mergecore.snapshot import MemoryTensors
+from mergecore.statistics.profile import Profile
+from mergecore.statistics.threshold import Threshold, threshold_of
+from mergecore.trims import trimmed
+
+
+def found(statistic: Threshold, delta: dict[str, Tensor], workers: int = 1) -> Result:
+    base = MemoryTensors({name: torch.zeros_like(value) for name, value in delta.items()})
+    pool = [FullExpert("id", "expert", MemoryTensors(delta))]
+    selection = base.tensors
+    known = find_statistics(statistic, base, pool, selection, {}, silent)
+    job = StatisticJob("k", statistic, (0,), selection, known)
+    plan = PassPlan(base, tuple(pool), (), (job,), plan_spans(selection, Per.ELEMENT, 4000))
+    return run_pass(plan, InProcess(workers), silent).results["k"]
+
+
+def deltas(kind: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    flat = torch.randn(30_011, generator=generator)
+    if kind == "bfloat16":  # many exact ties
+        flat = (flat.to(torch.bfloat16) * 0.01).to(torch.float32)
+    elif kind == "sparse":
+        flat = torch.where(torch.rand(30_011, generator=generator) < 0.9, 0.0, flat)
+    elif kind == "constant":
+        flat = torch.full((30_011,), -0.25)
+    elif kind == "denormal":
+        flat = flat * 1e-40
+    return {"a": flat[:10_000].view(100, 100), "b": flat[10_000:10_007], "c": flat[10_007:]}
+
+
+@pytest.mark.parametrize("kind", ["normal", "bfloat16", "sparse", "constant", "denormal"])
+@pytest.mark.parametrize("density", [0.0, 0.0001, 0.01, 0.2, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("ranked", ["global", "tensor"])
+def test_equals_a_full_sort(kind: str, density: float, ranked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("mergecore.engine", "mergecore.merging", "mergecore.identity"):
+        monkeypatch.setattr(f"{module}.GRID", 1024)
+    delta = deltas(kind)
+    for count in ("at_least", "exact"):
+        statistic = Threshold.model_validate({"density": density, "ranked": ranked, "count": count})
+        result = found(statistic, delta, workers=2)
+        kept_in_all = 0
+        groups = [sorted(delta)] if ranked == "global" else [[name] for name in sorted(delta)]
+        for names in groups:
+            flat = torch.cat([delta[name].reshape(-1) for name in names])
+            rank = floor(Fraction(str(density)) * flat.numel())
+            order = torch.argsort(flat.abs(), descending=True, stable=True)
+            expected = torch.zeros_like(flat, dtype=torch.bool)
+            if rank and count == "exact":
+                expected[order[:rank]] = True
+            elif rank:
+                expected = flat.abs() >= flat.abs()[order[rank - 1]]
+            kept_in_all += int(expected.sum())
+            parts = []
+            for name in names:
+                threshold, cut = threshold_of(Found(MemoryTensors(result.tensors), result.numbers), name)
+                parts.append(trimmed(delta[name].reshape(-1), threshold, cut, 0))
+            assert torch.equal(torch.cat(parts), torch.where(expected, flat, 0.0))
+        assert result.numbers["kept"] == kept_in_all
+
+
+def test_profile_numbers() -> None:
+    delta = deltas("normal")
+    base = MemoryTensors({name: torch.zeros_like(value) for name, value in delta.items()})
+    job = StatisticJob("k", Profile(), (0,), base.tensors, {})
+    plan = PassPlan(base, (FullExpert("id", "e", MemoryTensors(delta)),), (), (job,), plan_spans(base.tensors, Per.ELEMENT))
+    numbers = run_pass(plan, InProcess(), silent).results["k"].numbers
+    flat = torch.cat([value.reshape(-1).double() for value in delta.values()])
+    assert numbers["l1"] == pytest.approx(float(flat.abs().sum()), rel=1e-12)
+    assert numbers["l2"] == pytest.approx(float(flat.norm()), rel=1e-12)
+    assert numbers["max"] == float(flat.abs().max().float())
+    assert numbers["non_zero"] == int((flat != 0).sum())
