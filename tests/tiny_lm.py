@@ -169,7 +169,7 @@ def write_tasks(folder: Path, items: int = 40) -> Path:
             options = [other, word, "q", "the " + WORDS[(number * 5 + 3) % 12]][: 3 + number % 2]
             question = f"{number}: here are {other} and {word}. The last is"
             choice.append({"question": question, "options": options, "answer": 1})
-            write.append({"question": f"Say {word} and {other} {number}:", "answer": word})
+            write.append({"question": f"Say {word} and {other} {number}:", "answer": f"{word}, {other}"})
         for kind, held in (("choice", choice), ("write", write)):
             text = "".join(json.dumps(document) + "\n" for document in held)
             (folder / "data" / f"{kind}.{split}.jsonl").write_text(text)

@@ -330,9 +330,9 @@ def test_resolving_is_cheap(place: Path, tmp_path: Path) -> None:
     names = [f"choice_{number}" for number in range(20)]
     for name in names:
         (folder / f"{name}.yaml").write_text(text.replace("tiny_choice", name))
-    start = time.perf_counter()
+    start = time.process_time()
     LmEval(limit=100).resolve(names, "test", folder)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
     script = (
         "import sys; from mergecore.evaluators.lm_eval import LmEval; from pathlib import Path; "
         f"LmEval().resolve({names!r}, 'test', Path({str(folder)!r})); "

@@ -1,0 +1,298 @@
+"""Small classifiers scored on arrays: one resident module, BatchNorm statistics recomputed for merged weights."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from mergecore.errors import EvaluationError, NonFiniteError, SpecError, nearest
+from mergecore.evaluators import Evaluator, Resident, Split, TaskIdentity
+from mergecore.evaluators.weights import blank, check_fit, fill
+from mergecore.identity import digest, file_sha256
+from mergecore.method import Event, Report, TensorSource
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class Classification(Evaluator):
+    """Accuracy of a classifier; a task is one file, `<folder>/<task>.npz` or `.safetensors`.
+
+    A file holds `<split>.inputs` (items, …) and `<split>.labels` (items,) for the splits train, validation and test.
+    model: 'package.module:function' that makes the module from the config.json of the model (a dict).
+    limit: the first so many items of a split (None: all). batch_size: items in one pass.
+    recalibrate: 'batchnorm' recomputes the running statistics of BatchNorm layers, where the model has any, as the
+    plain average over batches of `recalibration_items` training inputs; weights that were averaged need this.
+    recalibration_tasks: whose inputs these are, shared out evenly (empty: those of the task being scored alone).
+    seed: of the hash that draws them.
+    """
+
+    name: ClassVar[str] = "classification"
+
+    model: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    limit: Annotated[int, Field(ge=1)] | None = None
+    recalibrate: Literal["none", "batchnorm"] = "batchnorm"
+    recalibration_items: Annotated[int, Field(ge=2)] = 256
+    recalibration_tasks: tuple[str, ...] = ()
+    seed: int = 0
+
+    def resolve(self, tasks: Sequence[str], split: Split, folder: Path | None) -> dict[str, TaskIdentity]:
+        """What each task is: the SHA-256 of its file and of those BatchNorm is recalibrated on.
+
+        Raises EvaluationError for an unknown task (nearest name) and a file that lacks the split.
+        """
+        calibrated = self.recalibration_tasks if self.recalibrate == "batchnorm" else ()
+        others = {name: file_sha256(_path(name, folder)) for name in calibrated}
+        found = {}
+        for name in tasks:
+            path = _path(name, folder)
+            count = len(_array(path, f"{split}.labels"))
+            data = {"sha256": file_sha256(path), "split": split, "recalibration": others}
+            identity = {"data": data, "documents": count, "evaluator": self.parameters()}
+            found[name] = TaskIdentity(name, split, min(count, self.limit or count), "acc", identity)
+        return found
+
+    def training_identity(self, tasks: Sequence[str], folder: Path | None) -> dict[str, Any]:
+        """What `Resident.calibration` draws from, as plain JSON for a statistic's key."""
+        data = {name: file_sha256(_path(name, folder)) for name in tasks}
+        return {"tasks": data, "evaluator": self.parameters()}
+
+    def open(self, companions: Path, folder: Path | None) -> Resident:
+        """The module that `model` makes of `companions`/config.json, on the CPU; `.model.to(device)` moves it."""
+        return _ClassifierResident(self, companions, folder)
+
+
+@dataclass(frozen=True)
+class ClassifierItems:
+    """Training items for statistics that need the model's own predictions (a `Calibration`): one position an item."""
+
+    inputs: Tensor
+    targets: Tensor
+    documents: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def logits(self, model: nn.Module, items: Sequence[int]) -> list[Tensor]:
+        """Per item (1, classes), float32, differentiable; one pass for all."""
+        inputs = self.inputs[list(items)].to(next(model.parameters()).device)
+        return [row[None] for row in _logits(model, inputs).float()]
+
+    def labels(self, items: Sequence[int]) -> list[Tensor]:
+        """Per item the true class, shape (1,), int64."""
+        return [target[None] for target in self.targets[list(items)]]
+
+
+class _ClassifierResident(Resident):
+    """A classifier whose weights are swapped in place."""
+
+    def __init__(self, evaluator: Classification, companions: Path, folder: Path | None) -> None:
+        self._evaluator, self._folder = evaluator, folder
+        self._model = _made(evaluator.model, companions).eval()
+        blank(self._model)
+        self._norms = [module for module in self._model.modules() if isinstance(module, _BATCH_NORMS)]
+        self._filled = False
+        self._recalibrated: tuple[str, ...] | None = None
+        self._held: dict[tuple[str, Split], tuple[TaskIdentity, ClassifierItems]] = {}
+        self._training: dict[tuple[tuple[str, ...], int, int], ClassifierItems] = {}
+
+    @property
+    def model(self) -> nn.Module:
+        """The module, in eval mode."""
+        return self._model
+
+    def swap(self, weights: TensorSource) -> None:
+        """Put these weights in, NaN everywhere first; BatchNorm statistics follow now or before the first score.
+
+        Raises MismatchError naming tensors that are missing, unexpected or of another shape; NonFiniteError.
+        """
+        self._filled = False
+        self._recalibrated = None
+        check_fit(self._model, weights)
+        blank(self._model)
+        fill(self._model, weights)
+        self._model.eval()
+        self._filled = True
+        if self._evaluator.recalibration_tasks:
+            self._recalibrate(self._evaluator.recalibration_tasks)
+
+    def score(self, task: TaskIdentity, report: Report) -> pa.Table:
+        """One row per item; target and prediction are class numbers, loglikelihoods of all classes in nats.
+
+        Raises EvaluationError where the file is no longer what was resolved or no weights are in; NonFiniteError.
+        """
+        if not self._filled:
+            raise EvaluationError("the evaluator holds no weights: swap a model in before scoring")
+        held = self._items(task)
+        self._recalibrate(self._evaluator.recalibration_tasks or (task.task,))
+        rows: list[Tensor] = []
+        device = next(self._model.parameters()).device
+        with torch.no_grad():
+            for start in range(0, task.items, self._evaluator.batch_size):
+                stop = min(start + self._evaluator.batch_size, task.items)
+                rows.append(_logits(self._model, held.inputs[start:stop].to(device)).double().log_softmax(-1).cpu())
+                report(Event(f"evaluate {task.task}", stop, task.items, "items"))
+        found = torch.cat(rows)
+        if torch.isnan(found).any():
+            item = int(torch.isnan(found).any(-1).nonzero()[0])
+            raise NonFiniteError(f"task '{task.task}', item {item}: the model gives NaN")
+        return _table(found, held)
+
+    def calibration(self, tasks: Sequence[str], items: int, seed: int) -> ClassifierItems:
+        """Training items of the tasks, shared out evenly, with the lowest hash(seed, document), in that order."""
+        key = (tuple(tasks), items, seed)
+        if key not in self._training:
+            self._training[key] = _drawn([_path(name, self._folder) for name in tasks], items, seed)
+        return self._training[key]
+
+    def _items(self, task: TaskIdentity) -> ClassifierItems:
+        """The task's items, read once and checked against what was resolved."""
+        kept = self._held.get((task.task, task.split))
+        if kept is not None and kept[0] == task:
+            return kept[1]
+        if self._evaluator.resolve([task.task], task.split, self._folder)[task.task] != task:
+            raise EvaluationError(f"task '{task.task}' is not what it was when it was resolved; plan again")
+        items = _items(_path(task.task, self._folder), task.split)
+        self._held[task.task, task.split] = (task, items)
+        return items
+
+    def _recalibrate(self, tasks: tuple[str, ...]) -> None:
+        """Running statistics of BatchNorm as the average over equal batches of the tasks' training inputs."""
+        wanted = self._evaluator.recalibrate == "batchnorm" and self._norms
+        if not wanted or self._recalibrated == tasks:
+            return
+        drawn = self.calibration(tasks, self._evaluator.recalibration_items, self._evaluator.seed)
+        batches = max(1, round(len(drawn) / self._evaluator.batch_size))
+        device = next(self._model.parameters()).device
+        with _cumulative(self._norms), torch.no_grad():
+            for batch in drawn.inputs.tensor_split(batches):
+                self._model(batch.to(device))
+        self._recalibrated = tasks
+
+
+@contextmanager
+def _cumulative(norms: Sequence[Any]) -> Iterator[None]:
+    """BatchNorm layers gather statistics anew, every batch with the same weight; all other layers stay in eval mode."""
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+
+
+def _made(factory: str, companions: Path) -> nn.Module:
+    """The module of a config. Raises EvaluationError without a config.json, SpecError for a factory that is not there."""
+    path = companions / "config.json"
+    if not path.is_file():
+        raise EvaluationError(f"{companions} holds no config.json: there is no model to score")
+    name, _, attribute = factory.partition(":")
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise SpecError(f"model '{factory}': the module '{name}' cannot be imported ({error})") from error
+    if not hasattr(module, attribute):
+        raise SpecError(f"model '{factory}': '{name}' has no '{attribute}'; {nearest(attribute, vars(module))}")
+    made = getattr(module, attribute)(json.loads(path.read_text()))
+    if not isinstance(made, nn.Module):
+        raise SpecError(f"model '{factory}' gave a {type(made).__name__}, not a torch module")
+    return made
+
+
+def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    """(items, classes), whether the model returns a tensor or an object with `logits`."""
+    out = model(inputs)
+    logits: Tensor = getattr(out, "logits", out)
+    return logits
+
+
+def _path(task: str, folder: Path | None) -> Path:
+    """The task's file. Raises EvaluationError with the nearest name."""
+    if folder is None or not folder.is_dir():
+        raise EvaluationError(f"classification tasks are files in a folder; {folder} is none (set evaluate.path)")
+    files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in (".npz", ".safetensors")}
+    if task not in files:
+        raise EvaluationError(f"there is no task '{task}' in {folder.name}: {nearest(task, files)}")
+    return files[task]
+
+
+def _array(path: Path, name: str) -> NDArray[Any]:
+    """One array of a task file. Raises EvaluationError naming what the file has instead."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as held:
+                known: Sequence[str] = held.files
+                if name in known:
+                    return np.asarray(held[name])
+        else:
+            with safe_open(path, framework="numpy") as opened:
+                known = list(opened.keys())
+                if name in known:
+                    return np.asarray(opened.get_tensor(name))
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise EvaluationError(f"the task file {path.name} cannot be read: {error}") from error
+    raise EvaluationError(f"task '{path.stem}' has no {name}; its file has: {', '.join(known)}")
+
+
+def _items(path: Path, split: str) -> ClassifierItems:
+    """All items of a split; floating inputs become float32, integers stay what they are."""
+    inputs, labels = _array(path, f"{split}.inputs"), _array(path, f"{split}.labels")
+    if len(inputs) != len(labels):
+        raise EvaluationError(f"task '{path.stem}': {len(inputs)} {split} inputs but {len(labels)} labels")
+    if np.issubdtype(inputs.dtype, np.floating):
+        inputs = inputs.astype(np.float32)
+    names = tuple(
+        hashlib.sha256(np.ascontiguousarray(one).tobytes() + str(label).encode()).hexdigest()
+        for one, label in zip(inputs, labels.tolist(), strict=True)
+    )
+    return ClassifierItems(torch.from_numpy(inputs), torch.from_numpy(labels.astype(np.int64)), names)
+
+
+def _drawn(paths: Sequence[Path], items: int, seed: int) -> ClassifierItems:
+    """`items` training items, from each file its share, mixed by their hashes so that batches hold all tasks."""
+    share, more = divmod(items, max(len(paths), 1))
+    held = [_items(path, "train") for path in paths]
+    drawn = []
+    for position, part in enumerate(held):
+        order = sorted((digest([seed, name]), item) for item, name in enumerate(part.documents))
+        drawn += [(mark, position, item) for mark, item in order[: share + (position < more)]]
+    drawn.sort()
+    return ClassifierItems(
+        torch.stack([held[position].inputs[item] for _, position, item in drawn]),
+        torch.stack([held[position].targets[item] for _, position, item in drawn]),
+        tuple(held[position].documents[item] for _, position, item in drawn),
+    )
+
+
+def _table(found: Tensor, held: ClassifierItems) -> pa.Table:
+    count = len(found)
+    predicted, targets = found.argmax(-1), held.targets[:count]
+    columns = {
+        "item": pa.array(range(count), pa.int64()),
+        "document": pa.array(held.documents[:count], pa.string()),
+        "target": pa.array([str(label) for label in targets.tolist()], pa.string()),
+        "prediction": pa.array([str(label) for label in predicted.tolist()], pa.string()),
+        "score": pa.array((predicted == targets).double().tolist(), pa.float64()),
+        "loglikelihoods": pa.array(found.tolist(), pa.list_(pa.float64())),
+    }
+    return pa.table(columns)
