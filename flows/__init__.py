@@ -1,0 +1,1 @@
+"""What runs after what: the flows, the services around them and the command line."""

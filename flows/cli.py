@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -104,7 +103,9 @@ def plan(spec: Path, cells: bool) -> None:
 @main.command()
 @click.argument("spec", type=click.Path(path_type=Path))
 @click.option("--in-process", is_flag=True, help="do everything in this process: no Prefect, no Dask")
-@click.option("--workers", type=click.IntRange(1), help="worker processes (threads with --in-process); default: one a core")
+@click.option(
+    "--workers", type=click.IntRange(1), help="worker processes (threads with --in-process); default: one a core"
+)
 @click.option("--retry-failed", is_flag=True, help="try failed cells again")
 @click.option("--no-track", is_flag=True, help="do not write to MLflow")
 def sweep(spec: Path, in_process: bool, workers: int | None, retry_failed: bool, no_track: bool) -> None:
@@ -149,7 +150,9 @@ def report(spec: Path, split: str) -> None:
 @main.command()
 @click.argument("spec", type=click.Path(path_type=Path))
 @click.option("--rebuild", is_flag=True, help="delete the sweep's runs first and make them all anew")
-@click.option("--uri", help="MLflow tracking URI; default: the spec's, else MLFLOW_TRACKING_URI, else the store's database")
+@click.option(
+    "--uri", help="MLflow tracking URI; default: the spec's, else MLFLOW_TRACKING_URI, else the store's database"
+)
 def track(spec: Path, rebuild: bool, uri: str | None) -> None:
     """Project SPEC as the store holds it into MLflow. MLflow is a view: this can be done again at any time."""
     with errors():
@@ -187,7 +190,9 @@ def inspect(source: str) -> None:
 
 
 @main.command()
-@click.option("--store", type=click.Path(path_type=Path), default=Path(".mergeloom"), help="folder of the sweeps to show")
+@click.option(
+    "--store", type=click.Path(path_type=Path), default=Path(".mergeloom"), help="folder of the sweeps to show"
+)
 @click.option("--prefect-port", type=int, default=4200, show_default=True)
 @click.option("--mlflow-port", type=int, default=5000, show_default=True)
 def serve(store: Path, prefect_port: int, mlflow_port: int) -> None:

@@ -153,4 +153,3 @@ def conclusion(session: Session, urls: Mapping[str, str], reused: bool) -> Outco
         named = [(cell, session.frontier.trouble(cell)) for cell in session.plan.cells]
         lines += [f"  {cell.name}: {reason}" for cell, reason in named if reason][:20]
     return Outcome("\n".join(lines), troubled > 0 or counts["pending"] > 0)
-

@@ -54,7 +54,10 @@ def duration(seconds: float) -> str:
 
 def methods_text() -> str:
     """Every method in a line."""
-    rows = [[name, (kind.__doc__ or "").strip().splitlines()[0], ", ".join(kind.model_fields)] for name, kind in METHODS.items()]
+    rows = [
+        [name, (kind.__doc__ or "").strip().splitlines()[0], ", ".join(kind.model_fields)]
+        for name, kind in METHODS.items()
+    ]
     return table(["method", "what it does", "parameters"], rows) + "\n\n`mergeloom methods NAME` tells more of one."
 
 
@@ -72,7 +75,9 @@ def method_text(name: str) -> str:
     needs = "base and experts" if kind.model_construct().needs_base else "experts only"
     statistics = ", ".join(kind.model_construct().statistics()) or "nothing"
     head = f"{name} ({kind.__name__})\n{(kind.__doc__ or '').strip()}\n{(module.__doc__ or '').strip()}"
-    return f"{head}\nneeds: {needs}; worked out beforehand: {statistics}\n\n" + table(["parameter", "default", "meaning"], rows)
+    return f"{head}\nneeds: {needs}; worked out beforehand: {statistics}\n\n" + table(
+        ["parameter", "default", "meaning"], rows
+    )
 
 
 def inspect_text(snapshot: Snapshot) -> str:
@@ -87,7 +92,16 @@ def inspect_text(snapshot: Snapshot) -> str:
     ]
     if layers:
         lines.append(f"{len(layers)} layers ({min(layers)} to {max(layers)})")
-    told = ("model_type", "architectures", "vocab_size", "tie_word_embeddings", "base_model_name_or_path", "r", "lora_alpha", "use_rslora")
+    told = (
+        "model_type",
+        "architectures",
+        "vocab_size",
+        "tie_word_embeddings",
+        "base_model_name_or_path",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+    )
     lines += [f"{key}: {snapshot.config[key]}" for key in told if snapshot.config.get(key) is not None]
     lines += [f"weights    {snapshot.weights}", f"companions {snapshot.companions}"]
     return "\n".join(lines)

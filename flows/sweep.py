@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture, wait
-from prefect.states import Cancelled, State
+from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
@@ -54,7 +55,10 @@ _handed: dict[str, Handed] = {}
 """By what is given to the flow in place of a spec's path."""
 
 
-@flow(name="sweep", task_runner=ThreadPoolTaskRunner(max_workers=4), persist_result=False)
+RUNNER: Any = ThreadPoolTaskRunner(max_workers=4)
+
+
+@flow(name="sweep", task_runner=RUNNER, persist_result=False)
 def sweep(
     spec: Annotated[str, Field(description="path of the spec file, from the project's folder")],
     methods: Annotated[list[MethodName], Field(description="only these methods; none: all of the spec")] = [],  # noqa: B006
@@ -91,13 +95,13 @@ def sweep(
     return outcome.text
 
 
-def narrowed(path: str, methods: list[str], counts: list[int]) -> Spec:
+def narrowed(path: str, methods: Sequence[str], counts: Sequence[int]) -> Spec:
     """The spec of a file, limited to some methods and counts as the form asks."""
     held = read_yaml(Path(path))
     if methods:
         held["methods"] = [entry for entry in held.get("methods", []) if entry.get("method") in methods]
     if counts:
-        held["counts"] = counts
+        held["counts"] = list(counts)
     return parse_spec(held, Path(path).name)
 
 
@@ -125,14 +129,18 @@ def _rounds(session: Session, place: Place) -> None:
         wait_all(
             [
                 download.submit(name=name, work=Work(place, [snapshot]))
-                for name, snapshot in zip(["base", *(m.name for m in plan.pool.members)], snapshots_of(plan.pool), strict=True)
+                for name, snapshot in zip(
+                    ["base", *(m.name for m in plan.pool.members)], snapshots_of(plan.pool), strict=True
+                )
             ]
         )
     )
     for kind, count in reused(session).items():
         if count:
             reuse.submit(kind, count).wait()
-    progress = create_progress_artifact(_share(session), key=f"progress-{_slug(session.spec.name)}", description="cells done")
+    progress: Any = create_progress_artifact(
+        _share(session), key=f"progress-{_slug(session.spec.name)}", description="cells done"
+    )
     drop_models(place, frontier.droppable())
     while round := frontier.round():
         _said(wait_all(submitted(place, round)))
@@ -209,7 +217,9 @@ def _logged() -> Report:
 
     def report(event: Event) -> None:
         if event.done >= event.total:
-            logger.info("%s (%g %s)", event.what, event.total, event.unit) if event.total else logger.info("%s", event.what)
+            logger.info("%s (%g %s)", event.what, event.total, event.unit) if event.total else logger.info(
+                "%s", event.what
+            )
 
     return report
 
@@ -220,7 +230,9 @@ def _devices() -> list[str] | None:
 
     count = torch.cuda.device_count()
     if not count:
-        raise ServiceError("run.dask is 'gpu', and torch sees no CUDA device here; say 'local', or install a CUDA build of torch")
+        raise ServiceError(
+            "run.dask is 'gpu', and torch sees no CUDA device here; say 'local', or install a CUDA build of torch"
+        )
     return [str(number) for number in range(count)]
 
 
@@ -255,4 +267,3 @@ def _watched(stop: threading.Event) -> Iterator[None]:
 
 def _slug(name: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in name.lower())
-

@@ -41,11 +41,11 @@ def _lines() -> Report:
 @contextlib.contextmanager
 def _bars() -> Iterator[Report]:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[share]}"), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        bars: dict[str, int] = {}
+        bars: dict[str, TaskID] = {}
         lock = threading.Lock()
 
         def report(event: Event) -> None:
@@ -56,7 +56,9 @@ def _bars() -> Iterator[Report]:
                     return
                 if name not in bars:
                     bars[name] = shown.add_task(name)
-                shown.update(bars[name], description=event.what, completed=event.done, total=event.total, share=_share(event))
+                shown.update(
+                    bars[name], description=event.what, completed=event.done, total=event.total, share=_share(event)
+                )
                 if event.done >= event.total:
                     shown.remove_task(bars.pop(name))
 

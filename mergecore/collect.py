@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as parquet
 from numpy.typing import NDArray
+from pyarrow import parquet
 
 from mergecore.frontier import Frontier
 from mergecore.identity import Step
@@ -99,9 +99,7 @@ def recipe_of(plan: Plan, cell: Cell) -> dict[str, Any]:
         "method": cell.method,
         **values,
         "base": plan.pool.base.source.uri,
-        "experts": [
-            {"name": name, "source": plan.pool.experts[name].snapshot.source.uri} for name in cell.experts
-        ],
+        "experts": [{"name": name, "source": plan.pool.experts[name].snapshot.source.uri} for name in cell.experts],
     }
     if spec.output.dtype:
         recipe["dtype"] = spec.output.dtype

@@ -165,7 +165,9 @@ def adapter_factors(
 def _refuse(config: Mapping[str, Any], where: str) -> None:
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
-        raise MismatchError(f"{where} is a {kind} adapter; LoRA adapters can be merged, fold others into their base first")
+        raise MismatchError(
+            f"{where} is a {kind} adapter; LoRA adapters can be merged, fold others into their base first"
+        )
     for field, empty in (("use_dora", False), ("modules_to_save", None), ("bias", "none"), ("lora_bias", False)):
         if config.get(field, empty) not in (empty, [], None):
             raise MismatchError(
@@ -184,12 +186,12 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _check_shapes(
-    factor: Factor, tensors: Mapping[str, TensorInfo], target: TensorInfo, name: str, where: str
-) -> None:
+def _check_shapes(factor: Factor, tensors: Mapping[str, TensorInfo], target: TensorInfo, name: str, where: str) -> None:
     down, up = tensors[factor.down].shape, tensors[factor.up].shape
     if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
-        raise MismatchError(f"{where}: '{factor.down}' {list(down)} and '{factor.up}' {list(up)} make no matrix product")
+        raise MismatchError(
+            f"{where}: '{factor.down}' {list(down)} and '{factor.up}' {list(up)} make no matrix product"
+        )
     shape = (down[1], up[0]) if factor.transposed else (up[0], down[1])
     if tuple(target.shape) != shape:
         raise MismatchError(

@@ -191,7 +191,9 @@ class Reading:
 
     def base(self, start: int, stop: int) -> Tensor:
         """Base elements in float32, checked to be finite."""
-        return self._form("base", -1, start, stop, lambda: self._moved(self.raw_base()[self._slice(start, stop)]).to(torch.float32))
+        return self._form(
+            "base", -1, start, stop, lambda: self._moved(self.raw_base()[self._slice(start, stop)]).to(torch.float32)
+        )
 
     def expert(self, on: str, position: int, start: int, stop: int) -> Tensor:
         """An expert's weights or delta in float32, checked to be finite."""
@@ -241,7 +243,9 @@ def run_span(round: Round, task: SpanTask) -> SpanOutcome:
 
     Raises NonFiniteError naming tensor and expert, or tensor and method.
     """
-    torch.set_num_threads(1)  # sums differ in their last bits between one thread and two; spans are what runs in parallel
+    torch.set_num_threads(
+        1
+    )  # sums differ in their last bits between one thread and two; spans are what runs in parallel
     plan, span, outcome = round.plan, round.plan.spans[task.number], SpanOutcome()
     open_merges = []
     for job in plan.merges if task.only is None else ():
@@ -340,7 +344,7 @@ def block_digests(values: Tensor, start: int) -> dict[int, str]:
     found = {}
     for at in range(0, max(values.numel(), 1), GRID):
         data = values[at : at + GRID].contiguous().view(torch.uint8).numpy()
-        found[start + at] = hashlib.sha256(memoryview(data)).hexdigest()
+        found[start + at] = hashlib.sha256(data.data).hexdigest()
     return found
 
 
@@ -389,15 +393,15 @@ def run_pass(plan: PassPlan, executor: Executor, report: Report) -> PassOutcome:
             if any(name in names for unit in span for name, _, _ in unit)
         ]
     for job in plan.merges:
-        found = {name: tensor_digest([blocks[at] for at in sorted(blocks)]) for name, blocks in digests[job.key].items()}
+        found = {
+            name: tensor_digest([blocks[at] for at in sorted(blocks)]) for name, blocks in digests[job.key].items()
+        }
         outcome.tensors[job.key] = found
         outcome.models[job.key] = model_digest({n: (i.dtype, i.shape, found[n]) for n, i in job.outputs.items()})
     return outcome
 
 
-def _read_round(
-    round: Round, tasks: Sequence[SpanTask], executor: Executor, report: Report
-) -> dict[int, SpanOutcome]:
+def _read_round(round: Round, tasks: Sequence[SpanTask], executor: Executor, report: Report) -> dict[int, SpanOutcome]:
     gathered: dict[int, SpanOutcome] = {}
     sizes = [sum(stop - start for unit in span for _, start, stop in unit) for span in round.plan.spans]
     total = sum(sizes[task.number] for task in tasks)

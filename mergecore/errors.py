@@ -1,15 +1,15 @@
 """Every error Mergeloom raises on purpose.
 
-    MergeloomError                what the command line shows without a traceback
-    ├── SpecError                 a spec or recipe says something that cannot be meant (place, remedy)
-    ├── SourceError               a checkpoint cannot be had: missing, gated, truncated, not a checkpoint
-    ├── MismatchError             checkpoints that do not fit each other: shape, architecture, vocabulary
-    ├── NonFiniteError            a NaN or an infinity, named by tensor and by expert or method
-    ├── CapacityError             memory, disk or device is too small, and by how much
-    ├── StoreError                the store holds something that cannot be trusted or used
-    ├── EvaluationError           a task that does not exist, or an evaluation that cannot be done
-    ├── IdentityError             a value without a canonical form was about to enter a key
-    └── ServiceError              Prefect, Dask or MLflow did not answer
+MergeloomError                what the command line shows without a traceback
+├── SpecError                 a spec or recipe says something that cannot be meant (place, remedy)
+├── SourceError               a checkpoint cannot be had: missing, gated, truncated, not a checkpoint
+├── MismatchError             checkpoints that do not fit each other: shape, architecture, vocabulary
+├── NonFiniteError            a NaN or an infinity, named by tensor and by expert or method
+├── CapacityError             memory, disk or device is too small, and by how much
+├── StoreError                the store holds something that cannot be trusted or used
+├── EvaluationError           a task that does not exist, or an evaluation that cannot be done
+├── IdentityError             a value without a canonical form was about to enter a key
+└── ServiceError              Prefect, Dask or MLflow did not answer
 """
 
 from __future__ import annotations

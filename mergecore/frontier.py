@@ -163,7 +163,9 @@ class Frontier:
                 present += 1
             else:
                 missing[cell.model.key] = cell.merge
-        statistics, data, merges = self._ready(tuple(missing.values()), max(self.room - present, 1 if not scorings else 0))
+        statistics, data, merges = self._ready(
+            tuple(missing.values()), max(self.room - present, 1 if not scorings else 0)
+        )
         return Round(statistics, data, merges, tuple(scorings))
 
     def making(self, merges: Sequence[MergePlan]) -> Round:

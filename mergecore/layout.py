@@ -90,7 +90,9 @@ def check_fit(base: Mapping[str, TensorInfo], expert: Mapping[str, TensorInfo], 
     missing = sorted(set(base) - set(expert) - ignored)
     unknown = sorted(set(expert) - set(base) - ignored)
     if missing or unknown:
-        said = [f"lacks {_few(missing)}"] * bool(missing) + [f"has {_few(unknown)}, unknown to the base"] * bool(unknown)
+        said = [f"lacks {_few(missing)}"] * bool(missing) + [f"has {_few(unknown)}, unknown to the base"] * bool(
+            unknown
+        )
         raise MismatchError(f"{where} does not have the base's architecture: it {' and '.join(said)}")
     for name in sorted(base):
         if name in expert and tuple(base[name].shape) != tuple(expert[name].shape):

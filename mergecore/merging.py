@@ -79,7 +79,8 @@ def merge(
         order.sort(key=lambda position: ids[position])
     named = [str(position) for position in order] if ids is None else [ids[position] for position in order]
     pool = tuple(
-        FullExpert(name, f"{position}", MemoryTensors(experts[position])) for name, position in zip(named, order, strict=True)
+        FullExpert(name, f"{position}", MemoryTensors(experts[position]))
+        for name, position in zip(named, order, strict=True)
     )
     given = {name: [values[position] for position in order] for name, values in (statistics or {}).items()}
     bound = method.bound(order)
@@ -100,7 +101,10 @@ def stored_as(info: TensorInfo, dtype: str) -> TensorInfo:
 
 
 def _check(
-    method: Method, base: Mapping[str, Tensor] | None, experts: Sequence[Mapping[str, Tensor]], ids: Sequence[str] | None
+    method: Method,
+    base: Mapping[str, Tensor] | None,
+    experts: Sequence[Mapping[str, Tensor]],
+    ids: Sequence[str] | None,
 ) -> None:
     if not experts:
         raise SpecError("no experts given: a merge needs at least one")
@@ -138,7 +142,11 @@ def find_statistics(
 
 
 def _find(
-    statistic: Statistic, base: MemoryTensors, pool: Sequence[Expert], selection: Mapping[str, TensorInfo], report: Report
+    statistic: Statistic,
+    base: MemoryTensors,
+    pool: Sequence[Expert],
+    selection: Mapping[str, TensorInfo],
+    report: Report,
 ) -> Found:
     known = find_statistics(statistic, base, pool, selection, {}, report)
     job = StatisticJob("statistic", statistic, tuple(range(len(pool))), selection, known)
@@ -157,7 +165,8 @@ def _given(values: Mapping[str, Tensor], selection: Mapping[str, TensorInfo]) ->
 def squared_norm(values: Tensor) -> float:
     """Σ v² in float64 over the fixed grid of blocks, folded in order."""
     total = 0.0
-    for block in values.reshape(-1).split(GRID):
-        wide = block.to(torch.float64)
+    flat = values.reshape(-1)
+    for start in range(0, flat.numel(), GRID):
+        wide = flat[start : start + GRID].to(torch.float64)
         total += float((wide * wide).sum())
     return total

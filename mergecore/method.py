@@ -147,7 +147,7 @@ class Statistic(Plugin, ABC):
     whole: ClassVar[bool] = False
     """True: looks at all tensors an expert carries, whatever the selection, so that selections share it."""
 
-    def statistics(self) -> dict[str, Statistic]:
+    def statistics(self) -> Mapping[str, Statistic]:
         """What this statistic must know beforehand, by the name it is handed under."""
         return {}
 
@@ -189,7 +189,7 @@ class DataStatistic(Plugin, ABC):
 
     scope: ClassVar[Scope] = Scope.EXPERT
 
-    def statistics(self) -> dict[str, Statistic]:
+    def statistics(self) -> Mapping[str, Statistic]:
         """What this statistic must know beforehand."""
         return {}
 
@@ -235,7 +235,7 @@ class Method(Plugin, ABC):
         """Whether the numbers depend on the base."""
         return self.on == "deltas"
 
-    def statistics(self) -> dict[str, Statistic | DataStatistic]:
+    def statistics(self) -> Mapping[str, Statistic | DataStatistic]:
         """What the method must know beforehand, by the name it is handed under."""
         return {}
 

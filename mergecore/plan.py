@@ -14,6 +14,7 @@ from mergecore.errors import MergeloomError, SpecError
 from mergecore.evaluators import Evaluator, Split, TaskIdentity
 from mergecore.identity import Step, digest
 from mergecore.layout import Layout, lay_out
+from mergecore.merging import stored_as
 from mergecore.method import DataStatistic, Method, Scope, Statistic, TensorInfo
 from mergecore.methods.average import Average
 from mergecore.pool import Member, Pool, snapshot_step
@@ -21,7 +22,6 @@ from mergecore.registry import evaluator_from
 from mergecore.scores import Kind, Suite
 from mergecore.snapshot import DTYPES, MERGED
 from mergecore.spec import SAFETENSORS_DTYPE, Spec, size_in_bytes, values_label
-from mergecore.merging import stored_as
 
 ENGINE = 1
 """Version of the arithmetic that all merges share (deltas in float32, one rounding); bumped when numbers change."""
@@ -157,7 +157,9 @@ def make_plan(spec: Spec, pool: Pool, root: Path) -> Plan:
         {category: tuple(tasks) for category, tasks in evaluate.held_out.items()},
         {expert.name: expert.tasks for expert in spec.experts},
     )
-    names = list(dict.fromkeys(task for group in (suite.held_in, suite.held_out) for held in group.values() for task in held))
+    names = list(
+        dict.fromkeys(task for group in (suite.held_in, suite.held_out) for held in group.values() for task in held)
+    )
     if not names:
         raise SpecError("evaluate: no task stands in held_in or held_out; a sweep needs something to measure")
     tasks = {split: evaluator.resolve(names, split, folder) for split, evaluator in evaluators.items()}
@@ -188,7 +190,9 @@ class Planner:
 
     def cells(self) -> Iterator[Cell]:
         """Baselines first, then every merge by count, subset and method."""
-        everything = tuple(dict.fromkeys(t for g in (self.suite.held_in, self.suite.held_out) for h in g.values() for t in h))
+        everything = tuple(
+            dict.fromkeys(t for g in (self.suite.held_in, self.suite.held_out) for h in g.values() for t in h)
+        )
         base = snapshot_step(self.pool.base)
         yield Cell(base.key[:16], "base", "base", "", {}, 0, -1, (), base, None, None, everything)
         for member in self.pool.members:
@@ -237,7 +241,19 @@ class Planner:
         except MergeloomError as error:
             refused = Step("merge", method.name, method.version, method.parameters(), {"experts": list(chosen)})
             return Cell(
-                refused.key[:16], "merge", name, method.name, values, count, subset, chosen, refused, None, None, (), str(error)
+                refused.key[:16],
+                "merge",
+                name,
+                method.name,
+                values,
+                count,
+                subset,
+                chosen,
+                refused,
+                None,
+                None,
+                (),
+                str(error),
             )
         return Cell(
             merge.step.key[:16], "merge", name, method.name, values, count, subset, chosen, merge.step, merge, None,

@@ -48,8 +48,21 @@ def model_card(recipe: Mapping[str, Any], origin: Mapping[str, Any], scores: Map
     """README.md of a merged model: what it is made of, the recipe as it can be run again, digests of every input."""
     base = origin["base"]["source"]
     head = {"base_model": [base, *(expert["source"] for expert in origin["experts"])], "tags": ["merge", "mergeloom"]}
-    lines = ["---", as_yaml(head).strip(), "---", "", f"# Merge of {len(origin['experts'])} experts by {recipe['method']}", ""]
-    lines += ["Made with Mergeloom. The recipe, as `mergeloom merge` takes it:", "", "```yaml", as_yaml(dict(recipe)).strip(), "```"]
+    lines = [
+        "---",
+        as_yaml(head).strip(),
+        "---",
+        "",
+        f"# Merge of {len(origin['experts'])} experts by {recipe['method']}",
+        "",
+    ]
+    lines += [
+        "Made with Mergeloom. The recipe, as `mergeloom merge` takes it:",
+        "",
+        "```yaml",
+        as_yaml(dict(recipe)).strip(),
+        "```",
+    ]
     lines += ["", "| input | source | SHA-256 of its weights |", "|---|---|---|"]
     lines += [f"| base | {base} | `{origin['base']['weights']}` |"]
     lines += [f"| {one['name']} | {one['source']} | `{one['weights']}` |" for one in origin["experts"]]

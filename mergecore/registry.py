@@ -57,7 +57,8 @@ def evaluator_from(name: str, values: Mapping[str, Any], where: str) -> Evaluato
     if name not in EVALUATORS:
         raise SpecError(f"{where}: there is no evaluator '{name}'; {nearest(name, EVALUATORS)}")
     module, _, attribute = EVALUATORS[name].partition(":")
-    return _built(getattr(import_module(module), attribute), values, where)
+    kind: type[Evaluator] = getattr(import_module(module), attribute)
+    return _built(kind, values, where)
 
 
 def _built(kind: type[Kind], values: Mapping[str, Any], where: str) -> Kind:

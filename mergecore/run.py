@@ -17,18 +17,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import pyarrow.parquet as parquet
 import torch
+from pyarrow import parquet
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mergecore.delta import Expert
-from mergecore.engine import Executor, MergeJob, PassPlan, StatisticJob, coarsest, plan_spans, run_pass
+from mergecore.engine import Executor, MergeJob, PassPlan, StatisticJob, block_digests, coarsest, plan_spans, run_pass
 from mergecore.errors import EvaluationError, MergeloomError
 from mergecore.evaluators import Evaluator, Resident, Split, TaskIdentity
 from mergecore.frontier import Scoring
 from mergecore.identity import Step, model_digest, tensor_digest
-from mergecore.engine import block_digests
 from mergecore.method import DataStatistic, Event, Found, Report, Result, TensorInfo, TensorSource, silent
 from mergecore.plan import MergePlan, StatisticPlan
 from mergecore.pool import Pool, opened, snapshot_step
@@ -157,7 +156,8 @@ def _pass(
 ) -> PassPlan:
     """What the engine needs: the pool's experts once each, every job's share of them, and the spans."""
     base, experts = opened(place.pool, place.folders)
-    ids = sorted({one for plan in (*statistics, *merges) for one in plan.experts})
+    asked: list[StatisticPlan | MergePlan] = [*statistics, *merges]
+    ids = sorted({one for plan in asked for one in plan.experts})
     position = {one: number for number, one in enumerate(ids)}
     statistic_jobs = tuple(
         StatisticJob(
@@ -236,7 +236,11 @@ def commit_result(store: Store, draft: Draft, result: Result, made: Mapping[str,
     if tensors:
         save_file(tensors, draft.path / TENSORS)
     held = {
-        name: (NAMES[value.dtype], tuple(value.shape), tensor_digest(list(block_digests(value.reshape(-1), 0).values())))
+        name: (
+            NAMES[value.dtype],
+            tuple(value.shape),
+            tensor_digest(list(block_digests(value.reshape(-1), 0).values())),
+        )
         for name, value in tensors.items()
     }
     store.commit(draft, model_digest(held), result.numbers, made)
@@ -334,7 +338,8 @@ def run_data_statistics(place: Place, plans: Sequence[StatisticPlan]) -> Done:
     base, experts = opened(place.pool, place.folders)
     ground = place.pool.base
     tasks = [
-        DataTask(plan, base, experts[plan.experts[0]], place.folders[ground.weights], ground.companions) for plan in plans
+        DataTask(plan, base, experts[plan.experts[0]], place.folders[ground.weights], ground.companions)
+        for plan in plans
     ]
     return _gather(place, find_on_data, place.bench, tasks, [plan.step.name for plan in plans], "statistics on data")
 
@@ -348,11 +353,9 @@ def _gather(
     what: str,
 ) -> Done:
     done = Done()
-    finished = 0
     place.report(Event(what, 0, len(tasks), "models"))
-    for position, found in place.executor.each(function, bench, tasks):
+    for finished, (position, found) in enumerate(place.executor.each(function, bench, tasks), start=1):
         done = done.note(found)
-        finished += 1
         place.report(Event(f"{what}: {names[position]}", finished, len(tasks), "models"))
     return done
 

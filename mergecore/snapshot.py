@@ -71,7 +71,7 @@ class FileTensors:
         out = torch.empty(stop - start, dtype=dtype)
         if stop == start:
             return out
-        wanted = memoryview(out.view(torch.uint8).numpy())
+        wanted = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]
         position, done = offset + start * dtype.itemsize, 0
         while done < len(wanted):
             size = os.preadv(self._handle(file), [wanted[done:]], position + done)
@@ -177,7 +177,9 @@ def read_json(source: Source, name: str) -> dict[str, Any]:
 
 def read_header(source: Source, name: str) -> dict[str, tuple[TensorInfo, int]]:
     """{tensor: (info, offset in the file)} of a safetensors file, checked against the file's size."""
-    return parse_header(lambda start, length: source.read(name, start, length), source.files[name].size, f"{source.uri}/{name}")
+    return parse_header(
+        lambda start, length: source.read(name, start, length), source.files[name].size, f"{source.uri}/{name}"
+    )
 
 
 def open_file(path: Path) -> FileTensors:
@@ -196,7 +198,9 @@ def open_files(folder: Path, names: Sequence[str]) -> FileTensors:
                 file.seek(start)
                 return file.read(length)
 
-            for tensor, (info, offset) in parse_header(piece, (folder / name).stat().st_size, str(folder / name)).items():
+            for tensor, (info, offset) in parse_header(
+                piece, (folder / name).stat().st_size, str(folder / name)
+            ).items():
                 tensors[tensor], locations[tensor] = info, (name, offset)
     return FileTensors(str(folder), tensors, locations)
 
@@ -237,4 +241,6 @@ def check_finite(values: Tensor, name: str, owner: str) -> None:
     low, high = torch.aminmax(values)  # both carry a NaN on
     if not (torch.isfinite(low) and torch.isfinite(high)):
         position = int((~torch.isfinite(values.reshape(-1))).nonzero()[0])
-        raise NonFiniteError(f"{owner}: tensor '{name}' holds {values.reshape(-1)[position].item()}; repair or leave it out")
+        raise NonFiniteError(
+            f"{owner}: tensor '{name}' holds {values.reshape(-1)[position].item()}; repair or leave it out"
+        )

@@ -104,7 +104,9 @@ class Run(Part):
     """Where the work runs; nothing here can change a number."""
 
     prefect: str | None = Field(None, description="URL of a Prefect API; none: a local server for this run")
-    mlflow: str | None = Field(None, description="tracking URI; none: MLFLOW_TRACKING_URI, else the store's own database")
+    mlflow: str | None = Field(
+        None, description="tracking URI; none: MLFLOW_TRACKING_URI, else the store's own database"
+    )
     dask: str = Field("local", description="'local', 'gpu' (one worker a device) or a scheduler's address")
     workers: Annotated[int | None, Field(ge=1, description="local worker processes; none: one a core")] = None
     memory: str | None = Field(None, description="memory that a pass may use, 8GB say; none: half of what is free")
@@ -114,7 +116,9 @@ class Run(Part):
 class Spec(Part):
     """A sweep: which checkpoints, which methods with which values, how many experts, which evaluations."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the sweep's identity: letters, digits, . _ -")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the sweep's identity: letters, digits, . _ -"
+    )
     base: SourceSpec
     multitask: SourceSpec | None = None
     experts: tuple[ExpertSpec, ...]
@@ -144,7 +148,9 @@ class Spec(Part):
         for expert in self.experts:
             for task in expert.tasks:
                 if task not in held_in:
-                    raise ValueError(f"experts.{expert.name}: its task '{task}' stands in no category of evaluate.held_in")
+                    raise ValueError(
+                        f"experts.{expert.name}: its task '{task}' stands in no category of evaluate.held_in"
+                    )
         return self
 
     def methods_expanded(self) -> list[tuple[Method, dict[str, Any]]]:
@@ -232,7 +238,9 @@ def parse_spec(held: Mapping[str, Any], where: str) -> Spec:
 def parse_recipe(held: Mapping[str, Any], where: str) -> Recipe:
     """A checked recipe. Raises SpecError."""
     if "merge_method" in held or "slices" in held:
-        raise SpecError(f"{where} is in mergekit's form, which cannot be read yet; write `method:`, `base:` and `experts:`")
+        raise SpecError(
+            f"{where} is in mergekit's form, which cannot be read yet; write `method:`, `base:` and `experts:`"
+        )
     try:
         recipe = Recipe.model_validate(dict(held))
     except ValidationError as error:
@@ -243,7 +251,9 @@ def parse_recipe(held: Mapping[str, Any], where: str) -> Recipe:
 
 def values_label(values: Mapping[str, Any]) -> str:
     """Values as people read them: 'scale=0.5, drop.rate=0.5'; empty where the spec gave none."""
-    return ", ".join(f"{path}={value:g}" if isinstance(value, float) else f"{path}={value}" for path, value in _leaves(values))
+    return ", ".join(
+        f"{path}={value:g}" if isinstance(value, float) else f"{path}={value}" for path, value in _leaves(values)
+    )
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

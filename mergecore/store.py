@@ -1,8 +1,8 @@
 """The store: a directory per step, done where `record.json` says so; the only truth about what has been done.
 
-    <root>/merge/ties-3f2a91c07be4/   model-00001-of-00002.safetensors … record.json
-    <root>/drafts/<key>/              work under way; renamed into place when its record has been written
-    <root>/locks/<key>                flock: saves double work, gone with its process
+<root>/merge/ties-3f2a91c07be4/   model-00001-of-00002.safetensors … record.json
+<root>/drafts/<key>/              work under way; renamed into place when its record has been written
+<root>/locks/<key>                flock: saves double work, gone with its process
 """
 
 from __future__ import annotations
@@ -184,7 +184,9 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise StoreError(f"the store {self.root} cannot be written: {error}; choose another with `output.store`") from error
+            raise StoreError(
+                f"the store {self.root} cannot be written: {error}; choose another with `output.store`"
+            ) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield

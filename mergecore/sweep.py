@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 
 from mergecore.collect import collect
 from mergecore.errors import EvaluationError
 from mergecore.frontier import Frontier, Round
 from mergecore.publish import register, registration_step
-from mergecore.run import Done, Place, drop_models, fetch, run_data_statistics, run_merges, run_scorings, run_statistics, snapshots_of
+from mergecore.run import (
+    Done,
+    Place,
+    drop_models,
+    fetch,
+    run_data_statistics,
+    run_merges,
+    run_scorings,
+    run_statistics,
+    snapshots_of,
+)
 from mergecore.scores import Sweep
 from mergecore.summary import best, summarise
 
@@ -88,7 +99,7 @@ def register_best(place: Place, frontier: Frontier) -> Done:
         if done.failures:
             return done
     row = next(row for row in summarise(sweep, found.chosen_on).cells.to_pylist() if row["cell"] == cell.id)
-    scores = {name: float(value) for name, value in row.items() if isinstance(value, float) and value == value}
+    scores = {name: float(value) for name, value in row.items() if isinstance(value, float) and isfinite(value)}
     done = done.note(register(place, frontier, cell, found.chosen_on, scores))
     drop_models(place, frontier.droppable())
     return done

@@ -92,7 +92,7 @@ class ShardSink(Sink):
     def write(self, name: str, start: int, values: Tensor) -> None:
         """Write a piece at its place."""
         file, offset = self.locations[name]
-        data = memoryview(values.contiguous().view(torch.uint8).numpy())
+        data = memoryview(values.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
         position = offset + start * values.element_size()
         handle = os.open(self.folder / file, os.O_WRONLY)
         try:
@@ -131,7 +131,11 @@ def plan_shards(tensors: Mapping[str, TensorInfo], shard_size: int, stem: str = 
         groups[-1].append(name)
         filled += size
     count = len(groups)
-    names = [f"{stem}.safetensors"] if count == 1 else [f"{stem}-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+    names = (
+        [f"{stem}.safetensors"]
+        if count == 1
+        else [f"{stem}-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+    )
     return [_shard(name, group, tensors) for name, group in zip(names, groups, strict=True)]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from distributed import Client, Future, wait
+from distributed import Client, wait
 from distributed.scheduler import KilledWorker
 
 from mergecore.errors import MergeloomError, ServiceError
@@ -61,7 +61,7 @@ class OnDask:
             self.client.cancel(list(futures), force=True)
             path.unlink(missing_ok=True)
 
-    def _completed(self, futures: dict[Future, int]) -> Iterator[tuple[int, Any]]:
+    def _completed(self, futures: dict[Any, int]) -> Iterator[tuple[int, Any]]:
         waiting = dict(futures)
         while waiting:
             if self.stop.is_set():

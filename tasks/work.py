@@ -7,7 +7,8 @@ from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, State
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
 
 from mergecore.run import Done, Place
 
@@ -29,7 +30,9 @@ def ended(done: Done) -> State[Any]:
     for name, reason in done.failures.items():
         logger.warning("%s failed: %s", name, reason)
     if done.failures:
-        return Completed(name="With failures", message=f"{message}; {len(done.failures)} failed: {first(done)}", data=None)
+        return Completed(
+            name="With failures", message=f"{message}; {len(done.failures)} failed: {first(done)}", data=None
+        )
     return Completed(message=message, data=None)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -30,7 +30,7 @@ class Average(Method):
         """Weights; deltas where there is a drop."""
         return "weights" if self.drop is None else "deltas"
 
-    def statistics(self) -> dict[str, Statistic]:
+    def statistics(self) -> Mapping[str, Statistic]:
         """The l1 factors of the drop, where it has them."""
         return drop_statistics(self.drop)
 
@@ -64,7 +64,9 @@ def check_weights(weights: tuple[float, ...] | None, count: int) -> None:
     if weights is None:
         return
     if len(weights) != count:
-        raise SpecError(f"weights: {len(weights)} given for {count} experts; give one per expert, or none for equal ones")
+        raise SpecError(
+            f"weights: {len(weights)} given for {count} experts; give one per expert, or none for equal ones"
+        )
     if sum(weights) <= 0:
         raise SpecError("weights: all are 0; give at least one expert a weight above 0")
 

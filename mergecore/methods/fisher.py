@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import fsum, sqrt
 from typing import Annotated, Any, ClassVar
 
@@ -28,7 +28,9 @@ class Fisher(Method):
     normalize: Annotated[
         bool, Field(description="divide each expert's Fisher by its l2 norm over the selection, as the authors do")
     ] = True
-    floor: Annotated[float, Field(ge=0, description="smallest Fisher value, applied before the norm is divided out")] = 0.0
+    floor: Annotated[
+        float, Field(ge=0, description="smallest Fisher value, applied before the norm is divided out")
+    ] = 0.0
     fisher: Annotated[DiagonalFisher, Field(description="how the diagonal Fisher information is estimated")] = (
         DiagonalFisher()
     )
@@ -38,7 +40,7 @@ class Fisher(Method):
         """Weights."""
         return "weights"
 
-    def statistics(self) -> dict[str, Statistic | DataStatistic]:
+    def statistics(self) -> Mapping[str, Statistic | DataStatistic]:
         """Each expert's diagonal Fisher."""
         return {"fisher": self.fisher}
 

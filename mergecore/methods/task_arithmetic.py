@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -27,7 +27,7 @@ class TaskArithmetic(Method):
         """Deltas."""
         return "deltas"
 
-    def statistics(self) -> dict[str, Statistic]:
+    def statistics(self) -> Mapping[str, Statistic]:
         """The l1 factors of the drop, where it has them."""
         return drop_statistics(self.drop)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -58,7 +58,7 @@ class Ties(Method):
         """Whether exact cancellations take the merge-wide majority sign."""
         return self.zero_sign == "majority" or (self.zero_sign is None and self.count == "published")
 
-    def statistics(self) -> dict[str, Statistic]:
+    def statistics(self) -> Mapping[str, Statistic]:
         """Each expert's threshold; the majority sign only where it decides something."""
         needed = SignMajority(threshold=self.threshold).statistics()
         needed.pop("profile", None)

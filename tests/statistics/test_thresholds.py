@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergecore.engine import PassPlan, StatisticJob, plan_spans, run_pass
 from mergecore.delta import FullExpert
+from mergecore.engine import PassPlan, StatisticJob, plan_spans, run_pass
 from mergecore.merging import InProcess, find_statistics
 from mergecore.method import Found, Per, Result, silent
 from mergecore.snapshot import MemoryTensors
@@ -77,7 +77,9 @@ def test_profile_numbers() -> None:
     delta = deltas("normal")
     base = MemoryTensors({name: torch.zeros_like(value) for name, value in delta.items()})
     job = StatisticJob("k", Profile(), (0,), base.tensors, {})
-    plan = PassPlan(base, (FullExpert("id", "e", MemoryTensors(delta)),), (), (job,), plan_spans(base.tensors, Per.ELEMENT))
+    plan = PassPlan(
+        base, (FullExpert("id", "e", MemoryTensors(delta)),), (), (job,), plan_spans(base.tensors, Per.ELEMENT)
+    )
     numbers = run_pass(plan, InProcess(), silent).results["k"].numbers
     flat = torch.cat([value.reshape(-1).double() for value in delta.values()])
     assert numbers["l1"] == pytest.approx(float(flat.abs().sum()), rel=1e-12)

@@ -1,0 +1,77 @@
+# The commands of the README. CI runs `make check` and `make test` in a fresh clone.
+#
+#   make setup     the environment in .venv: uv where there is one, else pip; versions from constraints.txt
+#   make demo      a small sweep on a real language model and its experts
+#   make serve     Prefect and MLflow over the data of the demo, on fixed ports
+#   make test      the test suite           make check   linters, types, import contracts
+#   make bench     side by side with other tools
+#   make lock      constraints.txt anew from pyproject.toml
+#
+# TORCH is the one setting for another torch build: any requirement that pip takes, or the path of a wheel, as in
+#   make setup TORCH="torch==2.13.0+cu130"
+# With uv, UV_TORCH_BACKEND=auto picks the build that fits the machine's driver.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(shell command -v uv 2>/dev/null)
+# A folder of wheels that pip is configured to look into holds for uv as well.
+LINKS := $(or $(UV_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+EXTRAS := examples,dev
+SPEC ?= examples/demo.yaml
+STORE ?= .mergeloom
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export DO_NOT_TRACK := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+
+.PHONY: setup demo serve test check bench lock clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { echo "Mergeloom needs Python 3.11 to 3.13; name one with PYTHON=python3.11"; exit 1; }
+ifneq ($(UV),)
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
+	UV_FIND_LINKS="$(LINKS)" $(UV) pip install --quiet --python $(BIN)/python "$(TORCH)" -c constraints.txt
+	UV_FIND_LINKS="$(LINKS)" UV_COMPILE_BYTECODE=1 $(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[$(EXTRAS)]'
+else
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" -c constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+endif
+	@touch $@
+
+examples/base/config.json: | setup
+	$(BIN)/python examples/make_base.py
+
+examples/tasks/data: | setup
+	$(BIN)/python examples/make_tasks.py
+
+demo: setup examples/base/config.json examples/tasks/data
+	$(BIN)/mergeloom sweep $(SPEC)
+
+serve: setup
+	$(BIN)/mergeloom serve --store $(STORE)
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python benchmarks/run.py
+
+lock: setup
+	@test -n "$(UV)" || { echo "make lock needs uv"; exit 1; }
+	UV_FIND_LINKS="$(LINKS)" $(UV) pip compile pyproject.toml --extra examples --extra dev --quiet \
+	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links --no-emit-package torch -o constraints.txt
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
