@@ -84,7 +84,8 @@ class LmEval(Evaluator):
             if data is None:
                 data = [documents_digest(_load(file).training_docs())]
             found[name] = {"config": file.plain, "data": data}
-        return {"tasks": found, "lm_eval": lm_eval_version(), "evaluator": self.parameters()}
+        prompt = {"apply_chat_template": self.apply_chat_template, "system_instruction": self.system_instruction}
+        return {"tasks": found, "lm_eval": lm_eval_version(), **prompt}
 
     def open(self, companions: Path, folder: Path | None) -> Resident:
         """A model of the config in `companions`, in `dtype`, on the CPU; `.model.to(device)` moves it."""
