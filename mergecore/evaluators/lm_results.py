@@ -53,6 +53,7 @@ def _number(value: Any) -> float | None:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """The rows of a task as one table; metrics that only some tasks have are float64 columns at the end."""
     numbers = [name for name in rows[0] if name not in _COLUMNS]
     types = (pa.int64(), pa.string(), pa.string(), pa.string(), pa.float64(), pa.list_(pa.float64()))
     schema = [*zip(_COLUMNS, types, strict=True), *((name, pa.float64()) for name in numbers)]
