@@ -1,7 +1,7 @@
 """Trains the LoRA experts of the examples: one per held-in task, and `mixture`, which learned all of them at once.
 
     python examples/make_base.py && python examples/make_tasks.py
-    python examples/train_experts.py                    # all nine, about half an hour on one core
+    python examples/train_experts.py                    # all nine, about half an hour on one idle core
     python examples/train_experts.py --only counting    # one of them, two to three minutes
 
 Each expert becomes `experts/<name>/`: a PEFT adapter in bfloat16 (`adapter_model.safetensors`, `adapter_config.json`) and `scores.json`, its
