@@ -36,6 +36,7 @@ def test_workers_have_one_thread_one_slot_and_their_own_device(cluster: tuple[Pa
 
 def test_a_running_cluster_is_joined_by_its_address(cluster: tuple[Path, Client], tmp_path: Path) -> None:
     _, client = cluster
+    assert client.scheduler is not None
     with dask_client(tmp_path, address=client.scheduler.address) as other:
         assert len(other.scheduler_info(n_workers=-1)["workers"]) == 2
 
@@ -48,7 +49,7 @@ def test_an_address_where_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_cluster_without_slots_is_refused_instead_of_waited_for() -> None:
     with (
-        LocalCluster(n_workers=1, processes=False, dashboard_address=None) as bare,
+        LocalCluster(n_workers=1, processes=False, dashboard_address=None) as bare,  # type: ignore[no-untyped-call]
         pytest.raises(ServiceError, match="--resources"),
         connected(bare.scheduler_address),
     ):
