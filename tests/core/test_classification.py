@@ -118,7 +118,7 @@ def test_weights_that_do_not_fit(tier: DigitsTier) -> None:
             resident.swap(
                 MemoryTensors({name: value for name, value in {**weights, **change}.items() if value is not None})
             )
-    with pytest.raises(NonFiniteError, match="14.bias"):
+    with pytest.raises(NonFiniteError, match=r"14\.bias"):
         resident.swap(MemoryTensors({**weights, "14.bias": weights["14.bias"] / 0}))
     resident.swap(MemoryTensors(weights))
     with torch.no_grad():
@@ -157,9 +157,9 @@ def test_refusals(tier: DigitsTier, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"no test.labels; its file has: train.inputs, train.labels"):
         evaluator.resolve(["bare"], "test", tmp_path)
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 no archive")
-    with pytest.raises(EvaluationError, match="torn.npz cannot be read"):
+    with pytest.raises(EvaluationError, match=r"torn\.npz cannot be read"):
         evaluator.resolve(["torn"], "test", tmp_path)
-    with pytest.raises(EvaluationError, match="config.json"):
+    with pytest.raises(EvaluationError, match=r"config\.json"):
         evaluator.open(tmp_path, tier.tasks)
     with pytest.raises(SpecError, match="did you mean 'digits_cnn'"):
         Classification(model="tests.digits:digit_cnn").open(tier.base, tier.tasks)

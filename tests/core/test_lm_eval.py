@@ -291,7 +291,7 @@ def test_refusals(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(EvaluationError, match="lower is better"):
         LmEval().resolve(["tiny_choice"], "test", folder)
     (folder / "data" / "write.test.jsonl").unlink()
-    with pytest.raises(EvaluationError, match="write.test.jsonl"):
+    with pytest.raises(EvaluationError, match=r"write\.test\.jsonl"):
         LmEval().resolve(["tiny_write"], "test", folder)
 
 
