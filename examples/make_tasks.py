@@ -185,7 +185,7 @@ def roman(draws: Draws, split: str, turn: int) -> Item:
 def owners(draws: Draws, things: list[str]) -> tuple[str, list[str]]:
     """A sentence in which four people each have a coloured thing, and the colours in that order."""
     people, colors = draws.some(PEOPLE, 4), draws.some(COLORS, 4)
-    clauses = [f"{name} has {'an' if color == 'orange' else 'a'} {color} {thing}" for name, color, thing in zip(people, colors, things)]
+    clauses = [f"{name} has {'an' if color == 'orange' else 'a'} {color} {thing}" for name, color, thing in zip(people, colors, things, strict=True)]
     return "; ".join(clauses) + ".", colors
 
 

@@ -51,7 +51,7 @@ def answer_logits(model: torch.nn.Module, tokenizer, prompts: list[str]) -> torc
 def option_tokens(tokenizer, options: list[str]) -> list[int]:
     tokens = tokenizer([f" {option}" for option in options]).input_ids
     if any(len(token) != 1 for token in tokens):
-        raise SystemExit(f"train_experts: options must be one token each with a space before them, got {dict(zip(options, tokens))}.")
+        raise SystemExit(f"train_experts: options must be one token each with a space before them, got {dict(zip(options, tokens, strict=True))}.")
     return [token[0] for token in tokens]
 
 
@@ -62,7 +62,7 @@ def accuracy(model: torch.nn.Module, tokenizer, task: str, split: str) -> float:
     right = 0
     for start in range(0, len(items), 20):
         batch = items[start:start + 20]
-        for item, logits in zip(batch, answer_logits(model, tokenizer, [item["prompt"] for item in batch])):
+        for item, logits in zip(batch, answer_logits(model, tokenizer, [item["prompt"] for item in batch]), strict=True):
             right += int(logits[option_tokens(tokenizer, item["options"])].argmax()) == item["answer"]
     return round(right / len(items), 4)
 
