@@ -67,6 +67,7 @@ def _alone(session: Session, report: Report, workers: int | None, track: bool) -
 
 
 def _with_services(session: Session, report: Report, workers: int | None, track: bool) -> dict[str, str]:
+    from prefect.logging.handlers import APILogWorker
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from flows.services import servers
@@ -75,15 +76,40 @@ def _with_services(session: Session, report: Report, workers: int | None, track:
     report(Event("starting Prefect and MLflow"))
     given = session.spec.run.prefect or os.environ.get("PREFECT_API_URL")
     with servers(session.store.root, prefect=given, mlflow=mlflow_uri(session)) as addresses:
-        with temporary_settings({PREFECT_API_URL: addresses.prefect}), _quiet_console():
-            found = run_session(session, report, workers, addresses.mlflow if track else None)
+        # The setting is for this thread, the variable for those that Prefect and Dask start: without it they would
+        # bring up a server of their own.
+        with (
+            temporary_settings({PREFECT_API_URL: addresses.prefect}),
+            _variables(PREFECT_API_URL=addresses.prefect, MLFLOW_TRACKING_URI=addresses.mlflow),
+            _quiet_console(),
+        ):
+            found = run_session(session, report, workers, track)
+            APILogWorker.drain_all(timeout=5)  # while the server is still there
         return {"Prefect": addresses.prefect_page, **found}
+
+
+@contextlib.contextmanager
+def _variables(**values: str) -> Iterator[None]:
+    """Environment variables set for a while, and left as they were found."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager
 def _quiet_console() -> Iterator[None]:
     """Prefect's log lines go to its pages; on the terminal stands our own progress."""
-    loggers = [logging.getLogger(name) for name in ("prefect", "prefect.flow_runs", "prefect.task_runs")]
+    from prefect.logging.configuration import setup_logging
+
+    setup_logging()
+    loggers = [logging.getLogger(name) for name in ("", "prefect", "prefect.flow_runs", "prefect.task_runs")]
     held = [(logger, list(logger.handlers)) for logger in loggers]
     for logger in loggers:
         logger.handlers = [handler for handler in logger.handlers if "Console" not in type(handler).__name__]

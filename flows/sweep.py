@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextvars
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -105,18 +105,13 @@ def narrowed(path: str, methods: Sequence[str], counts: Sequence[int]) -> Spec:
     return parse_spec(held, Path(path).name)
 
 
-def run_session(session: Session, report: Report, workers: int | None, mlflow: str | None) -> dict[str, str]:
-    """The flow for a session that is open already; `mlflow` is a tracking URI, None to leave MLflow alone.
-
-    Returns the addresses of the pages that show the sweep.
-    """
+def run_session(session: Session, report: Report, workers: int | None, track: bool) -> dict[str, str]:
+    """The flow for a session that is open already. Returns the addresses of the pages that show the sweep."""
     name = session.spec.name
     held = _handed[name] = Handed(session, report)
-    if mlflow:
-        os.environ["MLFLOW_TRACKING_URI"] = mlflow
     try:
         run = sweep.with_options(flow_run_name=name)
-        run(spec=name, workers=workers, track=bool(mlflow))
+        run(spec=name, workers=workers, track=track)
     finally:
         del _handed[name]
     return {f"MLflow {page}": url for page, url in held.pages.items() if page in ("curves", "leaderboard")}
@@ -255,7 +250,7 @@ def _watched(stop: threading.Event) -> Iterator[None]:
 
     thread = None
     if context is not None and context.flow_run is not None:
-        thread = threading.Thread(target=watch, args=(context.flow_run.id,), daemon=True)
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(watch, context.flow_run.id), daemon=True)
         thread.start()
     try:
         yield

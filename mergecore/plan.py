@@ -184,7 +184,7 @@ class Planner:
         self.builder = MergeBuilder(pool, spec.select, spec.output.dtype, self._data)
 
     def _data(self, member: Member) -> dict[str, Any]:
-        names = member.tasks or tuple(sorted(self.tasks))
+        names = member.tasks or tuple(dict.fromkeys(task for held in self.suite.held_in.values() for task in held))
         training = self.evaluator.training_identity(names, self.folder)
         return {"tasks": list(names), "training": digest(training), "companions": self.pool.base.companions}
 

@@ -14,7 +14,7 @@ from mergecore.layout import check_fit
 from mergecore.method import Event, Report, TensorInfo
 from mergecore.snapshot import FileTensors, Snapshot, read_json, read_snapshot
 from mergecore.sources import Source
-from mergecore.spec import ExpertSpec, SourceSpec
+from mergecore.spec import BaseSpec, ExpertSpec, SourceSpec
 
 Resolver = Callable[[SourceSpec], Source]
 """Finds the source a spec names; the caller decides about caches, tokens and being offline."""
@@ -73,7 +73,7 @@ def snapshot_step(snapshot: Snapshot) -> Step:
 
 
 def resolve_pool(
-    base: SourceSpec,
+    base: BaseSpec,
     experts: Sequence[ExpertSpec],
     multitask: SourceSpec | None,
     resolve: Resolver,
@@ -89,29 +89,34 @@ def resolve_pool(
     if ground.kind != "full":
         raise SpecError(f"base: {ground.source.uri} is an adapter; give the checkpoint it was trained on")
     warnings: list[str] = []
+    strangers: dict[str, list[str]] = {}
     members: dict[str, Member] = {}
     for position, expert in enumerate(experts):
         report(Event(f"expert {expert.name}", position + 1, len(experts), "experts"))
-        member = _member(expert.name, expert.tasks, read_snapshot(resolve(expert)), ground, base.source, warnings)
+        member = _member(expert.name, expert.tasks, read_snapshot(resolve(expert)), ground, warnings)
         same = next((other.name for other in members.values() if other.id == member.id), None)
         if same is not None:
             raise SpecError(f"experts: '{expert.name}' and '{same}' have the same weights; list each checkpoint once")
         members[expert.name] = member
     several = None
     if multitask is not None:
-        several = _member("multitask", (), read_snapshot(resolve(multitask)), ground, base.source, warnings)
+        several = _member("multitask", (), read_snapshot(resolve(multitask)), ground, warnings)
+    for member in [*members.values(), *([several] if several else [])]:
+        recorded = str(member.snapshot.config.get("base_model_name_or_path") or "")
+        if member.factors is not None and recorded and not _same_base(recorded, ground, base):
+            strangers.setdefault(recorded, []).append(member.name)
+    for recorded, names in strangers.items():
+        warnings.append(
+            f"trained on '{recorded}' by their own record, while the base is '{base.source}': {', '.join(names)} "
+            "(if it is a copy of that, say so with `base: {source: …, known_as: …}`)"
+        )
     return Pool(ground, members, several, tuple(warnings))
 
 
-def _member(
-    name: str, tasks: tuple[str, ...], found: Snapshot, base: Snapshot, base_name: str, warnings: list[str]
-) -> Member:
+def _member(name: str, tasks: tuple[str, ...], found: Snapshot, base: Snapshot, warnings: list[str]) -> Member:
     where = f"expert '{name}' ({found.source.uri})"
     if found.kind == "adapter":
         factors = adapter_factors(found.tensors, found.config, base.tensors, where)
-        recorded = str(found.config.get("base_model_name_or_path") or "")
-        if recorded and not _same_base(recorded, base, base_name):
-            warnings.append(f"{where} records '{recorded}' as its base, the spec says '{base_name}'")
         return Member(name, tasks, found, factors)
     for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
         ours, theirs = base.config.get(key), found.config.get(key)
@@ -122,8 +127,8 @@ def _member(
     return Member(name, tasks, found, None)
 
 
-def _same_base(recorded: str, base: Snapshot, base_name: str) -> bool:
-    known = (base_name, base.source.uri, str(base.config.get("_name_or_path", "")))
+def _same_base(recorded: str, found: Snapshot, base: BaseSpec) -> bool:
+    known = (base.source, base.known_as or "", found.source.uri)
     return any(recorded == name or Path(recorded).name == Path(name.partition("@")[0]).name for name in known if name)
 
 

@@ -16,7 +16,7 @@ from mergecore.plan import MergeBuilder, MergePlan, StatisticPlan
 from mergecore.pool import Member, Pool, Resolver, resolve_pool
 from mergecore.publish import TORCH_NAMES, model_card, write_companions
 from mergecore.run import Done, Place, fetch, run_merges, run_statistics, snapshots_of
-from mergecore.spec import Recipe, SourceSpec, as_yaml, size_in_bytes
+from mergecore.spec import BaseSpec, Recipe, as_yaml, size_in_bytes
 from mergecore.store import State, Store
 
 
@@ -65,7 +65,7 @@ def merge_recipe(
     return Made(out, made, plan.size, pool.warnings)
 
 
-def _base(recipe: Recipe) -> SourceSpec:
+def _base(recipe: Recipe) -> BaseSpec:
     """The base; a method on weights alone takes config and untouched tensors from the first expert where none is given."""
     if recipe.base is not None:
         return recipe.base
@@ -74,7 +74,7 @@ def _base(recipe: Recipe) -> SourceSpec:
     if recipe.built().needs_base:
         raise SpecError(f"recipe.base: method '{recipe.method}' works on task vectors; give the base they start from")
     first = recipe.experts[0]
-    return SourceSpec(source=first.source, revision=first.revision)
+    return BaseSpec(source=first.source, revision=first.revision)
 
 
 def _no_data(member: Member) -> dict[str, Any]:

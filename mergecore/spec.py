@@ -38,6 +38,12 @@ class SourceSpec(Part):
         return {"source": value} if isinstance(value, str) else value
 
 
+class BaseSpec(SourceSpec):
+    """The base model."""
+
+    known_as: str | None = Field(None, description="the hub id that a local folder is a copy of, as adapters record it")
+
+
 class ExpertSpec(SourceSpec):
     """An expert of the pool."""
 
@@ -119,7 +125,7 @@ class Spec(Part):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the sweep's identity: letters, digits, . _ -"
     )
-    base: SourceSpec
+    base: BaseSpec
     multitask: SourceSpec | None = None
     experts: tuple[ExpertSpec, ...]
     methods: tuple[Mapping[str, Any], ...]
@@ -173,7 +179,7 @@ class Recipe(Part):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     method: str
-    base: SourceSpec | None = None
+    base: BaseSpec | None = None
     experts: tuple[ExpertSpec, ...]
     dtype: Dtype | None = None
     select: tuple[SelectRule, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import task
-from prefect.states import State
+from prefect.client.schemas.objects import State
 
 from mergecore.frontier import Frontier
 from mergecore.sweep import register_best

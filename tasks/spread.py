@@ -66,7 +66,7 @@ class OnDask:
         while waiting:
             if self.stop.is_set():
                 raise Stopped("the flow was cancelled; run the same spec again to go on")
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError), self.client.as_current():
                 wait(list(waiting), timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
             for future in [future for future in waiting if future.done()]:
                 position = waiting.pop(future)

@@ -165,7 +165,9 @@ class _ClassifierResident(Resident):
         kept = self._held.get((task.task, task.split))
         if kept is not None and kept[0] == task:
             return kept[1]
-        if self._evaluator.resolve([task.task], task.split, self._folder)[task.task] != task:
+        # One resident serves validation and test items, whose limits may differ: the task says which holds.
+        asked = self._evaluator.model_copy(update={"limit": task.identity["evaluator"]["limit"]})
+        if asked.resolve([task.task], task.split, self._folder)[task.task] != task:
             raise EvaluationError(f"task '{task.task}' is not what it was when it was resolved; plan again")
         items = _items(_path(task.task, self._folder), task.split)
         self._held[task.task, task.split] = (task, items)

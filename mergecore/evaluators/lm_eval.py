@@ -211,12 +211,14 @@ class _LmResident(Resident):
         if held is not None and held[0] == task:
             return held[1]
         file = find_task(task.task, _local(self._folder))
-        if self._evaluator._resolved(file, task.split) != task:
+        # One resident serves validation and test items, whose limits may differ: the task says which holds.
+        limit = task.identity["evaluator"]["limit"]
+        if self._evaluator.model_copy(update={"limit": limit})._resolved(file, task.split) != task:
             raise EvaluationError(f"task '{task.task}' is not what it was when it was resolved; plan again")
         built = _load(file, task.split)
         built.set_config(key="num_fewshot", value=file.fewshot_count(self._evaluator.num_fewshot))
         built.set_fewshot_seed(seed=self._evaluator.seed)
-        ready = prepare(built, self._lm, self._prompt, self._evaluator.limit, self._evaluator.logits_cache)
+        ready = prepare(built, self._lm, self._prompt, limit, self._evaluator.logits_cache)
         self._prepared[task.task, task.split] = (task, ready)
         return ready
 

@@ -92,7 +92,9 @@ class Threshold(Statistic):
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> ThresholdState:
         """Find each group's bin from the profile."""
         counts = high_counts(statistics["profile"][0], selection)
-        members = [frozenset(selection)] if self.ranked == "global" else [frozenset([name]) for name in sorted(selection)]
+        members = (
+            [frozenset(selection)] if self.ranked == "global" else [frozenset([name]) for name in sorted(selection)]
+        )
         groups = []
         for tensors in members:
             total = sum(selection[name].count for name in tensors)
@@ -162,20 +164,21 @@ class Threshold(Statistic):
             group.needed -= here
 
     def _numbers(self, state: ThresholdState) -> dict[str, Any]:
+        kept = [group.rank if self.count == "exact" else group.above + group.equal() for group in state.groups]
         groups = [
             {
                 "bits": group.value,
                 "above": group.above,
                 "equal": group.equal(),
                 "cut": list(group.cut) if group.cut else None,
-                "kept": group.rank if self.count == "exact" else group.above + group.equal(),
+                "kept": here,
             }
-            for group in state.groups
+            for group, here in zip(state.groups, kept, strict=True)
         ]
         of = sum(group.total for group in state.groups)
-        kept = sum(int(group["kept"]) for group in groups)  # type: ignore[call-overload]
         names = None if self.ranked == "global" else [next(iter(group.tensors)) for group in state.groups]
-        return {"groups": groups, "tensors": names, "kept": kept, "of": of, "density": kept / of if of else 0.0}
+        share = sum(kept) / of if of else 0.0
+        return {"groups": groups, "tensors": names, "kept": sum(kept), "of": of, "density": share}
 
 
 def bin_of_rank(counts: list[Sparse], rank: int) -> tuple[int, int]:
