@@ -91,12 +91,12 @@ def lineage(plan: Plan, cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]
 
 def recipe_of(plan: Plan, cell: Cell) -> dict[str, Any]:
     """The recipe that `mergeloom merge` takes to make this cell's model alone; empty for a checkpoint as it stands."""
-    if cell.kind != "merge":
+    if cell.kind != "merge" or cell.merge is None:
         return {}
     values = dict(cell.values)
     spec = plan.spec
     recipe = {
-        "method": cell.method,
+        "method": cell.merge.method.name,
         **values,
         "base": plan.pool.base.source.uri,
         "experts": [{"name": name, "source": plan.pool.experts[name].snapshot.source.uri} for name in cell.experts],

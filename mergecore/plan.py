@@ -21,7 +21,7 @@ from mergecore.pool import Member, Pool, snapshot_step
 from mergecore.registry import evaluator_from
 from mergecore.scores import Kind, Suite
 from mergecore.snapshot import DTYPES, MERGED
-from mergecore.spec import SAFETENSORS_DTYPE, Spec, size_in_bytes, values_label
+from mergecore.spec import SAFETENSORS_DTYPE, Spec, Variant, size_in_bytes, values_label
 
 ENGINE = 1
 """Version of the arithmetic that all merges share (deltas in float32, one rounding); bumped when numbers change."""
@@ -65,7 +65,10 @@ class MergePlan:
 
 @dataclass(frozen=True)
 class Cell:
-    """One model to be made and measured. `merge` is None where the model is a checkpoint as it stands."""
+    """One model to be made and measured. `merge` is None where the model is a checkpoint as it stands.
+
+    method: the label of its variant, under which it stands in tables and figures; '' for baselines.
+    """
 
     id: str
     kind: Kind
@@ -203,8 +206,8 @@ class Planner:
         for count in self.spec.counts:
             for subset in range(self.spec.subsets.per_count):
                 chosen = self.draw(count, subset)
-                for method, values in self.spec.methods_expanded():
-                    cell = self._cell(method, values, count, subset, chosen)
+                for variant in self.spec.variants:
+                    cell = self._cell(variant, count, subset, chosen)
                     if cell.id not in seen:
                         seen.add(cell.id)
                         yield cell
@@ -231,33 +234,19 @@ class Planner:
         key = digest(["baseline", merge.step.key])
         return Cell(key[:16], kind, member.name, "", {}, len(experts), -1, experts, merge.step, merge, member, tasks)
 
-    def _cell(
-        self, method: Method, values: Mapping[str, Any], count: int, subset: int, chosen: tuple[str, ...]
-    ) -> Cell:
-        label = values_label(values)
-        name = f"{method.name}({label}) n{count} s{subset}" if label else f"{method.name} n{count} s{subset}"
+    def _cell(self, variant: Variant, count: int, subset: int, chosen: tuple[str, ...]) -> Cell:
+        values = values_label(variant.values)
+        name = f"{variant.label}({values}) n{count} s{subset}" if values else f"{variant.label} n{count} s{subset}"
+        merge, refused, tasks = None, "", self._tasks_of(chosen)
         try:
-            merge = self.builder.build(method, [self.pool.experts[expert] for expert in chosen])
+            merge = self.builder.build(variant.method, [self.pool.experts[expert] for expert in chosen])
+            model = merge.step
         except MergeloomError as error:
-            refused = Step("merge", method.name, method.version, method.parameters(), {"experts": list(chosen)})
-            return Cell(
-                refused.key[:16],
-                "merge",
-                name,
-                method.name,
-                values,
-                count,
-                subset,
-                chosen,
-                refused,
-                None,
-                None,
-                (),
-                str(error),
-            )
+            model = Step("merge", variant.method.name, 0, variant.method.parameters(), {"experts": list(chosen)})
+            refused, tasks = str(error), ()
+        label, given = variant.label, dict(variant.values)
         return Cell(
-            merge.step.key[:16], "merge", name, method.name, values, count, subset, chosen, merge.step, merge, None,
-            self._tasks_of(chosen),
+            model.key[:16], "merge", name, label, given, count, subset, chosen, model, merge, None, tasks, refused
         )  # fmt: skip
 
 

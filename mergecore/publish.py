@@ -113,5 +113,6 @@ def register(place: Place, frontier: Frontier, cell: Cell, chosen_on: str, score
 
 def registration_step(frontier: Frontier, cell: Cell) -> Step:
     """The step that publishes a cell's model."""
+    assert cell.merge is not None
     inputs = {"model": cell.model.key, "companions": frontier.plan.pool.base.companions}
-    return Step("registration", cell.method, 1, {}, inputs)
+    return Step("registration", cell.merge.method.name, 1, {}, inputs)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mergecore.errors import SpecError
+from mergecore.identity import digest
 from mergecore.layout import SelectRule
 from mergecore.method import Method
 from mergecore.registry import METHODS, explained, method_from
@@ -119,6 +122,15 @@ class Run(Part):
     disk: str | None = Field(None, description="disk that models under way may use; none: half of what is free")
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A method with its values. Variants of one label are alternatives: validation items choose among them."""
+
+    method: Method
+    label: str
+    values: Mapping[str, Any]
+
+
 class Spec(Part):
     """A sweep: which checkpoints, which methods with which values, how many experts, which evaluations."""
 
@@ -159,18 +171,20 @@ class Spec(Part):
                     )
         return self
 
-    def methods_expanded(self) -> list[tuple[Method, dict[str, Any]]]:
-        """Every method with every combination of its grids, and the values the spec gave it; average is always there."""
-        found: list[tuple[Method, dict[str, Any]]] = []
+    @cached_property
+    def variants(self) -> tuple[Variant, ...]:
+        """Every method with every combination of its grids; average is always there, and equal ones are one."""
+        found: dict[str, Variant] = {}
         for position, entry in enumerate(self.methods):
             for values in expanded(entry):
                 name = str(values.pop("method", ""))
+                label = str(values.pop("label", "") or name + ("+drop" if values.get("drop") else ""))
                 method = method_from(name, values, f"methods[{position}]")
-                if all(method != other for other, _ in found):
-                    found.append((method, values))
-        if all(other != METHODS["average"]() for other, _ in found):
-            found.insert(0, (METHODS["average"](), {}))
-        return found
+                found.setdefault(digest([name, method.parameters()]), Variant(method, label, values))
+        average = METHODS["average"]()
+        if all(variant.method != average for variant in found.values()):
+            return Variant(average, average.name, {}), *found.values()
+        return tuple(found.values())
 
 
 class Recipe(Part):
@@ -237,7 +251,7 @@ def parse_spec(held: Mapping[str, Any], where: str) -> Spec:
         spec = Spec.model_validate(dict(held))
     except ValidationError as error:
         raise SpecError(explained(error, Spec, where)) from None
-    spec.methods_expanded()
+    _ = spec.variants
     return spec
 
 
