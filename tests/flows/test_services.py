@@ -35,9 +35,10 @@ while True:
 PARENT = """
 import sys, time
 from pathlib import Path
-from flows.services import launch
+from flows import services
+services.GRACE_SECONDS = 0.5
 folder = Path(sys.argv[1])
-service = launch("Stubborn", folder, 1, "/", ["stubborn"], {"PYTHONPATH": str(folder)})
+service = services.launch("Stubborn", folder, 1, "/", ["stubborn"], {"PYTHONPATH": str(folder)})
 print(service.process.pid, flush=True)
 time.sleep(600)
 """
@@ -103,6 +104,8 @@ def test_sweeps_over_the_same_folder_join_a_running_serve(
     with services.servers(folder) as found:
         assert found.mlflow.endswith(str(ports.mlflow))
     assert services.answers(found.mlflow + "/health"), "leaving must not stop what we did not start"
+    with services.mlflow_server(folder) as mlflow, services.servers(folder, prefect="http://elsewhere/api") as mixed:
+        assert mixed == Addresses("http://elsewhere/api", mlflow)
     with services.servers(folder, prefect="http://elsewhere/api", mlflow="http://other") as given:
         assert given == Addresses("http://elsewhere/api", "http://other")
 
@@ -133,7 +136,8 @@ def test_a_stubborn_service_and_its_fork_end_with_their_parent(tmp_path: Path) -
     assert _becomes(lambda: not _group(leader))
 
 
-def test_a_stubborn_service_is_stopped_and_dies_with_its_supervisor(tmp_path: Path) -> None:
+def test_a_stubborn_service_is_stopped_with_its_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "GRACE_SECONDS", 0.5)
     (tmp_path / "stubborn.py").write_text(STUBBORN)
     environment = {"PYTHONPATH": str(tmp_path)}
     service = services.launch("Stubborn", tmp_path, 1, "/", ["stubborn"], environment)
@@ -151,7 +155,17 @@ def test_a_service_that_ends_at_once_shows_its_log(tmp_path: Path) -> None:
         service.wait()
 
 
-def test_a_service_that_never_answers_is_given_up(tmp_path: Path) -> None:
+def test_a_service_dies_with_its_supervisor(tmp_path: Path) -> None:
+    (tmp_path / "stubborn.py").write_text(STUBBORN.replace("os.fork()", ""))
+    service = services.launch("Stubborn", tmp_path, 1, "/", ["stubborn"], {"PYTHONPATH": str(tmp_path)})
+    assert _becomes(lambda: len(_group(service.process.pid)) == 2)
+    service.process.kill()
+    service.process.wait()
+    assert _becomes(lambda: not _group(service.process.pid))
+
+
+def test_a_service_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "GRACE_SECONDS", 0.5)
     (tmp_path / "stubborn.py").write_text(STUBBORN)
     service = services.launch(
         "Stubborn", tmp_path, services.free_port(), "/", ["stubborn"], {"PYTHONPATH": str(tmp_path)}
