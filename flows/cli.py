@@ -134,7 +134,10 @@ def sweep(spec: Path, in_process: bool, workers: int | None, retry_failed: bool,
 @main.command()
 @click.argument("spec", type=click.Path(path_type=Path))
 @click.option("--split", type=click.Choice(["test", "validation"]), default="test", help="which items to report on")
-def report(spec: Path, split: str) -> None:
+@click.option(
+    "--lm-eval", type=click.Path(path_type=Path), help="also write lm-eval's own results files into this folder"
+)
+def report(spec: Path, split: str, lm_eval: Path | None) -> None:
     """Print the table of SPEC as it stands and write tables (Parquet, CSV), report.md and the figure beside the store."""
     with errors():
         from flows.conduct import written_report
@@ -143,6 +146,10 @@ def report(spec: Path, split: str) -> None:
         session = open_session(spec)
         text, paths = written_report(session, split)
         click.echo(text)
+        if lm_eval is not None:
+            from flows.lm_eval_json import exported
+
+            paths += exported(session, lm_eval)
         for path in paths:
             click.echo(str(path))
 

@@ -58,11 +58,9 @@ def _alone(session: Session, report: Report, workers: int | None, track: bool) -
     complete(place, session.frontier, say)
     if not track:
         return {}
-    from flows.services import servers
-
     written_report(session)
-    with _tolerated(report), servers(session.store.root, prefect="none", mlflow=mlflow_uri(session)) as addresses:
-        return dict(projected(session, addresses.mlflow, {}).urls)
+    with _tolerated(report):
+        return dict(projected(session, None, {}).urls)
     return {}
 
 
@@ -143,10 +141,10 @@ def projected(session: Session, uri: str | None, links: Mapping[str, str], rebui
     sweep, known = collect(session.frontier), uri or mlflow_uri(session)
     if known:
         return function(sweep, known, paths, links, session.store.root / "locks")
-    from flows.services import servers
+    from flows.services import mlflow_server
 
-    with servers(session.store.root, prefect="none") as addresses:
-        return function(sweep, addresses.mlflow, paths, links, session.store.root / "locks")
+    with mlflow_server(session.store.root) as address:
+        return function(sweep, address, paths, links, session.store.root / "locks")
 
 
 def written_report(session: Session, split: str = "test") -> tuple[str, list[Path]]:

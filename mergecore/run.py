@@ -60,7 +60,7 @@ class Place:
         """What scoring and statistics on data share."""
         if self.evaluator is None:
             raise EvaluationError("nothing here says how models are evaluated; run this from a spec with `evaluate:`")
-        return Bench(self.store.root, self.evaluator, self.tasks)
+        return Bench(self.store.root, self.evaluator, self.tasks, self.device)
 
 
 @dataclass
@@ -274,6 +274,7 @@ class Bench:
     store: Path
     evaluator: Evaluator
     tasks: Path | None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -376,6 +377,7 @@ def resident(bench: Bench, companions: Path, companions_digest: str, dtype: str 
     if key not in _RESIDENTS:
         _RESIDENTS.clear()
         _RESIDENTS[key] = evaluator.open(companions, bench.tasks)
+        _RESIDENTS[key].model.to(bench.device)
     return _RESIDENTS[key]
 
 

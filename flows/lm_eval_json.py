@@ -1,0 +1,42 @@
+"""The sweep's evaluations as lm-eval's own results files, for tools that read those."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+
+from flows.session import Session
+from mergecore.errors import EvaluationError
+from mergecore.evaluators.lm_results import results_json
+from mergecore.run import ITEMS
+from mergecore.store import write_json
+
+
+def exported(session: Session, folder: Path) -> list[Path]:
+    """One `results.json` per measured cell and split, in `folder`/<cell>; returns what was written.
+
+    Raises EvaluationError where the sweep was not scored by lm-eval.
+    """
+    plan, frontier = session.plan, session.frontier
+    if plan.evaluators["test"].name != "lm_eval":
+        raise EvaluationError(f"this sweep was scored by '{plan.evaluators['test'].name}', not by lm-eval")
+    written = []
+    for cell in plan.cells:
+        for split in plan.splits:
+            joined: dict[str, Any] = {}
+            for task in cell.tasks:
+                step = plan.evaluation(cell, split, task)
+                if not frontier.done(step):
+                    continue
+                table = parquet.read_table(session.store.folder(step) / ITEMS)
+                for part, held in results_json(table, plan.tasks[split][task]).items():
+                    joined[part] = {**joined.get(part, {}), **held} if isinstance(held, dict) else held
+            if joined:
+                path = folder / re.sub(r"[^\w.=-]+", "_", cell.name) / f"results_{split}.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, {**joined, "model_name": cell.name, "lineage": cell.model.as_json()})
+                written.append(path)
+    return written
