@@ -112,3 +112,15 @@ def dask_client(
     """A client of the cluster at `address`, or of a local one made for the purpose (see `local_cluster`)."""
     with connected(address) if address else local_cluster(folder, workers, devices) as client:
         yield client
+
+
+def devices() -> list[str]:
+    """The CUDA devices of this machine by number. Raises ServiceError where there is none."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        raise ServiceError(
+            "run.dask is 'gpu', and torch sees no CUDA device here; say 'local', or install a CUDA build of torch"
+        )
+    return [str(number) for number in range(count)]

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as parquet
+from pyarrow import parquet
 
 from flows.session import Session
 from mergecore.errors import EvaluationError

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import contextvars
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture, wait
 from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from flows.cluster import dask_client
+from flows.cancelling import cancelling
+from flows.cluster import dask_client, devices
 from flows.conduct import conclusion, mlflow_uri, projected
 from flows.session import Session, session_of
-from mergecore.errors import ServiceError
+from mergecore.errors import SpecError, nearest
 from mergecore.frontier import Round, summary
 from mergecore.method import Event, Report
 from mergecore.run import Place, drop_models, snapshots_of
@@ -40,7 +37,6 @@ from tasks.task_vectors import task_vectors
 from tasks.work import Work, reuse
 
 MethodName = Literal["average", "task_arithmetic", "ties", "fisher"]
-CANCEL_POLL_SECONDS = 3.0
 
 
 class Handed:
@@ -76,9 +72,9 @@ def sweep(
     stop = threading.Event()
     chosen = session.spec.run
     address = None if chosen.dask in ("local", "gpu") else chosen.dask
-    devices = _devices() if chosen.dask == "gpu" else None
+    devices = devices() if chosen.dask == "gpu" else None
     with (
-        _watched(stop),
+        cancelling(stop),
         dask_client(session.store.root, address, workers or chosen.workers, devices) as client,
     ):
         place = session.place(OnDask(client, session.store.root / "passes", stop), report)
@@ -217,47 +213,6 @@ def _logged() -> Report:
             )
 
     return report
-
-
-def _devices() -> list[str] | None:
-    """The CUDA devices of this machine by number. Raises ServiceError where there is none."""
-    import torch
-
-    count = torch.cuda.device_count()
-    if not count:
-        raise ServiceError(
-            "run.dask is 'gpu', and torch sees no CUDA device here; say 'local', or install a CUDA build of torch"
-        )
-    return [str(number) for number in range(count)]
-
-
-@contextmanager
-def _watched(stop: threading.Event) -> Iterator[None]:
-    """Inside, `stop` is set as soon as someone cancels the flow run in Prefect."""
-    context = FlowRunContext.get()
-    over = threading.Event()
-
-    def watch(run_id: Any) -> None:
-        with get_client(sync_client=True) as client:
-            while not over.wait(CANCEL_POLL_SECONDS):
-                try:
-                    state = client.read_flow_run(run_id).state
-                except Exception:  # the server may be away for a moment: cancelling then has to wait
-                    continue
-                if state is not None and (state.is_cancelling() or state.is_cancelled()):
-                    stop.set()
-                    return
-
-    thread = None
-    if context is not None and context.flow_run is not None:
-        thread = threading.Thread(target=contextvars.copy_context().run, args=(watch, context.flow_run.id), daemon=True)
-        thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        if thread is not None:
-            thread.join(timeout=10)
 
 
 def _slug(name: str) -> str:

@@ -264,8 +264,8 @@ def run_span(round: Round, task: SpanTask) -> SpanOutcome:
                         _observe(watcher, reading, outcome.states)
                 _merge_piece(open_merges, reading, outcome)
             for job in open_merges:
-                if job.method.per in (Per.LAYER, Per.MODEL):
-                    _merge_group(job, readings, outcome)
+                if job.method.per is not Per.ELEMENT:
+                    _merge_whole(job, readings, outcome)
     for job in open_merges:
         write_journal(job, span, outcome.digests[job.key])
     return outcome
@@ -281,57 +281,51 @@ def _observe(job: StatisticJob, reading: Reading, states: dict[str, Any]) -> Non
 
 
 def _merge_piece(jobs: Sequence[MergeJob], reading: Reading, outcome: SpanOutcome) -> None:
-    """Every merge's share of one piece: element-wise methods chunk by chunk, whole tensors, copies."""
+    """Every merge's share of one piece: element-wise methods chunk by chunk, and what is copied."""
     buffers: dict[str, Tensor] = {}
     for job in jobs:
-        grouped = job.method.per in (Per.LAYER, Per.MODEL) and reading.name in job.merged
-        if reading.name in job.outputs and not grouped:
+        copied = reading.name in job.outputs and reading.name not in job.merged
+        if copied or (job.method.per is Per.ELEMENT and reading.name in job.merged):
             dtype = DTYPES[job.outputs[reading.name].dtype]
             buffers[job.key] = torch.empty(reading.stop - reading.start, dtype=dtype)
+            if copied:
+                buffers[job.key].copy_(reading.raw_base())
     merging = [job for job in jobs if job.key in buffers and reading.name in job.merged]
     chunk = CHUNK if reading.plan.device == "cpu" else GRID
     for start in range(reading.start, reading.stop, chunk):
         stop = min(start + chunk, reading.stop)
         for job in merging:
-            if job.method.per is Per.ELEMENT:
-                _apply(job, reading, start, stop, buffers[job.key])
+            block = reading.block(job.method.on, job.method.needs_base, job.experts, start, stop, flat=True)
+            merged = job.method.merge_block(block, job.statistics)[reading.name].reshape(-1)
+            rounded = buffers[job.key][start - reading.start : stop - reading.start].copy_(merged)
+            _check_result(job, reading.name, rounded)
         reading.forget()
-    for job in merging:
-        if job.method.per is Per.TENSOR and reading.stop > reading.start:
-            _apply(job, reading, reading.start, reading.stop, buffers[job.key])
-    reading.forget()
     for job in jobs:
         if job.key in buffers:
-            if reading.name not in job.merged:
-                buffers[job.key].copy_(reading.raw_base())
             _emit(job, reading.name, reading.start, buffers[job.key], outcome)
 
 
-def _apply(job: MergeJob, reading: Reading, start: int, stop: int, buffer: Tensor) -> None:
+def _merge_whole(job: MergeJob, readings: Sequence[Reading], outcome: SpanOutcome) -> None:
+    """A method that sees a tensor, a layer or the model: its outputs may have other names and shapes than its inputs."""
     method = job.method
-    block = reading.block(method.on, method.needs_base, job.experts, start, stop, method.per is Per.ELEMENT)
-    merged = method.merge_block(block, job.statistics)[reading.name].reshape(-1)
-    rounded = buffer[start - reading.start : stop - reading.start].copy_(merged)
-    check_finite(rounded, reading.name, f"method '{method.name}' (its experts are finite, its result is not)")
-
-
-def _merge_group(job: MergeJob, readings: Sequence[Reading], outcome: SpanOutcome) -> None:
-    """A method that sees a layer or the model: its outputs may have other names and shapes than its inputs."""
-    method = job.method
-    members = tuple(
-        reading.block(method.on, method.needs_base, job.experts, reading.start, reading.stop, flat=False)
-        for reading in readings
-        if reading.name in job.merged
-    )
+    blocks = []
     for reading in readings:
-        reading.forget()
-    if not members:
-        return
-    whole = Block(members[0].name, (), 0, 0, None, (), members[0].ids, members)
-    for name, values in method.merge_block(whole, job.statistics).items():
-        rounded = values.reshape(-1).to("cpu", DTYPES[job.outputs[name].dtype])
-        check_finite(rounded, name, f"method '{method.name}' (its experts are finite, its result is not)")
-        _emit(job, name, 0, rounded, outcome)
+        if reading.name in job.merged:
+            shown = reading.block(method.on, method.needs_base, job.experts, reading.start, reading.stop, flat=False)
+            blocks.append(shown)
+            reading.forget()
+    if method.per is not Per.TENSOR and blocks:
+        blocks = [Block(blocks[0].name, (), 0, 0, None, (), blocks[0].ids, tuple(blocks))]
+    for block in blocks:
+        for name, values in method.merge_block(block, job.statistics).items():
+            rounded = values.reshape(-1).to("cpu", DTYPES[job.outputs[name].dtype])
+            _check_result(job, name, rounded)
+            _emit(job, name, 0, rounded, outcome)
+
+
+def _check_result(job: MergeJob, name: str, values: Tensor) -> None:
+    if values.is_floating_point():
+        check_finite(values, name, f"method '{job.method.name}' (its experts are finite, its result is not)")
 
 
 def _emit(job: MergeJob, name: str, start: int, values: Tensor, outcome: SpanOutcome) -> None:
