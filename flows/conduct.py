@@ -27,10 +27,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a sweep ended: what to print, and whether cells failed or were refused."""
+    """How a sweep ended: its report in Markdown, remarks after it, one line on it, whether cells failed or were refused."""
 
-    text: str
+    report: str
+    remarks: tuple[str, ...]
+    summary: str
     troubled: bool
+
+    @property
+    def text(self) -> str:
+        """What to print."""
+        return "\n".join([self.report, "", *self.remarks])
 
 
 def conduct(
@@ -40,12 +47,18 @@ def conduct(
     if retry_failed and (count := session.store.forgive()):
         report(Event(f"{count} failed steps will be tried again"))
         session.frontier.refresh()
-    missing = bool(session.frontier.round()) or to_register(session.frontier, collect(session.frontier)) is not None
+    undone = missing(session)
     urls: dict[str, str] = {}
-    if missing:
+    if undone:
         check_fit(session.spec, session.store, cost(session.frontier, workers or session.spec.run.workers or cores()))
         urls = (_alone if in_process else _with_services)(session, report, workers, track)
-    return conclusion(session, urls, reused=not missing)
+    return conclusion(session, urls, reused=not undone)
+
+
+def missing(session: Session) -> bool:
+    """Whether anything is to be done."""
+    frontier = session.frontier
+    return bool(frontier.round()) or to_register(frontier, collect(frontier)) is not None
 
 
 def _alone(session: Session, report: Report, workers: int | None, track: bool) -> dict[str, str]:
@@ -165,7 +178,7 @@ def conclusion(session: Session, urls: Mapping[str, str], reused: bool) -> Outco
         text, paths = written_report(session)
     except EvaluationError as error:
         text, paths = f"no report: {error}", []
-    lines = [text.strip(), ""]
+    lines: list[str] = []
     if reused:
         lines.append("everything was found in the store; nothing had to be done")
     lines += [f"written: {path}" for path in paths if path.suffix in (".png", ".md")]
@@ -176,4 +189,10 @@ def conclusion(session: Session, urls: Mapping[str, str], reused: bool) -> Outco
         lines.append(f"{troubled} of {sum(counts.values())} cells failed or were refused (--retry-failed tries again):")
         named = [(cell, session.frontier.trouble(cell)) for cell in session.plan.cells]
         lines += [f"  {cell.name}: {reason}" for cell, reason in named if reason][:20]
-    return Outcome("\n".join(lines), troubled > 0 or counts["pending"] > 0)
+    return Outcome(text.strip(), tuple(lines), _in_numbers(counts), troubled > 0 or counts["pending"] > 0)
+
+
+def _in_numbers(counts: Mapping[str, int]) -> str:
+    """'22 of 24 cells done, 2 refused'."""
+    rest = "".join(f", {counts[state]} {state}" for state in ("pending", "failed", "refused") if counts[state])
+    return f"{counts['done']} of {sum(counts.values())} cells done{rest}"
