@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergecore.collect import lineage, registration_file
+from mergecore.collect import lineage
 from mergecore.errors import StoreError
-from mergecore.frontier import Frontier
+from mergecore.frontier import Frontier, registration_file
 from mergecore.identity import Step
 from mergecore.plan import Cell
 from mergecore.run import Done, Place, made_with
