@@ -39,6 +39,11 @@ from mergecore.writer import Sink
 
 CHUNK = 1 << 16
 """Elements an element-wise method sees at once: base, eight experts and temporaries stay in the processor's cache."""
+KEEP_OUT = (
+    "repair the checkpoint, or leave the tensor as the base has it: select: [{{names: '{name}', take: copy}}, {{}}]"
+)
+TAME = "its experts are finite, its result is not: choose a smaller scale or a wider dtype"
+"""What to do about values that are not finite: in a model that is read, in a result."""
 SPAN_BYTES = 64 << 20
 """Bytes of the base that one span covers, about: large enough that scheduling it costs nothing beside reading it."""
 
@@ -215,7 +220,7 @@ class Reading:
         if key not in self._wide:
             values = make()
             owner = "the base" if position < 0 else f"expert '{self.plan.experts[position].name}'"
-            check_finite(values, self.name, owner)
+            check_finite(values, self.name, owner, KEEP_OUT.format(name=self.name))
             self._wide[key] = values
         return self._wide[key]
 
@@ -325,7 +330,7 @@ def _merge_whole(job: MergeJob, readings: Sequence[Reading], outcome: SpanOutcom
 
 def _check_result(job: MergeJob, name: str, values: Tensor) -> None:
     if values.is_floating_point():
-        check_finite(values, name, f"method '{job.method.name}' (its experts are finite, its result is not)")
+        check_finite(values, name, f"method '{job.method.name}'", TAME)
 
 
 def _emit(job: MergeJob, name: str, start: int, values: Tensor, outcome: SpanOutcome) -> None:

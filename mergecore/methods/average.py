@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import fsum
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -11,7 +12,7 @@ from torch import Tensor
 from mergecore.errors import SpecError
 from mergecore.method import Block, Method, Statistic, Statistics
 from mergecore.statistics.dropped_norms import drop_statistics, l1_factors
-from mergecore.trims import RandomDrop, dropped, folded_sum
+from mergecore.trims import RandomDrop, divided, dropped, folded_sum
 
 
 class Average(Method):
@@ -52,10 +53,10 @@ class Average(Method):
         """Σ w_t x_t / Σ w_t, of weights, or of dropped deltas and then added to the base."""
         values = arguments.get("deltas", experts)
         if self.weights is None:
-            mean = folded_sum(values) / len(values)
+            mean = divided(folded_sum(values), len(values))
         else:
             mean = folded_sum([value * weight for value, weight in zip(values, self.weights, strict=True)])
-            mean = mean / sum(self.weights)
+            mean = divided(mean, fsum(self.weights))
         return mean if self.drop is None or base is None else base + mean
 
 
