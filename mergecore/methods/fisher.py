@@ -10,8 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.method import Block, DataStatistic, Method, Statistic, Statistics
-from mergecore.methods.average import check_weights, moved
+from mergecore.method import Block, DataStatistic, Method, Statistic, Statistics, check_weights, moved
 from mergecore.statistics.fisher import DiagonalFisher
 from mergecore.trims import divided, folded_sum
 
