@@ -103,6 +103,11 @@ class MemoryTensors:
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Dtype and shape of each."""
+        for name, value in self.held.items():
+            if value.dtype not in NAMES:
+                raise SourceError(
+                    f"tensor '{name}' has dtype {value.dtype}, which no safetensors file can hold; convert it"
+                )
         return {name: TensorInfo(NAMES[value.dtype], tuple(value.shape)) for name, value in self.held.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
