@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import shutil
+import sys
 import threading
 import time
 import uuid
@@ -20,13 +21,11 @@ from typing import Any
 
 import torch
 from pyarrow import parquet
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mergecore.delta import Expert
 from mergecore.engine import Executor, MergeJob, PassPlan, StatisticJob, block_digests, coarsest, plan_spans, run_pass
-from mergecore.errors import CapacityError, EvaluationError, MergeloomError, ServiceError
+from mergecore.errors import EvaluationError, MergeloomError, ServiceError
 from mergecore.evaluators import Evaluator, Resident, Split, TaskIdentity
 from mergecore.frontier import Scoring
 from mergecore.identity import Step, model_digest, tensor_digest
@@ -75,7 +74,8 @@ class Place:
 
 @dataclass
 class Done:
-    """What a piece of work completed: names of steps, and {name: reason} of those that failed."""
+    """What a piece of work completed: names of steps done in it (none of what others had done before), and {name: reason}
+    of those that failed."""
 
     steps: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
@@ -111,7 +111,7 @@ def run_statistics(place: Place, plans: Sequence[StatisticPlan]) -> Done:
                 outcome = run_pass(_pass(place, wanted, [], drafts), place.executor, place.report)
                 for plan in wanted:
                     commit_result(place.store, drafts[plan.step], outcome.results[plan.step.key], made_with(began))
-        return [plan.step.name for plan in held]
+        return [plan.step.name for plan in wanted]
 
     return _each_or_alone(place, plans, attempt)
 
@@ -130,7 +130,7 @@ def run_merges(place: Place, plans: Sequence[MergePlan]) -> Done:
                     assert job.journal is not None
                     shutil.rmtree(job.journal)
                     _commit_model(place, plan, drafts[plan.step], outcome.models, outcome.tensors, made_with(began))
-        return [plan.step.name for plan in held]
+        return [plan.step.name for plan in wanted]
 
     return _each_or_alone(place, plans, attempt)
 
@@ -246,12 +246,14 @@ def _kept(store: Store, plan: MergePlan) -> dict[str, Any]:
 
 def commit_result(store: Store, draft: Draft, result: Result, made: Mapping[str, Any]) -> None:
     """Write a statistic's tensors and numbers and record them under their digest."""
-    tensors = {name: value.contiguous() for name, value in result.tensors.items()}
+    tensors = result.tensors
     if tensors:
-        try:
-            save_file(tensors, draft.path / TENSORS)
-        except SafetensorError as error:  # it has no errno
-            raise CapacityError(f"cannot write {draft.path / TENSORS}: {error}; is the disk full?") from error
+        infos = {name: TensorInfo(NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
+        # Not safetensors' own writer: that one leaves files that only their owner may read.
+        sink = ShardSink(draft.path, infos, plan_shards(infos, sys.maxsize, Path(TENSORS).stem))
+        sink.prepare()
+        for name, value in tensors.items():
+            sink.write(name, 0, value.reshape(-1))
     held = {
         name: (
             NAMES[value.dtype],
@@ -436,19 +438,20 @@ def score_model(bench: Bench, task: ScoreTask) -> Done:
             return _failed(store, task.steps, error)
         for _, identity, step in task.tasks:
             try:
-                _score_task(store, held, identity, step)
-                done.steps.append(step.name)
+                if _score_task(store, held, identity, step):
+                    done.steps.append(step.name)
             except RECORDED as error:
                 done = done.note(_failed(store, [step], error))
     done.seconds = time.monotonic() - began
     return done
 
 
-def _score_task(store: Store, held: Resident, identity: TaskIdentity, step: Step) -> None:
+def _score_task(store: Store, held: Resident, identity: TaskIdentity, step: Step) -> bool:
+    """Score one task and record it. False where another process has done so meanwhile."""
     began = time.monotonic()
     with store.draft(step) as draft:
         if store.is_done(step):
-            return
+            return False
         table = held.score(identity, silent)
         scores = table.column("score").to_pylist()
         if not scores:
@@ -458,6 +461,7 @@ def _score_task(store: Store, held: Resident, identity: TaskIdentity, step: Step
         result = {"task": identity.task, "split": identity.split, "metric": identity.metric, "score": fmean(scores),
                   "items": len(scores), "identity": dict(identity.identity)}  # fmt: skip
         store.commit(draft, digest, result, made_with(began))
+    return True
 
 
 def table_digest(path: Path) -> str:
@@ -476,7 +480,7 @@ def find_on_data(bench: Bench, task: DataTask) -> Done:
         try:
             with store.draft(plan.step) as draft:
                 if store.is_done(plan.step, bytes_needed=True):
-                    return Done([plan.step.name])
+                    return Done()
                 held = resident(bench, task.companions, task.companions_digest, dtype="float32")
                 held.swap(Folded(task.base, task.expert))
                 samples = int(getattr(plan.statistic, "samples", 0))

@@ -155,13 +155,16 @@ class Store:
         return record
 
     def drop(self, step: Step) -> None:
-        """Free the bytes of a done step, keeping its record as a tombstone. Nothing happens where it is not PRESENT."""
-        if self.state(step) is not State.PRESENT:
+        """Free the bytes of a done step, keeping its record as a tombstone; also those that a killed `drop` has left.
+
+        Nothing happens where the step is neither PRESENT nor DROPPED.
+        """
+        state, record = self.state(step), self.record(step)
+        if record is None or state not in (State.PRESENT, State.DROPPED):
             return
-        record = self.record(step)
-        assert record is not None
         folder = self.folder(step)
-        write_json(folder / RECORD, {**record.__dict__, "dropped": True})
+        if state is State.PRESENT:
+            write_json(folder / RECORD, {**record.__dict__, "dropped": True})
         for name in record.files:
             (folder / name).unlink(missing_ok=True)
 

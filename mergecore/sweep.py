@@ -22,6 +22,7 @@ from mergecore.run import (
     snapshots_of,
 )
 from mergecore.scores import Sweep
+from mergecore.store import State
 from mergecore.summary import best, summarise
 
 
@@ -53,6 +54,9 @@ def settle(frontier: Frontier) -> None:
     """What remains when nothing is missing: models that nothing asks for go, and with them what killed runs have left."""
     for merge in frontier.droppable(settled=True):
         frontier.store.drop(merge.step)
+    for cell in frontier.plan.cells:
+        if cell.merge is not None and frontier.store.state(cell.model) is State.DROPPED:
+            frontier.store.drop(cell.model)
     frontier.store.clean()
 
 
