@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class Expert(ABC):
 
     id: str
     name: str
+    complete: ClassVar[bool]
+    """True: what is read are weights, and the base is not needed to know them."""
 
     @abstractmethod
     def carries(self, name: str) -> bool:
@@ -76,6 +78,7 @@ class FullExpert(Expert):
     id: str
     name: str
     held: TensorSource
+    complete: ClassVar[bool] = True
 
     def carries(self, name: str) -> bool:
         """A checkpoint carries all of its tensors."""
@@ -117,6 +120,7 @@ class AdapterExpert(Expert):
     held: TensorSource
     factors: Mapping[str, Factor]
     shapes: Mapping[str, tuple[int, ...]]
+    complete: ClassVar[bool] = False
 
     def carries(self, name: str) -> bool:
         """Only the adapter's targets."""

@@ -206,6 +206,8 @@ class Reading:
         if position not in self._held:
             self._held[position] = expert.block(self.name, self.start, self.stop)
         held = self._moved(self._held[position][self._slice(start, stop)])
+        if on == "weights" and expert.complete:
+            return self._form(on, position, start, stop, lambda: held.to(torch.float32))
         form = expert.weights if on == "weights" else expert.delta
         return self._form(on, position, start, stop, lambda: form(held, self.base(start, stop)))
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from mergecore.architectures import TIED, layer_of
+from mergecore.architectures import BUFFER, TIED, layer_of
 from mergecore.errors import MismatchError, SpecError
 from mergecore.method import TensorInfo
 from mergecore.snapshot import MERGED
@@ -78,7 +78,8 @@ def lay_out(
     for name in sorted(base):
         if name in dropped:
             continue
-        wanted = name in held and base[name].dtype in MERGED and _take(name, rules) == "merge"
+        mergeable = name in held and base[name].dtype in MERGED and not _is_buffer(name, base[name])
+        wanted = mergeable and _take(name, rules) == "merge"
         (merged if wanted else copied)[name] = base[name]
     for rule in rules:
         if not any(rule.matches(name) for name in base):
@@ -106,9 +107,15 @@ def _take(name: str, rules: Sequence[SelectRule]) -> str:
     return next((rule.take for rule in rules if rule.matches(name)), "copy")
 
 
+def _is_buffer(name: str, info: TensorInfo) -> bool:
+    """GPT-2's attention mask is called attn.bias too; a bias that is a parameter has one dimension."""
+    return BUFFER.search(name) is not None and (len(info.shape) != 1 or not name.endswith("bias"))
+
+
 def check_fit(base: Mapping[str, TensorInfo], expert: Mapping[str, TensorInfo], where: str, tied: bool) -> None:
     """Raise MismatchError where a full checkpoint's names or shapes are not those of the base, naming the first few."""
     ignored = {name for _, name in TIED} if tied else set()
+    ignored |= {name for held in (base, expert) for name in held if _is_buffer(name, held[name])}
     missing = sorted(set(base) - set(expert) - ignored)
     unknown = sorted(set(expert) - set(base) - ignored)
     if missing or unknown:
@@ -117,7 +124,7 @@ def check_fit(base: Mapping[str, TensorInfo], expert: Mapping[str, TensorInfo], 
         )
         raise MismatchError(f"{where} does not have the base's architecture: it {' and '.join(said)}")
     for name in sorted(base):
-        if name in expert and tuple(base[name].shape) != tuple(expert[name].shape):
+        if name in expert and name not in ignored and tuple(base[name].shape) != tuple(expert[name].shape):
             hint = "; the vocabularies differ" if re.search(r"embed|wte|lm_head|shared", name) else ""
             raise MismatchError(
                 f"{where}: '{name}' has shape {list(expert[name].shape)}, in the base {list(base[name].shape)}{hint}"
