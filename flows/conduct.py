@@ -86,7 +86,9 @@ def _with_services(session: Session, report: Report, workers: int | None, track:
 
     report(Event("starting Prefect and MLflow"))
     given = session.spec.run.prefect or os.environ.get("PREFECT_API_URL")
+    lasts = stays(session)
     with servers(session.store.root, prefect=given, mlflow=mlflow_uri(session)) as addresses:
+        report(Event(f"to watch: {addresses.prefect_page} and {addresses.mlflow_page}"))
         # The setting is for this thread, the variable for those that Prefect and Dask start: without it they would
         # bring up a server of their own.
         with (
@@ -94,9 +96,16 @@ def _with_services(session: Session, report: Report, workers: int | None, track:
             _variables(PREFECT_API_URL=addresses.prefect, MLFLOW_TRACKING_URI=addresses.mlflow),
             _quiet_console(),
         ):
-            found = run_session(session, report, workers, track)
+            found = run_session(session, report, workers, track, lasts)
             APILogWorker.drain_all(timeout=5)  # while the server is still there
-        return {"Prefect": addresses.prefect_page, **found}
+    return {"Prefect": addresses.prefect_page, **found} if lasts else {}
+
+
+def stays(session: Session) -> bool:
+    """Whether the MLflow that shows the sweep is there for longer than the sweep, so that links to its pages hold."""
+    from flows.services import serving
+
+    return mlflow_uri(session) is not None or serving(session.store.root) is not None
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
-from prefect.states import Cancelled
+from prefect.states import Cancelled, Completed
 from pydantic import Field
 
 from flows.budget import readable
@@ -32,7 +32,7 @@ from tasks.spread import OnDask, Stopped
 )
 def merge(
     recipe: str, out: str, workers: Annotated[int, Field(ge=1)] | None = None, durable: bool = False
-) -> State[Any] | str:
+) -> State[Any]:
     """Make one model from a recipe. Returns the folder it is in.
 
     Prefect shows what follows beside the fields of its form.
@@ -58,7 +58,8 @@ def merge(
         except Stopped as error:
             return Cancelled(message=str(error))
     create_markdown_artifact(_page(made, parsed), key=f"model-{slug(folder.name)}", description=f"Model in {out}")
-    return str(made.folder)
+    state: State[Any] = Completed(message=f"{made.folder}, {readable(made.size)}", data=str(made.folder))
+    return state
 
 
 def _page(made: Made, recipe: Recipe) -> str:

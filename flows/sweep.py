@@ -19,7 +19,7 @@ from pydantic import Field
 from flows.budget import check_fit, cores, cost
 from flows.cancelling import cancelling
 from flows.cluster import cuda_devices, dask_client
-from flows.conduct import conclusion, missing, mlflow_uri, projected
+from flows.conduct import conclusion, missing, mlflow_uri, projected, stays
 from flows.pages import listed, logged, report_page, run_name, slug
 from flows.session import Session, session_of
 from mergecore.engine import Executor
@@ -47,10 +47,10 @@ MethodName = Annotated[str, Field(json_schema_extra={"enum": list(METHODS)})]
 
 
 class Handed:
-    """A session that the command line has opened already, and the pages the flow gives back."""
+    """An opened session, whether links to its MLflow pages will hold, and the pages the flow gives back."""
 
-    def __init__(self, session: Session, report: Report) -> None:
-        self.session, self.report = session, report
+    def __init__(self, session: Session, report: Report, lasts: bool) -> None:
+        self.session, self.report, self.lasts = session, report, lasts
         self.pages: dict[str, str] = {}
 
 
@@ -88,7 +88,7 @@ def sweep(
         retry_failed: Try cells again that failed before.
         track: Show the sweep in MLflow.
     """
-    handed = _handed.get(spec) or Handed(session_of(narrowed(spec, methods, counts)), logged())
+    handed = _handed.get(spec) or _opened(spec, methods, counts)
     session = handed.session
     if retry_failed:
         session.store.forgive()
@@ -105,7 +105,7 @@ def sweep(
         wait_all([show.submit(name=session.spec.name, projection=projection)])
         handed.pages.update(projection.pages)
     create_markdown_artifact(
-        report_page(outcome, session.results / "figure.png", handed.pages),
+        report_page(outcome, session.results / "figure.png", handed.pages if handed.lasts else {}),
         key=f"report-{slug(session.spec.name)}",
         description=f"Report of the sweep {session.spec.name}",
     )
@@ -113,6 +113,11 @@ def sweep(
         name="With failures" if outcome.troubled else "Completed", message=outcome.summary, data=outcome.text
     )
     return state
+
+
+def _opened(path: str, methods: Sequence[str], counts: Sequence[int]) -> Handed:
+    session = session_of(narrowed(path, methods, counts))
+    return Handed(session, logged(), stays(session))
 
 
 def narrowed(path: str, methods: Sequence[str], counts: Sequence[int]) -> Spec:
@@ -142,10 +147,10 @@ def _executor(session: Session, workers: int | None, stop: threading.Event) -> I
         yield OnDask(client, session.store.root, stop)
 
 
-def run_session(session: Session, report: Report, workers: int | None, track: bool) -> dict[str, str]:
+def run_session(session: Session, report: Report, workers: int | None, track: bool, lasts: bool) -> dict[str, str]:
     """The flow for a session that is open already. Returns the addresses of the pages that show the sweep."""
     name = session.spec.name
-    held = _handed[name] = Handed(session, report)
+    held = _handed[name] = Handed(session, report, lasts)
     try:
         run = sweep.with_options(flow_run_name=name)
         run(spec=name, workers=workers, track=track)
@@ -206,17 +211,17 @@ def wait_all(futures: list[PrefectFuture[Any]]) -> None:
 
 
 def reused(session: Session) -> dict[str, int]:
-    """Steps found in the store at the start, by kind of task."""
-    counts = {"task vectors": 0, "statistics": 0, "merge": 0, "evaluate": 0}
+    """How much was found in the store at the start, by kind."""
+    counts = {"task vectors": 0, "statistics": 0, "merged models": 0, "scores": 0}
     seen: set[str] = set()
     frontier = session.frontier
     for cell in session.plan.cells:
         for split in session.plan.splits:
-            counts["evaluate"] += sum(frontier.done(session.plan.evaluation(cell, split, task)) for task in cell.tasks)
+            counts["scores"] += sum(frontier.done(session.plan.evaluation(cell, split, task)) for task in cell.tasks)
         if cell.merge is None or cell.model.key in seen:
             continue
         seen.add(cell.model.key)
-        counts["merge"] += frontier.done(cell.model)
+        counts["merged models"] += frontier.done(cell.model)
         for plans in cell.merge.statistics.values():
             for one in (inner for group in plans for inner in group.with_inputs()):
                 if one.step.key not in seen:
