@@ -92,11 +92,12 @@ def fetch(place: Place, snapshot: Snapshot) -> Done:
     folder = snapshot.source.fetch(place.report)
     place.folders[snapshot.weights] = folder
     step = snapshot_step(snapshot)
-    if not place.store.is_done(step):
-        with place.store.draft(step) as draft:
-            files = {name: [held.size, held.sha256] for name, held in sorted(snapshot.source.files.items())}
-            result = {"uri": snapshot.source.uri, "revision": snapshot.source.revision, "files": files}
-            place.store.commit(draft, snapshot.weights, result, made_with(began))
+    if place.store.is_done(step):
+        return Done([], {}, time.monotonic() - began)
+    with place.store.draft(step) as draft:
+        files = {name: [held.size, held.sha256] for name, held in sorted(snapshot.source.files.items())}
+        result = {"uri": snapshot.source.uri, "revision": snapshot.source.revision, "files": files}
+        place.store.commit(draft, snapshot.weights, result, made_with(began))
     return Done([step.name], {}, time.monotonic() - began)
 
 
