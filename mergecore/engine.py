@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mergecore.architectures import layer_of
 from mergecore.delta import Expert
+from mergecore.errors import NonFiniteError
 from mergecore.identity import GRID, digest, model_digest, tensor_digest
 from mergecore.method import (
     Block,
@@ -282,7 +283,15 @@ def _observe(job: StatisticJob, reading: Reading, states: dict[str, Any]) -> Non
     """Show a statistic the piece, block by block of the grid: its sums must not depend on any other cut."""
     for start in range(reading.start, reading.stop, GRID):
         stop = min(start + GRID, reading.stop)
-        block = reading.block("deltas", False, job.experts, start, stop, flat=True)
+        try:
+            block = reading.block("deltas", False, job.experts, start, stop, flat=True)
+        except NonFiniteError:
+            if not job.statistic.whole:
+                raise
+            # It looks beyond the selection: values there must not stop a merge that leaves the tensor out. Where the
+            # tensor is selected, the merge itself reads it and refuses it.
+            reading.forget()
+            continue
         states[job.key] = job.statistic.add(states[job.key], block, job.statistics)
         reading.forget()
 

@@ -264,10 +264,10 @@ def expanded(value: Any, where: str) -> Iterator[Any]:
 
 def size_in_bytes(text: str) -> int:
     """'5GB' as bytes, with decimal units."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", text.strip())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)B", text.strip())
     if found is None:
         raise SpecError(f"'{text}' is no size; write a number and a unit, as in 8GB or 500MB")
-    return int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
