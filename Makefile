@@ -23,8 +23,8 @@ EXTRAS := examples,dev
 SPEC ?= examples/demo.yaml
 STORE ?= .mergeloom
 # Where `make serve` answers: the address it has left in the store. Settings are per process, nobody's profile is touched.
-PREFECT_API ?= $(or $(shell sed -n 's/.*"prefect": "\([^"]*\)".*/\1/p' $(STORE)/serving.json 2>/dev/null),http://127.0.0.1:4200/api)
-PREFECT := PREFECT_HOME="$(abspath $(STORE))/prefect" PREFECT_API_URL="$(PREFECT_API)" $(BIN)/prefect --no-prompt
+SERVER ?= $(or $(shell sed -n 's/.*"prefect": "\([^"]*\)".*/\1/p' $(STORE)/serving.json 2>/dev/null),http://127.0.0.1:4200/api)
+PREFECT := PREFECT_HOME="$(abspath $(STORE))/prefect" PREFECT_API_URL="$(SERVER)" $(BIN)/prefect --no-prompt
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
@@ -61,7 +61,7 @@ serve: setup
 	$(BIN)/mergeloom serve --store $(STORE)
 
 deploy: setup
-	@$(PREFECT) work-pool inspect local >/dev/null 2>&1 || $(PREFECT) work-pool create local --type process
+	@$(PREFECT) work-pool create local --type process >/dev/null 2>&1 || true  # it may be there already
 	$(PREFECT) deploy --all --prefect-file deployments/prefect.yaml
 	@$(PREFECT) automation delete "mergeloom crashed runs" >/dev/null 2>&1 || true
 	$(PREFECT) automation create --from-file deployments/crashed.yaml

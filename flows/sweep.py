@@ -167,7 +167,7 @@ def _rounds(session: Session, place: Place) -> None:
     wait_all([download.submit(name=name, work=Work(place, [snapshot])) for name, snapshot in snapshots])
     for kind, count in reused(session).items():
         if count:
-            reuse.submit(kind, count).wait()
+            reuse.submit(counted(count, kind)).wait()
     progress: Any = create_progress_artifact(
         _share(session),
         key=f"progress-{slug(session.spec.name)}",
@@ -211,22 +211,22 @@ def wait_all(futures: list[PrefectFuture[Any]]) -> None:
 
 
 def reused(session: Session) -> dict[str, int]:
-    """How much was found in the store at the start, by kind."""
-    counts = {"task vectors": 0, "statistics": 0, "merged models": 0, "scores": 0}
+    """How much was found in the store at the start, by kind, each kind named as one of it."""
+    counts = {"task vector": 0, "statistic": 0, "merged model": 0, "score": 0}
     seen: set[str] = set()
     frontier = session.frontier
     for cell in session.plan.cells:
         for split in session.plan.splits:
-            counts["scores"] += sum(frontier.done(session.plan.evaluation(cell, split, task)) for task in cell.tasks)
+            counts["score"] += sum(frontier.done(session.plan.evaluation(cell, split, task)) for task in cell.tasks)
         if cell.merge is None or cell.model.key in seen:
             continue
         seen.add(cell.model.key)
-        counts["merged models"] += frontier.done(cell.model)
+        counts["merged model"] += frontier.done(cell.model)
         for plans in cell.merge.statistics.values():
             for one in (inner for group in plans for inner in group.with_inputs()):
                 if one.step.key not in seen:
                     seen.add(one.step.key)
-                    kind = "task vectors" if isinstance(one.statistic, Profile) else "statistics"
+                    kind = "task vector" if isinstance(one.statistic, Profile) else "statistic"
                     counts[kind] += frontier.done(one.step)
     return counts
 

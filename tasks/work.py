@@ -51,7 +51,7 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
-@task(name="reuse", task_run_name="reuse {count} {kind}", **OPTIONS)
-def reuse(kind: str, count: int) -> State[Any]:
-    """Shows in one line how much of a kind an earlier run has finished. kind: a plural, 'merged models'."""
-    return Completed(name="Cached", message=f"{count} {kind} found in the store", data=None)
+@task(name="reuse", task_run_name="reuse {what}", **OPTIONS)
+def reuse(what: str) -> State[Any]:
+    """Shows in one line how much of a kind an earlier run has finished. what: '5 merged models', say."""
+    return Completed(name="Cached", message=f"{what} found in the store", data=None)
