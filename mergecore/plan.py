@@ -19,9 +19,9 @@ from mergecore.method import DataStatistic, Method, Scope, Statistic, TensorInfo
 from mergecore.methods.average import Average
 from mergecore.pool import Member, Pool, snapshot_step
 from mergecore.registry import evaluator_from
-from mergecore.scores import Kind, Suite
+from mergecore.scores import Kind, Suite, values_label
 from mergecore.snapshot import DTYPES, MERGED
-from mergecore.spec import SAFETENSORS_DTYPE, Evaluate, Spec, Variant, size_in_bytes, values_label
+from mergecore.spec import SAFETENSORS_DTYPE, Evaluate, Spec, Variant, size_in_bytes
 
 ENGINE = 1
 """Version of the arithmetic that all merges share (deltas in float32, one rounding); bumped when numbers change."""

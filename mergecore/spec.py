@@ -335,21 +335,6 @@ def parse_recipe(held: Mapping[str, Any], where: str) -> Recipe:
     return recipe
 
 
-def values_label(values: Mapping[str, Any]) -> str:
-    """Values as people read them: 'scale=0.5, drop.rate=0.5'; empty where the spec gave none."""
-    return ", ".join(
-        f"{path}={value:g}" if isinstance(value, float) else f"{path}={value}" for path, value in _leaves(values)
-    )
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        elif not (key == "kind" and prefix):
-            yield f"{prefix}{key}", value
-
-
 def as_yaml(value: Any) -> str:
     """YAML text of plain values, keys in the order given."""
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)

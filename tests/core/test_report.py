@@ -300,7 +300,7 @@ def test_listed_values_make_a_curve_each() -> None:
         for i, v in enumerate([{"drop": drop}, {"scale": 1}])
     ]
     curve = summarise(sweep(BASE, ALPHA, BETA, *cells), "test", draws=QUICK).curve.to_pylist()
-    assert [point["label"] for point in curve] == ["drop=random(rate=0.5)", "scale=1"]
+    assert [point["label"] for point in curve] == ["drop.rate=0.5", "scale=1"]
     assert all(point["held_in_raw_difference_to_average"] is None for point in curve)
 
 
