@@ -196,8 +196,8 @@ def _merge_job(place: Place, plan: MergePlan, draft: Draft, position: Mapping[st
     sink = ShardSink(draft.path, dict(plan.outputs), plan_shards(plan.outputs, place.shard_size))
     held = list(draft.path.glob("journal-*"))
     if len(held) != 1 or not sink.complete():
-        for path in held:
-            shutil.rmtree(path)
+        for path in draft.path.iterdir():  # files too: they may be those of another shard size
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         # A name of its own: a worker still busy with a pass that was called off can then not take this one's word.
         held = [draft.path / f"journal-{uuid.uuid4().hex[:12]}"]
         held[0].mkdir()
@@ -341,12 +341,14 @@ class Folded:
         return self.base.tensors
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements of θ_t; what the expert does not carry is the base's."""
+        """Elements of θ_t, integers as they are; what the expert does not carry is the base's."""
         stop = self.base.tensors[name].count if stop is None else stop
         held = self.base.read(name, start, stop)
         if not self.expert.carries(name):
             return held
-        return self.expert.weights(self.expert.block(name, start, stop), held.to(torch.float32))
+        own = self.expert.block(name, start, stop)
+        # Counters of a BatchNorm and the like are integers, in the model too.
+        return self.expert.weights(own, held.to(torch.float32)) if own.is_floating_point() else own
 
 
 def run_scorings(place: Place, scorings: Sequence[Scoring]) -> Done:

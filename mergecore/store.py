@@ -125,6 +125,8 @@ class Store:
                 if path.exists() and not resume:
                     shutil.rmtree(path)
                 path.mkdir(parents=True, exist_ok=True)
+                for stray in path.glob(f".{RECORD}.*"):  # killed while the record was being written
+                    stray.unlink()
                 yield Draft(step, path)
             except BaseException as error:
                 full = isinstance(error, OSError) and error.errno in FULL

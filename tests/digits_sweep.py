@@ -104,11 +104,16 @@ def opened(spec: Mapping[str, Any], report: Report = silent, room: int = 3) -> S
 def records(store: Store) -> dict[str, dict[str, Any]]:
     """Every record by the folder it lies in, without how it was made."""
     found = {}
-    for path in sorted(store.root.glob(f"*/*/{RECORD}")):
+    for path in sorted(_records(store)):
         held = json.loads(path.read_text())
         del held["made"]
         found[str(path.parent.relative_to(store.root))] = held
     return found
+
+
+def _records(store: Store) -> list[Path]:
+    """Where the records lie; one in a draft says nothing yet."""
+    return [path for path in store.root.glob(f"*/*/{RECORD}") if path.parent.parent.name != "drafts"]
 
 
 def contents(store: Store) -> dict[str, str]:
@@ -129,7 +134,7 @@ def stamps(store: Store) -> dict[str, tuple[int, int]]:
     """(inode, mtime in ns) of every record: what is not done again keeps them."""
     return {
         str(path.parent.relative_to(store.root)): (path.stat().st_ino, path.stat().st_mtime_ns)
-        for path in store.root.glob(f"*/*/{RECORD}")
+        for path in _records(store)
     }
 
 

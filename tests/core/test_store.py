@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import threading
@@ -351,6 +352,7 @@ def merge_in_spans(folder: Path, root: Path, place: str = "", call: int = 0, aft
         ("os:posix_fallocate", 4, "after", 8),
         ("os:pwrite", 4, "after", 8),  # all headers are there, one file has not its size yet
         ("mergecore.store:Store.commit", 4, "before", 8),  # the journal is gone: trusted no more
+        ("os:replace", 9, "before", 8),  # while the record is written
         ("os:rename", 4, "before", 0),
         ("os:rename", 4, "after", 0),
     ],
@@ -362,12 +364,25 @@ def test_a_killed_merge_goes_on(
     plan = merge_plan(open_pool(pool_folder), "ties", density=0.3)
     if place in ("os:rename", "mergecore.store:Store.commit"):
         call = statistics_of(plan) + 1  # those of the statistics come first
+    if place == "os:replace":
+        call += statistics_of(plan)
     was_killed(merge_in_spans, pool_folder, tmp_path, place, call, when == "after")
     if (place, when) != ("os:rename", "after"):
         assert store.state(plan.step) is State.MISSING and not store.folder(plan.step).exists()
     assert ran(merge_in_spans, pool_folder, tmp_path) == (spans, 0)
     assert model(store, plan) == undisturbed and not left(store)
     assert set(load_file(store.folder(plan.step) / "model-00001-of-00004.safetensors")) == {"layer.0", "layer.1"}
+
+
+def test_a_killed_merge_goes_on_with_files_of_another_size(
+    pool_folder: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    was_killed(merge_in_spans, pool_folder, tmp_path, "mergecore.engine:write_journal", 4)
+    pool = open_pool(pool_folder)
+    place, plan = place_in(tmp_path, pool), merge_plan(pool, "ties", density=0.3)
+    made(dataclasses.replace(place, shard_size=1_000_000), plan)
+    assert set(model(place.store, plan)) == {"model.safetensors", "digest"}
+    assert model(place.store, plan)["digest"] == undisturbed["digest"]
 
 
 def statistics_of(plan: MergePlan) -> int:
