@@ -180,6 +180,7 @@ FILES: dict[str, tuple[str, str]] = {
         "method: !!python/object/apply:os.system ['true']",
         r"recipe\.yaml, line 1.*could not determine a constr",
     ),
+    "a key that is a list": ("? [a, b]\n: c", r"recipe\.yaml, line 1, column 3: not valid YAML: found unhashable key"),
     "deep": ("[" * 5000, r"recipe\.yaml.*not valid YAML"),
 }
 
