@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -15,11 +16,14 @@ from flows.session import Session
 from mergecore.collect import collect
 from mergecore.errors import EvaluationError, ServiceError
 from mergecore.frontier import summary
+from mergecore.identity import digest
 from mergecore.merging import InProcess
 from mergecore.method import Event, Report
 from mergecore.report import markdown, summarise, write_tables
 from mergecore.run import Done
-from mergecore.sweep import complete, to_register
+from mergecore.scores import CellScores, Sweep
+from mergecore.store import write_json
+from mergecore.sweep import complete, settle, to_register
 
 if TYPE_CHECKING:
     from tasks.track import TrackResult
@@ -52,6 +56,14 @@ def conduct(
     if undone:
         check_fit(session.spec, session.store, cost(session.frontier, workers or session.spec.run.workers or cores()))
         urls = (_alone if in_process else _with_services)(session, report, workers, track)
+    else:
+        settle(session.frontier)
+        if track and not shown(
+            session
+        ):  # the run that did the work was killed before it came to that, or MLflow was away
+            written_report(session)
+            with _tolerated(report):
+                urls = dict(projected(session, None, {}).urls)
     return conclusion(session, urls, reused=not undone)
 
 
@@ -161,12 +173,42 @@ def projected(session: Session, uri: str | None, links: Mapping[str, str], rebui
     paths = {path.name: path for path in session.results.glob("*") if path.suffix in (".png", ".md", ".parquet")}
     function = track.rebuild if rebuild else track.project
     sweep, known = collect(session.frontier), uri or mlflow_uri(session)
+    _shown_file(session).unlink(missing_ok=True)
     if known:
-        return function(sweep, known, paths, links, session.store.root / "locks")
-    from flows.services import mlflow_server
+        result = function(sweep, known, paths, links, session.store.root / "locks")
+    else:
+        from flows.services import mlflow_server
 
-    with mlflow_server(session.store.root) as address:
-        return function(sweep, address, paths, links, session.store.root / "locks")
+        with mlflow_server(session.store.root) as address:
+            result = function(sweep, address, paths, links, session.store.root / "locks")
+    _shown_file(session).parent.mkdir(parents=True, exist_ok=True)
+    write_json(_shown_file(session), {"sweep": _said(sweep)})
+    return result
+
+
+def shown(session: Session) -> bool:
+    """Whether the last projection into MLflow went through and the sweep is still what it was then."""
+    try:
+        held = json.loads(_shown_file(session).read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(held.get("sweep") == _said(collect(session.frontier)))
+
+
+def _shown_file(session: Session) -> Path:
+    return session.results / "shown.json"
+
+
+def _said(sweep: Sweep) -> str:
+    """Digest of what a projection says: spec, cells with their states and digests, scores, what is registered."""
+    cells = [
+        [cell.cell, cell.name, cell.status, cell.reason, cell.chosen, cell.digest, _means(cell)] for cell in sweep.cells
+    ]
+    return digest([sweep.spec, cells, dict(sweep.registered or {})])
+
+
+def _means(cell: CellScores) -> dict[str, dict[str, str]]:
+    return {split: {task: repr(found.mean()) for task, found in held.items()} for split, held in cell.items.items()}
 
 
 def written_report(session: Session, split: str = "test") -> tuple[str, list[Path]]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.client.schemas.objects import State
+from prefect.exceptions import CancelledRun
 from prefect.futures import PrefectFuture, wait
 from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -23,7 +24,7 @@ from flows.conduct import conclusion, missing, mlflow_uri, projected, stays
 from flows.pages import listed, logged, report_page, run_name, slug
 from flows.session import Session, session_of
 from mergecore.engine import Executor
-from mergecore.errors import SpecError, nearest
+from mergecore.errors import ServiceError, SpecError, nearest
 from mergecore.frontier import Round, summary
 from mergecore.merging import InProcess
 from mergecore.method import Report
@@ -31,13 +32,14 @@ from mergecore.registry import METHODS
 from mergecore.run import Place, drop_models, snapshots_of
 from mergecore.spec import Spec, parse_spec, read_yaml
 from mergecore.statistics.profile import Profile
+from mergecore.sweep import settle
 from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.merge import merge
 from tasks.projection import Projection
 from tasks.projection import track as show
 from tasks.register import register
-from tasks.spread import OnDask, Stopped
+from tasks.spread import OnDask, Stopped, stoppable
 from tasks.statistics import statistics
 from tasks.task_vectors import task_vectors
 from tasks.work import Work, counted, reuse
@@ -96,7 +98,7 @@ def sweep(
     stop = threading.Event()
     with cancelling(stop), _executor(session, workers, stop) as executor:
         try:
-            _rounds(session, session.place(executor, handed.report))
+            _rounds(session, session.place(executor, stoppable(handed.report, stop)))
         except Stopped as error:
             return Cancelled(message=str(error))
     outcome = conclusion(session, {}, reused=False)
@@ -154,6 +156,10 @@ def run_session(session: Session, report: Report, workers: int | None, track: bo
     try:
         run = sweep.with_options(flow_run_name=name)
         run(spec=name, workers=workers, track=track)
+    except CancelledRun:
+        raise ServiceError(
+            f"the sweep '{name}' was cancelled in Prefect; what is finished is kept, run the same command again to go on"
+        ) from None
     finally:
         del _handed[name]
     return {f"MLflow {page}": url for page, url in held.pages.items() if page in ("curves", "leaderboard")}
@@ -179,6 +185,7 @@ def _rounds(session: Session, place: Place) -> None:
         drop_models(place, frontier.droppable())
         update_progress_artifact(progress, _share(session))
     wait_all([register.submit(name=session.spec.name, work=Work(place, [frontier]))])
+    settle(frontier)
 
 
 def submitted(place: Place, round: Round) -> list[PrefectFuture[Any]]:

@@ -20,6 +20,7 @@ from distributed import Client, wait
 from distributed.scheduler import KilledWorker
 
 from mergecore.errors import ServiceError
+from mergecore.method import Event, Report
 from mergecore.store import Store
 
 PRIORITIES = {"run_span": 20, "find_on_data": 10}
@@ -30,11 +31,24 @@ FETCH_SECONDS = 30.0
 KEPT = 4
 """How many shared objects a worker process keeps."""
 
+STOPPED = "the flow was cancelled; run the same spec again to go on"
+
 _shared: OrderedDict[str, Any] = OrderedDict()
 
 
 class Stopped(Exception):
     """The flow was cancelled; what is finished is kept. No MergeloomError: those are recorded as a step's failure."""
+
+
+def stoppable(report: Report, stop: threading.Event) -> Report:
+    """The same `report`, which ends the work that reports (a download, a hash, a pass) once `stop` is set."""
+
+    def heard(event: Event) -> None:
+        if stop.is_set():
+            raise Stopped(STOPPED)
+        report(event)
+
+    return heard
 
 
 class OnDask:
@@ -82,7 +96,7 @@ class OnDask:
         waiting = dict(futures)
         while waiting:
             if self.stop.is_set():
-                raise Stopped("the flow was cancelled; run the same spec again to go on")
+                raise Stopped(STOPPED)
             with contextlib.suppress(TimeoutError), self.client.as_current():
                 wait(list(waiting), timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
             for future in [future for future in waiting if future.done()]:
