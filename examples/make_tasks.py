@@ -30,7 +30,9 @@ Clara David Ella Fred Gina Hugo Ivan Julia Karen Lucas Martin Nora Oliver Peter 
 NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
 nineteen twenty""".split()
 COLORS = "red blue green yellow white black brown pink orange purple gray gold".split()
-COUNTABLES = "coins books keys pens stones apples cards shells stamps balls cups rings boxes clocks hats marbles".split()
+COUNTABLES = (
+    "coins books keys pens stones apples cards shells stamps balls cups rings boxes clocks hats marbles".split()
+)
 OBJECTS = "cup ring lamp book ball hat box bag pen chair bottle key clock shirt bowl phone car coat kite plate".split()
 INSTRUMENTS = "violin piano guitar trumpet flute drum cello clarinet harp banjo trombone saxophone".split()
 REVIEWED = """show movie book hotel meal concert play restaurant phone game trip lecture album camera museum tour party lesson novel
@@ -108,10 +110,11 @@ def near(draws: Draws, answer: int, low: int, high: int) -> list[str]:
     """Four neighbouring number words around the answer, all between `low` and `high`."""
     start = answer - draws.below(4)
     start = min(max(start, low), high - 3)
-    return draws.some(NUMBERS[start:start + 4], 4)
+    return draws.some(NUMBERS[start : start + 4], 4)
 
 
 # One function per task. `turn` counts the items and picks the class of each, so that the classes come out even.
+
 
 def classified(draws: Draws, classes: dict[str, str], turn: int, share_of: Callable[[str, str], list[str]]) -> Item:
     options = list(classes)
@@ -185,7 +188,10 @@ def roman(draws: Draws, split: str, turn: int) -> Item:
 def owners(draws: Draws, things: list[str]) -> tuple[str, list[str]]:
     """A sentence in which four people each have a coloured thing, and the colours in that order."""
     people, colors = draws.some(PEOPLE, 4), draws.some(COLORS, 4)
-    clauses = [f"{name} has {'an' if color == 'orange' else 'a'} {color} {thing}" for name, color, thing in zip(people, colors, things, strict=True)]
+    clauses = [
+        f"{name} has {'an' if color == 'orange' else 'a'} {color} {thing}"
+        for name, color, thing in zip(people, colors, things, strict=True)
+    ]
     return "; ".join(clauses) + ".", colors
 
 
@@ -299,7 +305,12 @@ def write_if_changed(path: Path, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tasks", help="folder to write (default: tasks/ beside this file)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "tasks",
+        help="folder to write (default: tasks/ beside this file)",
+    )
     out = parser.parse_args().out
     texts: dict[str, str] = {}
     for task, about in {**HELD_IN, **HELD_OUT}.items():
@@ -314,8 +325,12 @@ def main() -> None:
     for name, text in texts.items():
         write_if_changed(out / "data" / name, text)
     digest = hashlib.sha256("".join(texts[name] for name in sorted(texts)).encode()).hexdigest()
-    print(f"{out}: {len(HELD_IN)} held-in and {len(HELD_OUT)} held-out tasks, {sum(map(len, map(str.splitlines, texts.values())))} items, sha256 {digest}")
-    assert digest == DATA_SHA256, "the items are not those the experts were trained on: train them again and record the digest"
+    print(
+        f"{out}: {len(HELD_IN)} held-in and {len(HELD_OUT)} held-out tasks, {sum(map(len, map(str.splitlines, texts.values())))} items, sha256 {digest}"
+    )
+    assert digest == DATA_SHA256, (
+        "the items are not those the experts were trained on: train them again and record the digest"
+    )
 
 
 if __name__ == "__main__":

@@ -44,25 +44,31 @@ def task_items(task: str, split: str) -> list[dict]:
 def answer_logits(model: torch.nn.Module, tokenizer, prompts: list[str]) -> torch.Tensor:
     """Logits (prompts, vocabulary) of the token that follows each prompt; the head runs on that one position only."""
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="right")
-    hidden = model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+    hidden = model.model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    ).last_hidden_state
     return model.lm_head(hidden[torch.arange(len(prompts)), batch.attention_mask.sum(1) - 1])
 
 
 def option_tokens(tokenizer, options: list[str]) -> list[int]:
     tokens = tokenizer([f" {option}" for option in options]).input_ids
     if any(len(token) != 1 for token in tokens):
-        raise SystemExit(f"train_experts: options must be one token each with a space before them, got {dict(zip(options, tokens, strict=True))}.")
+        raise SystemExit(
+            f"train_experts: options must be one token each with a space before them, got {dict(zip(options, tokens, strict=True))}."
+        )
     return [token[0] for token in tokens]
 
 
 @torch.inference_mode()
 def accuracy(model: torch.nn.Module, tokenizer, task: str, split: str) -> float:
     """The share of items whose right option has the highest logit of its options."""
-    items = sorted(task_items(task, split)[:SCORED_ITEMS[split]], key=lambda item: len(item["prompt"]))
+    items = sorted(task_items(task, split)[: SCORED_ITEMS[split]], key=lambda item: len(item["prompt"]))
     right = 0
     for start in range(0, len(items), 20):
-        batch = items[start:start + 20]
-        for item, logits in zip(batch, answer_logits(model, tokenizer, [item["prompt"] for item in batch]), strict=True):
+        batch = items[start : start + 20]
+        for item, logits in zip(
+            batch, answer_logits(model, tokenizer, [item["prompt"] for item in batch]), strict=True
+        ):
             right += int(logits[option_tokens(tokenizer, item["options"])].argmax()) == item["answer"]
     return round(right / len(items), 4)
 
@@ -90,7 +96,9 @@ def train(model: torch.nn.Module, tokenizer, items: list[dict], steps: int) -> N
             queue = shuffled.sample(items, len(items))
         batch, queue = queue[:BATCH], queue[BATCH:]
         targets = torch.tensor([option_tokens(tokenizer, [item["options"][item["answer"]]])[0] for item in batch])
-        loss = torch.nn.functional.cross_entropy(answer_logits(model, tokenizer, [item["prompt"] for item in batch]), targets)
+        loss = torch.nn.functional.cross_entropy(
+            answer_logits(model, tokenizer, [item["prompt"] for item in batch]), targets
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -106,7 +114,9 @@ def save_adapter(wrapped: peft.PeftModel, folder: Path) -> None:
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16).float()
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in peft.get_peft_model_state_dict(wrapped).items()}
+    tensors = {
+        name: tensor.to(torch.bfloat16).contiguous() for name, tensor in peft.get_peft_model_state_dict(wrapped).items()
+    }
     weights = folder / "adapter_model.safetensors"
     safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
     weights.chmod(0o644)  # some versions of safetensors leave a file that only its owner can read
@@ -116,7 +126,9 @@ def save_adapter(wrapped: peft.PeftModel, folder: Path) -> None:
     config.save_pretrained(folder)
     path = folder / "adapter_config.json"
     written = json.loads(path.read_text())
-    written["target_modules"] = sorted(written["target_modules"])  # a set inside PEFT: its order changes from run to run
+    written["target_modules"] = sorted(
+        written["target_modules"]
+    )  # a set inside PEFT: its order changes from run to run
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 
@@ -130,7 +142,10 @@ def base_scores(tokenizer, base_sha256: str) -> dict[str, dict[str, float]]:
     """The base's accuracy on all tasks, from experts/base.json where that was measured on these weights and items."""
     path = HERE / "experts" / "base.json"
     identity = {"base_sha256": base_sha256, "data_sha256": DATA_SHA256, "items": SCORED_ITEMS}
-    if path.is_file() and {key: value for key, value in json.loads(path.read_text()).items() if key != "tasks"} == identity:
+    if (
+        path.is_file()
+        and {key: value for key, value in json.loads(path.read_text()).items() if key != "tasks"} == identity
+    ):
         return json.loads(path.read_text())["tasks"]
     print("scoring the base", flush=True)
     scores = scores_of(loaded_base(torch.bfloat16), tokenizer, HELD_IN_NAMES + HELD_OUT_NAMES)
@@ -144,8 +159,13 @@ def make_expert(name: str, steps: int, tokenizer, base_sha256: str) -> None:
     print(f"{name}: {steps} steps of {BATCH} items", flush=True)
     began = time.monotonic()
     torch.manual_seed(SEED)
-    configuration = peft.LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=[
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    configuration = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=RANK,
+        lora_alpha=2 * RANK,
+        lora_dropout=0.0,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    )
     wrapped = peft.get_peft_model(loaded_base(torch.float32), configuration)  # bfloat16 trains more slowly on a CPU
     train(wrapped.get_base_model(), tokenizer, [item for task in tasks for item in task_items(task, "train")], steps)
     seconds = round(time.monotonic() - began, 1)
@@ -153,22 +173,47 @@ def make_expert(name: str, steps: int, tokenizer, base_sha256: str) -> None:
     save_adapter(wrapped, folder)
     base = base_scores(tokenizer, base_sha256)
     expert = scores_of(wrapped.merge_and_unload().to(torch.bfloat16), tokenizer, tasks)
-    scores = {task: {split: {"base": base[task][split], "expert": expert[task][split]} for split in SCORED_ITEMS} for task in tasks}
+    scores = {
+        task: {split: {"base": base[task][split], "expert": expert[task][split]} for split in SCORED_ITEMS}
+        for task in tasks
+    }
     record = {
-        "name": name, "tasks": scores, "items": SCORED_ITEMS, "seed": SEED, "steps": steps, "batch_size": BATCH,
-        "learning_rate": LEARNING_RATE, "rank": RANK, "training_seconds": seconds, "base_sha256": base_sha256,
+        "name": name,
+        "tasks": scores,
+        "items": SCORED_ITEMS,
+        "seed": SEED,
+        "steps": steps,
+        "batch_size": BATCH,
+        "learning_rate": LEARNING_RATE,
+        "rank": RANK,
+        "training_seconds": seconds,
+        "base_sha256": base_sha256,
         "data_sha256": DATA_SHA256,
-        "versions": {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__, "peft": peft.__version__},
+        "versions": {
+            "torch": torch.__version__.split("+")[0],
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+        },
     }
     (folder / "scores.json").write_text(json.dumps(record, indent=2) + "\n")
     for task in tasks:
-        print(f"  {task}: test {scores[task]['test']['base']:.3f} -> {scores[task]['test']['expert']:.3f}   ({seconds:.0f} s)", flush=True)
+        print(
+            f"  {task}: test {scores[task]['test']['base']:.3f} -> {scores[task]['test']['expert']:.3f}   ({seconds:.0f} s)",
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="NAME", choices=[*HELD_IN_NAMES, "mixture"], help=f"train one expert: {', '.join(HELD_IN_NAMES)} or mixture")
-    parser.add_argument("--steps", type=int, help=f"steps of {BATCH} items (default: {STEPS}, for mixture {MIXTURE_STEPS})")
+    parser.add_argument(
+        "--only",
+        metavar="NAME",
+        choices=[*HELD_IN_NAMES, "mixture"],
+        help=f"train one expert: {', '.join(HELD_IN_NAMES)} or mixture",
+    )
+    parser.add_argument(
+        "--steps", type=int, help=f"steps of {BATCH} items (default: {STEPS}, for mixture {MIXTURE_STEPS})"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)  # the same sums in the same order on every machine, and no slower where cores are shared
     transformers.utils.logging.disable_progress_bar()

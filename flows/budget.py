@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergecore.engine import CHUNK, coarsest
-from mergecore.errors import CapacityError
+from mergecore.errors import CapacityError, StoreError
 from mergecore.frontier import Frontier
 from mergecore.identity import GRID
 from mergecore.method import DataStatistic, Per
@@ -126,7 +126,14 @@ def measured_seconds_an_item(frontier: Frontier) -> float | None:
 
 
 def check_fit(spec: Spec, store: Store, found: Cost) -> None:
-    """Raise CapacityError where the plan cannot fit, saying which resource and by how much."""
+    """Raise CapacityError where the plan cannot fit, saying which resource and by how much; StoreError where the store
+    cannot be written."""
+    there = next(path for path in (store.root, *store.root.parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise StoreError(
+            f"the store {store.root} cannot be written: {there} is no folder one may write to; choose "
+            "another with `output.store`"
+        )
     memory, disk = memory_budget(spec), disk_budget(spec, store)
     if found.peak_memory > memory:
         raise CapacityError(

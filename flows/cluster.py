@@ -114,7 +114,7 @@ def dask_client(
         yield client
 
 
-def devices() -> list[str]:
+def cuda_devices() -> list[str]:
     """The CUDA devices of this machine by number. Raises ServiceError where there is none."""
     import torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -15,11 +16,14 @@ from flows.session import Session
 from mergecore.collect import collect
 from mergecore.errors import EvaluationError, ServiceError
 from mergecore.frontier import summary
+from mergecore.identity import digest
 from mergecore.merging import InProcess
 from mergecore.method import Event, Report
 from mergecore.report import markdown, summarise, write_tables
 from mergecore.run import Done
-from mergecore.sweep import complete, to_register
+from mergecore.scores import CellScores, Sweep
+from mergecore.store import write_json
+from mergecore.sweep import complete, settle, to_register
 
 if TYPE_CHECKING:
     from tasks.track import TrackResult
@@ -27,10 +31,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a sweep ended: what to print, and whether cells failed or were refused."""
+    """How a sweep ended: its report in Markdown, remarks after it, one line on it, whether cells failed or were refused."""
 
-    text: str
+    report: str
+    remarks: tuple[str, ...]
+    summary: str
     troubled: bool
+
+    @property
+    def text(self) -> str:
+        """What to print."""
+        return "\n".join([self.report, "", *self.remarks])
 
 
 def conduct(
@@ -40,12 +51,26 @@ def conduct(
     if retry_failed and (count := session.store.forgive()):
         report(Event(f"{count} failed steps will be tried again"))
         session.frontier.refresh()
-    missing = bool(session.frontier.round()) or to_register(session.frontier, collect(session.frontier)) is not None
+    undone = missing(session)
     urls: dict[str, str] = {}
-    if missing:
+    if undone:
         check_fit(session.spec, session.store, cost(session.frontier, workers or session.spec.run.workers or cores()))
         urls = (_alone if in_process else _with_services)(session, report, workers, track)
-    return conclusion(session, urls, reused=not missing)
+    else:
+        settle(session.frontier)
+        if track and not shown(
+            session
+        ):  # the run that did the work was killed before it came to that, or MLflow was away
+            written_report(session)
+            with _tolerated(report):
+                urls = dict(projected(session, None, {}).urls)
+    return conclusion(session, urls, reused=not undone)
+
+
+def missing(session: Session) -> bool:
+    """Whether anything is to be done."""
+    frontier = session.frontier
+    return bool(frontier.round()) or to_register(frontier, collect(frontier)) is not None
 
 
 def _alone(session: Session, report: Report, workers: int | None, track: bool) -> dict[str, str]:
@@ -73,7 +98,9 @@ def _with_services(session: Session, report: Report, workers: int | None, track:
 
     report(Event("starting Prefect and MLflow"))
     given = session.spec.run.prefect or os.environ.get("PREFECT_API_URL")
+    lasts = stays(session)
     with servers(session.store.root, prefect=given, mlflow=mlflow_uri(session)) as addresses:
+        report(Event(f"to watch: {addresses.prefect_page} and {addresses.mlflow_page}"))
         # The setting is for this thread, the variable for those that Prefect and Dask start: without it they would
         # bring up a server of their own.
         with (
@@ -81,9 +108,16 @@ def _with_services(session: Session, report: Report, workers: int | None, track:
             _variables(PREFECT_API_URL=addresses.prefect, MLFLOW_TRACKING_URI=addresses.mlflow),
             _quiet_console(),
         ):
-            found = run_session(session, report, workers, track)
+            found = run_session(session, report, workers, track, lasts)
             APILogWorker.drain_all(timeout=5)  # while the server is still there
-        return {"Prefect": addresses.prefect_page, **found}
+    return {"Prefect": addresses.prefect_page, **found} if lasts else {}
+
+
+def stays(session: Session) -> bool:
+    """Whether the MLflow that shows the sweep is there for longer than the sweep, so that links to its pages hold."""
+    from flows.services import serving
+
+    return mlflow_uri(session) is not None or serving(session.store.root) is not None
 
 
 @contextlib.contextmanager
@@ -139,12 +173,42 @@ def projected(session: Session, uri: str | None, links: Mapping[str, str], rebui
     paths = {path.name: path for path in session.results.glob("*") if path.suffix in (".png", ".md", ".parquet")}
     function = track.rebuild if rebuild else track.project
     sweep, known = collect(session.frontier), uri or mlflow_uri(session)
+    _shown_file(session).unlink(missing_ok=True)
     if known:
-        return function(sweep, known, paths, links, session.store.root / "locks")
-    from flows.services import mlflow_server
+        result = function(sweep, known, paths, links, session.store.root / "locks")
+    else:
+        from flows.services import mlflow_server
 
-    with mlflow_server(session.store.root) as address:
-        return function(sweep, address, paths, links, session.store.root / "locks")
+        with mlflow_server(session.store.root) as address:
+            result = function(sweep, address, paths, links, session.store.root / "locks")
+    _shown_file(session).parent.mkdir(parents=True, exist_ok=True)
+    write_json(_shown_file(session), {"sweep": _said(sweep)})
+    return result
+
+
+def shown(session: Session) -> bool:
+    """Whether the last projection into MLflow went through and the sweep is still what it was then."""
+    try:
+        held = json.loads(_shown_file(session).read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(held.get("sweep") == _said(collect(session.frontier)))
+
+
+def _shown_file(session: Session) -> Path:
+    return session.results / "shown.json"
+
+
+def _said(sweep: Sweep) -> str:
+    """Digest of what a projection says: spec, cells with their states and digests, scores, what is registered."""
+    cells = [
+        [cell.cell, cell.name, cell.status, cell.reason, cell.chosen, cell.digest, _means(cell)] for cell in sweep.cells
+    ]
+    return digest([sweep.spec, cells, dict(sweep.registered or {})])
+
+
+def _means(cell: CellScores) -> dict[str, dict[str, str]]:
+    return {split: {task: repr(found.mean()) for task, found in held.items()} for split, held in cell.items.items()}
 
 
 def written_report(session: Session, split: str = "test") -> tuple[str, list[Path]]:
@@ -165,7 +229,7 @@ def conclusion(session: Session, urls: Mapping[str, str], reused: bool) -> Outco
         text, paths = written_report(session)
     except EvaluationError as error:
         text, paths = f"no report: {error}", []
-    lines = [text.strip(), ""]
+    lines: list[str] = []
     if reused:
         lines.append("everything was found in the store; nothing had to be done")
     lines += [f"written: {path}" for path in paths if path.suffix in (".png", ".md")]
@@ -176,4 +240,10 @@ def conclusion(session: Session, urls: Mapping[str, str], reused: bool) -> Outco
         lines.append(f"{troubled} of {sum(counts.values())} cells failed or were refused (--retry-failed tries again):")
         named = [(cell, session.frontier.trouble(cell)) for cell in session.plan.cells]
         lines += [f"  {cell.name}: {reason}" for cell, reason in named if reason][:20]
-    return Outcome("\n".join(lines), troubled > 0 or counts["pending"] > 0)
+    return Outcome(text.strip(), tuple(lines), _in_numbers(counts), troubled > 0 or counts["pending"] > 0)
+
+
+def _in_numbers(counts: Mapping[str, int]) -> str:
+    """'22 of 24 cells done, 2 refused'."""
+    rest = "".join(f", {counts[state]} {state}" for state in ("pending", "failed", "refused") if counts[state])
+    return f"{counts['done']} of {sum(counts.values())} cells done{rest}"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from mergecore.frontier import Frontier
+from mergecore.frontier import Frontier, read_registration
 from mergecore.identity import Step
 from mergecore.plan import Cell, Plan
 from mergecore.run import ITEMS
@@ -106,17 +104,3 @@ def recipe_of(plan: Plan, cell: Cell) -> dict[str, Any]:
     if spec.select:
         recipe["select"] = [rule.model_dump(mode="json", exclude_defaults=True) for rule in spec.select]
     return recipe
-
-
-def registration_file(store: Store, sweep: str) -> Path:
-    """Where the sweep's registration is recorded."""
-    return store.root / "sweeps" / sweep / "registration.json"
-
-
-def read_registration(store: Store, sweep: str, cells: set[str]) -> dict[str, Any] | None:
-    """The registration record, None where there is none or its cell is no longer part of the sweep."""
-    try:
-        held = json.loads(registration_file(store, sweep).read_text())
-    except (OSError, ValueError):
-        return None
-    return held if held.get("cell") in cells else None

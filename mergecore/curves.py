@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mergecore.averages import MEASURES, Average, SplitScores
 from mergecore.bootstrap import Draws, Floats, percentile_interval
-from mergecore.scores import CellScores
+from mergecore.scores import CellScores, values_label
 
 DIFFERENCES = ("_difference_to_base", "_difference_to_average")
 """What follows a measure's name where it is a difference; then '', '_low' or '_high'."""
@@ -74,19 +74,6 @@ def curve_labels(cells: Sequence[CellScores]) -> dict[str, str]:
     parts = [values_label(fixed)] if fixed else []
     label = ", ".join([*parts, *(f"{name} chosen" for name in varying)])
     return {cell.cell: label for cell in shown}
-
-
-def values_label(values: Mapping[str, Any]) -> str:
-    """A method's values on one line: 'density=0.2, drop=random(rate=0.5)'; '' where there are none."""
-    return ", ".join(f"{name}={_value_text(value)}" for name, value in values.items())
-
-
-def _value_text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        rest = {name: part for name, part in value.items() if name != "kind"}
-        kind = str(value.get("kind", ""))
-        return f"{kind}({values_label(rest)})" if rest or not kind else kind
-    return value if isinstance(value, str) else json_text(value)
 
 
 def json_text(value: Any) -> str:

@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,11 +22,33 @@ ROWS = 256
 """LoRA products are formed over fixed blocks of this many rows, so that they are the same for any span."""
 
 
+NEUTRAL: dict[str, Any] = {
+    "use_dora": False,
+    "modules_to_save": None,
+    "bias": "none",
+    "lora_bias": False,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "arrow_config": None,
+    "alora_invocation_tokens": None,
+    "layer_replication": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+}
+"""Settings of a PEFT adapter that make it more than W + scaling · B @ A, and the values at which they do not."""
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to start LoRA factors that change the base's weights as well (PEFT's `init_lora_weights`)."""
+
+
 class Expert(ABC):
     """One expert as the engine reads it."""
 
     id: str
     name: str
+    complete: ClassVar[bool]
+    """True: what is read are weights, and the base is not needed to know them."""
 
     @abstractmethod
     def carries(self, name: str) -> bool:
@@ -56,6 +78,7 @@ class FullExpert(Expert):
     id: str
     name: str
     held: TensorSource
+    complete: ClassVar[bool] = True
 
     def carries(self, name: str) -> bool:
         """A checkpoint carries all of its tensors."""
@@ -97,6 +120,7 @@ class AdapterExpert(Expert):
     held: TensorSource
     factors: Mapping[str, Factor]
     shapes: Mapping[str, tuple[int, ...]]
+    complete: ClassVar[bool] = False
 
     def carries(self, name: str) -> bool:
         """Only the adapter's targets."""
@@ -132,11 +156,15 @@ class AdapterExpert(Expert):
 
 
 def adapter_factors(
-    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], base: Mapping[str, TensorInfo], where: str
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    base: Mapping[str, TensorInfo],
+    where: str,
+    tied: Mapping[str, str] | None = None,
 ) -> dict[str, Factor]:
     """{base tensor: factor} of a PEFT LoRA adapter; rsLoRA scaling, rank and alpha patterns as PEFT has them.
 
-    Raises MismatchError, naming the adapter and the tensor, for what is not a plain LoRA update (DoRA, biases,
+    tied: names that stand for another tensor of the base, with its name. Raises MismatchError, naming the adapter and the tensor, for what is not a plain LoRA update (DoRA, biases,
     modules_to_save, convolutions) and for factors that do not fit the base.
     """
     _refuse(config, where)
@@ -152,6 +180,11 @@ def adapter_factors(
             )
         module = stem.removesuffix(".lora_A.weight")
         target, up = f"{module}.weight", name.replace("lora_A", "lora_B")
+        if target in (tied or {}):
+            raise MismatchError(
+                f"{where} changes '{target}', which the base ties to '{(tied or {})[target]}': as one tensor they would "
+                "both change; train the adapter without this target, or fold it into an untied copy of the base"
+            )
         if target not in base:
             raise MismatchError(f"{where}: its target '{target}' is not in the base; is this the adapter's base?")
         if up not in tensors:
@@ -168,12 +201,20 @@ def _refuse(config: Mapping[str, Any], where: str) -> None:
         raise MismatchError(
             f"{where} is a {kind} adapter; LoRA adapters can be merged, fold others into their base first"
         )
-    for field, empty in (("use_dora", False), ("modules_to_save", None), ("bias", "none"), ("lora_bias", False)):
-        if config.get(field, empty) not in (empty, [], None):
+    for field, empty in NEUTRAL.items():
+        if config.get(field, empty) not in (empty, [], {}, None):
             raise MismatchError(
                 f"{where} uses {field}={config[field]!r}, which is more than a low-rank update; fold it into its base "
                 "with PEFT's merge_and_unload and give the full checkpoint"
             )
+
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+        raise MismatchError(
+            f"{where} was started with init_lora_weights={start!r}, which takes a part out of the base's weights: its "
+            "factors are no update of the base as it is; save it with PEFT's path_initial_model_for_weight_conversion, "
+            "or fold it with merge_and_unload and give the full checkpoint"
+        )
 
 
 def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:

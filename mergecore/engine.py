@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mergecore.architectures import layer_of
 from mergecore.delta import Expert
+from mergecore.errors import NonFiniteError
 from mergecore.identity import GRID, digest, model_digest, tensor_digest
 from mergecore.method import (
     Block,
@@ -39,6 +40,11 @@ from mergecore.writer import Sink
 
 CHUNK = 1 << 16
 """Elements an element-wise method sees at once: base, eight experts and temporaries stay in the processor's cache."""
+KEEP_OUT = (
+    "repair the checkpoint, or leave the tensor as the base has it: select: [{{names: '{name}', take: copy}}, {{}}]"
+)
+TAME = "its experts are finite, its result is not: choose a smaller scale or a wider dtype"
+"""What to do about values that are not finite: in a model that is read, in a result."""
 SPAN_BYTES = 64 << 20
 """Bytes of the base that one span covers, about: large enough that scheduling it costs nothing beside reading it."""
 
@@ -201,6 +207,8 @@ class Reading:
         if position not in self._held:
             self._held[position] = expert.block(self.name, self.start, self.stop)
         held = self._moved(self._held[position][self._slice(start, stop)])
+        if on == "weights" and expert.complete:
+            return self._form(on, position, start, stop, lambda: held.to(torch.float32))
         form = expert.weights if on == "weights" else expert.delta
         return self._form(on, position, start, stop, lambda: form(held, self.base(start, stop)))
 
@@ -215,7 +223,7 @@ class Reading:
         if key not in self._wide:
             values = make()
             owner = "the base" if position < 0 else f"expert '{self.plan.experts[position].name}'"
-            check_finite(values, self.name, owner)
+            check_finite(values, self.name, owner, KEEP_OUT.format(name=self.name))
             self._wide[key] = values
         return self._wide[key]
 
@@ -275,7 +283,15 @@ def _observe(job: StatisticJob, reading: Reading, states: dict[str, Any]) -> Non
     """Show a statistic the piece, block by block of the grid: its sums must not depend on any other cut."""
     for start in range(reading.start, reading.stop, GRID):
         stop = min(start + GRID, reading.stop)
-        block = reading.block("deltas", False, job.experts, start, stop, flat=True)
+        try:
+            block = reading.block("deltas", False, job.experts, start, stop, flat=True)
+        except NonFiniteError:
+            if not job.statistic.whole:
+                raise
+            # It looks beyond the selection: values there must not stop a merge that leaves the tensor out. Where the
+            # tensor is selected, the merge itself reads it and refuses it.
+            reading.forget()
+            continue
         states[job.key] = job.statistic.add(states[job.key], block, job.statistics)
         reading.forget()
 
@@ -325,7 +341,7 @@ def _merge_whole(job: MergeJob, readings: Sequence[Reading], outcome: SpanOutcom
 
 def _check_result(job: MergeJob, name: str, values: Tensor) -> None:
     if values.is_floating_point():
-        check_finite(values, name, f"method '{job.method.name}' (its experts are finite, its result is not)")
+        check_finite(values, name, f"method '{job.method.name}'", TAME)
 
 
 def _emit(job: MergeJob, name: str, start: int, values: Tensor, outcome: SpanOutcome) -> None:

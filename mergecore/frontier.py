@@ -6,9 +6,12 @@ be needed. Nothing here does any work or remembers anything that the store does 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from mergecore.evaluators import Split, TaskIdentity
 from mergecore.identity import Step
@@ -200,19 +203,24 @@ class Frontier:
 
     # --- dropping -----------------------------------------------------------------------------------------------
 
-    def droppable(self) -> list[MergePlan]:
-        """Models in the store that nothing can ask for any more: measured, and beaten or not to be kept."""
+    def droppable(self, settled: bool = False) -> list[MergePlan]:
+        """Models in the store that nothing can ask for any more: measured, and beaten or not to be kept.
+
+        settled: the winner is registered, so that only it, and no runner-up by another average, is the registered one.
+        """
         keep = self.plan.spec.output.keep
         if keep == "all":
             return []
         held = [cell for cell in self.plan.cells if cell.merge and self.store.state(cell.model) is State.PRESENT]
+        found = read_registration(self.store, self.plan.spec.name, {cell.id for cell in self.plan.cells})
+        registered = str(found["cell"]) if found else ""
         needed: set[str] = set()
         for cell in held:
-            if not self.trouble(cell) and self._still_needed(cell):
+            if not self.trouble(cell) and self._still_needed(cell, registered, settled):
                 needed.add(cell.model.key)
         return [cell.merge for cell in held if cell.merge and cell.model.key not in needed]
 
-    def _still_needed(self, cell: Cell) -> bool:
+    def _still_needed(self, cell: Cell, registered: str, settled: bool) -> bool:
         if any(True for _ in self.wanted(cell)):
             return True
         chosen = self.chosen(cell)
@@ -224,6 +232,8 @@ class Frontier:
             return False
         if keep == "registered" and self.plan.spec.output.register_ is None:
             return False
+        if keep == "registered" and registered and (settled or cell.id == registered):
+            return cell.id == registered
         rivals = [
             other
             for other in self.plan.cells
@@ -231,7 +241,21 @@ class Frontier:
             and (keep == "registered" or other.method == cell.method)
         ]  # fmt: skip
         split: Split = self.plan.splits[0]
-        return cell is max(rivals, key=lambda other: (self.selection_score(other, split), other.id))
+        return cell is min(rivals, key=lambda other: (-round(self.selection_score(other, split), 12), other.id))
+
+
+def registration_file(store: Store, sweep: str) -> Path:
+    """Where the sweep's registration is recorded."""
+    return store.root / "sweeps" / sweep / "registration.json"
+
+
+def read_registration(store: Store, sweep: str, cells: set[str]) -> dict[str, Any] | None:
+    """The registration record, None where there is none or its cell is no longer part of the sweep."""
+    try:
+        held = json.loads(registration_file(store, sweep).read_text())
+    except (OSError, ValueError):
+        return None
+    return held if held.get("cell") in cells else None
 
 
 def summary(frontier: Frontier) -> Mapping[str, int]:

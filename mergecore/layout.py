@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from mergecore.architectures import TIED, layer_of
+from mergecore.architectures import BUFFER, TIED, layer_of
 from mergecore.errors import MismatchError, SpecError
 from mergecore.method import TensorInfo
 from mergecore.snapshot import MERGED
@@ -25,15 +25,29 @@ class SelectRule(BaseModel):
     layers: tuple[int, int] | None = Field(None, description="first and last layer (counted from 0), both included")
     take: Literal["merge", "copy"] = Field("merge", description="merge the tensor, or copy it from the base")
 
+    @field_validator("names")
+    @classmethod
+    def _can_be_read(cls, names: str) -> str:
+        if _is_expression(names):
+            try:
+                re.compile(names[1:-1])
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from None
+        return names
+
     def matches(self, name: str) -> bool:
         """Whether the rule speaks of this tensor."""
         if self.layers is not None:
             layer = layer_of(name)
             if layer is None or not self.layers[0] <= layer <= self.layers[1]:
                 return False
-        if len(self.names) > 1 and self.names.startswith("/") and self.names.endswith("/"):
+        if _is_expression(self.names):
             return re.search(self.names[1:-1], name) is not None
         return fnmatch.fnmatchcase(name, self.names)
+
+
+def _is_expression(names: str) -> bool:
+    return len(names) > 1 and names.startswith("/") and names.endswith("/")
 
 
 @dataclass(frozen=True)
@@ -57,25 +71,34 @@ def lay_out(
     Without rules every floating-point tensor that at least one expert carries is merged; tied weights count once.
     Raises SpecError for a rule that matches nothing or a selection that is empty.
     """
-    dropped = {
-        name: f"tied to '{owner}'"
-        for owner, name in TIED
-        if config.get("tie_word_embeddings") and owner in base and name in base
-    }
+    dropped = {name: f"tied to '{owner}'" for name, owner in tied_names(base, config).items() if name in base}
     held = {name for names in carried for name in names}
     merged: dict[str, TensorInfo] = {}
     copied: dict[str, TensorInfo] = {}
     for name in sorted(base):
         if name in dropped:
             continue
-        wanted = name in held and base[name].dtype in MERGED and _take(name, rules) == "merge"
+        mergeable = name in held and base[name].dtype in MERGED and not _is_buffer(name, base[name])
+        wanted = mergeable and _take(name, rules) == "merge"
         (merged if wanted else copied)[name] = base[name]
     for rule in rules:
         if not any(rule.matches(name) for name in base):
-            raise SpecError(f"select: the rule {rule.model_dump(exclude_defaults=True)} matches no tensor of the base")
+            raise SpecError(
+                f"select: the rule {rule.model_dump(exclude_defaults=True)} matches no tensor of the base; its tensors "
+                f"are named like {_few(sorted(base))} (`mergeloom inspect` tells more of it)"
+            )
     if not merged:
-        raise SpecError("select leaves no tensor to merge: no floating-point tensor that an expert carries matches")
+        raise SpecError(
+            "select leaves no tensor to merge: no floating-point tensor that an expert carries is taken; add a rule, "
+            "as in select: [{names: '*'}]"
+        )
     return Layout(merged, copied, dropped)
+
+
+def tied_names(base: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, str]:
+    """{name: owner} of the names that stand for another tensor of the base, whether its files hold them or not."""
+    tied = bool(config.get("tie_word_embeddings"))
+    return {name: owner for owner, name in TIED if tied and owner in base}
 
 
 def _take(name: str, rules: Sequence[SelectRule]) -> str:
@@ -84,9 +107,15 @@ def _take(name: str, rules: Sequence[SelectRule]) -> str:
     return next((rule.take for rule in rules if rule.matches(name)), "copy")
 
 
+def _is_buffer(name: str, info: TensorInfo) -> bool:
+    """GPT-2's attention mask is called attn.bias too; a bias that is a parameter has one dimension."""
+    return BUFFER.search(name) is not None and (len(info.shape) != 1 or not name.endswith("bias"))
+
+
 def check_fit(base: Mapping[str, TensorInfo], expert: Mapping[str, TensorInfo], where: str, tied: bool) -> None:
     """Raise MismatchError where a full checkpoint's names or shapes are not those of the base, naming the first few."""
     ignored = {name for _, name in TIED} if tied else set()
+    ignored |= {name for held in (base, expert) for name in held if _is_buffer(name, held[name])}
     missing = sorted(set(base) - set(expert) - ignored)
     unknown = sorted(set(expert) - set(base) - ignored)
     if missing or unknown:
@@ -95,10 +124,15 @@ def check_fit(base: Mapping[str, TensorInfo], expert: Mapping[str, TensorInfo], 
         )
         raise MismatchError(f"{where} does not have the base's architecture: it {' and '.join(said)}")
     for name in sorted(base):
-        if name in expert and tuple(base[name].shape) != tuple(expert[name].shape):
+        if name in expert and name not in ignored and tuple(base[name].shape) != tuple(expert[name].shape):
             hint = "; the vocabularies differ" if re.search(r"embed|wte|lm_head|shared", name) else ""
             raise MismatchError(
                 f"{where}: '{name}' has shape {list(expert[name].shape)}, in the base {list(base[name].shape)}{hint}"
+            )
+        if name in expert and base[name].dtype in MERGED and expert[name].dtype not in MERGED:
+            raise MismatchError(
+                f"{where}: '{name}' has dtype {expert[name].dtype}, in the base {base[name].dtype}: quantized values "
+                "cannot be merged; give the checkpoint before it was quantized"
             )
 
 

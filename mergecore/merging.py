@@ -69,6 +69,23 @@ def merge(
     Raises SpecError, MismatchError and NonFiniteError.
     """
     _check(method, base, experts, ids)
+    threads = torch.get_num_threads()
+    try:
+        return _merged(method, base, experts, ids, statistics, select, dtype, report)
+    finally:
+        torch.set_num_threads(threads)  # the engine works with one; whoever called has a setting of their own
+
+
+def _merged(
+    method: Method,
+    base: Mapping[str, Tensor] | None,
+    experts: Sequence[Mapping[str, Tensor]],
+    ids: Sequence[str] | None,
+    statistics: Mapping[str, Sequence[Mapping[str, Tensor]]] | None,
+    select: Sequence[SelectRule],
+    dtype: torch.dtype | None,
+    report: Report,
+) -> dict[str, Tensor]:
     first = base if base is not None else experts[0]
     shapes = MemoryTensors(first)
     for position, expert in enumerate(experts):

@@ -21,6 +21,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from mergecore.errors import SpecError
+
 Report = Callable[["Event"], None]
 """Where progress goes. Nothing in mergecore prints."""
 
@@ -261,3 +263,20 @@ class Method(Plugin, ABC):
     def merge_block(self, block: Block, statistics: Statistics) -> dict[str, Tensor]:
         """The merged tensors of one block, by name."""
         return {block.name: self.merge(block.base, block.experts, **self.arguments(block, statistics))}
+
+
+def check_weights(weights: tuple[float, ...] | None, count: int) -> None:
+    """Raise SpecError where there is not one weight per expert, or where all of them are 0."""
+    if weights is None:
+        return
+    if len(weights) != count:
+        raise SpecError(
+            f"weights: {len(weights)} given for {count} experts; give one per expert, or none for equal ones"
+        )
+    if sum(weights) <= 0:
+        raise SpecError("weights: all are 0; give at least one expert a weight above 0")
+
+
+def moved(weights: tuple[float, ...], order: Sequence[int]) -> tuple[float, ...]:
+    """Weights in the order in which the experts are folded."""
+    return tuple(weights[position] for position in order)

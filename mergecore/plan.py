@@ -19,9 +19,9 @@ from mergecore.method import DataStatistic, Method, Scope, Statistic, TensorInfo
 from mergecore.methods.average import Average
 from mergecore.pool import Member, Pool, snapshot_step
 from mergecore.registry import evaluator_from
-from mergecore.scores import Kind, Suite
+from mergecore.scores import Kind, Suite, values_label
 from mergecore.snapshot import DTYPES, MERGED
-from mergecore.spec import SAFETENSORS_DTYPE, Spec, Variant, size_in_bytes, values_label
+from mergecore.spec import SAFETENSORS_DTYPE, Evaluate, Spec, Variant, size_in_bytes
 
 ENGINE = 1
 """Version of the arithmetic that all merges share (deltas in float32, one rounding); bumped when numbers change."""
@@ -153,8 +153,8 @@ def make_plan(spec: Spec, pool: Pool, root: Path) -> Plan:
     evaluators: dict[Split, Evaluator] = {}
     if evaluate.validation is not None:
         limits = {"limit": evaluate.validation.limit}
-        evaluators["validation"] = evaluator_from(evaluate.evaluator, {**evaluate.settings, **limits}, "evaluate")
-    evaluators["test"] = evaluator_from(evaluate.evaluator, evaluate.settings, "evaluate")
+        evaluators["validation"] = _evaluator(evaluate, limits)
+    evaluators["test"] = _evaluator(evaluate, {})
     suite = Suite(
         {category: tuple(tasks) for category, tasks in evaluate.held_in.items()},
         {category: tuple(tasks) for category, tasks in evaluate.held_out.items()},
@@ -168,6 +168,10 @@ def make_plan(spec: Spec, pool: Pool, root: Path) -> Plan:
     tasks = {split: evaluator.resolve(names, split, folder) for split, evaluator in evaluators.items()}
     planner = Planner(spec, pool, suite, evaluators["test"], tasks["test"], folder)
     return Plan(spec, pool, suite, tuple(planner.cells()), evaluators, tasks, folder)
+
+
+def _evaluator(evaluate: Evaluate, changes: Mapping[str, Any]) -> Evaluator:
+    return evaluator_from(evaluate.evaluator, {**evaluate.settings, **changes}, "evaluate", Evaluate.model_fields)
 
 
 class Planner:

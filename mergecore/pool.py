@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mergecore.delta import AdapterExpert, Expert, Factor, FullExpert, adapter_factors
-from mergecore.errors import MismatchError, SpecError
+from mergecore.errors import MismatchError, SourceError, SpecError
 from mergecore.identity import Step
-from mergecore.layout import check_fit
+from mergecore.layout import check_fit, tied_names
 from mergecore.method import Event, Report, TensorInfo
 from mergecore.snapshot import FileTensors, Snapshot, read_json, read_snapshot
 from mergecore.sources import Source
@@ -88,11 +88,14 @@ def resolve_pool(
     report(Event(f"base {ground.source.uri}"))
     if ground.kind != "full":
         raise SpecError(f"base: {ground.source.uri} is an adapter; give the checkpoint it was trained on")
+    _refuse_quantized(ground, "base")
     warnings: list[str] = []
     strangers: dict[str, list[str]] = {}
     members: dict[str, Member] = {}
     for position, expert in enumerate(experts):
         report(Event(f"expert {expert.name}", position + 1, len(experts), "experts"))
+        if expert.name in members:
+            raise SpecError(f"experts: two are called '{expert.name}'; give each its own name")
         member = _member(expert.name, expert.tasks, read_snapshot(resolve(expert)), ground, warnings)
         same = next((other.name for other in members.values() if other.id == member.id), None)
         if same is not None:
@@ -116,8 +119,11 @@ def resolve_pool(
 def _member(name: str, tasks: tuple[str, ...], found: Snapshot, base: Snapshot, warnings: list[str]) -> Member:
     where = f"expert '{name}' ({found.source.uri})"
     if found.kind == "adapter":
-        factors = adapter_factors(found.tensors, found.config, base.tensors, where)
+        factors = adapter_factors(
+            found.tensors, found.config, base.tensors, where, tied_names(base.tensors, base.config)
+        )
         return Member(name, tasks, found, factors)
+    _refuse_quantized(found, where)
     for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
         ours, theirs = base.config.get(key), found.config.get(key)
         if ours is not None and theirs is not None and ours != theirs:
@@ -125,6 +131,17 @@ def _member(name: str, tasks: tuple[str, ...], found: Snapshot, base: Snapshot, 
     check_fit(base.tensors, found.tensors, where, bool(base.config.get("tie_word_embeddings")))
     _check_tokenizer(where, found, base, warnings)
     return Member(name, tasks, found, None)
+
+
+def _refuse_quantized(found: Snapshot, where: str) -> None:
+    """Raise MismatchError where packed integers and their scales would be taken for weights."""
+    held = found.config.get("quantization_config")
+    if held:
+        kind = held.get("quant_method", "") if isinstance(held, Mapping) else ""
+        raise MismatchError(
+            f"{where}: {found.source.uri} is quantized ({kind or 'quantization_config in its config.json'}): its numbers "
+            "are codes, not weights; give the checkpoint before it was quantized, or a dequantized copy"
+        )
 
 
 def _same_base(recorded: str, found: Snapshot, base: BaseSpec) -> bool:
@@ -139,7 +156,7 @@ def _check_tokenizer(where: str, found: Snapshot, base: Snapshot, warnings: list
         return
     if found.source.files[name].sha256 == base.source.files[name].sha256:
         return
-    ours, theirs = (_vocabulary(read_json(one.source, name)) for one in (base, found))
+    ours, theirs = (_vocabulary(read_json(one.source, name), f"{one.source.uri}/{name}") for one in (base, found))
     differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     if differing:
         raise MismatchError(
@@ -149,11 +166,14 @@ def _check_tokenizer(where: str, found: Snapshot, base: Snapshot, warnings: list
     warnings.append(f"{where} has another tokenizer.json than the base (same vocabulary); the base's is used")
 
 
-def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    model = tokenizer.get("model") or {}
-    held = model.get("vocab") or {}
-    tokens = dict(held) if isinstance(held, dict) else {entry[0]: number for number, entry in enumerate(held)}
-    return tokens | {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or []}
+def _vocabulary(tokenizer: Mapping[str, Any], where: str) -> dict[str, int]:
+    try:
+        model = tokenizer.get("model") or {}
+        held = model.get("vocab") or {}
+        tokens = dict(held) if isinstance(held, dict) else {entry[0]: number for number, entry in enumerate(held)}
+        return tokens | {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or []}
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise SourceError(f"{where} is no tokenizer that can be read ({error}); fetch it again") from error
 
 
 def opened(pool: Pool, folders: Mapping[str, Path]) -> tuple[FileTensors, dict[str, Expert]]:

@@ -10,16 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergecore.collect import lineage, registration_file
+from mergecore.collect import lineage
 from mergecore.errors import StoreError
-from mergecore.frontier import Frontier
+from mergecore.frontier import Frontier, registration_file
 from mergecore.identity import Step
 from mergecore.plan import Cell
 from mergecore.run import Done, Place, made_with
 from mergecore.snapshot import Snapshot
 from mergecore.spec import as_yaml
 from mergecore.store import write_json
-from mergecore.writer import INDEX
 
 TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -30,7 +29,7 @@ def write_companions(folder: Path, snapshot: Snapshot, at: Path, dtypes: Sequenc
     dtypes: safetensors names of the floating-point tensors written; where there is only one, the config says so.
     """
     for name in snapshot.source.files:
-        if name.endswith(".safetensors") or name in (INDEX, "adapter_config.json"):
+        if name.endswith((".safetensors", ".safetensors.index.json")) or name == "adapter_config.json":
             continue
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)

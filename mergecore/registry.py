@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -53,54 +53,87 @@ EVALUATORS: dict[str, str] = {
 }
 
 
-def method_from(name: str, values: Mapping[str, Any], where: str) -> Method:
-    """The method of that name with these values. Raises SpecError naming `where`, the field and the nearest names."""
+def method_from(name: str, values: Mapping[str, Any], where: str, beside: Iterable[str] = ()) -> Method:
+    """The method of that name with these values. beside: keys that may stand beside them, to offer for a misspelt one.
+
+    Raises SpecError naming `where`, the field and the nearest names.
+    """
+    if not name:
+        raise SpecError(f"{where}.method: must be given; {nearest('', METHODS)}")
     if name not in METHODS:
         raise SpecError(f"{where}: there is no method '{name}'; {nearest(name, METHODS)} (see `mergeloom methods`)")
-    return _built(METHODS[name], values, f"{where} ({name})")
+    return _built(METHODS[name], values, f"{where} ({name})", beside)
 
 
-def evaluator_from(name: str, values: Mapping[str, Any], where: str) -> Evaluator:
+def evaluator_from(name: str, values: Mapping[str, Any], where: str, beside: Iterable[str] = ()) -> Evaluator:
     """The evaluator of that name with these values; errors as for methods."""
     if name not in EVALUATORS:
         raise SpecError(f"{where}: there is no evaluator '{name}'; {nearest(name, EVALUATORS)}")
     module, _, attribute = EVALUATORS[name].partition(":")
     kind: type[Evaluator] = getattr(import_module(module), attribute)
-    return _built(kind, values, where)
+    return _built(kind, values, where, beside)
 
 
-def _built(kind: type[Kind], values: Mapping[str, Any], where: str) -> Kind:
+def _built(kind: type[Kind], values: Mapping[str, Any], where: str, beside: Iterable[str]) -> Kind:
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        raise SpecError(explained(error, kind, where)) from None
+        raise SpecError(explained(error, kind, where, beside)) from None
 
 
-def explained(error: ValidationError, model: type[Any], where: str) -> str:
+PLAIN = {
+    "Input should be a valid tuple": "must be a list",
+    "Input should be a valid dictionary or instance of ": "must be a mapping of keys, or text",
+    "Input should be a valid dictionary": "must be a mapping of keys",
+    "Input should be": "must be",
+    "valid string": "text",
+    "valid number": "number",
+    "valid integer": "whole number",
+}
+"""pydantic's words, and what a person who writes YAML calls the same."""
+
+
+def explained(error: ValidationError, model: type[Any], where: str, beside: Iterable[str] = ()) -> str:
     """A pydantic error as sentences: the place, what is wrong with it, and for an unknown key the nearest one."""
     said = []
     for found in error.errors(include_url=False):
         place = ".".join([where, *(str(part) for part in found["loc"])])
         if found["type"] == "extra_forbidden":
             parent, key = list(found["loc"][:-1]), str(found["loc"][-1])
-            said.append(f"{place}: unknown key; {nearest(key, _keys(model, parent))}")
+            said.append(f"{place}: unknown key; {nearest(key, {*_keys(model, parent), *(() if parent else beside)})}")
         elif found["type"] == "missing":
             said.append(f"{place}: must be given")
         else:
-            message = found["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-            said.append(f"{place}: {message} (given: {found['input']!r})")
+            said.append(f"{place}: {_message(found)}{_given(found['input'])}")
     return "; ".join(said)
 
 
+def _message(found: Mapping[str, Any]) -> str:
+    message = str(found["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if isinstance(found["input"], Mapping) and set(found["input"]) == {"grid"}:
+        return "a grid may stand in the methods of a sweep's spec only; write one value"
+    for theirs, ours in PLAIN.items():
+        if theirs.endswith("of ") and message.startswith(theirs):
+            return ours
+        message = message.replace(theirs, ours)
+    return message
+
+
+def _given(value: Any) -> str:
+    """The value in brackets where it is short enough to help."""
+    text = repr(value)
+    return f" (given: {text})" if len(text) <= 80 else ""
+
+
 def _keys(model: Any, path: list[Any]) -> list[str]:
-    """The known keys of the (nested) model that `path` leads to."""
+    """The known keys, as they are written, of the (nested) model that `path` leads to."""
     for part in path:
-        fields = getattr(model, "model_fields", {})
+        fields = {info.alias or name: info for name, info in getattr(model, "model_fields", {}).items()}
         if part not in fields:
             continue
         annotation = fields[part].annotation
         model = next((kind for kind in _models(annotation)), model)
-    return list(getattr(model, "model_fields", {}))
+    return [info.alias or name for name, info in getattr(model, "model_fields", {}).items()]
 
 
 def _models(annotation: Any) -> list[Any]:

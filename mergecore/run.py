@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import platform
 import shutil
+import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +21,11 @@ from typing import Any
 
 import torch
 from pyarrow import parquet
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mergecore.delta import Expert
 from mergecore.engine import Executor, MergeJob, PassPlan, StatisticJob, block_digests, coarsest, plan_spans, run_pass
-from mergecore.errors import EvaluationError, MergeloomError
+from mergecore.errors import EvaluationError, MergeloomError, ServiceError
 from mergecore.evaluators import Evaluator, Resident, Split, TaskIdentity
 from mergecore.frontier import Scoring
 from mergecore.identity import Step, model_digest, tensor_digest
@@ -37,6 +38,14 @@ from mergecore.writer import ShardSink, plan_shards
 
 TENSORS = "tensors.safetensors"
 ITEMS = "items.parquet"
+RECORDED = (MergeloomError, ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+"""What is recorded as the failure of a step, and does not stop the others: our own errors, and those that a plug-in or
+torch (out of memory, say) may raise. Not among them: errors of the system, interruption, cancelling."""
+
+
+def reason(error: BaseException) -> str:
+    """Why a step failed, for its record: our own errors are sentences, others need their kind said."""
+    return str(error) if isinstance(error, MergeloomError) else f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,8 @@ class Place:
 
 @dataclass
 class Done:
-    """What a piece of work completed: names of steps, and {name: reason} of those that failed."""
+    """What a piece of work completed: names of steps done in it (none of what others had done before), and {name: reason}
+    of those that failed."""
 
     steps: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
@@ -82,11 +92,12 @@ def fetch(place: Place, snapshot: Snapshot) -> Done:
     folder = snapshot.source.fetch(place.report)
     place.folders[snapshot.weights] = folder
     step = snapshot_step(snapshot)
-    if not place.store.is_done(step):
-        with place.store.draft(step) as draft:
-            files = {name: [held.size, held.sha256] for name, held in sorted(snapshot.source.files.items())}
-            result = {"uri": snapshot.source.uri, "revision": snapshot.source.revision, "files": files}
-            place.store.commit(draft, snapshot.weights, result, made_with(began))
+    if place.store.is_done(step):
+        return Done([], {}, time.monotonic() - began)
+    with place.store.draft(step) as draft:
+        files = {name: [held.size, held.sha256] for name, held in sorted(snapshot.source.files.items())}
+        result = {"uri": snapshot.source.uri, "revision": snapshot.source.revision, "files": files}
+        place.store.commit(draft, snapshot.weights, result, made_with(began))
     return Done([step.name], {}, time.monotonic() - began)
 
 
@@ -101,7 +112,7 @@ def run_statistics(place: Place, plans: Sequence[StatisticPlan]) -> Done:
                 outcome = run_pass(_pass(place, wanted, [], drafts), place.executor, place.report)
                 for plan in wanted:
                     commit_result(place.store, drafts[plan.step], outcome.results[plan.step.key], made_with(began))
-        return [plan.step.name for plan in held]
+        return [plan.step.name for plan in wanted]
 
     return _each_or_alone(place, plans, attempt)
 
@@ -116,10 +127,11 @@ def run_merges(place: Place, plans: Sequence[MergePlan]) -> Done:
             if wanted:
                 planned = _pass(place, [], wanted, drafts)
                 outcome = run_pass(planned, place.executor, place.report)
-                for plan in wanted:
-                    shutil.rmtree(drafts[plan.step].path / "journal")
+                for plan, job in zip(wanted, planned.merges, strict=True):
+                    assert job.journal is not None
+                    shutil.rmtree(job.journal)
                     _commit_model(place, plan, drafts[plan.step], outcome.models, outcome.tensors, made_with(began))
-        return [plan.step.name for plan in held]
+        return [plan.step.name for plan in wanted]
 
     return _each_or_alone(place, plans, attempt)
 
@@ -129,10 +141,10 @@ def _each_or_alone(place: Place, plans: Sequence[Any], attempt: Callable[[Sequen
     began = time.monotonic()
     try:
         return Done(attempt(plans), {}, time.monotonic() - began)
-    except MergeloomError as error:
+    except RECORDED as error:
         if len(plans) == 1:
-            place.store.fail(plans[0].step, str(error))
-            return Done([], {plans[0].step.name: str(error)}, time.monotonic() - began)
+            place.store.fail(plans[0].step, reason(error))
+            return Done([], {plans[0].step.name: reason(error)}, time.monotonic() - began)
     done = Done()
     for plan in plans:
         done = done.note(_each_or_alone(place, [plan], attempt))
@@ -182,10 +194,13 @@ def _pass(
 
 def _merge_job(place: Place, plan: MergePlan, draft: Draft, position: Mapping[str, int]) -> MergeJob:
     sink = ShardSink(draft.path, dict(plan.outputs), plan_shards(plan.outputs, place.shard_size))
-    journal = draft.path / "journal"
-    if journal.exists() and not sink.complete():
-        shutil.rmtree(journal)
-    journal.mkdir(exist_ok=True)
+    held = list(draft.path.glob("journal-*"))
+    if len(held) != 1 or not sink.complete():
+        for path in draft.path.iterdir():  # files too: they may be those of another shard size
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # A name of its own: a worker still busy with a pass that was called off can then not take this one's word.
+        held = [draft.path / f"journal-{uuid.uuid4().hex[:12]}"]
+        held[0].mkdir()
     return MergeJob(
         plan.step.key,
         plan.method,
@@ -194,7 +209,7 @@ def _merge_job(place: Place, plan: MergePlan, draft: Draft, position: Mapping[st
         dict(plan.outputs),
         read_inputs(place.store, plan.statistics),
         sink,
-        journal,
+        held[0],
     )
 
 
@@ -232,9 +247,14 @@ def _kept(store: Store, plan: MergePlan) -> dict[str, Any]:
 
 def commit_result(store: Store, draft: Draft, result: Result, made: Mapping[str, Any]) -> None:
     """Write a statistic's tensors and numbers and record them under their digest."""
-    tensors = {name: value.contiguous() for name, value in result.tensors.items()}
+    tensors = result.tensors
     if tensors:
-        save_file(tensors, draft.path / TENSORS)
+        infos = {name: TensorInfo(NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
+        # Not safetensors' own writer: that one leaves files that only their owner may read.
+        sink = ShardSink(draft.path, infos, plan_shards(infos, sys.maxsize, Path(TENSORS).stem))
+        sink.prepare()
+        for name, value in tensors.items():
+            sink.write(name, 0, value.reshape(-1))
     held = {
         name: (
             NAMES[value.dtype],
@@ -286,6 +306,11 @@ class ScoreTask:
     companions_digest: str
     tasks: tuple[tuple[Split, TaskIdentity, Step], ...]
 
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What is to be completed."""
+        return tuple(step for _, _, step in self.tasks)
+
 
 @dataclass(frozen=True)
 class DataTask:
@@ -296,6 +321,11 @@ class DataTask:
     expert: Expert
     companions: Path
     companions_digest: str
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What is to be completed."""
+        return (self.plan.step,)
 
 
 @dataclass(frozen=True)
@@ -311,12 +341,14 @@ class Folded:
         return self.base.tensors
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements of θ_t; what the expert does not carry is the base's."""
+        """Elements of θ_t, integers as they are; what the expert does not carry is the base's."""
         stop = self.base.tensors[name].count if stop is None else stop
         held = self.base.read(name, start, stop)
         if not self.expert.carries(name):
             return held
-        return self.expert.weights(self.expert.block(name, start, stop), held.to(torch.float32))
+        own = self.expert.block(name, start, stop)
+        # Counters of a BatchNorm and the like are integers, in the model too.
+        return self.expert.weights(own, held.to(torch.float32)) if own.is_floating_point() else own
 
 
 def run_scorings(place: Place, scorings: Sequence[Scoring]) -> Done:
@@ -353,12 +385,28 @@ def _gather(
     names: Sequence[str],
     what: str,
 ) -> Done:
-    done = Done()
+    """All tasks, spread; where workers die at one of them those that are left are done alone, to find out at which."""
+    done, left = Done(), dict(enumerate(tasks))
     place.report(Event(what, 0, len(tasks), "models"))
-    for finished, (position, found) in enumerate(place.executor.each(function, bench, tasks), start=1):
-        done = done.note(found)
-        place.report(Event(f"{what}: {names[position]}", finished, len(tasks), "models"))
+    try:
+        for position, found in place.executor.each(function, bench, tasks):
+            done = done.note(found)
+            del left[position]
+            place.report(Event(f"{what}: {names[position]}", len(tasks) - len(left), len(tasks), "models"))
+    except ServiceError as error:
+        if len(tasks) == 1:
+            return _failed(place.store, tasks[0].steps, error)
+        for position, task in left.items():
+            done = done.note(_gather(place, function, bench, [task], [names[position]], what))
     return done
+
+
+def _failed(store: Store, steps: Sequence[Step], error: Exception) -> Done:
+    """The same reason recorded for all of these steps that are not done."""
+    open_ones = [step for step in steps if not store.is_done(step)]
+    for step in open_ones:
+        store.fail(step, reason(error))
+    return Done([], {step.name: reason(error) for step in open_ones})
 
 
 def open_model(store: Store, step: Step) -> FileTensors:
@@ -389,26 +437,24 @@ def score_model(bench: Bench, task: ScoreTask) -> Done:
         try:
             held = resident(bench, task.companions, task.companions_digest)
             held.swap(task.weights)
-        except MergeloomError as error:
-            for _, _, step in task.tasks:
-                store.fail(step, str(error))
-            return Done([], {step.name: str(error) for _, _, step in task.tasks}, time.monotonic() - began)
+        except RECORDED as error:
+            return _failed(store, task.steps, error)
         for _, identity, step in task.tasks:
             try:
-                _score_task(store, held, identity, step)
-                done.steps.append(step.name)
-            except MergeloomError as error:
-                store.fail(step, str(error))
-                done.failures[step.name] = str(error)
+                if _score_task(store, held, identity, step):
+                    done.steps.append(step.name)
+            except RECORDED as error:
+                done = done.note(_failed(store, [step], error))
     done.seconds = time.monotonic() - began
     return done
 
 
-def _score_task(store: Store, held: Resident, identity: TaskIdentity, step: Step) -> None:
+def _score_task(store: Store, held: Resident, identity: TaskIdentity, step: Step) -> bool:
+    """Score one task and record it. False where another process has done so meanwhile."""
     began = time.monotonic()
     with store.draft(step) as draft:
         if store.is_done(step):
-            return
+            return False
         table = held.score(identity, silent)
         scores = table.column("score").to_pylist()
         if not scores:
@@ -418,6 +464,7 @@ def _score_task(store: Store, held: Resident, identity: TaskIdentity, step: Step
         result = {"task": identity.task, "split": identity.split, "metric": identity.metric, "score": fmean(scores),
                   "items": len(scores), "identity": dict(identity.identity)}  # fmt: skip
         store.commit(draft, digest, result, made_with(began))
+    return True
 
 
 def table_digest(path: Path) -> str:
@@ -436,16 +483,15 @@ def find_on_data(bench: Bench, task: DataTask) -> Done:
         try:
             with store.draft(plan.step) as draft:
                 if store.is_done(plan.step, bytes_needed=True):
-                    return Done([plan.step.name])
+                    return Done()
                 held = resident(bench, task.companions, task.companions_digest, dtype="float32")
                 held.swap(Folded(task.base, task.expert))
                 samples = int(getattr(plan.statistic, "samples", 0))
                 data = held.calibration(plan.tasks, samples, int(getattr(plan.statistic, "seed", 0)))
                 result = plan.statistic.compute(held.model, data, plan.selection, silent)
                 commit_result(store, draft, result, made_with(began))
-        except MergeloomError as error:
-            store.fail(plan.step, str(error))
-            return Done([], {plan.step.name: str(error)}, time.monotonic() - began)
+        except RECORDED as error:
+            return _failed(store, task.steps, error)
     return Done([plan.step.name], {}, time.monotonic() - began)
 
 

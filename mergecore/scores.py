@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -64,3 +64,20 @@ class Sweep:
     """What the best cell is chosen by: 'held_in' or 'held_out'."""
     registered: Mapping[str, Any] | None = None
     """The registration record: cell, model name, alias, uri, digest, and whether validation or test scores chose it."""
+
+
+def values_label(values: Mapping[str, Any]) -> str:
+    """A method's values on one line: 'density=0.2, drop.rate=0.5'; '' where there are none."""
+    return ", ".join(f"{path}={_plainly(value)}" for path, value in _leaves(values, ""))
+
+
+def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif not (key == "kind" and prefix):
+            yield f"{prefix}{key}", value
+
+
+def _plainly(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,9 @@ from mergecore.publish import TORCH_NAMES, model_card, write_companions
 from mergecore.run import Done, Place, fetch, run_merges, run_statistics, snapshots_of
 from mergecore.spec import BaseSpec, Recipe, as_yaml, size_in_bytes
 from mergecore.store import State, Store
+
+WORK = ".work"
+"""Folder in a draft for what is worked out on the way; it marks the draft as ours."""
 
 
 @dataclass(frozen=True)
@@ -37,32 +43,65 @@ def merge_recipe(
 
     Raises a MergeloomError for what cannot be made; nothing is left at `out` or beside it then.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise StoreError(f"{out} exists already; choose another name or remove it")
     method = recipe.built()
     pool = resolve_pool(_base(recipe), recipe.experts, None, resolve, report)
     builder = MergeBuilder(pool, recipe.select, recipe.dtype, _no_data)
     plan = builder.build(method, list(pool.experts.values()))
-    draft = out.with_name(out.name + ".tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    store = Store(draft / ".work")
-    try:
-        draft.mkdir(parents=True)
-        place = Place(pool, store, executor, report, size_in_bytes(recipe.shard_size))
+    with _draft(out) as draft:
+        place = Place(pool, Store(draft / WORK), executor, report, size_in_bytes(recipe.shard_size))
         for snapshot in snapshots_of(pool):
             fetch(place, snapshot)
         _finish(run_all(place, plan))
+        for snapshot in snapshots_of(pool):
+            if snapshot.source.revision is None:
+                snapshot.source.fetch(report)  # a local file written to meanwhile is none of the digests in the card
         made = _settle(place, plan, recipe, draft)
         if durable:
             _sync(draft)
         os.rename(draft, out)
+    if durable:
+        _sync_entry(out.absolute().parent)
+    return Made(out, made, plan.size, pool.warnings)
+
+
+@contextlib.contextmanager
+def _draft(out: Path) -> Iterator[Path]:
+    """`out`.tmp, new and ours alone; gone after an error. What a killed merge left there is removed, nothing else is."""
+    draft = out.with_name(out.name + ".tmp")
+    try:
+        if os.path.lexists(draft):
+            _remove_leftover(draft)
+        (draft / WORK).mkdir(parents=True)
+        handle = os.open(draft, os.O_RDONLY)
+    except OSError as error:
+        raise StoreError(f"cannot write {out}: {error}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield draft
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise StoreError(f"cannot write {out}: {error}") from error
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    return Made(out, made, plan.size, pool.warnings)
+    finally:
+        os.close(handle)
+
+
+def _remove_leftover(draft: Path) -> None:
+    """Raise StoreError where `draft` is no leftover: something of the user's, or a merge that is under way."""
+    if draft.is_symlink() or not (draft / WORK).is_dir():
+        raise StoreError(f"{draft}, where the model would be written first, is something else; move it away")
+    handle = os.open(draft, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(draft)
+    except BlockingIOError:
+        raise StoreError(f"{draft} is being written by another merge; wait for it or choose another name") from None
+    finally:
+        os.close(handle)
 
 
 def _base(recipe: Recipe) -> BaseSpec:
@@ -114,11 +153,25 @@ def _settle(place: Place, plan: MergePlan, recipe: Recipe, draft: Path) -> str:
     dtypes = sorted({info.dtype for info in plan.outputs.values() if info.dtype in TORCH_NAMES})
     base = place.pool.base
     write_companions(draft, base, place.folders[base.weights], dtypes)
-    held = recipe.model_dump(mode="json", exclude_defaults=True)
+    held = _pinned(recipe, place.pool)
     (draft / "README.md").write_text(model_card(held, _origin(place.pool, plan.step, record.result), None))
     (draft / "mergeloom.yaml").write_text(as_yaml(held))
     shutil.rmtree(draft / ".work")
     return record.digest
+
+
+def _pinned(recipe: Recipe, pool: Pool) -> dict[str, Any]:
+    """The recipe as it can be run again: hub revisions are the commits they stood for."""
+    held: dict[str, Any] = recipe.model_dump(mode="json", exclude_defaults=True)
+    sources = [one.snapshot.source for one in pool.experts.values()]
+    told = [
+        *zip(held["experts"], sources, strict=True),
+        *([(held["base"], pool.base.source)] if "base" in held else []),
+    ]
+    for entry, source in told:
+        if source.revision is not None:
+            entry.update(source=str(entry["source"]).partition("@")[0], revision=source.revision)
+    return held
 
 
 def _origin(pool: Pool, step: Step, result: Any) -> dict[str, Any]:
@@ -137,8 +190,13 @@ def _origin(pool: Pool, step: Step, result: Any) -> dict[str, Any]:
 def _sync(folder: Path) -> None:
     """Have every file and the folder itself on the disk."""
     for path in [*sorted(folder.rglob("*")), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    """Have one file, or the names in one folder, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

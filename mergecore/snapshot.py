@@ -103,6 +103,11 @@ class MemoryTensors:
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Dtype and shape of each."""
+        for name, value in self.held.items():
+            if value.dtype not in NAMES:
+                raise SourceError(
+                    f"tensor '{name}' has dtype {value.dtype}, which no safetensors file can hold; convert it"
+                )
         return {name: TensorInfo(NAMES[value.dtype], tuple(value.shape)) for name, value in self.held.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -211,36 +216,44 @@ def parse_header(read: Callable[[int, int], bytes], size: int, where: str) -> di
         raise SourceError(f"{where} has {size} bytes: not a safetensors file; fetch or write it again")
     length = int.from_bytes(read(0, 8), "little")
     if length > min(size - 8, 100 << 20):
-        raise SourceError(f"{where} is no safetensors file, or is truncated (header of {length:,} bytes in {size:,})")
+        raise SourceError(
+            f"{where} is no safetensors file, or is truncated (header of {length:,} bytes in {size:,}); fetch it again"
+        )
     try:
         header = json.loads(read(8, length))
         header.pop("__metadata__", None)
         entries = {tensor: _entry(tensor, entry, 8 + length) for tensor, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(f"{where} has a header that cannot be read ({error}); fetch or write it again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        said = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise SourceError(f"{where} has a header that cannot be read ({said}); fetch or write it again") from error
     for tensor, (info, offset) in entries.items():
         if info.dtype not in DTYPES:
-            raise SourceError(f"{where}: tensor '{tensor}' has dtype {info.dtype}, which torch cannot hold")
+            raise SourceError(
+                f"{where}: tensor '{tensor}' has dtype {info.dtype}, which cannot be read; give the checkpoint in "
+                "float32, float16 or bfloat16"
+            )
         if offset + info.count * DTYPES[info.dtype].itemsize > size:
-            raise SourceError(f"{where} is truncated: tensor '{tensor}' ends after the file's {size:,} bytes")
+            raise SourceError(
+                f"{where} is truncated: tensor '{tensor}' ends after the file's {size:,} bytes; fetch it again"
+            )
     return entries
 
 
 def _entry(tensor: str, entry: Mapping[str, Any], data_start: int) -> tuple[TensorInfo, int]:
     info = TensorInfo(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]))
     start, stop = (int(position) for position in entry["data_offsets"])
+    if start < 0 or any(size < 0 for size in info.shape):
+        raise ValueError(f"tensor '{tensor}' has shape {list(info.shape)} at byte {start}")
     if info.dtype in DTYPES and stop - start != info.count * DTYPES[info.dtype].itemsize:
         raise ValueError(f"tensor '{tensor}' has {stop - start} bytes for shape {list(info.shape)} of {info.dtype}")
     return info, data_start + start
 
 
-def check_finite(values: Tensor, name: str, owner: str) -> None:
+def check_finite(values: Tensor, name: str, owner: str, remedy: str) -> None:
     """Raise NonFiniteError where `values` (any floating dtype) hold a NaN or an infinity, naming tensor and owner."""
     if values.numel() == 0:
         return
     low, high = torch.aminmax(values)  # both carry a NaN on
     if not (torch.isfinite(low) and torch.isfinite(high)):
         position = int((~torch.isfinite(values.reshape(-1))).nonzero()[0])
-        raise NonFiniteError(
-            f"{owner}: tensor '{name}' holds {values.reshape(-1)[position].item()}; repair or leave it out"
-        )
+        raise NonFiniteError(f"{owner}: tensor '{name}' holds {values.reshape(-1)[position].item()}; {remedy}")

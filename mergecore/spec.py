@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mergecore.errors import SpecError
+from mergecore.errors import SpecError, nearest
 from mergecore.identity import digest
 from mergecore.layout import SelectRule
 from mergecore.method import Method
@@ -21,6 +21,18 @@ from mergecore.registry import METHODS, explained, method_from
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 SAFETENSORS_DTYPE: dict[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def _size(text: str) -> str:
+    try:
+        size_in_bytes(text)
+    except SpecError as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+Size = Annotated[str, AfterValidator(_size)]
+"""A number of bytes as people write it: 5GB, 500MB."""
 
 
 class Part(BaseModel):
@@ -101,7 +113,7 @@ class Output(Part):
     """What is written and what stays."""
 
     dtype: Dtype | None = Field(None, description="of the files; none: as the base has it")
-    shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*[KMGT]?B$")] = "5GB"
+    shard_size: Size = "5GB"
     keep: Literal["registered", "best", "all", "none"] = Field(
         "registered", description="which models stay on disk: the registered one, the best per method, all, none"
     )
@@ -118,8 +130,8 @@ class Run(Part):
     )
     dask: str = Field("local", description="'local', 'gpu' (one worker a device) or a scheduler's address")
     workers: Annotated[int | None, Field(ge=1, description="local worker processes; none: one a core")] = None
-    memory: str | None = Field(None, description="memory that a pass may use, 8GB say; none: half of what is free")
-    disk: str | None = Field(None, description="disk that models under way may use; none: half of what is free")
+    memory: Size | None = Field(None, description="memory that a pass may use, 8GB say; none: half of what is free")
+    disk: Size | None = Field(None, description="disk that models under way may use; none: half of what is free")
 
 
 @dataclass(frozen=True)
@@ -151,6 +163,8 @@ class Spec(Part):
     @field_validator("experts")
     @classmethod
     def _named_once(cls, experts: tuple[ExpertSpec, ...]) -> tuple[ExpertSpec, ...]:
+        if not experts:
+            raise ValueError("at least one expert is needed")
         names = [expert.name for expert in experts]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -159,6 +173,8 @@ class Spec(Part):
 
     @model_validator(mode="after")
     def _fits(self) -> Spec:
+        if not self.counts:
+            raise ValueError("counts: at least one number of experts is needed, as in counts: [2]")
         for count in self.counts:
             if count > len(self.experts):
                 raise ValueError(f"counts: {count} experts are asked for, the pool has {len(self.experts)}")
@@ -176,7 +192,7 @@ class Spec(Part):
         """Every method with every combination of its grids; average is always there, and equal ones are one."""
         found: dict[str, Variant] = {}
         for position, entry in enumerate(self.methods):
-            for values in expanded(entry):
+            for values in expanded(entry, f"methods[{position}]"):
                 name = str(values.pop("method", ""))
                 label = str(values.pop("label", "") or name + ("+drop" if values.get("drop") else ""))
                 method = method_from(name, values, f"methods[{position}]")
@@ -197,25 +213,50 @@ class Recipe(Part):
     experts: tuple[ExpertSpec, ...]
     dtype: Dtype | None = None
     select: tuple[SelectRule, ...] = ()
-    shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*[KMGT]?B$")] = "5GB"
+    shard_size: Size = "5GB"
+
+    @field_validator("experts")
+    @classmethod
+    def _told_apart(cls, experts: tuple[ExpertSpec, ...]) -> tuple[ExpertSpec, ...]:
+        """Names label, they never decide: where several folders are called alike, their whole paths are the names."""
+        if not experts:
+            raise ValueError("at least one expert is needed")
+        names = [expert.name for expert in experts]
+        told = tuple(
+            expert.model_copy(update={"name": expert.source}) if names.count(expert.name) > 1 else expert
+            for expert in experts
+        )
+        names = [expert.name for expert in told]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"'{twice[0]}' stands there twice; list each checkpoint once")
+        return told
 
     def built(self) -> Method:
         """The method with its parameters."""
-        return method_from(self.method, dict(self.model_extra or {}), "recipe")
+        return method_from(self.method, dict(self.model_extra or {}), "recipe", Recipe.model_fields)
 
 
-def expanded(value: Any) -> Iterator[Any]:
-    """Every combination of the `{grid: [...]}` entries anywhere inside a value, in the order written."""
+def expanded(value: Any, where: str) -> Iterator[Any]:
+    """Every combination of the `{grid: [...]}` entries anywhere inside a value, in the order written.
+
+    Raises SpecError, naming the place, for a grid that is no list or an empty one: it would quietly drop the method.
+    """
     if isinstance(value, Mapping):
-        if set(value) == {"grid"}:
-            for choice in value["grid"]:
-                yield from expanded(choice)
+        if "grid" in value:
+            choices = value["grid"]
+            if set(value) != {"grid"} or not isinstance(choices, list | tuple) or not choices:
+                raise SpecError(
+                    f"{where}: a grid is a list of at least one value and nothing beside it: {{grid: [0.3, 0.5]}}"
+                )
+            for choice in choices:
+                yield from expanded(choice, where)
             return
         keys = list(value)
-        for combination in itertools.product(*(list(expanded(value[key])) for key in keys)):
+        for combination in itertools.product(*(list(expanded(value[key], f"{where}.{key}")) for key in keys)):
             yield dict(zip(keys, combination, strict=True))
     elif isinstance(value, list | tuple):
-        for combination in itertools.product(*(list(expanded(item)) for item in value)):
+        for combination in itertools.product(*(list(expanded(item, where)) for item in value)):
             yield list(combination)
     else:
         yield value
@@ -223,26 +264,47 @@ def expanded(value: Any) -> Iterator[Any]:
 
 def size_in_bytes(text: str) -> int:
     """'5GB' as bytes, with decimal units."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", text.strip())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)B", text.strip())
     if found is None:
         raise SpecError(f"'{text}' is no size; write a number and a unit, as in 8GB or 500MB")
-    return int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping a YAML file holds. Raises SpecError with line and column where it is not YAML."""
     try:
-        held = yaml.safe_load(path.read_text())
+        held = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         beside = sorted(other.name for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         raise SpecError(f"{path} does not exist" + (f"; there is {', '.join(beside[:5])}" if beside else "")) from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise SpecError(f"{path}{place}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, RecursionError) as error:
         raise SpecError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(held, dict):
-        raise SpecError(f"{path} holds {type(held).__name__}, not a mapping of keys")
+        kind = "is empty" if held is None else f"holds a {type(held).__name__}"
+        raise SpecError(f"{path} {kind}; a spec or recipe is a mapping of keys, as in `method: average`")
     return held
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML where a key that stands twice is an error: the first would be ignored without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' stands twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def parse_spec(held: Mapping[str, Any], where: str) -> Spec:
@@ -261,27 +323,18 @@ def parse_recipe(held: Mapping[str, Any], where: str) -> Recipe:
         raise SpecError(
             f"{where} is in mergekit's form, which cannot be read yet; write `method:`, `base:` and `experts:`"
         )
+    kind = METHODS.get(str(held.get("method")))
+    if kind is not None:
+        known = {*Recipe.model_fields, *kind.model_fields}
+        strange = [str(key) for key in held if key not in known]
+        if strange:
+            raise SpecError("; ".join(f"{where}.{key}: unknown key; {nearest(key, known)}" for key in strange))
     try:
         recipe = Recipe.model_validate(dict(held))
     except ValidationError as error:
         raise SpecError(explained(error, Recipe, where)) from None
     recipe.built()
     return recipe
-
-
-def values_label(values: Mapping[str, Any]) -> str:
-    """Values as people read them: 'scale=0.5, drop.rate=0.5'; empty where the spec gave none."""
-    return ", ".join(
-        f"{path}={value:g}" if isinstance(value, float) else f"{path}={value}" for path, value in _leaves(values)
-    )
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        elif not (key == "kind" and prefix):
-            yield f"{prefix}{key}", value
 
 
 def as_yaml(value: Any) -> str:

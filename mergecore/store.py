@@ -3,14 +3,20 @@
 <root>/merge/ties-3f2a91c07be4/   model-00001-of-00002.safetensors … record.json
 <root>/drafts/<key>/              work under way; renamed into place when its record has been written
 <root>/locks/<key>                flock: saves double work, gone with its process
+
+Killed at any moment, a process leaves at most a draft, a grave or a small temporary file: the next one to work on the
+step takes over what is whole, and `Store.clean` removes the rest.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +24,15 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from mergecore.errors import MergeloomError, StoreError
+from mergecore.errors import CapacityError, MergeloomError, StoreError
 from mergecore.identity import Step
 
 RECORD = "record.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where there is no more room for a file."""
+KEY = re.compile(r"[0-9a-f]{64}")
+TEMPORARY = ("*/*/.record.json.*", "failures/.*.json.*", "sweeps/*/.*.json.*")
+"""Where `write_json` is used outside of drafts."""
 
 
 class State(StrEnum):
@@ -102,20 +113,32 @@ class Store:
     def draft(self, step: Step, resume: bool = False) -> Iterator[Draft]:
         """A locked directory for the work of one step; what a killed process left in it is removed, or with `resume` kept.
 
-        On an error the draft is removed (with `resume` kept, unless the error is ours to report): nothing half-written
-        is ever seen. The caller commits before leaving.
+        Where that process had finished and only not yet renamed it, the step is PRESENT inside: look before working.
+        A draft that is not committed is removed (with `resume` it is kept when an error interrupts the work, unless the
+        error is ours to report): nothing half-written is ever seen. Raises CapacityError where the disk is full.
         """
         with self.lock(step.key):
-            path = self.root / "drafts" / step.key
-            if path.exists() and not resume:
-                shutil.rmtree(path)
-            path.mkdir(parents=True, exist_ok=True)
+            path, kept = self.root / "drafts" / step.key, False
             try:
+                if (path / RECORD).exists() and self.state(step) is not State.PRESENT:
+                    self._place(path, self.folder(step))
+                if path.exists() and not resume:
+                    shutil.rmtree(path)
+                path.mkdir(parents=True, exist_ok=True)
+                for stray in path.glob(f".{RECORD}.*"):  # killed while the record was being written
+                    stray.unlink()
                 yield Draft(step, path)
             except BaseException as error:
-                if not resume or isinstance(error, MergeloomError):
-                    shutil.rmtree(path, ignore_errors=True)
+                full = isinstance(error, OSError) and error.errno in FULL
+                kept = resume and not full and not isinstance(error, MergeloomError)
+                if full:
+                    raise CapacityError(
+                        f"no room in {self.root} for {step.name} ({error}); free disk space and run again"
+                    ) from error
                 raise
+            finally:
+                if not kept:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def commit(self, draft: Draft, digest: str, result: Mapping[str, Any], made: Mapping[str, Any]) -> Record:
         """Write the record last and rename the draft into place. Atomic: before it nothing is done, after it all is."""
@@ -130,20 +153,20 @@ class Store:
         }
         record = Record(step.key, step.as_json(), digest, dict(result), files, dict(made))
         write_json(draft.path / RECORD, record.__dict__)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists():
-            self._discard(folder)
-        os.rename(draft.path, folder)
+        self._place(draft.path, folder)
         return record
 
     def drop(self, step: Step) -> None:
-        """Free the bytes of a done step, keeping its record as a tombstone. Nothing happens where it is not PRESENT."""
-        if self.state(step) is not State.PRESENT:
+        """Free the bytes of a done step, keeping its record as a tombstone; also those that a killed `drop` has left.
+
+        Nothing happens where the step is neither PRESENT nor DROPPED.
+        """
+        state, record = self.state(step), self.record(step)
+        if record is None or state not in (State.PRESENT, State.DROPPED):
             return
-        record = self.record(step)
-        assert record is not None
         folder = self.folder(step)
-        write_json(folder / RECORD, {**record.__dict__, "dropped": True})
+        if state is State.PRESENT:
+            write_json(folder / RECORD, {**record.__dict__, "dropped": True})
         for name in record.files:
             (folder / name).unlink(missing_ok=True)
 
@@ -156,8 +179,11 @@ class Store:
     def fail(self, step: Step, reason: str) -> None:
         """Record that a step was tried and why it failed; it is not tried again until `forgive`."""
         path = self.root / "failures" / f"{step.key}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"step": step.as_json(), "reason": reason})
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"step": step.as_json(), "reason": reason})
+        except OSError as error:
+            raise StoreError(f"{step.name} failed ({reason}), and {path} cannot be written: {error}") from error
 
     def failures(self) -> dict[str, str]:
         """{key: reason} of every step that failed."""
@@ -179,44 +205,101 @@ class Store:
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Hold the exclusive lock `name` across processes; waits for who has it. Gone with its process, even a killed one."""
-        folder = self.root / "locks"
+        path = self.root / "locks" / name
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = _locked(path)
+            assert handle is not None
         except OSError as error:
             raise StoreError(
                 f"the store {self.root} cannot be written: {error}; choose another with `output.store`"
             ) from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
             os.close(handle)
 
     def clean(self) -> int:
-        """Remove drafts that no living process holds; returns how many. What spans had finished in them is lost."""
-        removed = 0
-        for path in (self.root / "drafts").glob("*"):
-            handle = os.open(self.root / "locks" / path.name, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path)
-                removed += 1
-            except BlockingIOError:
+        """Remove what killed processes have left: drafts that no living one holds, locks of steps, temporary files.
+
+        Returns how many drafts there were; what spans had finished in them is lost. For the end of a sweep, therefore.
+        """
+        drafts = {path.name for path in (self.root / "drafts").glob("*")}
+        if drafts:
+            (self.root / "locks").mkdir(exist_ok=True)
+        for name in drafts | {path.name for path in (self.root / "locks").glob("*") if KEY.fullmatch(path.name)}:
+            lock = self.root / "locks" / name
+            if (handle := _locked(lock, wait=False)) is None:
+                drafts.discard(name)
                 continue
+            try:
+                _remove(self.root / "drafts" / name)
+                lock.unlink(missing_ok=True)
             finally:
                 os.close(handle)
-        return removed
+        for pattern in TEMPORARY:
+            for path in self.root.glob(pattern):
+                _remove_unheld(path)
+        return len(drafts)
+
+    def _place(self, draft: Path, folder: Path) -> None:
+        """Rename a draft that holds its record into its place. What is there moves out of the way first."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            self._discard(folder)
+        os.rename(draft, folder)
 
     def _discard(self, folder: Path) -> None:
-        grave = self.root / "drafts" / f"old-{folder.name}-{os.getpid()}"
+        grave = self.root / "drafts" / f"old-{folder.name}-{uuid.uuid4().hex[:12]}"
         grave.parent.mkdir(parents=True, exist_ok=True)
         os.rename(folder, grave)
-        shutil.rmtree(grave)
+        shutil.rmtree(grave, ignore_errors=True)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write JSON so that a reader sees either the old file or the whole new one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    os.replace(draft, path)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        with open(draft, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # what nobody holds was left by a killed process: `Store.clean` removes it
+            file.write(json.dumps(value, indent=1, sort_keys=True) + "\n")
+            file.flush()
+            os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def _locked(path: Path, wait: bool = True) -> int | None:
+    """A handle that holds the lock on `path`; None where another has it and we do not wait."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.fstat(handle).st_nlink:  # else `clean` has removed the file that we were waiting for
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, whichever it is; nothing where it is gone."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _remove_unheld(path: Path) -> None:
+    """Remove a temporary file unless a living process is writing it."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+    except OSError:
+        return

@@ -22,6 +22,7 @@ from mergecore.run import (
     snapshots_of,
 )
 from mergecore.scores import Sweep
+from mergecore.store import State
 from mergecore.summary import best, summarise
 
 
@@ -44,7 +45,19 @@ def complete(place: Place, frontier: Frontier, after: Callable[[Done], None]) ->
         drop_models(place, frontier.droppable())
         after(found)
         done = done.note(found)
-    return done.note(register_best(place, frontier))
+    done = done.note(register_best(place, frontier))
+    settle(frontier)
+    return done
+
+
+def settle(frontier: Frontier) -> None:
+    """What remains when nothing is missing: models that nothing asks for go, and with them what killed runs have left."""
+    for merge in frontier.droppable(settled=True):
+        frontier.store.drop(merge.step)
+    for cell in frontier.plan.cells:
+        if cell.merge is not None and frontier.store.state(cell.model) is State.DROPPED:
+            frontier.store.drop(cell.model)
+    frontier.store.clean()
 
 
 def run_round(place: Place, round: Round) -> Done:

@@ -68,3 +68,8 @@ def folded_sum(values: Sequence[Tensor]) -> Tensor:
     for value in values[1:]:
         total = total + value
     return total
+
+
+def divided(values: Tensor, by: float) -> Tensor:
+    """values / by, correctly rounded: by a number from Python, torch would multiply with its reciprocal on a GPU."""
+    return values / torch.full((), by, dtype=values.dtype, device=values.device)

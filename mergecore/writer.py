@@ -80,8 +80,9 @@ class ShardSink(Sink):
             try:
                 handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
                 try:
-                    os.posix_fallocate(handle, 0, shard.size)
+                    # The size comes last: who finds a file of that size may rely on its header.
                     os.pwrite(handle, shard.header, 0)
+                    os.posix_fallocate(handle, 0, shard.size)
                 finally:
                     os.close(handle)
             except OSError as error:

@@ -18,7 +18,7 @@ def download(name: str, work: Work) -> State[Any]:
     known = all(work.place.store.is_done(snapshot_step(snapshot)) for snapshot in work.items)
     done = [fetch(work.place, snapshot) for snapshot in work.items]
     if known:
-        return cached(len(done), "checkpoints")
+        return cached(len(done), "checkpoint")
     total = done[0]
     for one in done[1:]:
         total = total.note(one)

@@ -15,4 +15,4 @@ from tasks.work import OPTIONS, Work, cached, ended
 def evaluate(name: str, work: Work) -> State[Any]:
     """`work.items`: scorings (a cell and the tasks on which it is still to be scored)."""
     missing = [one for one in work.items if not all(work.place.store.is_done(step) for _, _, step in one.tasks)]
-    return ended(run_scorings(work.place, missing)) if missing else cached(len(work.items), "models' scores")
+    return ended(run_scorings(work.place, missing)) if missing else cached(len(work.items), "scored model")

@@ -1,13 +1,19 @@
-"""Merges: many models completed in one pass over their pool, spans spread over the workers."""
+"""Merges: many models completed in one pass over their pool, or one from a recipe; spans spread over the workers."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from prefect import task
 from prefect.client.schemas.objects import State
 
+from mergecore import single
+from mergecore.engine import Executor
+from mergecore.method import Report
+from mergecore.pool import Resolver
 from mergecore.run import run_merges
+from mergecore.spec import Recipe
 from mergecore.store import State as StoreState
 from tasks.work import OPTIONS, Work, cached, ended
 
@@ -16,4 +22,22 @@ from tasks.work import OPTIONS, Work, cached, ended
 def merge(name: str, work: Work) -> State[Any]:
     """`work.items`: plans of merges."""
     missing = [plan for plan in work.items if work.place.store.state(plan.step) is not StoreState.PRESENT]
-    return ended(run_merges(work.place, missing)) if missing else cached(len(work.items), "models")
+    return ended(run_merges(work.place, missing)) if missing else cached(len(work.items), "model")
+
+
+class Order:
+    """A recipe, the folder its model shall be in, and how it is made. A plain class, as `Work` is."""
+
+    def __init__(
+        self, recipe: Recipe, out: Path, resolve: Resolver, executor: Executor, report: Report, durable: bool
+    ) -> None:
+        self.recipe, self.out, self.resolve = recipe, out, resolve
+        self.executor, self.report, self.durable = executor, report, durable
+
+
+@task(name="merge", task_run_name="merge {name}", **OPTIONS)
+def merge_recipe(name: str, order: Order) -> single.Made:
+    """Raises a MergeloomError for what cannot be made; nothing is left then."""
+    return single.merge_recipe(
+        order.recipe, order.out, order.resolve, order.executor, order.report, durable=order.durable
+    )

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergecore.curves import json_text, values_label
+from mergecore.curves import json_text
 from mergecore.identity import digest
-from mergecore.scores import CellScores, Suite, Sweep
+from mergecore.scores import CellScores, Suite, Sweep, values_label
 from mergecore.summary import Summary
 
 FORMAT = 1

@@ -1,7 +1,8 @@
 """Spreads spans and evaluations over a Dask cluster: the engine's executor, by way of one shared client.
 
-What all items share is pickled once into the store's folder, which every worker sees; a few hundred bytes an item go
-through the scheduler. A worker that dies loses nothing that was recorded: its items are done again elsewhere.
+What all items share is pickled once into the store, which every worker sees, as a draft that is locked while it is
+needed; a few hundred bytes an item go through the scheduler. A worker that dies loses nothing that was recorded: its
+items are done again elsewhere.
 """
 
 from __future__ import annotations
@@ -18,65 +19,101 @@ from typing import Any
 from distributed import Client, wait
 from distributed.scheduler import KilledWorker
 
-from mergecore.errors import MergeloomError, ServiceError
+from mergecore.errors import ServiceError
+from mergecore.method import Event, Report
+from mergecore.store import Store
 
 PRIORITIES = {"run_span": 20, "find_on_data": 10}
 """Spans come before statistics on data, and these before evaluations."""
 SLOT = {"slot": 1}
 POLL_SECONDS = 1.0
+FETCH_SECONDS = 30.0
 KEPT = 4
 """How many shared objects a worker process keeps."""
+
+STOPPED = "the flow was cancelled; run the same spec again to go on"
 
 _shared: OrderedDict[str, Any] = OrderedDict()
 
 
-class Stopped(MergeloomError):
-    """The flow was cancelled; what is finished is kept."""
+class Stopped(Exception):
+    """The flow was cancelled; what is finished is kept. No MergeloomError: those are recorded as a step's failure."""
+
+
+def stoppable(report: Report, stop: threading.Event) -> Report:
+    """The same `report`, which ends the work that reports (a download, a hash, a pass) once `stop` is set."""
+
+    def heard(event: Event) -> None:
+        if stop.is_set():
+            raise Stopped(STOPPED)
+        report(event)
+
+    return heard
 
 
 class OnDask:
-    """An executor (mergecore.engine.Executor) over the workers of `client`. `stop`, once set, ends everything."""
+    """An executor (mergecore.engine.Executor) over the workers of `client`. `stop`, once set, ends everything.
+
+    folder: the store's, or another that all workers see.
+    """
 
     def __init__(self, client: Client, folder: Path, stop: threading.Event | None = None) -> None:
-        self.client, self.folder, self.stop = client, folder, stop or threading.Event()
+        self.client, self.store, self.stop = client, Store(folder), stop or threading.Event()
         self.workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
 
     def each(self, function: Callable[[Any, Any], Any], shared: Any, items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """(position, function(shared, item)) as they complete. Raises what an item raised, ServiceError where workers
         die again and again, Stopped where the flow was cancelled; the rest is called off then."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{uuid.uuid4().hex}.pickle"
-        path.write_bytes(pickle.dumps(shared, protocol=pickle.HIGHEST_PROTOCOL))
+        name = f"pass-{uuid.uuid4().hex}"
         priority = PRIORITIES.get(function.__name__, 0)
-        futures = {
-            self.client.submit(
-                call, str(path), function, item, key=f"{function.__name__}-{path.stem}-{position}",
-                resources=SLOT, priority=priority, pure=False,
-            ): position
-            for position, item in enumerate(items)
-        }  # fmt: skip
-        try:
-            yield from self._completed(futures)
-        finally:
-            self.client.cancel(list(futures), force=True)
-            path.unlink(missing_ok=True)
+        with self._lent(name, shared) as path:
+            futures = {
+                self.client.submit(
+                    call, str(path), function, item, key=f"{function.__name__}-{path.name.removeprefix('pass-')}-{position}",
+                    resources=SLOT, priority=priority, pure=False,
+                ): position
+                for position, item in enumerate(items)
+            }  # fmt: skip
+            try:
+                yield from self._completed(futures)
+            finally:
+                self.client.cancel(list(futures), force=True)
+
+    @contextlib.contextmanager
+    def _lent(self, name: str, shared: Any) -> Iterator[Path]:
+        """A file that holds `shared`, gone at the end; locked, so that `Store.clean` removes those of killed processes."""
+        path = self.store.root / "drafts" / name
+        with self.store.lock(name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.write_bytes(pickle.dumps(shared, protocol=pickle.HIGHEST_PROTOCOL))
+                yield path
+            finally:
+                path.unlink(missing_ok=True)
+                (self.store.root / "locks" / name).unlink(missing_ok=True)
 
     def _completed(self, futures: dict[Any, int]) -> Iterator[tuple[int, Any]]:
         waiting = dict(futures)
         while waiting:
             if self.stop.is_set():
-                raise Stopped("the flow was cancelled; run the same spec again to go on")
+                raise Stopped(STOPPED)
             with contextlib.suppress(TimeoutError), self.client.as_current():
                 wait(list(waiting), timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
             for future in [future for future in waiting if future.done()]:
                 position = waiting.pop(future)
                 try:
-                    yield position, future.result(timeout=30)
+                    found = future.result(timeout=FETCH_SECONDS)
                 except KilledWorker as error:
                     raise ServiceError(
                         f"{error.last_worker.address if error.last_worker else 'a worker'} and others before it died at "
                         "the same piece of work, most likely out of memory; run fewer workers (run.workers)"
                     ) from error
+                except TimeoutError:
+                    if future.status == "error":
+                        raise
+                    waiting[future] = position  # its worker died with the result in hand: it is done once more
+                    continue
+                yield position, found
 
 
 def call(path: str, function: Callable[[Any, Any], Any], item: Any) -> Any:

@@ -17,7 +17,7 @@ def statistics(name: str, work: Work) -> State[Any]:
     """`work.items`: plans of statistics; streamed ones are completed in one pass, those on data one after another."""
     missing = [plan for plan in work.items if not work.place.store.is_done(plan.step, bytes_needed=True)]
     if not missing:
-        return cached(len(work.items), "statistics")
+        return cached(len(work.items), "statistic")
     streamed = [plan for plan in missing if not isinstance(plan.statistic, DataStatistic)]
     with_data = [plan for plan in missing if isinstance(plan.statistic, DataStatistic)]
     done = run_statistics(work.place, streamed) if streamed else Done()

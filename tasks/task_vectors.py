@@ -15,4 +15,4 @@ from tasks.work import OPTIONS, Work, cached, ended
 def task_vectors(name: str, work: Work) -> State[Any]:
     """`work.items`: plans of profiles."""
     missing = [plan for plan in work.items if not work.place.store.is_done(plan.step, bytes_needed=True)]
-    return ended(run_statistics(work.place, missing)) if missing else cached(len(work.items), "profiles")
+    return ended(run_statistics(work.place, missing)) if missing else cached(len(work.items), "profile")

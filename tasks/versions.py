@@ -16,8 +16,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
-from mergecore.curves import values_label
-from mergecore.scores import CellScores, Sweep
+from mergecore.scores import CellScores, Sweep, values_label
 
 DIGEST = "weights.digest"
 

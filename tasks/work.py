@@ -25,7 +25,7 @@ class Work:
 
 def ended(done: Done) -> State[Any]:
     """The state a task ends in: Completed, its message saying what was done and what failed."""
-    message = f"{len(done.steps)} steps in {done.seconds:.1f} s"
+    message = f"{counted(len(done.steps), 'step')} in {done.seconds:.1f} s"
     logger = get_run_logger()
     for name, reason in done.failures.items():
         logger.warning("%s failed: %s", name, reason)
@@ -42,11 +42,16 @@ def first(done: Done) -> str:
 
 
 def cached(count: int, what: str) -> State[Any]:
-    """The state of a task whose work was all done before."""
-    return Completed(name="Cached", message=f"{count} {what} found in the store", data=None)
+    """The state of a task whose work was all done before. what: one of them, as in 'model'."""
+    return Completed(name="Cached", message=f"{counted(count, what)} found in the store", data=None)
 
 
-@task(name="reuse", task_run_name="{kind}: reuse {count}", **OPTIONS)
-def reuse(kind: str, count: int) -> State[Any]:
-    """Shows in one line how many steps of a kind an earlier run has finished."""
-    return cached(count, kind)
+def counted(count: int, what: str) -> str:
+    """'1 model', '2 models'."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+@task(name="reuse", task_run_name="reuse {what}", **OPTIONS)
+def reuse(what: str) -> State[Any]:
+    """Shows in one line how much of a kind an earlier run has finished. what: '5 merged models', say."""
+    return Completed(name="Cached", message=f"{what} found in the store", data=None)

@@ -19,6 +19,12 @@ TIED: tuple[tuple[str, str], ...] = (
 """(owner, name that is the same tensor where the config ties word embeddings)."""
 
 
+BUFFER = re.compile(
+    r"(?:^|\.)(?:rotary_emb\.inv_freq|attn\.(?:masked_)?bias|attention\.(?:masked_)?bias|position_ids)$"
+)
+"""Constants that some versions of a library save with a checkpoint and others do not: never merged, never missed."""
+
+
 def layer_of(name: str) -> int | None:
     """The layer a tensor belongs to, None for embeddings, heads and final norms."""
     found = LAYER.search(name)

@@ -103,7 +103,7 @@ def _copy(tensor: Tensor, name: str, weights: TensorSource) -> None:
             raise MismatchError(f"tensor '{name}' is {piece.dtype} where the model has {tensor.dtype}")
         flat[start:stop].copy_(piece.reshape(-1))
         if tensor.is_floating_point():
-            check_finite(flat[start:stop], name, f"the weights, as {tensor.dtype}")
+            check_finite(flat[start:stop], name, f"the weights, as {tensor.dtype}", "evaluate in a wider dtype")
 
 
 def _check_tied(tensor: Tensor, first: str, name: str, weights: TensorSource) -> None:

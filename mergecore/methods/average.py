@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import fsum
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.errors import SpecError
-from mergecore.method import Block, Method, Statistic, Statistics
+from mergecore.method import Block, Method, Statistic, Statistics, check_weights, moved
 from mergecore.statistics.dropped_norms import drop_statistics, l1_factors
-from mergecore.trims import RandomDrop, dropped, folded_sum
+from mergecore.trims import RandomDrop, divided, dropped, folded_sum
 
 
 class Average(Method):
@@ -52,25 +52,8 @@ class Average(Method):
         """Σ w_t x_t / Σ w_t, of weights, or of dropped deltas and then added to the base."""
         values = arguments.get("deltas", experts)
         if self.weights is None:
-            mean = folded_sum(values) / len(values)
+            mean = divided(folded_sum(values), len(values))
         else:
             mean = folded_sum([value * weight for value, weight in zip(values, self.weights, strict=True)])
-            mean = mean / sum(self.weights)
+            mean = divided(mean, fsum(self.weights))
         return mean if self.drop is None or base is None else base + mean
-
-
-def check_weights(weights: tuple[float, ...] | None, count: int) -> None:
-    """Raise SpecError where there is not one weight per expert, or where all of them are 0."""
-    if weights is None:
-        return
-    if len(weights) != count:
-        raise SpecError(
-            f"weights: {len(weights)} given for {count} experts; give one per expert, or none for equal ones"
-        )
-    if sum(weights) <= 0:
-        raise SpecError("weights: all are 0; give at least one expert a weight above 0")
-
-
-def moved(weights: tuple[float, ...], order: Sequence[int]) -> tuple[float, ...]:
-    """Weights in the order in which the experts are folded."""
-    return tuple(weights[position] for position in order)

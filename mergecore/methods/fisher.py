@@ -10,10 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.method import Block, DataStatistic, Method, Statistic, Statistics
-from mergecore.methods.average import check_weights, moved
+from mergecore.method import Block, DataStatistic, Method, Statistic, Statistics, check_weights, moved
 from mergecore.statistics.fisher import DiagonalFisher
-from mergecore.trims import folded_sum
+from mergecore.trims import divided, folded_sum
+
+LIFT = 2.0**64
+"""Squared gradients reach down to the smallest float32 there is, where a product with a weight keeps no digit; a power
+of two lifts them out of there and changes no bit of any other result."""
 
 
 class Fisher(Method):
@@ -66,10 +69,10 @@ class Fisher(Method):
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """The weighted mean; where every expert's weight is 0, the plain mean by `weights`."""
         importance = [
-            fisher.to(experts[0].device).clamp(min=self.floor) * coefficient
+            fisher.to(experts[0].device).clamp(min=self.floor) * coefficient * LIFT
             for fisher, coefficient in zip(arguments["fishers"], arguments["coefficients"], strict=True)
         ]
         total = folded_sum(importance)
         informed = folded_sum([share * expert for share, expert in zip(importance, experts, strict=True)])
         plain = folded_sum([expert * c for expert, c in zip(experts, arguments["weights"], strict=True)])
-        return torch.where(total > 0, informed / total, plain / sum(arguments["weights"]))
+        return torch.where(total > 0, informed / total, divided(plain, fsum(arguments["weights"])))

@@ -145,3 +145,12 @@ def test_dare_expectation_and_density(rescale: str) -> None:
     error = (total / seeds - delta).abs()
     sigma = delta.abs() * (rate / (1 - rate) / seeds) ** 0.5
     assert float((error <= 4 * sigma + 0.05 * delta.abs()).float().mean()) > 0.999
+
+
+def test_fisher_of_the_smallest_numbers_there_are() -> None:
+    """Squared gradients reach below the normal float32 numbers; a mean stays between the experts all the same."""
+    experts = [{"w": torch.tensor([0.6, 0.6, 2.0])}, {"w": torch.tensor([0.7, 0.3, 4.0])}]
+    fishers = [{"w": torch.tensor([1e-45, 1e-44, 1e-40])}, {"w": torch.tensor([1e-45, 1e-44, 2e-40])}]
+    method = methods.Fisher(normalize=False)
+    found = merge(method, experts=experts, statistics={"fisher": fishers})
+    torch.testing.assert_close(found["w"], torch.tensor([0.65, 0.45, 10 / 3]), rtol=1e-4, atol=0)

@@ -1,0 +1,64 @@
+"""What a flow run shows on Prefect's pages besides its tasks: log lines and artifacts in Markdown."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from prefect import get_run_logger
+from prefect.runtime import flow_run
+
+from flows.conduct import Outcome
+from mergecore.method import Event, Report
+
+PAGES = {"leaderboard": "Leaderboard", "curves": "Curves", "charts": "Charts", "model": "Registered model"}
+
+
+MOST_KINDS = 3
+
+
+def run_name() -> str:
+    """What a run is called in lists: the file it was started with, then the name it was given or Prefect made up."""
+    given, parameters = str(flow_run.name), flow_run.parameters
+    stem = Path(parameters.get("spec") or parameters.get("recipe") or "").stem
+    return given if given.startswith(stem) else f"{stem} · {given}"
+
+
+def listed(kinds: Iterable[str]) -> str:
+    """Names in a row, each once, short enough for a task's bar."""
+    names = sorted(set(kinds))
+    more = f" and {len(names) - MOST_KINDS} more" if len(names) > MOST_KINDS else ""
+    return ", ".join(names[:MOST_KINDS]) + more
+
+
+def logged() -> Report:
+    """Progress into the flow run's log: what is finished, no bars."""
+    logger = get_run_logger()
+
+    def report(event: Event) -> None:
+        if event.done >= event.total:
+            amount = f" ({event.total:g} {event.unit})" if event.total else ""
+            logger.info("%s%s", event.what, amount)
+
+    return report
+
+
+def report_page(outcome: Outcome, figure: Path, pages: Mapping[str, str]) -> str:
+    """The report as an artifact: links to MLflow first, the figure inside the text, so that it needs no other server."""
+    title, _, rest = outcome.report.partition("\n")
+    links = " · ".join(f"[{name}]({pages[page]})" for page, name in PAGES.items() if page in pages)
+    parts = [title, f"MLflow: {links}" if links else "", _inlined(figure), rest.strip()]
+    parts.append("\n".join(f"- {remark.strip()}" for remark in outcome.remarks))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _inlined(figure: Path) -> str:
+    if not figure.exists():
+        return ""
+    return f"![held-in and held-out scores](data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode()})"
+
+
+def slug(name: str) -> str:
+    """A name as artifact keys may be: small letters, digits and dashes."""
+    return "".join(letter if letter.isalnum() else "-" for letter in name.lower())

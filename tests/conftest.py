@@ -1,0 +1,13 @@
+"""What several folders of tests share. Prefect's own folder is a temporary one, so that nobody's profile is read."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="mergeloom-prefect-")
+atexit.register(shutil.rmtree, os.environ["PREFECT_HOME"], ignore_errors=True)
+
+from tests.deployed import project  # noqa: E402 — Prefect reads its settings as it is imported
+
+__all__ = ["project"]

@@ -1,0 +1,145 @@
+"""A sweep killed with SIGKILL at many moments goes on: nothing finished is done again, and the result is the same bytes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mergecore.store import Store
+from tests.digits import DigitsTier, digits_tier
+from tests.digits_sweep import EXPERTS, contents, digits_spec, leftovers, opened, stamps
+from tests.processes import kill_at, ran, was_killed
+
+METHODS = [
+    {"method": "average"},
+    {"method": "ties", "density": 0.3, "scale": {"grid": [0.5, 1.0]}},
+    {"method": "fisher", "fisher": {"samples": 16}},
+]
+
+
+@pytest.fixture(scope="module")
+def tier(pytestconfig: pytest.Config) -> DigitsTier:
+    assert pytestconfig.cache is not None
+    torch.set_num_threads(1)
+    return digits_tier(Path(pytestconfig.cache.mkdir("digits")))
+
+
+def spec(tier: DigitsTier, store: Path) -> dict[str, Any]:
+    """Every kind of step: streamed statistics, one on data, merges in several files, two splits, a registration."""
+    names = EXPERTS[:2]
+    return digits_spec(
+        tier, store, methods=METHODS, counts=[2], evaluate__limit=30, evaluate__validation={"limit": 20},
+        experts=[{"name": name, "source": str(tier.experts[name]), "tasks": [name]} for name in names],
+        evaluate__held_in={name: [name] for name in names}, evaluate__recalibration_tasks=list(names),
+    )  # fmt: skip
+
+
+def sweep(tier: DigitsTier, store: Path, place: str = "", call: int = 0, after: bool = False) -> list[str]:
+    """The whole sweep, in spans so small that a merge has several; killed at a moment. Gives the steps done."""
+    import mergecore.engine
+
+    mergecore.engine.plan_spans.__defaults__ = (20_000,)
+    if place:
+        kill_at(place, call, after)
+    done = opened(spec(tier, store), room=2).run()
+    assert not done.failures
+    return done.steps
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tier: DigitsTier, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the store holds after a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert len(ran(sweep, tier, folder)) == len(set(stamps(Store(folder))))
+    assert not leftovers(Store(folder))
+    return contents(Store(folder))
+
+
+MOMENTS = [
+    ("mergecore.sources.local:LocalSource.fetch", 3, False),  # the third checkpoint
+    ("mergecore.run:commit_result", 2, False),  # the second of the statistics that one reading gave
+    ("mergecore.statistics.profile:Profile.add", 7, False),  # in the middle of a scan
+    ("mergecore.statistics.fisher:DiagonalFisher.compute", 2, False),
+    ("mergecore.engine:write_journal", 9, False),  # in the middle of a merge
+    ("mergecore.writer:ShardSink.write", 40, False),
+    ("mergecore.run:_commit_model", 2, False),
+    ("mergecore.evaluators.classification:_ClassifierResident.score", 5, False),
+    ("pyarrow.parquet:write_table", 15, True),
+    ("os:rename", 20, False),
+    ("os:rename", 30, True),
+    ("os:replace", 25, False),
+    ("mergecore.store:Store.drop", 2, True),
+    ("mergecore.sweep:register", 1, False),
+    ("os:link", 2, True),
+    ("mergecore.publish:write_json", 1, False),  # published, and not yet on record
+    ("mergecore.store:Store.clean", 1, False),
+]
+
+
+@pytest.mark.parametrize(("place", "call", "after"), MOMENTS, ids=lambda value: str(value).rpartition(":")[2])
+def test_killed_and_started_again(
+    tier: DigitsTier, tmp_path: Path, undisturbed: dict[str, str], place: str, call: int, after: bool
+) -> None:
+    store = Store(tmp_path)
+    was_killed(sweep, tier, tmp_path, place, call, after)
+    finished, held = stamps(store), contents(store)
+    assert finished.keys() <= {name for name in undisturbed if "/" in name}
+    half = {name for name in held if name not in undisturbed and not name.startswith("merge/")}
+    assert not half, "nothing that is not finished can be seen"
+    ran(sweep, tier, tmp_path)
+    assert contents(store) == undisturbed
+    kept = stamps(store)
+    again = [name for name, stamp in finished.items() if kept[name] != stamp and not name.startswith("merge/")]
+    assert not again, "what was finished is not done again"
+    assert not leftovers(store)
+
+
+def test_killed_again_and_again(tier: DigitsTier, tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    """Every run gets a little further and is killed where it writes; the last one is left alone."""
+    store, done = Store(tmp_path), 0
+    for number in range(40):
+        try:
+            was_killed(sweep, tier, tmp_path, "os:rename" if number % 2 else "os:replace", 7)
+        except AssertionError:
+            break
+        assert len(stamps(store)) >= done
+        done = len(stamps(store))
+    assert number > 6
+    ran(sweep, tier, tmp_path)
+    assert contents(store) == undisturbed and not leftovers(store)
+
+
+def test_merges_are_not_begun_anew(tier: DigitsTier, tmp_path: Path) -> None:
+    """Of the spans that a killed run had journalled, for a finished model or a begun one, none is done again."""
+    was_killed(sweep, tier, tmp_path, "mergecore.engine:write_journal", 9, True)
+    begun = list((tmp_path / "drafts").glob("*/journal-*/*.json"))
+    assert 0 < len(begun) < 9
+    everything = ran(spans_written, tier, tmp_path / "fresh")
+    assert ran(spans_written, tier, tmp_path) == everything - 9
+
+
+def spans_written(tier: DigitsTier, store: Path) -> int:
+    """How many spans of merges a run journals."""
+    import mergecore.engine
+
+    written, original = [], mergecore.engine.write_journal
+    mergecore.engine.write_journal = lambda *given: (written.append(1), original(*given))[1]  # type: ignore[func-returns-value]
+    sweep(tier, store)
+    return len(written)
+
+
+def test_two_runs_of_one_sweep_at_once(tier: DigitsTier, tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    """Someone starts it twice: nothing breaks, no step is done by both."""
+    from tests.processes import Started
+
+    both = [Started(sweep, tier, tmp_path) for _ in range(2)]
+    steps = [name for one in both for name in one.result()]
+    evaluations = [name for name in steps if name.startswith("classification")]
+    assert len(evaluations) == len(set(evaluations))
+    assert contents(Store(tmp_path)) == undisturbed
+    shutil.rmtree(tmp_path / "locks", ignore_errors=True)
+    assert not leftovers(Store(tmp_path))

@@ -1,0 +1,120 @@
+"""A project as its users have it: Prefect and MLflow up, `make deploy` done, `make worker` running, one sweep done."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from flows import services, supervise
+from tests import tiny_sweep
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PATIENCE = 240.0  # seconds; a run imports torch, MLflow and Prefect before it does anything, on two busy cores
+
+
+@dataclass(frozen=True)
+class Project:
+    """folder: its data; page: what a person opens for Prefect; first: the flow run that has made everything."""
+
+    folder: Path
+    page: str
+    first: str
+
+    @property
+    def spec(self) -> Path:
+        """The sweep's spec."""
+        return self.folder / "tiny.yaml"
+
+    def ask(self, path: str, **body: Any) -> Any:
+        """What Prefect's API answers: a POST where there is a body, else a GET."""
+        return asked(f"{self.page}/api", path, body)
+
+    def deployment(self, name: str) -> Any:
+        """A deployment by its name; its flow has the same."""
+        return self.ask(f"/deployments/name/{name}/{name}")
+
+    def start(self, name: str, **parameters: Any) -> str:
+        """Start a deployment's run; returns the run's id."""
+        return started(f"{self.page}/api", name, parameters)
+
+    def ended(self, run: str) -> Any:
+        """The run, once it has ended."""
+        return waited(f"{self.page}/api", run)
+
+    def tasks(self, run: str) -> dict[str, str]:
+        """Name → state's name of a run's tasks."""
+        found = self.ask("/task_runs/filter", flow_runs={"id": {"any_": [run]}})
+        return {task["name"]: task["state"]["name"] for task in found}
+
+    def artifacts(self, run: str) -> dict[str, Any]:
+        """Key → artifact of a run."""
+        found = self.ask("/artifacts/filter", artifacts={"flow_run_id": {"any_": [run]}})
+        return {artifact["key"]: artifact for artifact in found}
+
+
+def asked(api: str, path: str, body: Mapping[str, Any]) -> Any:
+    answer = httpx.post(api + path, json=body, timeout=60) if body else httpx.get(api + path, timeout=60)
+    answer.raise_for_status()
+    return answer.json()
+
+
+def started(api: str, name: str, parameters: Mapping[str, Any]) -> str:
+    deployment = asked(api, f"/deployments/name/{name}/{name}", {})
+    run = asked(api, f"/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})
+    return str(run["id"])
+
+
+def waited(api: str, run: str) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        found = asked(api, f"/flow_runs/{run}", {})
+        if found["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+            return found
+        time.sleep(0.5)
+    raise AssertionError(f"the run has not ended: {found['state']}")
+
+
+def make(target: str, store: Path, api: str) -> list[str]:
+    """A target of the Makefile as a command, without setting up the environment that runs this test."""
+    binaries = Path(sys.executable).parent
+    return ["make", "-o", "setup", target, f"BIN={binaries}", f"STORE={store}", f"SERVER={api}"]
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """Everything started once; the first sweep is done when it is handed out."""
+    folder = tmp_path_factory.mktemp("project")
+    spec = tiny_sweep.write_spec(folder)
+    store = folder / "store"
+    log = folder / "worker.log"
+    with services.servers(store) as addresses:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+        environment = {**kept, "MLFLOW_TRACKING_URI": addresses.mlflow}
+        deployed = subprocess.run(
+            make("deploy", store, addresses.prefect), cwd=REPOSITORY, env=environment, capture_output=True, text=True
+        )
+        assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+        # Under the services' supervisor, so that the worker ends with this process however that ends.
+        supervised = [sys.executable, "-I", "-S", supervise.__file__, str(os.getpid()), "5"]
+        with log.open("wb") as output:
+            worker = subprocess.Popen(
+                [*supervised, *make("worker", store, addresses.prefect)],
+                cwd=REPOSITORY, env=environment, stdout=output, stderr=output, start_new_session=True,
+            )  # fmt: skip
+        try:
+            run = started(addresses.prefect, "sweep", {"spec": str(spec)})
+            found = waited(addresses.prefect, run)
+            assert found["state"]["name"] == "Completed", f"{found['state']}\n{log.read_text()}"
+            yield Project(folder, addresses.prefect_page, run)
+        finally:
+            worker.terminate()
+            worker.wait(30)

@@ -1,0 +1,118 @@
+"""Deployments: what `make deploy` registers, a worker runs, with the same results as the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows.merge import merge
+from flows.pages import listed, slug
+from flows.sweep import narrowed, sweep
+from mergecore.errors import SpecError
+from mergecore.registry import METHODS
+from tests import tiny_sweep
+from tests.deployed import REPOSITORY, Project
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def fields(project: Project, name: str) -> dict[str, Any]:
+    """The fields of a deployment's form."""
+    return dict(project.deployment(name)["parameter_openapi_schema"]["properties"])
+
+
+def test_the_settings_name_flows_that_exist() -> None:
+    settings = yaml.safe_load((REPOSITORY / "deployments" / "prefect.yaml").read_text())
+    entrypoints = {entry["name"]: entry["entrypoint"] for entry in settings["deployments"]}
+    assert entrypoints == {"sweep": "flows/sweep.py:sweep", "merge": "flows/merge.py:merge"}
+    assert (sweep.name, merge.name) == ("sweep", "merge")
+    for entry in settings["deployments"]:
+        assert all((REPOSITORY / path).exists() for path in (entry.get("parameters") or {}).values())
+
+
+def test_settings_are_yaml_and_hold_no_secrets() -> None:
+    for path in (REPOSITORY / "deployments").rglob("*.yaml"):
+        assert list(yaml.safe_load_all(path.read_text())), path
+
+
+def test_methods_and_counts_narrow_a_spec(tmp_path: Path) -> None:
+    path = tiny_sweep.write_spec(tmp_path)
+    assert {variant.method.name for variant in narrowed(str(path), ["ties"], []).variants} == {"average", "ties"}
+    assert narrowed(str(path), [], [3]).counts == (3,)
+    with pytest.raises(SpecError, match="did you mean 'ties'"):
+        narrowed(str(path), ["tie"], [])
+
+
+def test_names_that_pages_show() -> None:
+    assert listed(["ties", "average", "ties"]) == "average, ties"
+    assert listed(["e", "d", "c", "b", "a"]) == "a, b, c and 2 more"
+    assert slug("Demo v1.2_x") == "demo-v1-2-x"
+
+
+def test_every_field_of_the_forms_has_a_caption(project: Project) -> None:
+    for name in ("sweep", "merge"):
+        assert all(field.get("description") for field in fields(project, name).values()), name
+    assert fields(project, "sweep")["methods"]["items"]["enum"] == list(METHODS)
+    assert project.deployment("sweep")["parameters"] == {"spec": "examples/demo.yaml"}
+
+
+def test_a_second_sweep_waits_and_the_schedule_is_off(project: Project) -> None:
+    deployment = project.deployment("sweep")
+    assert deployment["global_concurrency_limit"]["limit"] == 1
+    assert deployment["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+    (schedule,) = deployment["schedules"]
+    assert not schedule["active"] and schedule["schedule"]["cron"] == "0 2 * * *"
+
+
+def test_killed_runs_are_watched_for(project: Project) -> None:
+    (automation,) = project.ask("/automations/filter", limit=10)
+    assert automation["enabled"] and automation["actions"][0]["state"] == "CRASHED"
+    assert project.deployment("sweep")["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
+
+
+def test_a_sweep_leaves_tasks_and_artifacts(project: Project) -> None:
+    run = project.ended(project.first)
+    assert run["state"]["message"] == "8 of 8 cells done"
+    assert run["name"].startswith("tiny · ")
+    tasks = project.tasks(project.first)
+    assert set(tasks.values()) == {"Completed"}
+    assert {"download base", "task vectors of 3 experts", "statistics threshold (3)", "register tiny"} <= set(tasks)
+    assert {"merge 2 models: ties", "track tiny"} <= set(tasks)
+    assert max(map(len, tasks)) < 60
+    artifacts = project.artifacts(project.first)
+    assert artifacts["progress-tiny"]["data"] == 100.0
+    report = artifacts["report-tiny"]["data"]
+    assert "](data:image/png;base64," in report and "viewStateShareKey" in report
+
+
+def test_what_is_finished_is_reused(project: Project) -> None:
+    run = project.start("sweep", spec=str(project.spec), methods=["average"], counts=[2], track=False)
+    assert project.ended(run)["state"]["message"] == "5 of 5 cells done"
+    tasks = project.tasks(run)
+    assert set(tasks.values()) == {"Cached"}, tasks
+    assert "reuse 1 merged model" in tasks, tasks
+
+
+def test_a_form_that_cannot_be_meant_is_refused(project: Project) -> None:
+    with pytest.raises(Exception, match=r"409|422"):
+        project.start("sweep", spec=str(project.spec), methods=["tie"])
+
+
+def test_a_merge_is_the_one_of_the_command_line(project: Project) -> None:
+    ours, theirs = project.folder / "by-flow", project.folder / "by-command"
+    run = project.start("merge", recipe=str(project.folder / "recipe.yaml"), out=str(ours), workers=1)
+    command = [sys.executable, "-m", "flows.cli", "merge", str(project.folder / "recipe.yaml"), str(theirs)]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    state = project.ended(run)["state"]
+    assert state["name"] == "Completed" and str(ours) in state["message"], state
+    weights = "model.safetensors"
+    assert (ours / weights).read_bytes() == (theirs / weights).read_bytes()
+    assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())
+    assert not list(project.folder.glob(".by-flow-*")), "nothing is left beside it"
+    page = project.artifacts(run)["model-by-flow"]["data"]
+    assert "Digest `" in page and "method: ties" in page

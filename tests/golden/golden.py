@@ -1,0 +1,183 @@
+"""Golden numbers: every method's result on tiny inputs, as digests (or, beyond plain arithmetic, as a few numbers).
+
+    python -m tests.golden.golden            write what is new (a new method, a new version, a new variant)
+    python -m tests.golden.golden --force    write everything anew, also numbers that changed without a new version
+
+The inputs are multiples of 2^-12 made from `random_words`: sums of them in float64 are exact, so nothing here depends on
+the order in which a machine adds. Element-wise methods give the same bytes on every machine; others are compared with
+a tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergecore import merge
+from mergecore.delta import AdapterExpert, Factor
+from mergecore.engine import block_digests
+from mergecore.identity import model_digest, random_key, random_words, tensor_digest
+from mergecore.method import DataStatistic, Method, Per
+from mergecore.registry import METHODS
+from mergecore.snapshot import NAMES, MemoryTensors
+
+STORED = Path(__file__).with_name("golden.json")
+TOLERANCE = 1e-4
+"""Relative, for methods that are not element-wise."""
+
+L1 = {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 3}
+INVERSE = {"kind": "random", "rate": 0.75, "seed": 11}
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "average": [{}, {"weights": [3, 1, 2]}, {"weights": [0.1, 0.2, 0.4]}, {"drop": L1}, {"drop": INVERSE}],
+    "task_arithmetic": [{"scale": 0.7}, {"scale": -0.3}, {"scale": 0.5, "drop": INVERSE}, {"scale": 1.0, "drop": L1}],
+    "ties": [
+        {},
+        {"density": 0.5, "scale": 0.8, "scope": "tensor"},
+        {"density": 0.3, "aggregate": "sum", "count": "exact"},
+        {"density": 0.3, "aggregate": "max", "count": "published"},
+        {"density": 0.7, "zero_sign": "positive"},
+        {"density": 0.4, "zero_sign": "majority", "scope": "tensor", "count": "exact"},
+        {"density": 0.5, "drop": L1},
+        {"density": 0.5, "drop": INVERSE, "count": "exact"},
+    ],
+    "fisher": [{}, {"weights": [1, 0, 2], "normalize": False, "floor": 0.0009765625}],
+}
+"""Per method the values it is tried with; a method without an entry here is tried with its defaults."""
+
+Golden = str | dict[str, list[float]]
+
+
+def drawn(name: str, shape: tuple[int, ...], bits: int = 10) -> Tensor:
+    """Multiples of 2^-12 between −2^(bits−12) and 2^(bits−12), the same on every machine."""
+    count = torch.Size(shape).numel()
+    words = random_words(random_key(0, "golden", name), 0, count) >> (31 - bits)
+    return (words.to(torch.float32) / 4096).reshape(shape)
+
+
+def models() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """A base and three experts: matrix, convolution, vector, scalar, narrow dtypes, an empty tensor, a counter."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "layers.0.m": (29, 13), "layers.1.m": (29, 13), "conv": (3, 4, 3, 3), "v": (11,), "s": (), "empty": (0, 4),
+    }  # fmt: skip
+    kinds = {"layers.1.m": torch.bfloat16, "conv": torch.float16}
+
+    def made(label: str, bits: int, onto: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        held = {}
+        for name, shape in shapes.items():
+            value = drawn(f"{label}/{name}", shape, bits)
+            held[name] = (value if onto is None else onto[name].float() + value).to(kinds.get(name, torch.float32))
+        return {**held, "counter": torch.arange(5)}
+
+    base = made("base", 12)
+    return base, [made(f"expert {number}", 8, base) for number in range(3)]
+
+
+def result(method: Method) -> dict[str, Tensor]:
+    """The method's merge of the tiny models; Fisher information and the like is made up."""
+    base, experts = models()
+    given = {}
+    for name, statistic in method.statistics().items():
+        if isinstance(statistic, DataStatistic):
+            given[name] = [
+                {tensor: drawn(f"{name} {n}/{tensor}", tuple(value.shape), 8).abs() for tensor, value in expert.items()}
+                for n, expert in enumerate(experts)
+            ]
+    return merge(method, base=base, experts=experts, ids=["c", "a", "b"], statistics=given or None)
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """The digest that a model of these tensors has in the store."""
+    held = {
+        name: (
+            NAMES[value.dtype],
+            tuple(value.shape),
+            tensor_digest(list(block_digests(value.reshape(-1), 0).values())),
+        )
+        for name, value in tensors.items()
+    }
+    return model_digest(held)[:32]
+
+
+def summary_of(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Per tensor its sum, its norm and its first elements, to six digits."""
+    found = {}
+    for name, value in tensors.items():
+        wide = value.reshape(-1).to(torch.float64)
+        numbers = [float(wide.sum()), float((wide * wide).sum() ** 0.5), *wide[:4].tolist()]
+        found[name] = [float(f"{number:.6g}") for number in numbers]
+    return found
+
+
+def adapter() -> dict[str, Tensor]:
+    """The delta of an adapter over several blocks of rows, plain and transposed."""
+    rows, columns, rank = 300, 7, 3
+    held = {"down": drawn("down", (rank, columns), 8), "up": drawn("up", (rows, rank), 8)}
+    held |= {"wide": drawn("wide", (rank, rows), 8), "tall": drawn("tall", (columns, rank), 8)}
+    factors = {"plain": Factor("down", "up", 0.75, False), "transposed": Factor("wide", "tall", 1.5, True)}
+    shapes = dict.fromkeys(factors, (rows, columns))
+    expert = AdapterExpert("id", "name", MemoryTensors(held), factors, shapes)
+    return {name: expert.block(name, 0, rows * columns) for name in factors}
+
+
+def label_of(method: Method, values: Mapping[str, Any]) -> str:
+    """How a variant is called in the file: method, version, values."""
+    return f"{method.name} v{method.version} {json.dumps(dict(values), sort_keys=True)}"
+
+
+def variants() -> dict[str, Method]:
+    """Every variant of every method, by its label."""
+    found: dict[str, Method] = {}
+    for name, kind in METHODS.items():
+        for values in VARIANTS.get(name, [{}]):
+            method = kind.model_validate(values)
+            found[label_of(method, values)] = method
+    return found
+
+
+def golden_of(method: Method) -> Golden:
+    """A digest for what is element-wise, a few numbers for the rest."""
+    found = result(method)
+    return digest_of(found) if method.per is Per.ELEMENT else summary_of(found)
+
+
+def stored() -> dict[str, Golden]:
+    """What the file holds."""
+    held: dict[str, Golden] = json.loads(STORED.read_text()) if STORED.exists() else {}
+    return held
+
+
+def agree(found: Golden, wanted: Golden) -> bool:
+    """Whether the numbers are the golden ones."""
+    if isinstance(found, str) or isinstance(wanted, str):
+        return found == wanted
+    return found.keys() == wanted.keys() and all(
+        abs(ours - theirs) <= TOLERANCE * max(1.0, abs(theirs))
+        for name in found
+        for ours, theirs in zip(found[name], wanted[name], strict=True)
+    )
+
+
+def main() -> None:
+    """Write the file anew, keeping what already stands there unless forced."""
+    parser = argparse.ArgumentParser(description="Write golden.json anew.")
+    parser.add_argument("--force", action="store_true", help="also numbers that changed without a new version")
+    force = parser.parse_args().force
+    before, after = stored(), {"adapter": digest_of(adapter())}
+    fresh: dict[str, Golden] = {**after, **{label: golden_of(method) for label, method in variants().items()}}
+    changed = [label for label, value in fresh.items() if label in before and not agree(value, before[label])]
+    if changed and not force:
+        raise SystemExit(f"other numbers under the same version: {', '.join(changed)}; bump the version, or --force")
+    kept = {
+        label: before[label] if label in before and label not in changed else fresh[label] for label in sorted(fresh)
+    }
+    STORED.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""A base and experts of a few seeded tensors on disk, and the place and plans to merge them: for tests of the store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergecore.engine import Executor
+from mergecore.merging import InProcess
+from mergecore.method import Report, silent
+from mergecore.plan import MergeBuilder, MergePlan
+from mergecore.pool import Member, Pool, resolve_pool
+from mergecore.registry import method_from
+from mergecore.run import Place, fetch, snapshots_of
+from mergecore.sources.resolve import resolve
+from mergecore.spec import BaseSpec, ExpertSpec
+from mergecore.store import Store
+
+EXPERTS = 3
+
+
+def write_pool(folder: Path, tensors: int = 8, elements: int = 1000) -> Path:
+    """`folder`/base and `folder`/expert-0 … with `tensors` float32 vectors of `elements` each."""
+    draw = torch.Generator().manual_seed(0)
+    base = {f"layer.{number}": torch.randn(elements, generator=draw) for number in range(tensors)}
+    _write(folder / "base", base)
+    for expert in range(EXPERTS):
+        change = {name: 0.1 * torch.randn(elements, generator=draw) for name in base}
+        _write(folder / f"expert-{expert}", {name: base[name] + change[name] for name in base})
+    return folder
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    folder.mkdir(parents=True)
+    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"model_type": "vectors"}))
+
+
+def open_pool(folder: Path) -> Pool:
+    """The checkpoints under `folder`, resolved."""
+    experts = [
+        ExpertSpec(name=f"expert-{number}", source=str(folder / f"expert-{number}")) for number in range(EXPERTS)
+    ]
+    return resolve_pool(BaseSpec(source=str(folder / "base")), experts, None, lambda one: resolve(one.source), silent)
+
+
+def place_in(store: Path, pool: Pool, report: Report = silent, executor: Executor | None = None) -> Place:
+    """A place over `store` whose checkpoints are at hand; two tensors of the default size fit into a shard."""
+    place = Place(pool, Store(store), executor or InProcess(), report, shard_size=8000)
+    for snapshot in snapshots_of(pool):
+        fetch(place, snapshot)
+    return place
+
+
+def merge_plan(pool: Pool, method: str = "average", **values: Any) -> MergePlan:
+    """The merge of all experts by a method."""
+    return MergeBuilder(pool, (), None, _no_data).build(
+        method_from(method, values, "test"), list(pool.experts.values())
+    )
+
+
+def _no_data(member: Member) -> dict[str, Any]:
+    raise AssertionError("no statistic on data here")
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """{relative path: content} of every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
