@@ -27,6 +27,14 @@ METHODS: dict[str, type[Method]] = {
         methods.TaskArithmetic,
         methods.Ties,
         methods.Fisher,
+        methods.Slerp,
+        methods.Karcher,
+        methods.ModelStock,
+        methods.Sce,
+        methods.IsoC,
+        methods.IsoCts,
+        methods.TsvM,
+        methods.Wudi,
     )
 }
 STATISTICS: dict[str, type[Statistic] | type[DataStatistic]] = {

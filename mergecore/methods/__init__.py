@@ -2,8 +2,30 @@
 
 from mergecore.methods.average import Average
 from mergecore.methods.fisher import Fisher
+from mergecore.methods.iso_c import IsoC
+from mergecore.methods.iso_cts import IsoCts
+from mergecore.methods.karcher import Karcher
+from mergecore.methods.model_stock import ModelStock
+from mergecore.methods.sce import Sce
+from mergecore.methods.slerp import Slerp
 from mergecore.methods.task_arithmetic import TaskArithmetic
 from mergecore.methods.ties import Ties
+from mergecore.methods.tsv_m import TsvM
+from mergecore.methods.wudi import Wudi
 from mergecore.trims import RandomDrop
 
-__all__ = ["Average", "Fisher", "RandomDrop", "TaskArithmetic", "Ties"]
+__all__ = [
+    "Average",
+    "Fisher",
+    "IsoC",
+    "IsoCts",
+    "Karcher",
+    "ModelStock",
+    "RandomDrop",
+    "Sce",
+    "Slerp",
+    "TaskArithmetic",
+    "Ties",
+    "TsvM",
+    "Wudi",
+]

@@ -47,8 +47,15 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"density": 0.5, "drop": INVERSE, "count": "exact"},
     ],
     "fisher": [{}, {"weights": [1, 0, 2], "normalize": False, "floor": 0.0009765625}],
+    "slerp": [{"t": 0.3}],
+    "sce": [{}, {"density": 0.3}],
+    "iso_c": [{}, {"rank": "full", "convolutions": "flatten"}],
+    "iso_cts": [{"common": 0.5}],
+    "wudi": [{"steps": 20}, {"variant": "closed"}],
 }
 """Per method the values it is tried with; a method without an entry here is tried with its defaults."""
+TWO = {"slerp"}
+"""Methods of exactly two models."""
 
 Golden = str | dict[str, list[float]]
 
@@ -81,6 +88,7 @@ def models() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
 def result(method: Method) -> dict[str, Tensor]:
     """The method's merge of the tiny models; Fisher information and the like is made up."""
     base, experts = models()
+    experts = experts[:2] if method.name in TWO else experts
     given = {}
     for name, statistic in method.statistics().items():
         if isinstance(statistic, DataStatistic):
@@ -88,7 +96,7 @@ def result(method: Method) -> dict[str, Tensor]:
                 {tensor: drawn(f"{name} {n}/{tensor}", tuple(value.shape), 8).abs() for tensor, value in expert.items()}
                 for n, expert in enumerate(experts)
             ]
-    return merge(method, base=base, experts=experts, ids=["c", "a", "b"], statistics=given or None)
+    return merge(method, base=base, experts=experts, ids=["c", "a", "b"][: len(experts)], statistics=given or None)
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,61 @@
+"""Iso-C: gives all singular directions of the summed task vectors the same strength (Marczak et al. 2025, Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from mergecore.linear_algebra import (
+    Convolutions,
+    Excluded,
+    Rank,
+    base_and_matrix,
+    base_and_mean,
+    decomposition,
+    matrix_of,
+    rank_of,
+    wide,
+)
+from mergecore.method import Block, Method, Per, Statistics
+from mergecore.trims import folded_sum
+
+
+class IsoC(Method):
+    """The base plus σ̄ U Vᵀ of the summed task vectors; whatever is not a matrix gets the mean task vector."""
+
+    name: ClassVar[str] = "iso_c"
+    per: ClassVar[Per] = Per.TENSOR
+    idempotent: ClassVar[bool] = False
+
+    scale: Annotated[
+        float,
+        Field(
+            description="α, the factor of the merged task vector; the authors choose it out of 0.1 … 3.0 on validation data"
+        ),
+    ] = 1.0
+    rank: Rank = "numerical"
+    convolutions: Convolutions = "mean"
+    excluded: Excluded = ("*text_projection*",)
+
+    @property
+    def on(self) -> str:
+        """Deltas."""
+        return "deltas"
+
+    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
+        """The matrix that the tensor is, if it is one."""
+        return {"matrix": matrix_of(block.name, block.shape, self.convolutions, self.excluded)}
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """θ_0 + α σ̄ U Vᵀ with U Σ Vᵀ = Σ τ_t and σ̄ the mean of all min(m, n) singular values, zeros included."""
+        assert base is not None
+        if arguments["matrix"] is None:
+            return base_and_mean(base, experts, self.scale)
+        deltas = [wide(expert, arguments["matrix"]) for expert in experts]
+        left, values, right = decomposition(folded_sum(deltas))
+        kept = rank_of(values, sum(float(delta.norm()) for delta in deltas), self.rank)
+        flat = left[:, :kept] @ right[:kept] * values.mean()
+        return base_and_matrix(base, flat, self.scale)

@@ -1,0 +1,93 @@
+"""Iso-CTS: Iso-C with part of the directions given to each task alone (Marczak et al. 2025, Algorithm 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from math import floor
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mergecore.linear_algebra import (
+    Convolutions,
+    Excluded,
+    Rank,
+    base_and_matrix,
+    base_and_mean,
+    decomposition,
+    matrix_of,
+    polar_factor,
+    rank_of,
+    wide,
+)
+from mergecore.method import Block, Method, Per, Statistics
+from mergecore.trims import folded_sum
+
+
+class IsoCts(Method):
+    """σ̄ times orthonormal bases made of the sum's main directions and of each task's own; not matrices: the mean."""
+
+    name: ClassVar[str] = "iso_cts"
+    per: ClassVar[Per] = Per.TENSOR
+    idempotent: ClassVar[bool] = False
+
+    scale: Annotated[
+        float,
+        Field(
+            description="α, the factor of the merged task vector; the authors choose it out of 0.1 … 3.0 on validation data"
+        ),
+    ] = 1.0
+    common: Annotated[
+        float,
+        Field(ge=0, le=1, description="share of the directions taken from the sum; the rest is dealt evenly to tasks"),
+    ] = 0.8
+    rank: Rank = "numerical"
+    convolutions: Convolutions = "mean"
+    excluded: Excluded = ("*text_projection*",)
+
+    @property
+    def on(self) -> str:
+        """Deltas."""
+        return "deltas"
+
+    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
+        """The matrix that the tensor is, if it is one."""
+        return {"matrix": matrix_of(block.name, block.shape, self.convolutions, self.excluded)}
+
+    def dealt(self, directions: int, tasks: int) -> tuple[int, int]:
+        """How many of r directions are common, and how many each task gets: k + T·s = r.
+
+        (r − ⌊share·r⌋)/T is rounded to the nearest whole number, halves to even, as the authors do; never above ⌊r/T⌋,
+        which theirs can exceed for small shares, so that k would be negative.
+        """
+        wanted = directions - floor(Fraction(str(self.common)) * directions)
+        own = min(round(Fraction(wanted, tasks)), directions // tasks)
+        return directions - own * tasks, own
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """θ_0 + α σ̄ P(U) P(V)ᵀ: U and V hold the tasks' own directions, then the common ones; P is the polar factor."""
+        assert base is not None
+        if arguments["matrix"] is None:
+            return base_and_mean(base, experts, self.scale)
+        deltas = [wide(expert, arguments["matrix"]) for expert in experts]
+        norms = [float(delta.norm()) for delta in deltas]
+        common, own = self.dealt(min(arguments["matrix"]), len(deltas))
+        left, values, right = decomposition(folded_sum(deltas))
+        kept = min(common, rank_of(values, sum(norms), self.rank))
+        shared = left[:, :kept]
+        lefts, strengths, rights = [], [], []
+        for delta, norm in zip(deltas, norms, strict=True):
+            # Only the left side is freed of the common part, so the right bases overlap until the polar step.
+            outer, strength, inner = decomposition(delta - shared @ (shared.mT @ delta))
+            mine = min(own, rank_of(strength, norm, self.rank))
+            lefts.append(outer[:, :mine])
+            strengths.append(strength[:mine])
+            rights.append(inner[:mine])
+        strength = torch.cat([*strengths, values[:kept]])
+        outer = polar_factor(torch.cat([*lefts, shared], 1), self.rank)
+        inner = polar_factor(torch.cat([*rights, right[:kept]]), self.rank)
+        # What was left out as rounding counts as 0 here, as the zeros of a deficient matrix do in Iso-C.
+        return base_and_matrix(base, outer @ inner * (strength.sum() / min(arguments["matrix"])), self.scale)

@@ -1,0 +1,77 @@
+"""Karcher mean: the centre of the experts' directions on the sphere, per tensor (Karcher 1977; as mergekit's `karcher`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import cos, pi, sin
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mergecore.linear_algebra import combination, gram
+from mergecore.method import Method, Per
+
+
+class Karcher(Method):
+    """The point of least squared arc length to all experts, times the mean of their norms."""
+
+    name: ClassVar[str] = "karcher"
+    per: ClassVar[Per] = Per.TENSOR
+
+    iterations: Annotated[int, Field(ge=0, description="at most this many steps; 0: the mean of the directions")] = 10
+    tolerance: Annotated[
+        float, Field(ge=1e-8, lt=1, description="stops where a step is shorter than this, in radians")
+    ] = 1e-5
+
+    @property
+    def on(self) -> str:
+        """Weights: directions of the models themselves."""
+        return "weights"
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """Mean norm × u, with u ← exp_u(mean of log_u(θ_t / ‖θ_t‖)).
+
+        u lies in the span of the experts and each step needs only their inner products, so the iteration runs on the
+        T coefficients of u and reads the tensors twice.
+        """
+        products = gram(experts)[0]
+        norms = products.diagonal().sqrt()
+        # A tensor of zeros has no direction; it still counts in the mean of the norms.
+        present = (norms > 0).nonzero().reshape(-1)
+        coefficients = torch.zeros(len(experts), dtype=torch.float64)
+        if len(present):
+            lengths = norms[present]
+            cosines = products[present][:, present] / lengths[:, None] / lengths
+            coefficients[present] = self._centre(cosines) / lengths * norms.mean()
+        return combination(coefficients.tolist(), experts)
+
+    def _centre(self, cosines: Tensor) -> Tensor:
+        """Coefficients of u over the unit vectors, whose inner products are `cosines`."""
+        share = 1.0 / len(cosines)
+        mean = torch.full((len(cosines),), share, dtype=torch.float64)
+        length = _length(mean, cosines)
+        if length < self.tolerance:  # directions that cancel have no middle: start from the first
+            centre = torch.zeros_like(mean)
+            centre[0] = 1.0
+        else:
+            centre = mean / length
+        for _ in range(self.iterations):
+            along = (cosines @ centre).clamp(-1.0, 1.0)
+            angles = along.acos()
+            # log_u(x) = Ω / sin Ω · (x − cos Ω u). At Ω = 0 it is 0; opposite to u every direction is as short as any.
+            usable = (angles >= self.tolerance) & (angles <= pi - self.tolerance)
+            stretch = torch.where(usable, angles / angles.sin(), 0.0) * share
+            step = stretch - (stretch * along).sum() * centre
+            length = _length(step, cosines)
+            if length < self.tolerance:
+                break
+            centre = cos(length) * centre + sin(length) / length * step
+            centre = centre / _length(centre, cosines)
+        return centre
+
+
+def _length(coefficients: Tensor, products: Tensor) -> float:
+    """Norm of the combination of vectors that have these inner products."""
+    return float((coefficients @ products @ coefficients).clamp(min=0.0).sqrt())

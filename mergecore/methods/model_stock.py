@@ -1,0 +1,77 @@
+"""Model Stock: interpolates between base and mean by the angle between the experts (Jang et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mergecore.errors import SpecError
+from mergecore.linear_algebra import base_and_mean, gram
+from mergecore.method import Method, Per
+
+
+class ModelStock(Method):
+    """θ = t · mean(θ_t) + (1 − t) · θ_0 per tensor, with t = N cos Ω / (1 + (N − 1) cos Ω)."""
+
+    name: ClassVar[str] = "model_stock"
+    per: ClassVar[Per] = Per.TENSOR
+
+    angle: Annotated[
+        Literal["mean_cosine", "mean_angle"],
+        Field(
+            description="of more than two experts, where the paper is silent: the mean of the pairs' cosines "
+            "(mergekit) or the cosine of the mean of their angles (fusion_bench)"
+        ),
+    ] = "mean_cosine"
+    group: Annotated[
+        Literal["tensor", "filter"],
+        Field(description="one t per tensor (the paper's layer-wise), or per output unit, the first dimension"),
+    ] = "tensor"
+    negative: Annotated[
+        Literal["clamp", "extrapolate"],
+        Field(
+            description="experts more than 90° apart: stay at the base, or the formula as it stands, which leaves the "
+            "base away from the experts and has a pole where they cancel"
+        ),
+    ] = "clamp"
+
+    @property
+    def on(self) -> str:
+        """Deltas."""
+        return "deltas"
+
+    def validate_count(self, count: int) -> None:
+        """An angle needs two."""
+        if count < 2:
+            raise SpecError("model_stock measures the angle between experts: give at least two")
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """θ_0 + t · mean(τ_t)."""
+        assert base is not None
+        rows = base.shape[0] if self.group == "filter" and base.ndim > 1 else 1
+        ratios = self._ratios(gram(experts, rows))
+        if rows == 1:
+            return base_and_mean(base, experts, float(ratios))
+        full = base_and_mean(torch.zeros_like(base), experts, 1.0).to(torch.float64)
+        spread = ratios.to(base.device).reshape(-1, *[1] * (base.ndim - 1))
+        return (base.to(torch.float64) + spread * full).to(torch.float32)
+
+    def _ratios(self, products: Tensor) -> Tensor:
+        """t of each row, from the experts' inner products (rows, T, T)."""
+        count = products.shape[1]
+        norms = products.diagonal(dim1=1, dim2=2).sqrt()
+        lengths = norms[:, :, None] * norms[:, None, :]
+        # No absolute guard: short task vectors have an angle like long ones. Zero ones have none and count as 90°.
+        cosines = torch.where(lengths > 0, products / lengths, 0.0).clamp(-1.0, 1.0)
+        first, second = torch.triu_indices(count, count, offset=1)
+        pairs = cosines[:, first, second]
+        cosine = pairs.mean(1) if self.angle == "mean_cosine" else pairs.acos().mean(1).cos()
+        if self.negative == "clamp":
+            cosine = cosine.clamp(min=0.0)
+        below = 1 + (count - 1) * cosine
+        # At the pole the experts' mean is 0 and any t gives the base; beyond it the formula changes sign.
+        return torch.where(below > 1e-9, count * cosine / below, 0.0)

@@ -1,0 +1,92 @@
+"""SCE: select by variance, calculate matrix weights, erase minority signs (Wan et al. 2024, FuseChat; as in mergekit)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from math import floor
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mergecore.linear_algebra import blocks
+from mergecore.method import Method, Per
+
+
+class Sce(Method):
+    """Keeps the coordinates in which the experts differ most, weighs each expert's tensor by what it changes there."""
+
+    name: ClassVar[str] = "sce"
+    per: ClassVar[Per] = Per.TENSOR
+
+    density: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="share of the coordinates that is kept, of those in which the experts differ at all; 1: all",
+        ),
+    ] = 1.0
+
+    @property
+    def on(self) -> str:
+        """Deltas."""
+        return "deltas"
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """θ_0 + Σ η_t τ_t / Σ η_t over the experts that agree with the sign of Σ τ_t, on the selected coordinates."""
+        assert base is not None
+        kept = self._selected(experts)
+        weights = _matrix_weights(experts, kept)
+        result = torch.empty(base.numel(), dtype=torch.float32, device=base.device)
+        for part, (origin, *deltas) in blocks([base, *experts]):
+            total = deltas[0]
+            for delta in deltas[1:]:
+                total = total + delta
+            sign = torch.where(total >= 0, 1.0, -1.0)
+            above, below = torch.zeros_like(origin), torch.zeros_like(origin)
+            for delta, weight in zip(deltas, weights, strict=True):
+                agrees = kept[part] & (delta * sign > 0)
+                above = above + torch.where(agrees, delta * weight, 0.0)
+                below = below + torch.where(agrees, weight, 0.0)
+            result[part] = origin + torch.where(below > 0, above / below, 0.0)
+        return result.reshape(base.shape)
+
+    def _selected(self, experts: Sequence[Tensor]) -> Tensor:
+        """Which coordinates are kept, flat: those of the largest variance; of equal ones the first.
+
+        Where nothing varies (one expert, equal experts) there is nothing to choose by, and all of them stay.
+        """
+        count = experts[0].numel()
+        everything = torch.ones(count, dtype=torch.bool, device=experts[0].device)
+        if self.density == 1 or count == 0:
+            return everything
+        # Float64: equal float32 values then have a variance of exactly 0.
+        variance = torch.empty(count, dtype=torch.float64, device=experts[0].device)
+        for part, deltas in blocks(experts):
+            mean = sum(deltas[1:], deltas[0]) / len(deltas)
+            squares = [(delta - mean) * (delta - mean) for delta in deltas]
+            variance[part] = sum(squares[1:], squares[0]) / len(deltas)
+        differing = int((variance > 0).sum())
+        if differing == 0:
+            return everything
+        wanted = floor(Fraction(str(self.density)) * differing)
+        if wanted == 0:
+            return ~everything
+        threshold = torch.topk(variance, wanted).values[-1]
+        above, level = variance > threshold, variance == threshold
+        return above | (level & (level.cumsum(0) <= wanted - above.sum()))
+
+
+def _matrix_weights(experts: Sequence[Tensor], kept: Tensor) -> list[float]:
+    """η_t: each expert's share of the squared change on the kept coordinates; equal where nothing changes at all."""
+    squares = []
+    for expert in experts:
+        square = 0.0
+        for part, (delta,) in blocks([expert]):
+            square += float(torch.where(kept[part], delta * delta, 0.0).sum())
+        squares.append(square)
+    total = sum(squares)
+    return [square / total for square in squares] if total > 0 else [1.0 / len(squares)] * len(squares)

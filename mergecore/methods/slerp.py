@@ -1,0 +1,66 @@
+"""Spherical linear interpolation between two models, tensor by tensor (Shoemake 1985; as mergekit's `slerp`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import acos, sin, sqrt
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from mergecore.errors import SpecError
+from mergecore.linear_algebra import combination, gram
+from mergecore.method import Method, Per
+
+
+class Slerp(Method):
+    """Goes from one model to another along the arc between the directions of their tensors."""
+
+    name: ClassVar[str] = "slerp"
+    per: ClassVar[Per] = Per.TENSOR
+    ordered: ClassVar[bool] = True
+
+    t: Annotated[float, Field(ge=0, le=1, description="where on the arc: 0 is the first model, 1 the second")]
+    start: Annotated[
+        Literal["expert", "base"],
+        Field(description="'expert': from the first of two experts to the second; 'base': from the base to one expert"),
+    ] = "expert"
+    colinear: Annotated[
+        float,
+        Field(ge=0, le=1, description="|cosine| above which the straight line is taken instead; 1: only where it must"),
+    ] = 0.9995
+
+    @property
+    def on(self) -> str:
+        """Weights: the arc is between the models themselves."""
+        return "weights"
+
+    @property
+    def needs_base(self) -> bool:
+        """Only where the base is one of the two."""
+        return self.start == "base"
+
+    def validate_count(self, count: int) -> None:
+        """Exactly two models."""
+        wanted = 1 if self.needs_base else 2
+        if count != wanted:
+            said = "the base and one expert" if self.needs_base else "two experts"
+            raise SpecError(f"slerp goes between {said}, {count} experts are given; use karcher for more than two")
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """(sin((1−t)Ω) a + sin(tΩ) b) / sin Ω, where Ω is the angle between a and b."""
+        pair = [base, experts[0]] if self.needs_base and base is not None else list(experts)
+        first, second = self._shares(gram([one for one in pair if one is not None])[0])
+        return combination([first, second], [one for one in pair if one is not None])
+
+    def _shares(self, products: Tensor) -> tuple[float, float]:
+        length = sqrt(float(products[0, 0])) * sqrt(float(products[1, 1]))
+        # A tensor of zeros has no direction, and opposite ones have no shortest arc: both take the straight line.
+        if length == 0:
+            return 1 - self.t, self.t
+        cosine = max(-1.0, min(1.0, float(products[0, 1]) / length))
+        angle = acos(cosine)
+        if abs(cosine) > self.colinear or sin(angle) < 1e-7:
+            return 1 - self.t, self.t
+        return sin((1 - self.t) * angle) / sin(angle), sin(self.t * angle) / sin(angle)

@@ -1,0 +1,112 @@
+"""WUDI-Merging: the task vector that disturbs each task's own directions least (Cheng et al. 2025)."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from math import sqrt
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mergecore.linear_algebra import Convolutions, Excluded, base_and_matrix, base_and_mean, matrix_of, wide
+from mergecore.method import Block, Method, Per, Statistics
+from mergecore.trims import folded_sum
+
+EMBEDDINGS = ("*embed*", "*wte.*", "*wpe.*", "*shared.weight", "*relative_attention_bias*")
+HEADS = ("*lm_head*", "*text_projection*", "*visual_projection*", "*classifier*", "*score.weight")
+"""With the embeddings, what the authors leave out: their argument holds for the linear maps of attention and MLP."""
+
+
+class Wudi(Method):
+    """Minimises Σ ‖(X − τ_t) τ_tᵀ‖² / ‖τ_t‖² over X, starting from Σ τ_t, for each linear weight."""
+
+    name: ClassVar[str] = "wudi"
+    per: ClassVar[Per] = Per.TENSOR
+    idempotent: ClassVar[bool] = False
+
+    variant: Annotated[
+        Literal["iterative", "closed"],
+        Field(description="'iterative': Adam, stopped early (the paper's); 'closed': the minimum nearest to the sum"),
+    ] = "iterative"
+    scale: Annotated[float, Field(description="factor of X; the authors need none")] = 1.0
+    steps: Annotated[int, Field(ge=0, description="steps of Adam; 'iterative' only")] = 300
+    learning_rate: Annotated[
+        float,
+        Field(gt=0, description="of Adam: about how far an entry moves in a step; the authors: 1e-5, for RoBERTa 2e-5"),
+    ] = 1e-5
+    ridge: Annotated[
+        float, Field(ge=0, description="pull towards the sum, relative to the mean curvature; 'closed' only")
+    ] = 0.0
+    others: Annotated[
+        Literal["base", "mean"],
+        Field(description="tensors that are no linear weights: as in the base (the authors), or the mean"),
+    ] = "base"
+    convolutions: Convolutions = "mean"
+    excluded: Excluded = (*EMBEDDINGS, *HEADS)
+    transposed: Annotated[
+        tuple[str, ...], Field(description="shell patterns: weights kept as inputs × outputs, as GPT-2's Conv1D")
+    ] = ()
+
+    @property
+    def on(self) -> str:
+        """Deltas."""
+        return "deltas"
+
+    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
+        """The matrix that the tensor is, if it is one, and whether its rows are inputs."""
+        return {
+            "matrix": matrix_of(block.name, block.shape, self.convolutions, self.excluded),
+            "transposed": any(fnmatch.fnmatchcase(block.name, pattern) for pattern in self.transposed),
+        }
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """θ_0 + scale · X."""
+        assert base is not None
+        if arguments["matrix"] is None:
+            return base if self.others == "base" else base_and_mean(base, experts, self.scale)
+        deltas = [wide(expert, arguments["matrix"]) for expert in experts]
+        if arguments["transposed"]:
+            deltas = [delta.mT for delta in deltas]
+        found = self._minimum(deltas)
+        return base_and_matrix(base, found.mT if arguments["transposed"] else found, self.scale)
+
+    def _minimum(self, deltas: Sequence[Tensor]) -> Tensor:
+        """X (outputs × inputs) from the task vectors. The gradient of the loss is 2 (X D − N)."""
+        start = folded_sum(deltas)
+        # A task vector of zeros disturbs nothing and is disturbed by nothing; the authors' code divides 0 by 0 there.
+        present = [delta for delta in deltas if bool(delta.any())]
+        if not present:
+            return start
+        scaled = [delta / delta.norm() for delta in present]
+        curvature = folded_sum([one.mT @ one for one in scaled])
+        target = folded_sum([delta @ (one.mT @ one) for delta, one in zip(present, scaled, strict=True)])
+        if self.variant == "closed":
+            return self._closed(start, curvature, target)
+        return self._iterated(start, curvature, target)
+
+    def _closed(self, start: Tensor, curvature: Tensor, target: Tensor) -> Tensor:
+        """Σ τ + (N − Σ τ D)(D + ρ I)⁻¹; directions that no task vector has keep the sum's value, which is 0 there."""
+        values: Tensor
+        vectors: Tensor
+        values, vectors = torch.linalg.eigh(curvature)
+        size, width = float(curvature.diagonal().sum()), len(values)
+        # An eigenvalue is the square of a strength: below rounding squared, or below eigh's own error, it is noise.
+        kept = values > max(2.0**-46, width * 2.0**-52) * size
+        ridge = self.ridge * size / width
+        inverse: Tensor = torch.where(kept, 1.0 / torch.where(kept, values + ridge, 1.0), 0.0)
+        residual: Tensor = target - start @ curvature
+        return start + (residual @ vectors * inverse) @ vectors.mT
+
+    def _iterated(self, start: Tensor, curvature: Tensor, target: Tensor) -> Tensor:
+        """Adam with its usual constants (Kingma and Ba 2015, Algorithm 1)."""
+        found, mean, square = start, torch.zeros_like(start), torch.zeros_like(start)
+        for step in range(1, self.steps + 1):
+            gradient = 2 * (found @ curvature - target)
+            mean = 0.9 * mean + 0.1 * gradient
+            square = 0.999 * square + 0.001 * gradient * gradient
+            size = square.sqrt() / sqrt(1 - 0.999**step) + 1e-8
+            found = found - self.learning_rate / (1 - 0.9**step) * mean / size
+        return found
