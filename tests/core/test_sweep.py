@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mergecore.errors import ServiceError
 from mergecore.evaluators.classification import Classification
+from mergecore.merging import InProcess
 from mergecore.publish import registration_step
-from mergecore.run import ITEMS, Done
+from mergecore.run import ITEMS, Done, ScoreTask
 from mergecore.store import State
 from tests.digits import CONFIG, FACTORY, DigitsTier, digits_cnn, digits_tier
 from tests.digits_sweep import EXPERTS, METHODS, Swept, contents, digits_spec, leftovers, opened, records, stamps
@@ -343,3 +347,27 @@ def test_an_evaluation_that_fails_is_named(tier: DigitsTier, tmp_path: Path, mon
     assert all(set(cell.items["test"]) == set(cell.experts) for cell in cells if cell.kind == "merge"), (
         "the rest is there"
     )
+
+
+class Deadly(InProcess):
+    """An executor whose workers die, again and again, at one model."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        self.model, self.deaths = model, 0
+
+    def each(self, function: Any, shared: Any, items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        for position, item in enumerate(items):
+            if isinstance(item, ScoreTask) and self.model in str(item.weights):
+                self.deaths += 1
+                raise ServiceError("workers died at the same piece of work")
+            yield position, function(shared, item)
+
+
+def test_a_model_at_which_workers_die_does_not_stop_the_others(tier: DigitsTier, tmp_path: Path) -> None:
+    swept = opened(small(tier, tmp_path))
+    victim = swept.cell("average n2 s0")
+    swept.place = replace(swept.place, executor=Deadly(victim.model.name))
+    assert set(swept.run().failures.values()) == {"workers died at the same piece of work"}
+    status = {cell.name: cell.status for cell in swept.scores().cells}
+    assert status.pop(victim.name) == "failed" and set(status.values()) == {"done"}

@@ -21,9 +21,11 @@ from mlflow import MlflowClient
 
 from flows import services
 from flows.services import Addresses
+from mergecore.method import silent
 from mergecore.store import Store
 from tests.digits import DigitsTier, digits_tier
 from tests.digits_sweep import EXPERTS, contents, digits_spec, leftovers, opened, stamps
+from tests.processes import Started, kill_at, was_killed
 from tests.slow_sweep import patiently
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -236,3 +238,30 @@ def test_cancelling_in_prefect_stops_the_work(
     sweeping.finish()
     assert contents(sweeping.store) == expected
     check_mlflow(addresses.mlflow, sweeping.name)
+
+
+def conducted(path: Path, address: str, call: int) -> None:
+    """The sweep in one process, killed at the n-th thing it writes to MLflow (0: never)."""
+    from flows.conduct import conduct
+    from flows.session import open_session
+
+    os.environ.update(MLFLOW_TRACKING_URI=address, XDG_CACHE_HOME=str(path.parent / "cache"))
+    if call:
+        kill_at("mlflow:MlflowClient.log_batch", call)
+    outcome = conduct(open_session(path), silent, in_process=True, workers=1, retry_failed=False, track=True)
+    assert not outcome.troubled
+
+
+@pytest.mark.timeout(1200)
+def test_killed_while_mlflow_is_written_the_next_run_completes_it(sweeping: Sweeping, addresses: Addresses) -> None:
+    sweeping.path.write_text(sweeping.path.read_text().replace("name: flow", "name: projected"))
+    was_killed(conducted, sweeping.path, addresses.mlflow, 4, seconds=PATIENCE)
+    client = MlflowClient(addresses.mlflow)
+    experiment = client.get_experiment_by_name("mergeloom/projected")
+    assert experiment is not None
+    assert "RUNNING" in {run.info.status for run in client.search_runs([experiment.experiment_id])}
+    before = stamps(sweeping.store)
+    Started(conducted, sweeping.path, addresses.mlflow, 0).result(PATIENCE)  # nothing is missing but what MLflow shows
+    assert stamps(sweeping.store) == before
+    check_mlflow(addresses.mlflow, "projected")
+    Started(conducted, sweeping.path, "http://127.0.0.1:9", 1).result(PATIENCE)  # and then MLflow is not asked again
