@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from mergecore.method import Block, Rescan, Result, Scope, Statistic, Statistics, TensorInfo
@@ -100,7 +101,13 @@ def _extremes(values: Tensor) -> tuple[float, float]:
 
 
 def _sum(values: Tensor) -> float:
-    return float(values.double().sum())
+    """In float64, halves onto halves: additions of which a library cannot choose the order."""
+    wide = values.double()
+    while wide.numel() > 1:
+        half = wide.numel() // 2
+        odd = wide[2 * half :]
+        wide = torch.cat([wide[:half] + wide[half : 2 * half], odd]) if odd.numel() else wide[:half] + wide[half:]
+    return float(wide)
 
 
 def _wider(left: Sequence[tuple[float, float]], right: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
