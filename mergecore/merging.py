@@ -130,7 +130,7 @@ def _check(
         raise SpecError(f"method '{method.name}' works on task vectors; give the base they start from")
     if ids is not None and (len(ids) != len(experts) or len(set(ids)) != len(ids)):
         raise SpecError(f"ids: give one distinct id for each of the {len(experts)} experts")
-    if ids is None and getattr(method, "drop", None) is not None:
+    if ids is None and method.needs_ids:
         raise SpecError("a random drop depends on who the experts are: give `ids`, one string per expert")
 
 

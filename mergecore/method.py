@@ -237,6 +237,11 @@ class Method(Plugin, ABC):
         """Whether the numbers depend on the base."""
         return self.on == "deltas"
 
+    @property
+    def needs_ids(self) -> bool:
+        """Whether the numbers depend on who the experts are: random numbers are drawn by expert id."""
+        return getattr(self, "drop", None) is not None
+
     def statistics(self) -> Mapping[str, Statistic | DataStatistic]:
         """What the method must know beforehand, by the name it is handed under."""
         return {}

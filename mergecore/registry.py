@@ -12,10 +12,13 @@ from mergecore import methods
 from mergecore.errors import SpecError, nearest
 from mergecore.evaluators import Evaluator
 from mergecore.method import DataStatistic, Method, Plugin, Statistic
+from mergecore.statistics.balance_cut import BalanceCut
 from mergecore.statistics.dropped_norms import DroppedNorms
 from mergecore.statistics.fisher import DiagonalFisher
+from mergecore.statistics.magnitude_quantiles import MagnitudeQuantiles
 from mergecore.statistics.profile import Profile
 from mergecore.statistics.sign_majority import SignMajority
+from mergecore.statistics.softmax_means import SoftmaxMeans
 from mergecore.statistics.threshold import Threshold
 
 Kind = TypeVar("Kind", bound=Plugin)
@@ -35,6 +38,10 @@ METHODS: dict[str, type[Method]] = {
         methods.IsoCts,
         methods.TsvM,
         methods.Wudi,
+        methods.Breadcrumbs,
+        methods.Della,
+        methods.Pcb,
+        methods.Consensus,
     )
 }
 STATISTICS: dict[str, type[Statistic] | type[DataStatistic]] = {
@@ -45,6 +52,9 @@ STATISTICS: dict[str, type[Statistic] | type[DataStatistic]] = {
         Threshold,
         SignMajority,
         DiagonalFisher,
+        MagnitudeQuantiles,
+        BalanceCut,
+        SoftmaxMeans,
     )
 }
 EVALUATORS: dict[str, str] = {

@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from mergecore.identity import drop_limit, random_key, random_words
+from mergecore.identity import GRID, drop_limit, random_key, random_words
 from mergecore.method import Block
 
 
@@ -73,3 +73,29 @@ def folded_sum(values: Sequence[Tensor]) -> Tensor:
 def divided(values: Tensor, by: float) -> Tensor:
     """values / by, correctly rounded: by a number from Python, torch would multiply with its reciprocal on a GPU."""
     return values / torch.full((), by, dtype=values.dtype, device=values.device)
+
+
+def elected_sign(deltas: Sequence[Tensor], zero: int) -> Tensor:
+    """The sign of the sum per coordinate (TIES, Yadav et al. 2023, §3.2); `zero` (−1, 0, 1) where it cancels exactly."""
+    sign = torch.sign(folded_sum(deltas))
+    return torch.where(sign == 0, float(zero), sign) if zero else sign
+
+
+def agreeing(deltas: Sequence[Tensor], sign: Tensor) -> list[Tensor]:
+    """The deltas where they have the elected sign, else 0."""
+    return [torch.where(torch.sign(delta) * sign > 0, delta, 0.0) for delta in deltas]
+
+
+def disjoint_mean(deltas: Sequence[Tensor]) -> Tensor:
+    """Per coordinate the mean of the deltas that are not 0 there (TIES, §3.3)."""
+    count = folded_sum([(delta != 0).to(torch.float32) for delta in deltas])
+    return folded_sum(deltas) / count.clamp(min=1.0)
+
+
+def absolute_sum(values: Tensor) -> float:
+    """Σ |v| in float64 over the fixed grid of blocks, folded in order."""
+    flat = values.reshape(-1)
+    total = 0.0
+    for start in range(0, flat.numel(), GRID):
+        total += float(flat[start : start + GRID].abs().double().sum())
+    return total

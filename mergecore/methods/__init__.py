@@ -1,11 +1,15 @@
 """One file per method. `from mergecore import methods` gives the classes by their names."""
 
 from mergecore.methods.average import Average
+from mergecore.methods.breadcrumbs import Breadcrumbs
+from mergecore.methods.consensus import Consensus
+from mergecore.methods.della import Della
 from mergecore.methods.fisher import Fisher
 from mergecore.methods.iso_c import IsoC
 from mergecore.methods.iso_cts import IsoCts
 from mergecore.methods.karcher import Karcher
 from mergecore.methods.model_stock import ModelStock
+from mergecore.methods.pcb import Pcb
 from mergecore.methods.sce import Sce
 from mergecore.methods.slerp import Slerp
 from mergecore.methods.task_arithmetic import TaskArithmetic
@@ -16,11 +20,15 @@ from mergecore.trims import RandomDrop
 
 __all__ = [
     "Average",
+    "Breadcrumbs",
+    "Consensus",
+    "Della",
     "Fisher",
     "IsoC",
     "IsoCts",
     "Karcher",
     "ModelStock",
+    "Pcb",
     "RandomDrop",
     "Sce",
     "Slerp",

@@ -12,7 +12,7 @@ from torch import Tensor
 from mergecore.method import Block, Method, Statistic, Statistics
 from mergecore.statistics.sign_majority import SignMajority, trimmed_deltas
 from mergecore.statistics.threshold import Count, Threshold
-from mergecore.trims import RandomDrop, folded_sum
+from mergecore.trims import RandomDrop, agreeing, disjoint_mean, elected_sign, folded_sum
 
 
 class Ties(Method):
@@ -78,20 +78,13 @@ class Ties(Method):
         """θ_0 + λ · (mean, sum or largest of the τ̂_t that agree with the elected sign)."""
         assert base is not None
         deltas: Sequence[Tensor] = arguments["deltas"]
-        sign = torch.sign(folded_sum(deltas))
-        if arguments["zero"]:
-            sign = torch.where(sign == 0, float(arguments["zero"]), sign)
-        agreeing = [torch.where(torch.sign(delta) * sign > 0, delta, 0.0) for delta in deltas]
-        return base + self._joined(agreeing, sign) * self.scale
+        sign = elected_sign(deltas, arguments["zero"])
+        return base + self._joined(agreeing(deltas, sign), sign) * self.scale
 
-    def _joined(self, agreeing: Sequence[Tensor], sign: Tensor) -> Tensor:
+    def _joined(self, deltas: Sequence[Tensor], sign: Tensor) -> Tensor:
         if self.aggregate == "max":
-            largest = agreeing[0].abs()
-            for delta in agreeing[1:]:
+            largest = deltas[0].abs()
+            for delta in deltas[1:]:
                 largest = torch.maximum(largest, delta.abs())
             return largest * sign
-        total = folded_sum(agreeing)
-        if self.aggregate == "sum":
-            return total
-        count = folded_sum([(delta != 0).to(torch.float32) for delta in agreeing])
-        return total / count.clamp(min=1.0)
+        return folded_sum(deltas) if self.aggregate == "sum" else disjoint_mean(deltas)

@@ -17,12 +17,8 @@ from torch import Tensor
 
 from mergecore.method import Block, Found, Result, Scope, Statistic, Statistics, TensorInfo
 from mergecore.statistics.dropped_norms import drop_statistics, l1_factors
+from mergecore.statistics.radix import HIGH, Sparse, bits, joined, sparse
 from mergecore.trims import RandomDrop, dropped
-
-HIGH = 1 << 15
-LOW = 1 << 16
-Sparse = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Occupied bins in ascending order, and their counts."""
 
 
 @dataclass
@@ -103,28 +99,6 @@ class Profile(Statistic):
 
 def _concatenated(parts: list[NDArray[np.int64]]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, dtype=torch.int64)
-
-
-def bits(magnitude: Tensor) -> Tensor:
-    """The bit pattern of non-negative float32 values as int32: grows with the value."""
-    return magnitude.contiguous().view(torch.int32)
-
-
-def sparse(bins: Tensor, size: int) -> Sparse:
-    """Occupied bins and counts of int32 bin numbers below `size`."""
-    counts = torch.bincount(bins.reshape(-1), minlength=size)
-    occupied = counts.nonzero().reshape(-1)
-    return occupied.cpu().numpy(), counts[occupied].cpu().numpy()
-
-
-def joined(left: Sparse | None, right: Sparse) -> Sparse:
-    """The sum of two sparse counts."""
-    if left is None:
-        return right
-    bins, positions = np.unique(np.concatenate([left[0], right[0]]), return_inverse=True)
-    counts = np.zeros(len(bins), dtype=np.int64)
-    np.add.at(counts, positions, np.concatenate([left[1], right[1]]))
-    return bins, counts
 
 
 def high_counts(profile: Found, selection: Mapping[str, TensorInfo]) -> dict[str, Sparse]:

@@ -12,15 +12,14 @@ from fractions import Fraction
 from math import floor
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
 from mergecore.method import Block, Found, Rescan, Result, Scope, Statistic, Statistics, TensorInfo
 from mergecore.statistics.dropped_norms import drop_statistics, l1_factors
-from mergecore.statistics.profile import LOW, Profile, Sparse, bits, high_counts, joined, sparse
+from mergecore.statistics.profile import Profile, high_counts
+from mergecore.statistics.radix import OrderStatistic, bits
 from mergecore.trims import RandomDrop, dropped
 
 Count = Literal["at_least", "exact", "published"]
@@ -28,27 +27,17 @@ Count = Literal["at_least", "exact", "published"]
 
 @dataclass
 class Group:
-    """One ranking over all tensors together, or over one of them. `bin` holds the wanted rank, `above` lie over it."""
+    """One ranking over all tensors together, or over one of them; `order` finds its threshold."""
 
     tensors: frozenset[str]
     total: int
-    rank: int
-    bin: int = -1
-    above: int = 0
-    low: dict[str, Sparse] = field(default_factory=dict)
-    """Per tensor the low half-words inside the bin; once `value` is known only those equal to it."""
-    value: int = -1
-    """Bit pattern of the threshold, −1 where nothing is kept."""
+    order: OrderStatistic
     needed: int = 0
     """How many of the elements exactly at the threshold are still to be kept (count exact)."""
     cut: tuple[str, int] | None = None
     """Tensor and flat index of the last element at the threshold that is kept; None where all of them are."""
     ties: dict[int, int] = field(default_factory=dict)
     block: int = -1
-
-    def equal(self) -> int:
-        """How many elements lie exactly at the threshold."""
-        return int(sum(counts[1].sum() for counts in self.low.values()))
 
 
 @dataclass
@@ -98,36 +87,33 @@ class Threshold(Statistic):
         groups = []
         for tensors in members:
             total = sum(selection[name].count for name in tensors)
-            group = Group(tensors, total, self.rank(total))
-            if group.rank > 0:
-                group.bin, group.above = bin_of_rank([counts[name] for name in tensors], group.rank)
+            group = Group(tensors, total, OrderStatistic(self.rank(total)))
+            if group.order.rank > 0:
+                group.order.locate(counts[name] for name in tensors)
             groups.append(group)
         return ThresholdState(groups)
 
     def add(self, state: ThresholdState, block: Block, statistics: Statistics) -> ThresholdState:
         """Count what this scan is about."""
         group = state.group_of(block.name)
-        if group.rank == 0 or (state.scan != "low" and (group.cut is None or block.name != group.cut[0])):
+        if group.order.rank == 0 or (state.scan != "low" and (group.cut is None or block.name != group.cut[0])):
             return state
         delta = dropped(self.drop, block, l1_factors(self.drop, statistics, block.name))[0]
         pattern = bits(delta.abs()).reshape(-1)
         if state.scan == "low":
-            inside = pattern[(pattern >> 16) == group.bin] & (LOW - 1)
-            if inside.numel():
-                group.low[block.name] = joined(group.low.get(block.name), sparse(inside, LOW))
+            group.order.count(block.name, pattern)
         elif state.scan == "count":
-            group.ties[block.start] = int((pattern == group.value).sum())
+            group.ties[block.start] = int((pattern == group.order.value).sum())
         elif block.start == group.block:
-            position = int((pattern == group.value).nonzero()[group.needed - 1])
+            position = int((pattern == group.order.value).nonzero()[group.needed - 1])
             group.cut = (block.name, block.start + position)
         return state
 
     def combine(self, left: ThresholdState, right: ThresholdState) -> ThresholdState:
         """Join what two workers counted."""
         for ours, theirs in zip(left.groups, right.groups, strict=True):
-            for name, counts in theirs.low.items():
-                if left.scan == "low":
-                    ours.low[name] = joined(ours.low.get(name), counts)
+            if left.scan == "low":
+                ours.order.join(theirs.order)
             ours.ties.update(theirs.ties)
             if ours.cut and theirs.cut and theirs.cut[1] > ours.cut[1]:
                 ours.cut = theirs.cut
@@ -138,7 +124,7 @@ class Threshold(Statistic):
     ) -> Result | Rescan:
         """The thresholds; for count exact first two more scans of the tensors in which a cut lies."""
         for group in state.groups:
-            if group.rank and state.scan == "low":
+            if group.order.rank and state.scan == "low":
                 self._settle(group)
             elif group.cut and state.scan == "count":
                 _descend(group)
@@ -149,27 +135,26 @@ class Threshold(Statistic):
 
     def _settle(self, group: Group) -> None:
         """Fix the threshold from the low half-words, and for count exact the tensor in which the last one kept lies."""
-        low, above = bin_of_rank(list(group.low.values()), group.rank - group.above)
-        group.above += above
-        group.value = (group.bin << 16) | low
-        group.low = {name: _only(counts, low) for name, counts in group.low.items()}
-        group.needed = group.rank - group.above
-        if self.count != "exact" or group.needed == group.equal():
+        order = group.order
+        order.settle()
+        group.needed = order.rank - order.above
+        if self.count != "exact" or group.needed == order.equal():
             return
-        for name in sorted(group.low):
-            here = int(group.low[name][1].sum())
+        for name in sorted(order.low):
+            here = int(order.low[name][1].sum())
             if group.needed <= here:
                 group.cut = (name, -1)
                 return
             group.needed -= here
 
     def _numbers(self, state: ThresholdState) -> dict[str, Any]:
-        kept = [group.rank if self.count == "exact" else group.above + group.equal() for group in state.groups]
+        orders = [group.order for group in state.groups]
+        kept = [order.rank if self.count == "exact" else order.above + order.equal() for order in orders]
         groups = [
             {
-                "bits": group.value,
-                "above": group.above,
-                "equal": group.equal(),
+                "bits": group.order.value,
+                "above": group.order.above,
+                "equal": group.order.equal(),
                 "cut": list(group.cut) if group.cut else None,
                 "kept": here,
             }
@@ -179,23 +164,6 @@ class Threshold(Statistic):
         names = None if self.ranked == "global" else [next(iter(group.tensors)) for group in state.groups]
         share = sum(kept) / of if of else 0.0
         return {"groups": groups, "tensors": names, "kept": sum(kept), "of": of, "density": share}
-
-
-def bin_of_rank(counts: list[Sparse], rank: int) -> tuple[int, int]:
-    """The bin that holds the rank-th largest element, and how many lie in higher bins."""
-    total: Sparse | None = None
-    for part in counts:
-        total = joined(total, part)
-    assert total is not None
-    bins, held = total
-    above: NDArray[np.int64] = held[::-1].cumsum() - held[::-1]
-    position = int(np.searchsorted(above, rank, side="left")) - 1
-    return int(bins[::-1][position]), int(above[position])
-
-
-def _only(counts: Sparse, wanted: int) -> Sparse:
-    at = counts[0] == wanted
-    return counts[0][at], counts[1][at]
 
 
 def _descend(group: Group) -> None:

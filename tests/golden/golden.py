@@ -47,6 +47,16 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"density": 0.5, "drop": INVERSE, "count": "exact"},
     ],
     "fisher": [{}, {"weights": [1, 0, 2], "normalize": False, "floor": 0.0009765625}],
+    "breadcrumbs": [{"scale": 0.4}, {"scale": 0.4, "density": 0.5, "outliers": 0.25, "scope": "row"}],
+    "della": [{}, {"density": 0.5, "window": 0.5, "rescale": "l1", "elect": "none", "aggregate": "sum", "seed": 5}],
+    "pcb": [
+        {"form": form, "clip": clip} for form, clip in (("es", 0.05), ("vision", 0), ("nlp", 0.01), ("paper", None))
+    ],
+    "consensus": [
+        {"scale": 0.5},
+        {"scale": 1.0, "mask_scale": [0.2, 0.6, 0.4], "multi_task": "ties", "minimum_tasks": 1},
+        {"scale": 0.7, "multi_task": "ties_published", "density": 0.4},
+    ],
     "slerp": [{"t": 0.3}],
     "sce": [{}, {"density": 0.3}],
     "iso_c": [{}, {"rank": "full", "convolutions": "flatten"}],

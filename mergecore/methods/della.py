@@ -1,0 +1,114 @@
+"""DELLA: random drop that spares the larger changes of a row, then sign election and disjoint mean (Deep et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from mergecore.identity import GRID, random_key, random_words
+from mergecore.method import Block, Method, Per, Statistics
+from mergecore.trims import absolute_sum, agreeing, disjoint_mean, divided, elected_sign, folded_sum
+
+
+class Della(Method):
+    """Within a row the probability p of being kept rises linearly with the rank of |τ|; what is kept counts τ/p (§3.1).
+
+    A row is what one output sees: the first axis counts rows, a tensor of one axis is one row. Of equal magnitudes the
+    later ranks higher; a row of one element is kept with the mean probability. Elements are kept by a hash of (seed,
+    expert id, tensor name, flat index). rescale 'l1' is mergekit's `della`; with elect 'none' and aggregate 'sum' it is
+    its `della_linear` (its epsilon is half of `window`).
+    """
+
+    name: ClassVar[str] = "della"
+    per: ClassVar[Per] = Per.TENSOR
+    idempotent: ClassVar[bool] = False
+
+    density: Annotated[float, Field(gt=0, le=1, description="mean probability of being kept, 1 − the drop rate")] = 0.7
+    window: Annotated[
+        float, Field(ge=0, lt=1, description="ε, highest minus lowest probability: density ± window/2; 0: DARE")
+    ] = 0.14
+    scale: Annotated[float, Field(description="λ, the factor of the joined task vector")] = 1.0
+    rescale: Annotated[
+        Literal["inverse", "l1", "none"],
+        Field(
+            description="by each element's own 1/p (the paper), so that a tensor keeps its l1 norm (mergekit), or not"
+        ),
+    ] = "inverse"
+    elect: Annotated[
+        Literal["mass", "none"], Field(description="join only what has the sign of the sum (0 counts as +), or all")
+    ] = "mass"
+    aggregate: Annotated[
+        Literal["mean", "sum"], Field(description="mean over the experts that take part in a coordinate, or their sum")
+    ] = "mean"
+    seed: Annotated[int, Field(ge=0, description="seed of the masks")] = 0
+
+    @model_validator(mode="after")
+    def _probabilities_fit(self) -> Della:
+        half, mean = Fraction(str(self.window)) / 2, Fraction(str(self.density))
+        if mean - half <= 0 or mean + half > 1:
+            raise ValueError("density ± window/2 are probabilities: they must lie above 0 and not above 1")
+        return self
+
+    @property
+    def on(self) -> str:
+        """Deltas."""
+        return "deltas"
+
+    @property
+    def needs_ids(self) -> bool:
+        """Masks are drawn by expert id."""
+        return True
+
+    def probabilities(self, length: int) -> Tensor:
+        """The probability of being kept by rank (0 the smallest |τ|) in a row of `length`, float64 on the CPU."""
+        if length == 1:
+            return torch.tensor([self.density], dtype=torch.float64)
+        rank = torch.arange(length, dtype=torch.float64)
+        return (rank * (self.window / (length - 1)) + (self.density - self.window / 2)).clamp(max=1.0)
+
+    def pruned(self, delta: Tensor, expert: str, tensor: str) -> Tensor:
+        """One expert's task vector of one tensor, in its shape, dropped and rescaled."""
+        if delta.numel() == 0:
+            return delta
+        rows = delta.reshape(delta.shape[0] if delta.ndim > 1 else 1, -1)
+        length, key = rows.shape[1], random_key(self.seed, expert, tensor)
+        kept = self.probabilities(length)
+        unsigned = ((1.0 - kept) * (1 << 32)).round().clamp(0, (1 << 32) - 1)
+        limit = (unsigned.to(torch.int64) - (1 << 31)).to(torch.int32).to(delta.device)
+        divisor = kept.to(torch.float32).to(delta.device)
+        step = max(1, GRID // length)
+        parts = []
+        for first in range(0, len(rows), step):
+            piece = rows[first : first + step]
+            order = piece.abs().sort(dim=1, stable=True).indices
+            rank = torch.empty_like(order).scatter_(
+                1, order, torch.arange(length, device=delta.device).expand_as(order)
+            )
+            words = random_words(key, first * length, piece.numel(), delta.device).view_as(piece)
+            rescaled = piece / divisor[rank] if self.rescale == "inverse" else piece
+            parts.append(torch.where(words >= limit[rank], rescaled, 0.0))
+        found = torch.cat(parts).view(delta.shape)
+        left = absolute_sum(found) if self.rescale == "l1" else 0.0
+        return found * (absolute_sum(delta) / left) if left else found
+
+    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
+        """The pruned task vectors."""
+        held = zip(block.experts, block.ids, strict=True)
+        return {"deltas": [self.pruned(delta, expert, block.name) for delta, expert in held]}
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """θ_0 + λ · (mean or sum of what takes part)."""
+        assert base is not None
+        deltas: Sequence[Tensor] = arguments["deltas"]
+        if self.elect == "mass":
+            deltas = agreeing(deltas, elected_sign(deltas, 1))
+        if self.aggregate == "sum":
+            joined = folded_sum(deltas)
+        else:
+            joined = disjoint_mean(deltas) if self.elect == "mass" else divided(folded_sum(deltas), len(deltas))
+        return base + joined * self.scale

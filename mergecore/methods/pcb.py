@@ -1,0 +1,107 @@
+"""PCB-Merging: task vectors weighted, coordinate by coordinate, by their balanced scores (Du et al. 2024, §3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from mergecore.coefficients import Coefficients, check_coefficients, reordered, spread
+from mergecore.method import Block, Method, Statistic, Statistics
+from mergecore.statistics.balance_cut import BalanceCut
+from mergecore.statistics.balance_scores import Form, scores
+from mergecore.trims import divided, folded_sum
+
+CLIP = 0.01
+"""What the authors' code clips at either end (pcb-merging.py: 0.0001)."""
+LEAST = 1e-12
+"""Smallest sum of weights that is divided by, as in the authors' code."""
+
+
+class Pcb(Method):
+    """Scores each coordinate of each expert, drops the low scores and averages what is left by score.
+
+    A coordinate that a single expert keeps gets that expert's full change: the drop decides, the score only arbitrates
+    between those that survive. Forms other than 'paper' clip magnitudes, and weigh by min–max scaled scores (0 at the
+    cut). Where Norm would divide 0 by 0 all coordinates count as equal, and those of an all-zero task vector as absent.
+    exp and tanh come from mergecore.transcendental, so that results do not depend on the device.
+    """
+
+    name: ClassVar[str] = "pcb"
+    idempotent: ClassVar[bool] = False
+
+    density: Annotated[float, Field(gt=0, le=1, description="r, the share of each expert's scores that survives")] = 0.2
+    scale: Annotated[Coefficients, Field(description="λ, or one λ_i per expert in the order of the recipe")] = 1.0
+    form: Annotated[
+        Form,
+        Field(
+            description="how scores are formed: 'es', 'vision' and 'nlp' as in the authors' scripts of these names "
+            "('es' is nearest to the paper), 'paper' by the printed formula"
+        ),
+    ] = "es"
+    clip: Annotated[
+        float | None,
+        Field(ge=0, lt=0.5, description="share at either end to which |τ| is clipped; none: 0.01, for 'paper' 0"),
+    ] = None
+
+    @model_validator(mode="after")
+    def _paper_does_not_clip(self) -> Pcb:
+        if self.form == "paper" and self.clip:
+            raise ValueError("form 'paper' does not clip: leave clip out")
+        return self
+
+    @property
+    def on(self) -> str:
+        """Deltas."""
+        return "deltas"
+
+    @property
+    def cut(self) -> BalanceCut:
+        """The drop as a statistic."""
+        default = 0.0 if self.form == "paper" else CLIP
+        return BalanceCut(form=self.form, density=self.density, clip=default if self.clip is None else self.clip)
+
+    def statistics(self) -> Mapping[str, Statistic]:
+        """What scores are normalised by, and which survive."""
+        return {**self.cut.statistics(), "cut": self.cut}
+
+    def validate_count(self, count: int) -> None:
+        """One λ, or one per expert."""
+        check_coefficients("scale", self.scale, count)
+
+    def bound(self, order: Sequence[int]) -> Pcb:
+        """Each λ_i moved along with its expert."""
+        return self.model_copy(update={"scale": reordered(self.scale, order)})
+
+    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
+        """Clipped task vectors and their weights, per expert."""
+        found, cut = scores(self.form, block.experts, statistics), statistics["cut"][0].numbers
+        bounds = zip(cut["low"], cut["high"], strict=True)
+        weights = [self._weight(score, low, high) for score, (low, high) in zip(found, bounds, strict=True)]
+        if self.form == "paper":
+            return {"deltas": block.experts, "weights": weights}
+        ends = [one.numbers for one in statistics["quantiles"]]
+        clipped = [
+            torch.sign(delta) * delta.abs().clamp(end["low"], end["high"])
+            for delta, end in zip(block.experts, ends, strict=True)
+        ]
+        return {"deltas": clipped, "weights": weights}
+
+    def _weight(self, score: Tensor, low: float, high: float) -> Tensor:
+        """Of one expert: β where it survives (paper), or min–max of β clipped at the cut."""
+        if self.form == "paper":
+            return torch.where(score >= low, score, 0.0)
+        if high > low:
+            return divided(score.clamp(low, high) - low, high - low)
+        return ((score >= high) & (score > 0)).to(torch.float32)
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """θ_0 + Σ_i λ_i w_i τ_i / Σ_i w_i."""
+        assert base is not None
+        deltas, weights = arguments["deltas"], arguments["weights"]
+        scales = spread(self.scale, len(deltas))
+        total = folded_sum([w * (delta * scale) for w, delta, scale in zip(weights, deltas, scales, strict=True)])
+        return base + total / folded_sum(weights).clamp(min=LEAST)

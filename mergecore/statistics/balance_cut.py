@@ -1,0 +1,94 @@
+"""Per expert the largest balancing score β and the smallest that survives the drop (PCB-Merging, Du et al. 2024, §3.2).
+
+The quantile of β is taken over all coordinates of the model: two scans, as β is worked out anew from the same coordinate
+of every task vector. The statistic and the merge work it out by the same correctly rounded operations, to the same bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from math import floor
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+
+from mergecore.method import Block, Rescan, Result, Scope, Statistic, Statistics, TensorInfo
+from mergecore.statistics.balance_scores import Form, scores
+from mergecore.statistics.magnitude_quantiles import MagnitudeQuantiles
+from mergecore.statistics.radix import HIGH, OrderStatistic, Sparse, joined, signed_bits, sparse, value_of
+from mergecore.statistics.softmax_means import PIECE, SoftmaxMeans
+
+
+@dataclass
+class CutState:
+    """Per expert the counts of β's high half-words; then the two order statistics wanted: the largest β and the cut."""
+
+    high: list[Sparse | None]
+    wanted: list[tuple[OrderStatistic, OrderStatistic]] = field(default_factory=list)
+
+
+class BalanceCut(Statistic):
+    """'high': each expert's largest β; 'low': its sorted(β)[⌊d(1−density)⌋], d elements of the selection."""
+
+    name: ClassVar[str] = "balance_cut"
+    scope: ClassVar[Scope] = Scope.POOL
+
+    form: Form
+    density: Annotated[float, Field(gt=0, le=1)]
+    clip: Annotated[float, Field(ge=0, lt=0.5)]
+
+    def statistics(self) -> dict[str, Statistic]:
+        """What the scores are normalised by."""
+        if self.form == "paper":
+            return {"softmax": SoftmaxMeans()}
+        return {"quantiles": MagnitudeQuantiles(tail=self.clip)}
+
+    def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> CutState:
+        """Nothing counted."""
+        return CutState([])
+
+    def add(self, state: CutState, block: Block, statistics: Statistics) -> CutState:
+        """Count high half-words in the first scan, low ones inside the wanted bins in the second."""
+        deltas = [delta.reshape(-1) for delta in block.experts]
+        patterns = [torch.empty(delta.shape, dtype=torch.int32, device=delta.device) for delta in deltas]
+        for start in range(0, deltas[0].numel(), PIECE):
+            found = scores(self.form, [delta[start : start + PIECE] for delta in deltas], statistics)
+            for pattern, score in zip(patterns, found, strict=True):
+                pattern[start : start + PIECE] = signed_bits(score)
+        if state.wanted:
+            for pattern, wanted in zip(patterns, state.wanted, strict=True):
+                for order in wanted:
+                    order.count("", pattern)
+            return state
+        counts = [sparse(pattern >> 16, 2 * HIGH, -HIGH) for pattern in patterns]
+        state.high = [joined(held, new) for held, new in zip(state.high or [None] * len(counts), counts, strict=True)]
+        return state
+
+    def combine(self, left: CutState, right: CutState) -> CutState:
+        """Counts added."""
+        if not left.high or not right.high:
+            left.high = left.high or right.high
+        else:
+            left.high = [joined(a, b) for a, b in zip(left.high, right.high, strict=True) if b is not None]
+        for ours, theirs in zip(left.wanted, right.wanted, strict=True):
+            for order, other in zip(ours, theirs, strict=True):
+                order.join(other)
+        return left
+
+    def finish(self, state: CutState, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result | Rescan:
+        """After the first scan the bins and the wish for the second, then {'low', 'high'}."""
+        if state.high:
+            total = sum(info.count for info in selection.values())
+            rank = total - floor(total * (1 - Fraction(str(self.density))))
+            again = CutState([], [(OrderStatistic(1), OrderStatistic(rank)) for _ in state.high])
+            for counts, wanted in zip(state.high, again.wanted, strict=True):
+                for order in wanted:
+                    order.locate([counts] if counts else [])
+            return Rescan(again)
+        for order in (order for wanted in state.wanted for order in wanted):
+            order.settle()
+        high, low = ([value_of(wanted[place].value) for wanted in state.wanted] for place in (0, 1))
+        return Result({}, {"low": low, "high": high})

@@ -1,0 +1,77 @@
+"""The scores β of parameter competition balancing: how much each expert's change of a coordinate counts (PCB-Merging 2024).
+
+β_i = intra_i ⊙ inter_i. The paper and the three forms in the authors' repository differ in both factors:
+
+    form     intra                            inter                           where
+    es       exp(T n_i²)                      Σ_j tanh(ñ_i ñ_j)               vision_source_code/pcb_ES.py
+    vision   exp(T n_i²)                      tanh(τ_i Σ_j ñ_j)               vision_source_code/pcb.py
+    nlp      exp(T n_i²)                      tanh(τ_i Σ_j τ_j)               nlp_source_code, pcb-merging.py
+    paper    Softmax(T Norm(τ_i ⊙ τ_i))       Σ_j Softmax(Norm(τ_i ⊙ τ_j))    §3.2
+
+n_i = Norm(clip |τ_i|), ñ_i = sign(τ_i) n_i; Norm is min–max and Softmax runs over all coordinates of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mergecore.method import Statistics
+from mergecore.statistics.softmax_means import normalized, pairs
+from mergecore.transcendental import exponential, small_tanh, tanh
+from mergecore.trims import divided, folded_sum
+
+Form = Literal["es", "vision", "nlp", "paper"]
+
+
+def scores(form: Form, deltas: Sequence[Tensor], statistics: Statistics) -> list[Tensor]:
+    """β_i = intra_i ⊙ inter_i of flat pieces of the task vectors (float32, of one length).
+
+    intra is divided by e^T (T experts) so that it cannot overflow; every form takes common factors of β out again.
+    """
+    if form == "paper":
+        return _softmax_scores(deltas, statistics)
+    numbers = [found.numbers for found in statistics["quantiles"]]
+    shares = [
+        normalized(delta.abs().clamp(held["low"], held["high"]), held["low"], held["high"])
+        for delta, held in zip(deltas, numbers, strict=True)
+    ]
+    signed = [torch.sign(delta) * share for delta, share in zip(deltas, shares, strict=True)]
+    if form == "es":
+        inter = _summed(len(deltas), lambda i, j: small_tanh(signed[i] * signed[j]))
+    else:
+        together = folded_sum(signed if form == "vision" else deltas)
+        inter = [tanh(delta * together) for delta in deltas]
+    return [
+        exponential(share * share * len(deltas) - len(deltas)) * between
+        for share, between in zip(shares, inter, strict=True)
+    ]
+
+
+def _softmax_scores(deltas: Sequence[Tensor], statistics: Statistics) -> list[Tensor]:
+    """d² · Softmax(T · Norm(τ_i ⊙ τ_i)) ⊙ Σ_j Softmax(Norm(τ_i ⊙ τ_j)); 0 for a task vector that is all zeros."""
+    numbers, count = statistics["softmax"][0].numbers, len(deltas)
+    place = {pair: position for position, pair in enumerate(pairs(count))}
+
+    def share(i: int, j: int) -> Tensor:
+        position = place[i, j]
+        return normalized(deltas[i] * deltas[j], numbers["low"][position], numbers["high"][position])
+
+    inter = _summed(count, lambda i, j: divided(exponential(share(i, j)), numbers["inter"][place[i, j]]))
+    intra = [divided(exponential(share(i, i) * count - count), numbers["intra"][i]) for i in range(count)]
+    alive = [float(numbers["high"][place[i, i]] > 0) for i in range(count)]
+    return [within * between * here for within, between, here in zip(intra, inter, alive, strict=True)]
+
+
+def _summed(count: int, term: Callable[[int, int], Tensor]) -> list[Tensor]:
+    """Per expert i the sum of term(i, j) over all j in ascending order; a pair's term is the same both ways."""
+    totals: list[Tensor | None] = [None] * count
+    for i, j in pairs(count):
+        value = term(i, j)
+        for one in {i, j}:
+            held = totals[one]
+            totals[one] = value if held is None else held + value
+    return [total for total in totals if total is not None]

@@ -1,0 +1,68 @@
+"""The magnitudes between which a task vector is clipped: |τ| at index quantiles of both ends (PCB-Merging's code, 2024).
+
+Exact, by radix selection: the profile is the first scan, a second finds both values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from math import floor
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from mergecore.method import Block, Result, Scope, Statistic, Statistics, TensorInfo
+from mergecore.statistics.profile import Profile, high_counts
+from mergecore.statistics.radix import OrderStatistic, bits, value_of
+
+State = list[OrderStatistic]
+
+
+class MagnitudeQuantiles(Statistic):
+    """sorted(|τ|)[⌊d·tail⌋] and sorted(|τ|)[⌊d·(1−tail)−1⌋] over the d elements of the selection; 'low' and 'high'."""
+
+    name: ClassVar[str] = "magnitude_quantiles"
+    scope: ClassVar[Scope] = Scope.EXPERT
+
+    tail: Annotated[float, Field(ge=0, lt=0.5, description="share beyond each of the two; 0: smallest and largest")]
+
+    def statistics(self) -> dict[str, Statistic]:
+        """The profile."""
+        return {"profile": Profile()}
+
+    def ranks(self, total: int) -> tuple[int, int]:
+        """Ranks, counted from the largest, of the upper and the lower of the two."""
+        share = Fraction(str(self.tail))
+        low = floor(total * share)
+        high = max(int(total * (1 - share) - 1), low)
+        return total - high, total - low
+
+    def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> State:
+        """Find both bins from the profile."""
+        total = sum(info.count for info in selection.values())
+        counts = high_counts(statistics["profile"][0], selection)
+        state = [OrderStatistic(rank) for rank in self.ranks(total)] if total else []
+        for wanted in state:
+            wanted.locate(counts.values())
+        return state
+
+    def add(self, state: State, block: Block, statistics: Statistics) -> State:
+        """Count the low half-words inside both bins."""
+        pattern = bits(block.experts[0].abs()).reshape(-1)
+        for wanted in state:
+            wanted.count("", pattern)
+        return state
+
+    def combine(self, left: State, right: State) -> State:
+        """Counts added."""
+        for ours, theirs in zip(left, right, strict=True):
+            ours.join(theirs)
+        return left
+
+    def finish(self, state: State, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
+        """{'low', 'high'}: float32 values as numbers; 0 where the selection is empty."""
+        for wanted in state:
+            wanted.settle()
+        high, low = [value_of(wanted.value) for wanted in state] or [0.0, 0.0]
+        return Result({}, {"low": low, "high": high})

@@ -1,0 +1,110 @@
+"""Radix selection: exact order statistics of many float32 values from two scans of counts, without sorting (specs §0.3).
+
+A value's pattern is an int32 that grows with it. The first scan counts the high half-words, which tells in which bin
+the wanted rank lies; the second counts the low half-words inside that bin, which gives the value to its last bit and
+how many lie above and at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+HIGH = 1 << 15
+"""High half-words of non-negative values; of all values there are twice as many, from −HIGH on."""
+LOW = 1 << 16
+Sparse = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Occupied bins in ascending order, and their counts."""
+
+
+def bits(magnitude: Tensor) -> Tensor:
+    """The pattern of non-negative float32 values: their bits as int32, 0 … 2^31−1."""
+    return magnitude.contiguous().view(torch.int32)
+
+
+def signed_bits(values: Tensor) -> Tensor:
+    """The pattern of any float32 values: for negative ones the bits below the sign are turned over; −0 counts as 0."""
+    pattern = bits(values + 0.0)
+    return pattern ^ ((pattern >> 31) & 0x7FFFFFFF)
+
+
+def value_of(pattern: int) -> float:
+    """The float32 value whose pattern (signed or of a magnitude) this is."""
+    held = pattern if pattern >= 0 else pattern ^ 0x7FFFFFFF
+    return float(torch.tensor(held, dtype=torch.int32).view(torch.float32))
+
+
+def sparse(bins: Tensor, size: int, first: int = 0) -> Sparse:
+    """Occupied bins and counts of int32 bin numbers first … first+size−1."""
+    counts = torch.bincount(bins.reshape(-1) - first if first else bins.reshape(-1), minlength=size)
+    occupied = counts.nonzero().reshape(-1)
+    return occupied.cpu().numpy() + first, counts[occupied].cpu().numpy()
+
+
+def joined(left: Sparse | None, right: Sparse) -> Sparse:
+    """The sum of two sparse counts."""
+    if left is None:
+        return right
+    bins, positions = np.unique(np.concatenate([left[0], right[0]]), return_inverse=True)
+    counts = np.zeros(len(bins), dtype=np.int64)
+    np.add.at(counts, positions, np.concatenate([left[1], right[1]]))
+    return bins, counts
+
+
+def bin_of_rank(counts: Iterable[Sparse], rank: int) -> tuple[int, int]:
+    """The bin that holds the rank-th largest element, and how many lie in higher bins."""
+    total: Sparse | None = None
+    for part in counts:
+        total = joined(total, part)
+    assert total is not None
+    bins, held = total
+    above: NDArray[np.int64] = held[::-1].cumsum() - held[::-1]
+    position = int(np.searchsorted(above, rank, side="left")) - 1
+    return int(bins[::-1][position]), int(above[position])
+
+
+@dataclass
+class OrderStatistic:
+    """The rank-th largest value (rank ≥ 1): `locate` after the first scan, `count` in the second, then `settle`.
+
+    low: counts of the low half-words inside the bin, by the name they were counted under (tensors, say); once `value`
+    is known only those equal to it. above: how many values are larger.
+    """
+
+    rank: int
+    bin: int = -1
+    above: int = 0
+    low: dict[str, Sparse] = field(default_factory=dict)
+    value: int = -1
+    """The pattern of the value found; −1, which no value has, before."""
+
+    def locate(self, counts: Iterable[Sparse]) -> None:
+        """Find the bin from the counts of the high half-words."""
+        self.bin, self.above = bin_of_rank(counts, self.rank)
+
+    def count(self, name: str, pattern: Tensor) -> None:
+        """Count those of the patterns that lie in the bin."""
+        inside = pattern[(pattern >> 16) == self.bin] & (LOW - 1)
+        if inside.numel():
+            self.low[name] = joined(self.low.get(name), sparse(inside, LOW))
+
+    def join(self, other: OrderStatistic) -> None:
+        """Add what another worker counted."""
+        for name, counts in other.low.items():
+            self.low[name] = joined(self.low.get(name), counts)
+
+    def settle(self) -> None:
+        """Fix the value, and what lies above and at it."""
+        low, above = bin_of_rank(self.low.values(), self.rank - self.above)
+        self.above += above
+        self.value = (self.bin << 16) | low
+        self.low = {name: (bins[bins == low], held[bins == low]) for name, (bins, held) in self.low.items()}
+
+    def equal(self) -> int:
+        """How many values are exactly the one found."""
+        return int(sum(counts.sum() for _, counts in self.low.values()))

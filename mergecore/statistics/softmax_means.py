@@ -1,0 +1,116 @@
+"""What turns e^x into a softmax over a whole model: Σ_p e^(Norm(τ_i ⊙ τ_j)_p) / d per pair (PCB-Merging 2024, §3.2).
+
+Norm is min–max over all coordinates, so a first scan finds the smallest and largest product of every pair and a second
+forms the means, in float64 over the fixed grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mergecore.method import Block, Rescan, Result, Scope, Statistic, Statistics, TensorInfo
+from mergecore.transcendental import exponential
+from mergecore.trims import divided
+
+PIECE = 1 << 16
+"""Elements that are worked on at once, to stay in the processor's cache; sums are per block of the grid."""
+
+
+@dataclass
+class SoftmaxState:
+    """Per pair i ≤ j the extremes of τ_i ⊙ τ_j; once `ready`, per block the sums of e^Norm of pairs and of experts."""
+
+    extremes: list[tuple[float, float]]
+    ready: bool = False
+    sums: list[tuple[str, int, list[float]]] = field(default_factory=list)
+
+
+class SoftmaxMeans(Statistic):
+    """'low', 'high': extremes of τ_i ⊙ τ_j; 'inter': mean of e^Norm; for pairs in the order of `pairs`.
+
+    'intra': per expert the mean of e^(T·Norm(τ_i ⊙ τ_i) − T), T the number of experts.
+    """
+
+    name: ClassVar[str] = "softmax_means"
+    scope: ClassVar[Scope] = Scope.POOL
+
+    def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> SoftmaxState:
+        """Nothing seen."""
+        return SoftmaxState([])
+
+    def add(self, state: SoftmaxState, block: Block, statistics: Statistics) -> SoftmaxState:
+        """Extremes in the first scan, sums in the second."""
+        deltas = [delta.reshape(-1) for delta in block.experts]
+        if not state.ready:
+            found = [_extremes(deltas[i] * deltas[j]) for i, j in pairs(len(deltas))]
+            state.extremes = _wider(state.extremes, found)
+            return state
+        count = len(deltas)
+        sums = [0.0] * (len(state.extremes) + count)
+        for start in range(0, deltas[0].numel(), PIECE):
+            pieces = [delta[start : start + PIECE] for delta in deltas]
+            for position, (i, j) in enumerate(pairs(count)):
+                share = normalized(pieces[i] * pieces[j], *state.extremes[position])
+                sums[position] += _sum(exponential(share))
+                if i == j:
+                    sums[len(state.extremes) + i] += _sum(exponential(share * count - count))
+        state.sums.append((block.name, block.start, sums))
+        return state
+
+    def combine(self, left: SoftmaxState, right: SoftmaxState) -> SoftmaxState:
+        """The wider extremes, blocks side by side."""
+        left.extremes = _wider(left.extremes, right.extremes)
+        left.sums.extend(right.sums)
+        return left
+
+    def finish(
+        self, state: SoftmaxState, selection: Mapping[str, TensorInfo], statistics: Statistics
+    ) -> Result | Rescan:
+        """After the first scan the wish for the second, then the means, blocks folded in order."""
+        if not state.ready and state.extremes:
+            return Rescan(SoftmaxState(state.extremes, ready=True))
+        total = sum(info.count for info in selection.values())
+        sums = [0.0] * (len(state.sums[0][2]) if state.sums else 0)
+        for _, _, held in sorted(state.sums):
+            sums = [sum_ + value for sum_, value in zip(sums, held, strict=True)]
+        means, split = [value / total for value in sums], len(state.extremes)
+        low, high = [low for low, _ in state.extremes], [high for _, high in state.extremes]
+        return Result({}, {"low": low, "high": high, "inter": means[:split], "intra": means[split:]})
+
+
+def pairs(count: int) -> list[tuple[int, int]]:
+    """(0,0), (0,1) … (0,T−1), (1,1) …: every pair once; each expert meets its partners in ascending order."""
+    return [(i, j) for i in range(count) for j in range(i, count)]
+
+
+def normalized(values: Tensor, low: float, high: float) -> Tensor:
+    """Min–max: (x − low) / (high − low); where all values are equal 1, or 0 where they are 0."""
+    if high > low:
+        return divided(values - low, high - low)
+    return values.new_full(values.shape, 1.0 if high != 0 else 0.0)
+
+
+def _extremes(values: Tensor) -> tuple[float, float]:
+    return (float(values.min()), float(values.max())) if values.numel() else (inf, -inf)
+
+
+def _sum(values: Tensor) -> float:
+    """In float64, halves onto halves: additions of which a library cannot choose the order."""
+    wide = values.double()
+    while wide.numel() > 1:
+        half = wide.numel() // 2
+        odd = wide[2 * half :]
+        wide = torch.cat([wide[:half] + wide[half : 2 * half], odd]) if odd.numel() else wide[:half] + wide[half:]
+    return float(wide)
+
+
+def _wider(left: Sequence[tuple[float, float]], right: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    if not left or not right:
+        return list(left or right)
+    return [(min(a, c), max(b, d)) for (a, b), (c, d) in zip(left, right, strict=True)]
