@@ -22,7 +22,7 @@ from flows.cancelling import cancelling
 from flows.cluster import cuda_devices, dask_client
 from flows.conduct import conclusion, missing, mlflow_uri, projected, stays
 from flows.pages import listed, logged, report_page, run_name, slug
-from flows.session import Session, session_of
+from flows.session import Session, open_session, session_of
 from mergecore.engine import Executor
 from mergecore.errors import ServiceError, SpecError, nearest
 from mergecore.frontier import Round, summary
@@ -49,10 +49,13 @@ MethodName = Annotated[str, Field(json_schema_extra={"enum": list(METHODS)})]
 
 
 class Handed:
-    """An opened session, whether links to its MLflow pages will hold, and the pages the flow gives back."""
+    """An opened session, whether links to its MLflow pages will hold, and the pages the flow gives back.
 
-    def __init__(self, session: Session, report: Report, lasts: bool) -> None:
-        self.session, self.report, self.lasts = session, report, lasts
+    whole: the spec's path where the session is of a part of it only.
+    """
+
+    def __init__(self, session: Session, report: Report, lasts: bool, whole: Path | None = None) -> None:
+        self.session, self.report, self.lasts, self.whole = session, report, lasts, whole
         self.pages: dict[str, str] = {}
 
 
@@ -84,8 +87,8 @@ def sweep(
 
     Args:
         spec: Path of the spec file, seen from the project's folder.
-        methods: Only these methods; none chosen: all of the spec.
-        counts: Only these numbers of experts; none given: all of the spec.
+        methods: Do only these of the spec's methods now; none chosen: all.
+        counts: Do only these of the spec's numbers of experts now; none given: all.
         workers: Worker processes; none given: as the spec says, else one a core.
         retry_failed: Try cells again that failed before.
         track: Show the sweep in MLflow.
@@ -96,14 +99,21 @@ def sweep(
         session.store.forgive()
         session.frontier.refresh()
     stop = threading.Event()
-    with cancelling(stop), _executor(session, workers, stop) as executor:
+    with cancelling(stop), _executor(handed, workers, stop) as executor:
         try:
-            _rounds(session, session.place(executor, stoppable(handed.report, stop)))
+            place = session.place(executor, stoppable(handed.report, stop))
+            _rounds(session, place)
+            # Opened after the work on a part of it, so that it sees what was done: the report, MLflow and the registry
+            # are about the spec, not about what was chosen in the form.
+            whole = open_session(handed.whole) if handed.whole else session
+            if whole is session or not summary(whole.frontier)["pending"]:
+                wait_all([register.submit(name=whole.spec.name, work=Work(place, [whole.frontier]))])
+                settle(whole.frontier)
         except Stopped as error:
             return Cancelled(message=str(error))
-    outcome = conclusion(session, {}, reused=False)
+    outcome = conclusion(whole, {}, reused=False)
     if track:
-        projection = Projection(lambda: projected(session, mlflow_uri(session), {}))
+        projection = Projection(lambda: projected(whole, mlflow_uri(whole), {}))
         wait_all([show.submit(name=session.spec.name, projection=projection)])
         handed.pages.update(projection.pages)
     create_markdown_artifact(
@@ -111,35 +121,40 @@ def sweep(
         key=f"report-{slug(session.spec.name)}",
         description=f"Report of the sweep {session.spec.name}",
     )
-    state: State[Any] = Completed(
-        name="With failures" if outcome.troubled else "Completed", message=outcome.summary, data=outcome.text
-    )
+    counts_of_part = summary(session.frontier)
+    ended = "With failures" if counts_of_part["failed"] or counts_of_part["refused"] else "Completed"
+    state: State[Any] = Completed(name=ended, message=outcome.summary, data=outcome.text)
     return state
 
 
 def _opened(path: str, methods: Sequence[str], counts: Sequence[int]) -> Handed:
     session = session_of(narrowed(path, methods, counts))
-    return Handed(session, logged(), stays(session))
+    return Handed(session, logged(), stays(session), Path(path) if methods or counts else None)
 
 
 def narrowed(path: str, methods: Sequence[str], counts: Sequence[int]) -> Spec:
-    """The spec of a file, limited to some methods and counts as the form asks. Raises SpecError."""
+    """The spec of a file, limited to some of its methods and counts as the form asks. Raises SpecError."""
     held = read_yaml(Path(path))
+    whole = parse_spec(held, Path(path).name)
+    known = {str(entry.get("method")) for entry in whole.methods} | {"average"}
     for name in methods:
-        if name not in METHODS:
-            raise SpecError(f"methods: there is no method '{name}'; {nearest(name, METHODS)}")
+        if name not in known:
+            raise SpecError(f"methods: {path} has no '{name}'; {nearest(name, known)}")
+    for count in counts:
+        if count not in whole.counts:
+            raise SpecError(f"counts: {path} has no {count}; known: {', '.join(map(str, whole.counts))}")
     if methods:
-        held["methods"] = [entry for entry in held.get("methods", []) if entry.get("method") in methods]
+        held["methods"] = [entry for entry in held["methods"] if entry.get("method") in methods]
     if counts:
         held["counts"] = list(counts)
     return parse_spec(held, Path(path).name)
 
 
 @contextmanager
-def _executor(session: Session, workers: int | None, stop: threading.Event) -> Iterator[Executor]:
+def _executor(handed: Handed, workers: int | None, stop: threading.Event) -> Iterator[Executor]:
     """Where the sweep's work is done: a Dask cluster, unless nothing is missing. Raises CapacityError."""
-    chosen = session.spec.run
-    if not missing(session):
+    session, chosen = handed.session, handed.session.spec.run
+    if not (session.frontier.round() if handed.whole else missing(session)):
         yield InProcess()
         return
     check_fit(session.spec, session.store, cost(session.frontier, workers or chosen.workers or cores()))
@@ -184,8 +199,6 @@ def _rounds(session: Session, place: Place) -> None:
         wait_all(submitted(place, round))
         drop_models(place, frontier.droppable())
         update_progress_artifact(progress, _share(session))
-    wait_all([register.submit(name=session.spec.name, work=Work(place, [frontier]))])
-    settle(frontier)
 
 
 def submitted(place: Place, round: Round) -> list[PrefectFuture[Any]]:

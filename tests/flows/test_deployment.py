@@ -46,6 +46,10 @@ def test_methods_and_counts_narrow_a_spec(tmp_path: Path) -> None:
     assert narrowed(str(path), [], [3]).counts == (3,)
     with pytest.raises(SpecError, match="did you mean 'ties'"):
         narrowed(str(path), ["tie"], [])
+    with pytest.raises(SpecError, match="has no 'fisher'"):
+        narrowed(str(path), ["fisher"], [])
+    with pytest.raises(SpecError, match="has no 4; known: 2, 3"):
+        narrowed(str(path), [], [4])
 
 
 def test_names_that_pages_show() -> None:
@@ -75,26 +79,33 @@ def test_killed_runs_are_watched_for(project: Project) -> None:
     assert project.deployment("sweep")["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
 
 
-def test_a_sweep_leaves_tasks_and_artifacts(project: Project) -> None:
-    run = project.ended(project.first)
+def test_a_part_of_a_spec_is_done_without_the_rest(project: Project) -> None:
+    state = project.ended(project.part)["state"]
+    assert state["message"] == "5 of 8 cells done, 3 pending", "it says how far the spec is, not the part"
+    tasks = project.tasks(project.part)
+    assert set(tasks.values()) == {"Completed"}
+    assert "merge 2 models: average" in tasks, "the average of two and the adapter in full"
+    assert "register tiny" not in tasks, "a part does not say who is best"
+
+
+def test_the_rest_of_a_spec_reuses_the_part(project: Project) -> None:
+    run = project.ended(project.whole)
     assert run["state"]["message"] == "8 of 8 cells done"
     assert run["name"].startswith("tiny · ")
-    tasks = project.tasks(project.first)
-    assert set(tasks.values()) == {"Completed"}
-    assert {"download base", "task vectors of 3 experts", "statistics threshold (3)", "register tiny"} <= set(tasks)
-    assert {"merge 2 models: ties", "track tiny"} <= set(tasks)
+    tasks = project.tasks(project.whole)
+    cached = {name for name, state in tasks.items() if state == "Cached"}
+    assert {"download base", "download expert-0", "reuse 2 merged models"} < cached
+    assert {"task vectors of 3 experts", "statistics threshold (3)", "register tiny", "track tiny"} < set(
+        tasks
+    ) - cached
     assert max(map(len, tasks)) < 60
-    artifacts = project.artifacts(project.first)
+
+
+def test_a_sweep_leaves_its_report(project: Project) -> None:
+    artifacts = project.artifacts(project.whole)
     assert artifacts["progress-tiny"]["data"] == 100.0
     report = artifacts["report-tiny"]["data"]
     assert "](data:image/png;base64," in report and "viewStateShareKey" in report
-
-
-def test_what_is_finished_is_reused(project: Project) -> None:
-    assert project.ended(project.again)["state"]["message"] == "5 of 5 cells done"
-    tasks = project.tasks(project.again)
-    assert set(tasks.values()) == {"Cached"}, tasks
-    assert {"reuse 2 merged models", "register tiny", "download base"} <= set(tasks), "the average and the adapter"
 
 
 def test_a_form_that_cannot_be_meant_is_refused(project: Project) -> None:
