@@ -79,7 +79,7 @@ check: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/merge.py --size 0.1
 
 lock: setup
 	@test -n "$(UV)" || { echo "make lock needs uv"; exit 1; }
