@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 
+from mergecore.method import Event
+from mergecore.sources.hub import HubSource
 from mergecore.store import Store
 from tests.digits import DigitsTier, digits_tier
 from tests.digits_sweep import EXPERTS, contents, digits_spec, leftovers, opened, stamps
-from tests.processes import kill_at, ran, was_killed
+from tests.hub_server import running_hub
+from tests.processes import Started, kill_at, killed_here, ran, was_killed
 
 METHODS = [
     {"method": "average"},
@@ -103,12 +107,12 @@ def test_killed_again_and_again(tier: DigitsTier, tmp_path: Path, undisturbed: d
     store, done = Store(tmp_path), 0
     for number in range(40):
         try:
-            was_killed(sweep, tier, tmp_path, "os:rename" if number % 2 else "os:replace", 7)
+            was_killed(sweep, tier, tmp_path, "os:rename" if number % 2 else "os:replace", 12)
         except AssertionError:
             break
         assert len(stamps(store)) >= done
         done = len(stamps(store))
-    assert number > 6
+    assert number > 3
     ran(sweep, tier, tmp_path)
     assert contents(store) == undisturbed and not leftovers(store)
 
@@ -134,8 +138,6 @@ def spans_written(tier: DigitsTier, store: Path) -> int:
 
 def test_two_runs_of_one_sweep_at_once(tier: DigitsTier, tmp_path: Path, undisturbed: dict[str, str]) -> None:
     """Someone starts it twice: nothing breaks, no step is done by both."""
-    from tests.processes import Started
-
     both = [Started(sweep, tier, tmp_path) for _ in range(2)]
     steps = [name for one in both for name in one.result()]
     evaluations = [name for name in steps if name.startswith("classification")]
@@ -143,3 +145,30 @@ def test_two_runs_of_one_sweep_at_once(tier: DigitsTier, tmp_path: Path, undistu
     assert contents(Store(tmp_path)) == undisturbed
     shutil.rmtree(tmp_path / "locks", ignore_errors=True)
     assert not leftovers(Store(tmp_path))
+
+
+def download(endpoint: str, cache: Path, fatal: int) -> None:
+    """Fetch a checkpoint from a hub, killed when so many bytes have come."""
+    from huggingface_hub import constants
+
+    constants.DOWNLOAD_CHUNK_SIZE, constants.HF_HUB_OFFLINE = 1 << 14, False
+
+    def heard(event: Event) -> None:
+        if event.what.startswith("download") and event.done >= fatal:
+            killed_here()
+
+    HubSource("owner/toy", None, cache, None, endpoint).fetch(heard)
+
+
+def test_killed_during_a_download(tmp_path: Path) -> None:
+    """What had come is kept, the rest is fetched, and the file is the hub's."""
+    held = save({"w": torch.arange(250_000, dtype=torch.float32)})
+    with running_hub() as hub:
+        hub.push("owner/toy", {"config.json": b'{"model_type": "toy"}', "model.safetensors": held})
+        was_killed(download, hub.endpoint, tmp_path, 500_000)
+        assert not list(tmp_path.glob("*/snapshots/*/model.safetensors")) and list(tmp_path.glob("*/blobs/*incomplete"))
+        before = hub.served["model.safetensors"]
+        ran(download, hub.endpoint, tmp_path, 10**9)
+        assert hub.served["model.safetensors"] - before < len(held) - 300_000
+    (path,) = tmp_path.glob("*/snapshots/*/model.safetensors")
+    assert path.read_bytes() == held and not list(tmp_path.glob("*/blobs/*incomplete"))
