@@ -104,7 +104,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     log = folder / "worker.log"
     with services.servers(store) as addresses:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-        environment = {**kept, "MLFLOW_TRACKING_URI": addresses.mlflow}
+        environment = {**kept, "MLFLOW_TRACKING_URI": addresses.mlflow, "PREFECT_WORKER_QUERY_SECONDS": "3"}
         deployed = subprocess.run(
             make("deploy", store, addresses.prefect), cwd=REPOSITORY, env=environment, capture_output=True, text=True
         )
