@@ -7,7 +7,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergecore.engine import CHUNK, coarsest
+from mergecore.passes import coarsest
+from mergecore.span import WINDOW as CHUNK
 from mergecore.errors import CapacityError, StoreError
 from mergecore.frontier import Frontier
 from mergecore.identity import GRID

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mergecore.engine import Executor
+from mergecore.passes import Executor
 from mergecore.frontier import Frontier
 from mergecore.method import Report, silent
 from mergecore.plan import Plan, make_plan

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from mergecore.errors import IdentityError
@@ -65,6 +66,45 @@ def file_sha256(path: Path, chunk: int = 8 << 20) -> str:
         while size := file.readinto(buffer):
             state.update(buffer[:size])
     return state.hexdigest()
+
+
+class BlockDigests:
+    """XXH3 (128 bits) of each block of `GRID` elements of a tensor that is given piece by piece, in order.
+
+    What is written is compared with itself, never with a stranger's claim: a hash that costs less than the reading does.
+    """
+
+    def __init__(self, start: int = 0) -> None:
+        self._at, self._found = start, dict[int, str]()
+        self._state = xxhash.xxh3_128()
+
+    def update(self, values: Tensor) -> None:
+        """The next elements, flat."""
+        done = 0
+        while done < values.numel():
+            size = min(GRID - self._at % GRID, values.numel() - done)
+            self._state.update(memoryview(values[done : done + size].contiguous().view(torch.uint8).numpy()))
+            done += size
+            self._at += size
+            if self._at % GRID == 0:
+                self._close(self._at - GRID)
+
+    def _close(self, start: int) -> None:
+        self._found[start] = self._state.hexdigest()
+        self._state = xxhash.xxh3_128()
+
+    def finished(self) -> dict[int, str]:
+        """{first element: digest}; an empty tensor has one block."""
+        if self._at % GRID or not self._found:
+            self._close(self._at // GRID * GRID)
+        return self._found
+
+
+def block_digests(values: Tensor) -> dict[int, str]:
+    """The digests of all blocks of a flat tensor."""
+    held = BlockDigests()
+    held.update(values)
+    return held.finished()
 
 
 def tensor_digest(block_digests: Sequence[str]) -> str:
@@ -140,23 +180,35 @@ def _shifted(words: Tensor, bits: int) -> Tensor:
 def random_words(key: tuple[int, int], start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """Uniform int32 words for the flat indices start … start+count−1, shape (count,).
 
-    A pure function of key and index (two keyed rounds of a 32-bit avalanche hash), so the same for any chunk, order,
-    worker or device. Indices beyond 2^32 enter through the high word, which is folded into the key.
+    A pure function of key and index, so the same for any chunk, order, worker or device.
     """
     high = start >> 32
     if (start + count - 1) >> 32 != high and count > 0:
         cut = ((high + 1) << 32) - start
         return torch.cat([random_words(key, start, cut, device), random_words(key, start + cut, count - cut, device)])
-    low = start & 0xFFFFFFFF
-    words = torch.arange(low, low + count, dtype=torch.int64, device=device).to(torch.int32)
-    words = words ^ _signed(key[0] ^ (high * 0x9E3779B9))
-    for salt, (first, second) in ((key[1], (0x7FEB352D, 0x846CA68B)), (0, (0x21F0AAAD, 0xD35A2D97))):
+    index = torch.arange(start, start + count, dtype=torch.int64, device=device)
+    return words_at(index, *word_key(key, start))
+
+
+def word_key(key: tuple[int, int], start: int) -> tuple[int, int]:
+    """The two int32 numbers that `words_at` takes for indices from `start` to the next multiple of 2^32.
+
+    Indices beyond 2^32 enter through their high word, which is folded into the key.
+    """
+    return _signed(key[0] ^ ((start >> 32) * 0x9E3779B9)), _signed(key[1])
+
+
+def words_at(index: Tensor, first: int, second: int) -> Tensor:
+    """Uniform int32 words for int64 flat indices: two keyed rounds of a 32-bit avalanche hash."""
+    words = index.to(torch.int32) ^ first
+    for salt, (one, other) in ((second, (0x7FEB352D, 0x846CA68B)), (None, (0x21F0AAAD, 0xD35A2D97))):
         words = words ^ _shifted(words, 16)
-        words = words * _signed(first)
+        words = words * _signed(one)
         words = words ^ _shifted(words, 15)
-        words = words * _signed(second)
+        words = words * _signed(other)
         words = words ^ _shifted(words, 16)
-        words = words + _signed(salt)
+        if salt is not None:
+            words = words + salt
     return words
 
 

@@ -10,18 +10,12 @@ import torch
 from torch import Tensor
 
 from mergecore.delta import Expert, FullExpert
-from mergecore.engine import (
-    MergeJob,
-    PassPlan,
-    StatisticJob,
-    coarsest,
-    plan_spans,
-    run_pass,
-)
+from mergecore.engine import run_pass
 from mergecore.errors import SpecError
 from mergecore.identity import GRID
 from mergecore.layout import SelectRule, check_fit, lay_out
 from mergecore.method import DataStatistic, Found, Method, Report, Scope, Statistic, Statistics, TensorInfo, silent
+from mergecore.passes import MergeJob, PassPlan, StatisticJob, coarsest, plan_spans
 from mergecore.snapshot import MERGED, NAMES, MemoryTensors
 from mergecore.writer import MemorySink
 

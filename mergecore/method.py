@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -65,9 +67,30 @@ class TensorSource(Protocol):
         """Every tensor, by name."""
         ...
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements start … stop−1 of the flattened tensor, in its own dtype; not to be written to."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, space: Tensor | None = None) -> Tensor:
+        """Elements start … stop−1 of the flattened tensor, in its own dtype; not to be written to.
+
+        space: memory of that size and dtype that may be used for the answer.
+        """
         ...
+
+
+@dataclass(frozen=True)
+class Index:
+    """Among a method's arguments: the flat index of each element of the block, int64."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Among a method's arguments: one float32 per element, read beside the block from tensor `name` of `source`."""
+
+    source: TensorSource
+    name: str
+    dtype: ClassVar[torch.dtype] = torch.float32
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Elements start … stop−1 of the flattened tensor."""
+        return self.source.read(self.name, start, stop).to(torch.float32)
 
 
 class Per(StrEnum):
@@ -111,7 +134,8 @@ class Block:
 
     base and experts are float32; for `Per.ELEMENT` of shape (stop−start,), else of the tensor's shape. `experts` holds
     what the method asked for with `on`: weights θ_t, or deltas τ_t = θ_t − θ_0. ids are the experts' ids, in the same
-    order. members: for LAYER and MODEL the blocks of the single tensors, else empty.
+    order. members: for LAYER and MODEL the blocks of the single tensors, else empty. Where only the place is known (see
+    `Method.arguments`) base is None and experts is empty.
     """
 
     name: str
@@ -136,6 +160,21 @@ Statistics = Mapping[str, Sequence[Found]]
 """By the name the method gave it: one `Found` per expert (scope EXPERT, in the experts' order) or a single one (POOL)."""
 
 
+@dataclass(frozen=True)
+class Counting:
+    """What a scan counts of one block: pattern(experts, **arguments) gives one int32 per element, in plain torch on flat
+    float32 deltas. windows: None: counts its high half-words; else the low half-words inside each of these high ones.
+    """
+
+    pattern: Callable[..., Tensor]
+    arguments: Mapping[str, Any]
+    windows: tuple[int, ...] | None = None
+
+
+Sparse = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Occupied bins in ascending order, and their counts."""
+
+
 class Statistic(Plugin, ABC):
     """Looks at models and writes a few tensors: begin, then add for every block, combine, finish.
 
@@ -143,6 +182,9 @@ class Statistic(Plugin, ABC):
     state; blocks come in any order and states of different workers are joined by `combine`, so a reduction keeps one
     float64 value per block and folds them in order in `finish`. `finish` may return `Rescan`: the pass then reads
     again, only the tensors named, every span starting from the state given. States are plain picklable data.
+
+    A scan that only counts bit patterns says so with `counting`; the engine then does it in one fused loop and hands over
+    the counts (`counted`) instead of calling `add`.
     """
 
     scope: ClassVar[Scope]
@@ -156,6 +198,14 @@ class Statistic(Plugin, ABC):
     @abstractmethod
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Any:
         """The empty state for the tensors that are merged and counted."""
+
+    def counting(self, state: Any, block: Block, statistics: Statistics) -> Counting | None:
+        """What this scan counts of the block (of which only the place is known); None where it has to `add` it."""
+        return None
+
+    def counted(self, state: Any, tensor: str, counts: Sequence[Sparse]) -> Any:
+        """The state after counts of a part of one tensor: one of high half-words, or one per window."""
+        raise NotImplementedError
 
     @abstractmethod
     def add(self, state: Any, block: Block, statistics: Statistics) -> Any:
@@ -258,12 +308,20 @@ class Method(Plugin, ABC):
         return selection
 
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """Small tensors and values that `merge` needs for this block besides base and experts."""
+        """What `merge` needs for this block besides base and experts.
+
+        An element-wise method is given the place alone (no base, no experts) and answers with numbers, `Index` and
+        `Beside`, in lists, tuples or dicts; texts, bools and None decide the form of `merge`. Others may look at values.
+        """
         return {}
 
     @abstractmethod
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """The merged weights of one block, float32, from `base` (None where it is not needed) and `experts`."""
+        """The merged weights of one block, float32, from `base` (None where it is not needed) and `experts`.
+
+        Of an element-wise method plain torch operations on single elements, none in place and none on a number alone: the
+        engine makes one fused loop of them, and runs them as they are where it cannot.
+        """
 
     def merge_block(self, block: Block, statistics: Statistics) -> dict[str, Tensor]:
         """The merged tensors of one block, by name."""

@@ -24,12 +24,13 @@ from pyarrow import parquet
 from torch import Tensor
 
 from mergecore.delta import Expert
-from mergecore.engine import Executor, MergeJob, PassPlan, StatisticJob, block_digests, coarsest, plan_spans, run_pass
+from mergecore.engine import run_pass
 from mergecore.errors import EvaluationError, MergeloomError, ServiceError
 from mergecore.evaluators import Evaluator, Resident, Split, TaskIdentity
 from mergecore.frontier import Scoring
-from mergecore.identity import Step, model_digest, tensor_digest
+from mergecore.identity import Step, block_digests, model_digest, tensor_digest
 from mergecore.method import DataStatistic, Event, Found, Report, Result, TensorInfo, TensorSource, silent
+from mergecore.passes import Executor, MergeJob, PassPlan, StatisticJob, coarsest, plan_spans
 from mergecore.plan import MergePlan, StatisticPlan
 from mergecore.pool import Pool, opened, snapshot_step
 from mergecore.snapshot import NAMES, FileTensors, MemoryTensors, Snapshot, open_file, open_files
@@ -259,7 +260,7 @@ def commit_result(store: Store, draft: Draft, result: Result, made: Mapping[str,
         name: (
             NAMES[value.dtype],
             tuple(value.shape),
-            tensor_digest(list(block_digests(value.reshape(-1), 0).values())),
+            tensor_digest(list(block_digests(value.reshape(-1)).values())),
         )
         for name, value in tensors.items()
     }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergecore.engine import Executor
+from mergecore.passes import Executor
 from mergecore.errors import MergeloomError, SpecError, StoreError
 from mergecore.identity import Step
 from mergecore.method import DataStatistic, Report

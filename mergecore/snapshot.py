@@ -59,8 +59,8 @@ class FileTensors:
         for handle in self.handles.values():
             os.close(handle)
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements start … stop−1 of the flattened tensor, in its own dtype.
+    def read(self, name: str, start: int = 0, stop: int | None = None, space: Tensor | None = None) -> Tensor:
+        """Elements start … stop−1 of the flattened tensor, in its own dtype; read into `space` where it is given.
 
         Raises SourceError where the file ends before the tensor does (it shrank after its header was read).
         """
@@ -68,7 +68,7 @@ class FileTensors:
         dtype = DTYPES[info.dtype]
         stop = info.count if stop is None else stop
         file, offset = self.locations[name]
-        out = torch.empty(stop - start, dtype=dtype)
+        out = torch.empty(stop - start, dtype=dtype) if space is None else space
         if stop == start:
             return out
         wanted = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]
@@ -110,8 +110,8 @@ class MemoryTensors:
                 )
         return {name: TensorInfo(NAMES[value.dtype], tuple(value.shape)) for name, value in self.held.items()}
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """A view of the flattened tensor; not to be written to."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, space: Tensor | None = None) -> Tensor:
+        """A view of the flattened tensor; not to be written to. `space` is not needed."""
         return self.held[name].detach().reshape(-1)[start:stop]
 
 

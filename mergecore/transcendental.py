@@ -22,25 +22,25 @@ def exponential(values: Tensor) -> Tensor:
     """e^x, relative error below 2^-21; arguments beyond −87 … 88, where float32 ends, count as those."""
     bounded = values.clamp(SMALLEST, LARGEST)
     exponent = torch.round(bounded * LOG2_E)
-    rest = bounded.sub_(exponent * LN2_HIGH).sub_(exponent * LN2_LOW)
+    rest = bounded - exponent * LN2_HIGH - exponent * LN2_LOW
     total = rest * (1 / 5040)
     for coefficient in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0):
-        total = total.add_(coefficient).mul_(rest)
+        total = (total + coefficient) * rest
     power = ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
-    return total.add_(1.0).mul_(power)
+    return (total + 1.0) * power
 
 
 def small_tanh(values: Tensor) -> Tensor:
     """tanh x for |x| ≤ 1.25, relative error below 2^-21."""
     square = values * values
-    above = square.add(378.0).mul_(square).add_(17325.0).mul_(square).add_(135135.0).mul_(values)
-    below = square.mul(28.0).add_(3150.0).mul_(square).add_(62370.0).mul_(square).add_(135135.0)
-    return above.div_(below)
+    above = (((square + 378.0) * square + 17325.0) * square + 135135.0) * values
+    below = ((square * 28.0 + 3150.0) * square + 62370.0) * square + 135135.0
+    return above / below
 
 
 def tanh(values: Tensor) -> Tensor:
     """tanh x for any x, relative error below 2^-20: of x/8, then three times tanh 2y = 2 tanh y / (1 + tanh² y)."""
-    found = small_tanh((values * 0.125).clamp_(-1.25, 1.25))
+    found = small_tanh((values * 0.125).clamp(-1.25, 1.25))
     for _ in range(3):
-        found = (found + found).div_((found * found).add_(1.0))
+        found = (found + found) / (found * found + 1.0)
     return found

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from mergecore.identity import GRID, drop_limit, random_key, random_words
-from mergecore.method import Block
+from mergecore.identity import GRID, drop_limit, random_key, word_key, words_at
+from mergecore.method import Block, Index
 
 
 class RandomDrop(BaseModel):
@@ -30,36 +30,29 @@ class RandomDrop(BaseModel):
     ] = "inverse"
     seed: Annotated[int, Field(ge=0, description="seed of the masks")] = 0
 
-    def kept(self, expert: str, tensor: str, start: int, count: int, device: torch.device) -> Tensor:
-        """Which of the elements start … start+count−1 are kept, shape (count,), bool."""
-        words = random_words(random_key(self.seed, expert, tensor), start, count, device)
-        return words >= drop_limit(self.rate)
-
-    def apply(self, delta: Tensor, kept: Tensor, factor: Tensor | float) -> Tensor:
-        """The delta with dropped elements at 0 and the others times `factor` (float32)."""
-        return torch.where(kept, delta * factor, 0.0)
+    def drawn(self, block: Block, factors: Sequence[float] | None) -> dict[str, Any]:
+        """What `dropped` needs for a block. factors: per expert what is left counts, None for 1/(1−rate)."""
+        keys = [word_key(random_key(self.seed, one, block.name), block.start) for one in block.ids]
+        chosen = list(factors or [1.0 / (1.0 - self.rate)] * len(block.ids))
+        return {"index": Index(), "keys": keys, "limit": drop_limit(self.rate), "factors": chosen}
 
 
-def dropped(drop: RandomDrop | None, block: Block, factors: Sequence[float] | None) -> tuple[Tensor, ...]:
-    """The block's deltas after the drop; `factors`: per expert the l1 rescaling of this tensor, None for 1/(1−rate)."""
-    if drop is None:
-        return block.experts
-    flat = [delta.reshape(-1) for delta in block.experts]
-    chosen = factors or [1.0 / (1.0 - drop.rate)] * len(flat)
-    return tuple(
-        drop.apply(delta, drop.kept(name, block.name, block.start, delta.numel(), delta.device), factor)
-        for delta, name, factor in zip(flat, block.ids, chosen, strict=True)
-    )
+def dropped(deltas: Sequence[Tensor], drawn: Mapping[str, Any] | None) -> list[Tensor]:
+    """The deltas with dropped elements at 0 and the others times their factor; as they are where nothing is drawn."""
+    if drawn is None:
+        return list(deltas)
+    return [
+        torch.where(words_at(drawn["index"], first, second) >= drawn["limit"], delta * factor, 0.0)
+        for delta, (first, second), factor in zip(deltas, drawn["keys"], drawn["factors"], strict=True)
+    ]
 
 
-def trimmed(delta: Tensor, threshold: Tensor, cut: int | None, start: int) -> Tensor:
-    """The delta where |τ| ≥ threshold, else 0; with a `cut` the elements exactly at it only up to that flat index."""
+def trimmed(delta: Tensor, least: float, last: int | None = None, index: Tensor | None = None) -> Tensor:
+    """The delta where |τ| ≥ least, else 0; with a `last` those exactly at it only up to that flat index."""
     magnitude = delta.abs()
-    if cut is None:
-        return torch.where(magnitude >= threshold, delta, 0.0)
-    index = torch.arange(start, start + delta.numel(), device=delta.device)
-    keep = (magnitude > threshold) | ((magnitude == threshold) & (index <= cut))
-    return torch.where(keep, delta, 0.0)
+    if last is None or index is None:
+        return torch.where(magnitude >= least, delta, 0.0)
+    return torch.where((magnitude > least) | ((magnitude == least) & (index <= last)), delta, 0.0)
 
 
 def folded_sum(values: Sequence[Tensor]) -> Tensor:
@@ -72,23 +65,23 @@ def folded_sum(values: Sequence[Tensor]) -> Tensor:
 
 def divided(values: Tensor, by: float) -> Tensor:
     """values / by, correctly rounded: by a number from Python, torch would multiply with its reciprocal on a GPU."""
-    return values / torch.full((), by, dtype=values.dtype, device=values.device)
+    return values / (values.new_full((), by) if isinstance(by, float | int) else by)
 
 
-def elected_sign(deltas: Sequence[Tensor], zero: int) -> Tensor:
-    """The sign of the sum per coordinate (TIES, Yadav et al. 2023, §3.2); `zero` (−1, 0, 1) where it cancels exactly."""
+def elected_sign(deltas: Sequence[Tensor], zero: float | None = None) -> Tensor:
+    """The sign of the sum per coordinate (TIES, Yadav et al. 2023, §3.2); `zero` (−1 or 1) where it cancels exactly."""
     sign = torch.sign(folded_sum(deltas))
-    return torch.where(sign == 0, float(zero), sign) if zero else sign
+    return sign if zero is None else torch.where(sign == 0, zero, sign)
 
 
 def agreeing(deltas: Sequence[Tensor], sign: Tensor) -> list[Tensor]:
     """The deltas where they have the elected sign, else 0."""
-    return [torch.where(torch.sign(delta) * sign > 0, delta, 0.0) for delta in deltas]
+    return [torch.where(delta * sign > 0, delta, 0.0) for delta in deltas]
 
 
 def disjoint_mean(deltas: Sequence[Tensor]) -> Tensor:
     """Per coordinate the mean of the deltas that are not 0 there (TIES, §3.3)."""
-    count = folded_sum([(delta != 0).to(torch.float32) for delta in deltas])
+    count = folded_sum([torch.where(delta != 0, 1.0, 0.0) for delta in deltas])
     return folded_sum(deltas) / count.clamp(min=1.0)
 
 

@@ -9,7 +9,7 @@ from prefect import task
 from prefect.client.schemas.objects import State
 
 from mergecore import single
-from mergecore.engine import Executor
+from mergecore.passes import Executor
 from mergecore.method import Report
 from mergecore.pool import Resolver
 from mergecore.run import run_merges

@@ -52,7 +52,7 @@ def stoppable(report: Report, stop: threading.Event) -> Report:
 
 
 class OnDask:
-    """An executor (mergecore.engine.Executor) over the workers of `client`. `stop`, once set, ends everything.
+    """An executor (mergecore.passes.Executor) over the workers of `client`. `stop`, once set, ends everything.
 
     folder: the store's, or another that all workers see.
     """

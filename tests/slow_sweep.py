@@ -18,7 +18,8 @@ from distributed import Client, Worker, WorkerPlugin
 import flows.cluster
 import flows.services
 import flows.sweep
-import mergecore.engine
+import mergecore.passes
+import mergecore.span
 from flows.cli import main
 from flows.cluster import dask_client
 
@@ -43,9 +44,10 @@ class Slow(WorkerPlugin):
         import time
         from pathlib import Path
 
-        import mergecore.engine
+        import mergecore.passes
+        import mergecore.span
 
-        original, folder, seconds = mergecore.engine.write_journal, self.folder, self.seconds
+        original, folder, seconds = mergecore.span.write_journal, self.folder, self.seconds
 
         def slowly(*given: Any) -> None:
             mark = Path(folder) / f"busy-{os.getpid()}"
@@ -54,13 +56,13 @@ class Slow(WorkerPlugin):
             original(*given)
             mark.unlink()
 
-        mergecore.engine.write_journal = slowly
+        mergecore.span.write_journal = slowly
 
 
 def run(spec: str, seconds: float) -> None:
     """The command line with the plug-in on every worker."""
     folder = yaml.safe_load(Path(spec).read_text())["output"]["store"]
-    mergecore.engine.plan_spans.__defaults__ = (20_000,)
+    mergecore.passes.plan_spans.__defaults__ = (20_000,)
     patiently()
 
     @contextlib.contextmanager

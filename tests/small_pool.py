@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergecore.engine import Executor
+from mergecore.passes import Executor
 from mergecore.merging import InProcess
 from mergecore.method import Report, silent
 from mergecore.plan import MergeBuilder, MergePlan

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.method import Block, Method, Statistic, Statistics, check_weights, moved
-from mergecore.statistics.dropped_norms import drop_statistics, l1_factors
+from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
 from mergecore.trims import RandomDrop, divided, dropped, folded_sum
 
 
@@ -43,14 +43,12 @@ class Average(Method):
         return self if self.weights is None else self.model_copy(update={"weights": moved(self.weights, order)})
 
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """The deltas after the drop."""
-        if self.drop is None:
-            return {}
-        return {"deltas": dropped(self.drop, block, l1_factors(self.drop, statistics, block.name))}
+        """What the drop draws."""
+        return {"drawn": drawn_for(self.drop, block, statistics)}
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """Σ w_t x_t / Σ w_t, of weights, or of dropped deltas and then added to the base."""
-        values = arguments.get("deltas", experts)
+        values = dropped(experts, arguments["drawn"])
         if self.weights is None:
             mean = divided(folded_sum(values), len(values))
         else:

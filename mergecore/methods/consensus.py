@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergecore.coefficients import check_coefficients, reordered, spread
 from mergecore.method import Block, Method, Statistic, Statistics
-from mergecore.statistics.sign_majority import SignMajority, trimmed_deltas
+from mergecore.statistics.sign_majority import SignMajority, trimmed_deltas, trims
 from mergecore.statistics.threshold import Threshold
 from mergecore.trims import agreeing, elected_sign, folded_sum
 
@@ -79,19 +79,21 @@ class Consensus(Method):
         return self.model_copy(update={"mask_scale": reordered(self.mask_scale, order)})
 
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """The multi-task vector τ_m."""
+        """For TIES where each expert is cut, and the sign that stands where the trimmed values cancel exactly."""
         if self.multi_task == "sum":
-            return {"together": folded_sum(block.experts)}
-        zero = int(statistics["majority"][0].numbers["sign"]) or -1 if "majority" in statistics else 0
-        deltas = trimmed_deltas(self.threshold, block, statistics)
-        return {"together": folded_sum(agreeing(deltas, elected_sign(deltas, zero)))}
+            return {}
+        zero = float(statistics["majority"][0].numbers["sign"]) or -1.0 if "majority" in statistics else None
+        return {"trims": trims(self.threshold, block, statistics), "zero": zero}
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """θ_0 + α τ_m where at least k masks agree, θ_0 elsewhere."""
         assert base is not None
-        together: Tensor = arguments["together"]
+        together = folded_sum(experts)
+        if self.multi_task != "sum":
+            deltas = trimmed_deltas(experts, arguments["trims"])
+            together = folded_sum(agreeing(deltas, elected_sign(deltas, arguments["zero"])))
         masks = [
-            (delta.abs() > (together - delta).abs() * scale).to(torch.float32)
+            torch.where(delta.abs() > (together - delta).abs() * scale, 1.0, 0.0)
             for delta, scale in zip(experts, spread(self.mask_scale, len(experts)), strict=True)
         ]
         return base + torch.where(folded_sum(masks) >= self.minimum_tasks, together, 0.0) * self.scale

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.method import Block, DataStatistic, Method, Statistic, Statistics, check_weights, moved
+from mergecore.method import Beside, Block, DataStatistic, Method, Statistic, Statistics, check_weights, moved
 from mergecore.statistics.fisher import DiagonalFisher
 from mergecore.trims import divided, folded_sum
 
@@ -56,23 +56,24 @@ class Fisher(Method):
         return self if self.weights is None else self.model_copy(update={"weights": moved(self.weights, order)})
 
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """The Fisher of the block, (stop−start,) float32 per expert, and each expert's coefficient c_t / ‖F_t‖."""
+        """Each expert's Fisher beside the block, and its coefficient c_t / ‖F_t‖."""
         found = statistics["fisher"]
         norms = [sqrt(fsum(one.numbers["squared_norm"].values())) if self.normalize else 1.0 for one in found]
         weights = self.weights or (1.0,) * len(found)
         return {
-            "fishers": [one.tensors.read(block.name, block.start, block.stop) for one in found],
+            "fishers": [Beside(one.tensors, block.name) for one in found],
             "coefficients": [c / norm if norm > 0 else 0.0 for c, norm in zip(weights, norms, strict=True)],
-            "weights": weights,
+            "weights": list(weights),
+            "total": fsum(weights),
         }
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """The weighted mean; where every expert's weight is 0, the plain mean by `weights`."""
         importance = [
-            fisher.to(experts[0].device).clamp(min=self.floor) * coefficient * LIFT
+            fisher.clamp(min=self.floor) * coefficient * LIFT
             for fisher, coefficient in zip(arguments["fishers"], arguments["coefficients"], strict=True)
         ]
         total = folded_sum(importance)
         informed = folded_sum([share * expert for share, expert in zip(importance, experts, strict=True)])
         plain = folded_sum([expert * c for expert, c in zip(experts, arguments["weights"], strict=True)])
-        return torch.where(total > 0, informed / total, divided(plain, fsum(arguments["weights"])))
+        return torch.where(total > 0, informed / total, divided(plain, arguments["total"]))

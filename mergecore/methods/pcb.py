@@ -12,7 +12,7 @@ from torch import Tensor
 from mergecore.coefficients import Coefficients, check_coefficients, reordered, spread
 from mergecore.method import Block, Method, Statistic, Statistics
 from mergecore.statistics.balance_cut import BalanceCut
-from mergecore.statistics.balance_scores import Form, scores
+from mergecore.statistics.balance_scores import Form, balancing, scores
 from mergecore.trims import divided, folded_sum
 
 CLIP = 0.01
@@ -77,31 +77,34 @@ class Pcb(Method):
         return self.model_copy(update={"scale": reordered(self.scale, order)})
 
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """Clipped task vectors and their weights, per expert."""
-        found, cut = scores(self.form, block.experts, statistics), statistics["cut"][0].numbers
-        bounds = zip(cut["low"], cut["high"], strict=True)
-        weights = [self._weight(score, low, high) for score, (low, high) in zip(found, bounds, strict=True)]
-        if self.form == "paper":
-            return {"deltas": block.experts, "weights": weights}
-        ends = [one.numbers for one in statistics["quantiles"]]
-        clipped = [
-            torch.sign(delta) * delta.abs().clamp(end["low"], end["high"])
-            for delta, end in zip(block.experts, ends, strict=True)
+        """What scores are normalised by, and between which of them each expert's weights run from 0 to 1."""
+        cut = statistics["cut"][0].numbers
+        held = [
+            {"low": low, "high": high, "width": high - low if high > low else None}
+            for low, high in zip(cut["low"], cut["high"], strict=True)
         ]
-        return {"deltas": clipped, "weights": weights}
+        return {"balancing": balancing(self.form, len(block.ids), statistics), "cut": held}
 
-    def _weight(self, score: Tensor, low: float, high: float) -> Tensor:
+    def _weight(self, score: Tensor, cut: Mapping[str, Any]) -> Tensor:
         """Of one expert: β where it survives (paper), or min–max of β clipped at the cut."""
         if self.form == "paper":
-            return torch.where(score >= low, score, 0.0)
-        if high > low:
-            return divided(score.clamp(low, high) - low, high - low)
-        return ((score >= high) & (score > 0)).to(torch.float32)
+            return torch.where(score >= cut["low"], score, 0.0)
+        if cut["width"] is None:
+            return torch.where((score >= cut["high"]) & (score > 0), 1.0, 0.0)
+        return divided(score.clamp(cut["low"], cut["high"]) - cut["low"], cut["width"])
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """θ_0 + Σ_i λ_i w_i τ_i / Σ_i w_i."""
+        """θ_0 + Σ_i λ_i w_i τ_i / Σ_i w_i, of task vectors clipped (but for 'paper')."""
         assert base is not None
-        deltas, weights = arguments["deltas"], arguments["weights"]
+        found = scores(experts, arguments["balancing"])
+        weights = [self._weight(score, cut) for score, cut in zip(found, arguments["cut"], strict=True)]
+        deltas = list(experts)
+        if self.form != "paper":
+            ends = arguments["balancing"]["ends"]
+            deltas = [
+                torch.sign(delta) * delta.abs().clamp(end["low"], end["high"])
+                for delta, end in zip(experts, ends, strict=True)
+            ]
         scales = spread(self.scale, len(deltas))
         total = folded_sum([w * (delta * scale) for w, delta, scale in zip(weights, deltas, scales, strict=True)])
         return base + total / folded_sum(weights).clamp(min=LEAST)

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.method import Block, Method, Statistic, Statistics
-from mergecore.statistics.dropped_norms import drop_statistics, l1_factors
+from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
 from mergecore.trims import RandomDrop, dropped, folded_sum
 
 
@@ -32,10 +32,10 @@ class TaskArithmetic(Method):
         return drop_statistics(self.drop)
 
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """The deltas after the drop."""
-        return {"deltas": dropped(self.drop, block, l1_factors(self.drop, statistics, block.name))}
+        """What the drop draws."""
+        return {"drawn": drawn_for(self.drop, block, statistics)}
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """θ_0 + λ Σ τ_t, formed left over the experts."""
         assert base is not None
-        return base + folded_sum(arguments["deltas"]) * self.scale
+        return base + folded_sum(dropped(experts, arguments["drawn"])) * self.scale

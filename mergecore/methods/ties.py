@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.method import Block, Method, Statistic, Statistics
-from mergecore.statistics.sign_majority import SignMajority, trimmed_deltas
+from mergecore.statistics.sign_majority import SignMajority, trimmed_deltas, trims
 from mergecore.statistics.threshold import Count, Threshold
 from mergecore.trims import RandomDrop, agreeing, disjoint_mean, elected_sign, folded_sum
 
@@ -65,19 +65,19 @@ class Ties(Method):
         return {**needed, **({"majority": SignMajority(threshold=self.threshold)} if self.by_majority else {})}
 
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """Trimmed deltas τ̂_t, and the sign that stands where their sum is exactly 0."""
-        return {"deltas": trimmed_deltas(self.threshold, block, statistics), "zero": self._zero(statistics)}
+        """Where each expert is cut, and the sign that stands where the trimmed values cancel exactly."""
+        return {"trims": trims(self.threshold, block, statistics), "zero": self._zero(statistics)}
 
-    def _zero(self, statistics: Statistics) -> int:
+    def _zero(self, statistics: Statistics) -> float | None:
         if self.by_majority:
             # A majority of 0 leaves the sign at 0, and the authors' selector then takes the negatives (specs §4d).
-            return int(statistics["majority"][0].numbers["sign"]) or -1
-        return 1 if self.zero_sign == "positive" else 0
+            return float(statistics["majority"][0].numbers["sign"]) or -1.0
+        return 1.0 if self.zero_sign == "positive" else None
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """θ_0 + λ · (mean, sum or largest of the τ̂_t that agree with the elected sign)."""
         assert base is not None
-        deltas: Sequence[Tensor] = arguments["deltas"]
+        deltas = trimmed_deltas(experts, arguments["trims"])
         sign = elected_sign(deltas, arguments["zero"])
         return base + self._joined(agreeing(deltas, sign), sign) * self.scale
 

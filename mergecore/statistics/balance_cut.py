@@ -15,10 +15,10 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from mergecore.method import Block, Rescan, Result, Scope, Statistic, Statistics, TensorInfo
-from mergecore.statistics.balance_scores import Form, scores
+from mergecore.method import Block, Rescan, Result, Scope, Sparse, Statistic, Statistics, TensorInfo
+from mergecore.statistics.balance_scores import Form, balancing, scores
 from mergecore.statistics.magnitude_quantiles import MagnitudeQuantiles
-from mergecore.statistics.radix import HIGH, OrderStatistic, Sparse, joined, signed_bits, sparse, value_of
+from mergecore.statistics.radix import HIGH, LOW, OrderStatistic, joined, signed_bits, sparse, value_of
 from mergecore.statistics.softmax_means import PIECE, SoftmaxMeans
 
 
@@ -53,15 +53,17 @@ class BalanceCut(Statistic):
     def add(self, state: CutState, block: Block, statistics: Statistics) -> CutState:
         """Count high half-words in the first scan, low ones inside the wanted bins in the second."""
         deltas = [delta.reshape(-1) for delta in block.experts]
+        known = balancing(self.form, len(deltas), statistics)
         patterns = [torch.empty(delta.shape, dtype=torch.int32, device=delta.device) for delta in deltas]
         for start in range(0, deltas[0].numel(), PIECE):
-            found = scores(self.form, [delta[start : start + PIECE] for delta in deltas], statistics)
+            found = scores([delta[start : start + PIECE] for delta in deltas], known)
             for pattern, score in zip(patterns, found, strict=True):
                 pattern[start : start + PIECE] = signed_bits(score)
         if state.wanted:
             for pattern, wanted in zip(patterns, state.wanted, strict=True):
                 for order in wanted:
-                    order.count("", pattern)
+                    inside = pattern[(pattern >> 16) == order.bin] & (LOW - 1)
+                    order.counted("", sparse(inside, LOW))
             return state
         counts = [sparse(pattern >> 16, 2 * HIGH, -HIGH) for pattern in patterns]
         state.high = [joined(held, new) for held, new in zip(state.high or [None] * len(counts), counts, strict=True)]

@@ -13,37 +13,54 @@ n_i = Norm(clip |τ_i|), ñ_i = sign(τ_i) n_i; Norm is min–max and Softmax ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mergecore.method import Statistics
-from mergecore.statistics.softmax_means import normalized, pairs
+from mergecore.statistics.softmax_means import normalized, pairs, scaling
 from mergecore.transcendental import exponential, small_tanh, tanh
 from mergecore.trims import divided, folded_sum
 
 Form = Literal["es", "vision", "nlp", "paper"]
 
 
-def scores(form: Form, deltas: Sequence[Tensor], statistics: Statistics) -> list[Tensor]:
+def balancing(form: Form, count: int, statistics: Statistics) -> dict[str, Any]:
+    """What `scores` needs to know of the whole model, as numbers; for `count` experts."""
+    if form != "paper":
+        ends = [found.numbers for found in statistics["quantiles"]]
+        held = [{"low": end["low"], "high": end["high"], "scaling": scaling(end["low"], end["high"])} for end in ends]
+        return {"form": form, "ends": held}
+    numbers = statistics["softmax"][0].numbers
+    extremes = zip(numbers["low"], numbers["high"], strict=True)
+    own = [position for position, (i, j) in enumerate(pairs(count)) if i == j]
+    return {
+        "form": form,
+        "pairs": [scaling(low, high) for low, high in extremes],
+        "inter": numbers["inter"],
+        "intra": numbers["intra"],
+        "alive": [float(numbers["high"][position] > 0) for position in own],
+    }
+
+
+def scores(deltas: Sequence[Tensor], balancing: Mapping[str, Any]) -> list[Tensor]:
     """β_i = intra_i ⊙ inter_i of flat pieces of the task vectors (float32, of one length).
 
     intra is divided by e^T (T experts) so that it cannot overflow; every form takes common factors of β out again.
     """
-    if form == "paper":
-        return _softmax_scores(deltas, statistics)
-    numbers = [found.numbers for found in statistics["quantiles"]]
+    if balancing["form"] == "paper":
+        return _softmax_scores(deltas, balancing)
     shares = [
-        normalized(delta.abs().clamp(held["low"], held["high"]), held["low"], held["high"])
-        for delta, held in zip(deltas, numbers, strict=True)
+        normalized(delta.abs().clamp(held["low"], held["high"]), held["scaling"])
+        for delta, held in zip(deltas, balancing["ends"], strict=True)
     ]
     signed = [torch.sign(delta) * share for delta, share in zip(deltas, shares, strict=True)]
-    if form == "es":
+    if balancing["form"] == "es":
         inter = _summed(len(deltas), lambda i, j: small_tanh(signed[i] * signed[j]))
     else:
-        together = folded_sum(signed if form == "vision" else deltas)
+        together = folded_sum(signed if balancing["form"] == "vision" else deltas)
         inter = [tanh(delta * together) for delta in deltas]
     return [
         exponential(share * share * len(deltas) - len(deltas)) * between
@@ -51,19 +68,19 @@ def scores(form: Form, deltas: Sequence[Tensor], statistics: Statistics) -> list
     ]
 
 
-def _softmax_scores(deltas: Sequence[Tensor], statistics: Statistics) -> list[Tensor]:
+def _softmax_scores(deltas: Sequence[Tensor], balancing: Mapping[str, Any]) -> list[Tensor]:
     """d² · Softmax(T · Norm(τ_i ⊙ τ_i)) ⊙ Σ_j Softmax(Norm(τ_i ⊙ τ_j)); 0 for a task vector that is all zeros."""
-    numbers, count = statistics["softmax"][0].numbers, len(deltas)
+    count = len(deltas)
     place = {pair: position for position, pair in enumerate(pairs(count))}
 
     def share(i: int, j: int) -> Tensor:
-        position = place[i, j]
-        return normalized(deltas[i] * deltas[j], numbers["low"][position], numbers["high"][position])
+        return normalized(deltas[i] * deltas[j], balancing["pairs"][place[i, j]])
 
-    inter = _summed(count, lambda i, j: divided(exponential(share(i, j)), numbers["inter"][place[i, j]]))
-    intra = [divided(exponential(share(i, i) * count - count), numbers["intra"][i]) for i in range(count)]
-    alive = [float(numbers["high"][place[i, i]] > 0) for i in range(count)]
-    return [within * between * here for within, between, here in zip(intra, inter, alive, strict=True)]
+    inter = _summed(count, lambda i, j: divided(exponential(share(i, j)), balancing["inter"][place[i, j]]))
+    intra = [divided(exponential(share(i, i) * count - count), balancing["intra"][i]) for i in range(count)]
+    return [
+        within * between * here for within, between, here in zip(intra, inter, balancing["alive"], strict=True)
+    ]
 
 
 def _summed(count: int, term: Callable[[int, int], Tensor]) -> list[Tensor]:

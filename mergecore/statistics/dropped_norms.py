@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from mergecore.method import Block, Result, Scope, Statistic, Statistics, TensorInfo
-from mergecore.trims import RandomDrop
+from mergecore.trims import RandomDrop, dropped
 
 State = list[tuple[str, int, float, float]]
 
@@ -29,9 +29,10 @@ class DroppedNorms(Statistic):
     def add(self, state: State, block: Block, statistics: Statistics) -> State:
         """Both l1 norms of the block."""
         magnitude = block.experts[0].abs()
-        kept = self.drop.kept(block.ids[0], block.name, block.start, magnitude.numel(), magnitude.device)
+        index = torch.arange(block.start, block.stop, device=magnitude.device)
+        left_over = dropped([magnitude], {**self.drop.drawn(block, [1.0]), "index": index})[0]
         whole = float(magnitude.sum(dtype=torch.float64))
-        left = float(torch.where(kept, magnitude, 0.0).sum(dtype=torch.float64))
+        left = float(left_over.sum(dtype=torch.float64))
         return [*state, (block.name, block.start, whole, left)]
 
     def combine(self, left: State, right: State) -> State:
@@ -48,11 +49,13 @@ class DroppedNorms(Statistic):
         return Result({}, {"factor": factor})
 
 
-def l1_factors(drop: RandomDrop | None, statistics: Statistics, tensor: str) -> list[float] | None:
-    """Per expert the factor of one tensor, None where the drop rescales by 1/(1−rate)."""
-    if drop is None or drop.rescale == "inverse":
+def drawn_for(drop: RandomDrop | None, block: Block, statistics: Statistics) -> dict[str, Any] | None:
+    """What `trims.dropped` needs for a block, with the l1 factors where the drop rescales by them; None without a drop."""
+    if drop is None:
         return None
-    return [float(found.numbers["factor"].get(tensor, 1.0)) for found in statistics["drop"]]
+    if drop.rescale == "inverse":
+        return drop.drawn(block, None)
+    return drop.drawn(block, [float(found.numbers["factor"].get(block.name, 1.0)) for found in statistics["drop"]])
 
 
 def drop_statistics(drop: RandomDrop | None) -> dict[str, Statistic]:

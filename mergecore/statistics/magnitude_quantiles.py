@@ -5,16 +5,16 @@ Exact, by radix selection: the profile is the first scan, a second finds both va
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from math import floor
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from mergecore.method import Block, Result, Scope, Statistic, Statistics, TensorInfo
-from mergecore.statistics.profile import Profile, high_counts
-from mergecore.statistics.radix import OrderStatistic, bits, value_of
+from mergecore.method import Block, Counting, Result, Scope, Sparse, Statistic, Statistics, TensorInfo
+from mergecore.statistics.profile import Profile, high_counts, magnitudes
+from mergecore.statistics.radix import OrderStatistic, value_of
 
 State = list[OrderStatistic]
 
@@ -47,12 +47,19 @@ class MagnitudeQuantiles(Statistic):
             wanted.locate(counts.values())
         return state
 
-    def add(self, state: State, block: Block, statistics: Statistics) -> State:
-        """Count the low half-words inside both bins."""
-        pattern = bits(block.experts[0].abs()).reshape(-1)
+    def counting(self, state: State, block: Block, statistics: Statistics) -> Counting:
+        """The low half-words inside both bins."""
+        return Counting(magnitudes, {"drawn": None}, tuple(dict.fromkeys(wanted.bin for wanted in state)))
+
+    def counted(self, state: State, tensor: str, counts: Sequence[Sparse]) -> State:
+        """Counts added; both values may lie in one bin."""
         for wanted in state:
-            wanted.count("", pattern)
+            wanted.counted("", counts[-1] if wanted.bin != state[0].bin else counts[0])
         return state
+
+    def add(self, state: State, block: Block, statistics: Statistics) -> State:
+        """Not called: this is a count."""
+        raise NotImplementedError
 
     def combine(self, left: State, right: State) -> State:
         """Counts added."""

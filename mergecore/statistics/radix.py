@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mergecore.method import Sparse
+
 HIGH = 1 << 15
 """High half-words of non-negative values; of all values there are twice as many, from −HIGH on."""
 LOW = 1 << 16
-Sparse = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Occupied bins in ascending order, and their counts."""
 
 
 def bits(magnitude: Tensor) -> Tensor:
@@ -87,11 +87,10 @@ class OrderStatistic:
         """Find the bin from the counts of the high half-words."""
         self.bin, self.above = bin_of_rank(counts, self.rank)
 
-    def count(self, name: str, pattern: Tensor) -> None:
-        """Count those of the patterns that lie in the bin."""
-        inside = pattern[(pattern >> 16) == self.bin] & (LOW - 1)
-        if inside.numel():
-            self.low[name] = joined(self.low.get(name), sparse(inside, LOW))
+    def counted(self, name: str, counts: Sparse) -> None:
+        """Take in counts of the low half-words inside the bin."""
+        if len(counts[0]):
+            self.low[name] = joined(self.low.get(name), counts)
 
     def join(self, other: OrderStatistic) -> None:
         """Add what another worker counted."""

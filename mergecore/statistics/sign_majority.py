@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from mergecore.method import Block, Result, Scope, Statistic, Statistics, TensorInfo
-from mergecore.statistics.dropped_norms import drop_statistics, l1_factors
+from mergecore.kernels.run import materialised
+from mergecore.method import Block, Index, Result, Scope, Statistic, Statistics, TensorInfo
+from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
 from mergecore.statistics.threshold import Threshold, threshold_of
 from mergecore.trims import dropped, folded_sum, trimmed
 
@@ -31,7 +33,8 @@ class SignMajority(Statistic):
 
     def add(self, state: int, block: Block, statistics: Statistics) -> int:
         """Positive minus negative elections of the block."""
-        total = folded_sum(trimmed_deltas(self.threshold, block, statistics))
+        held = materialised(trims(self.threshold, block, statistics), block.start, block.stop - block.start, block.experts[0].device)
+        total = folded_sum(trimmed_deltas([delta.reshape(-1) for delta in block.experts], held))
         return state + int(torch.sign(total).sum(dtype=torch.float64))
 
     def combine(self, left: int, right: int) -> int:
@@ -43,8 +46,19 @@ class SignMajority(Statistic):
         return Result({}, {"sum": state, "sign": (state > 0) - (state < 0)})
 
 
-def trimmed_deltas(threshold: Threshold, block: Block, statistics: Statistics) -> list[torch.Tensor]:
-    """The block's deltas dropped and trimmed, τ̂_t."""
-    deltas = dropped(threshold.drop, block, l1_factors(threshold.drop, statistics, block.name))
+def trims(threshold: Threshold, block: Block, statistics: Statistics) -> dict[str, Any]:
+    """What `trimmed_deltas` needs for a block."""
     held = [threshold_of(found, block.name) for found in statistics["threshold"]]
-    return [trimmed(delta, value, cut, block.start) for delta, (value, cut) in zip(deltas, held, strict=True)]
+    found: dict[str, Any] = {"least": [least for least, _ in held], "drawn": drawn_for(threshold.drop, block, statistics)}
+    if threshold.count == "exact":
+        found |= {"last": [last for _, last in held], "index": Index()}
+    return found
+
+
+def trimmed_deltas(deltas: Sequence[Tensor], trims: Mapping[str, Any]) -> list[Tensor]:
+    """The deltas dropped and trimmed, τ̂_t."""
+    last = trims.get("last") or [None] * len(deltas)
+    return [
+        trimmed(delta, least, end, trims.get("index"))
+        for delta, least, end in zip(dropped(deltas, trims["drawn"]), trims["least"], last, strict=True)
+    ]

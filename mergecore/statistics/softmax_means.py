@@ -56,7 +56,7 @@ class SoftmaxMeans(Statistic):
         for start in range(0, deltas[0].numel(), PIECE):
             pieces = [delta[start : start + PIECE] for delta in deltas]
             for position, (i, j) in enumerate(pairs(count)):
-                share = normalized(pieces[i] * pieces[j], *state.extremes[position])
+                share = normalized(pieces[i] * pieces[j], scaling(*state.extremes[position]))
                 sums[position] += _sum(exponential(share))
                 if i == j:
                     sums[len(state.extremes) + i] += _sum(exponential(share * count - count))
@@ -89,11 +89,18 @@ def pairs(count: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(count) for j in range(i, count)]
 
 
-def normalized(values: Tensor, low: float, high: float) -> Tensor:
-    """Min–max: (x − low) / (high − low); where all values are equal 1, or 0 where they are 0."""
+def scaling(low: float, high: float) -> dict[str, float | None]:
+    """What `normalized` needs; where all values are equal they count as 1, or as 0 where they are 0."""
     if high > low:
-        return divided(values - low, high - low)
-    return values.new_full(values.shape, 1.0 if high != 0 else 0.0)
+        return {"low": low, "width": high - low}
+    return {"low": 1.0 if high != 0 else 0.0, "width": None}
+
+
+def normalized(values: Tensor, scaling: Mapping[str, float | None]) -> Tensor:
+    """Min–max: (x − low) / (high − low)."""
+    low, width = scaling["low"], scaling["width"]
+    assert low is not None
+    return values * 0.0 + low if width is None else divided(values - low, width)
 
 
 def _extremes(values: Tensor) -> tuple[float, float]:

@@ -6,7 +6,7 @@ bin that holds the wanted rank, which gives the r-th largest |τ| to the last bi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import floor
@@ -14,15 +14,27 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from mergecore.method import Block, Found, Rescan, Result, Scope, Statistic, Statistics, TensorInfo
-from mergecore.statistics.dropped_norms import drop_statistics, l1_factors
-from mergecore.statistics.profile import Profile, high_counts
-from mergecore.statistics.radix import OrderStatistic, bits
-from mergecore.trims import RandomDrop, dropped
+from mergecore.method import (
+    Block,
+    Counting,
+    Found,
+    Rescan,
+    Result,
+    Scope,
+    Sparse,
+    Statistic,
+    Statistics,
+    TensorInfo,
+)
+from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
+from mergecore.statistics.profile import Profile, high_counts, magnitudes
+from mergecore.statistics.radix import OrderStatistic, value_of
+from mergecore.trims import RandomDrop
 
 Count = Literal["at_least", "exact", "published"]
+ANY = 1 << 62
+"""A flat index that no tensor has: everything comes before it."""
 
 
 @dataclass
@@ -93,16 +105,29 @@ class Threshold(Statistic):
             groups.append(group)
         return ThresholdState(groups)
 
+    def counting(self, state: ThresholdState, block: Block, statistics: Statistics) -> Counting | None:
+        """In the first scan the low half-words inside the bin."""
+        if state.scan != "low":
+            return None
+        order = state.group_of(block.name).order
+        arguments = {"drawn": drawn_for(self.drop, block, statistics)}
+        return Counting(magnitudes, arguments, (order.bin,) if order.rank else ())
+
+    def counted(self, state: ThresholdState, tensor: str, counts: Sequence[Sparse]) -> ThresholdState:
+        """The group's counts, by tensor."""
+        state.group_of(tensor).order.counted(tensor, counts[0])
+        return state
+
     def add(self, state: ThresholdState, block: Block, statistics: Statistics) -> ThresholdState:
-        """Count what this scan is about."""
+        """For count exact: where in its tensor, then where in its block the last one kept lies."""
         group = state.group_of(block.name)
-        if group.order.rank == 0 or (state.scan != "low" and (group.cut is None or block.name != group.cut[0])):
+        if group.cut is None or block.name != group.cut[0]:
             return state
-        delta = dropped(self.drop, block, l1_factors(self.drop, statistics, block.name))[0]
-        pattern = bits(delta.abs()).reshape(-1)
-        if state.scan == "low":
-            group.order.count(block.name, pattern)
-        elif state.scan == "count":
+        drawn = drawn_for(self.drop, block, statistics)
+        if drawn is not None:
+            drawn["index"] = torch.arange(block.start, block.stop, device=block.experts[0].device)
+        pattern = magnitudes([delta.reshape(-1) for delta in block.experts], drawn)
+        if state.scan == "count":
             group.ties[block.start] = int((pattern == group.order.value).sum())
         elif block.start == group.block:
             position = int((pattern == group.order.value).nonzero()[group.needed - 1])
@@ -175,17 +200,18 @@ def _descend(group: Group) -> None:
         group.needed -= group.ties[start]
 
 
-def threshold_of(found: Found, tensor: str) -> tuple[Tensor, int | None]:
-    """(threshold, cut) for one tensor: keep |τ| > threshold, and at it up to flat index `cut` (None: all of them).
+def threshold_of(found: Found, tensor: str) -> tuple[float, int]:
+    """(threshold, last) for one tensor: keep |τ| > threshold, and at it up to flat index `last` (ANY: all of them).
 
-    The threshold is a float32 scalar, infinite where nothing is kept.
+    The threshold is a float32 number, infinite where nothing is kept.
     """
-    names = found.numbers["tensors"]
-    group = found.numbers["groups"][0 if names is None else names.index(tensor)]
+    groups, names = found.numbers["groups"], found.numbers["tensors"]
+    group = groups[0] if names is None else groups[names.index(tensor)]
     if group["bits"] < 0:
-        return torch.tensor(float("inf")), None
-    value = torch.tensor(group["bits"], dtype=torch.int32).view(torch.float32)
+        return float("inf"), ANY
+    value = value_of(group["bits"])
     if group["cut"] is None:
-        return value, None
+        return value, ANY
     name, index = group["cut"]
-    return value, index if tensor == name else (1 << 62 if tensor < name else -1)
+    return value, index if tensor == name else (ANY if tensor < name else -1)
+

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import mergecore.engine as engine
+import mergecore.kernels.run as kernels
 import mergecore.merging as merging
+import mergecore.passes as passes
+import mergecore.span as span
 from mergecore import merge
 from mergecore.errors import MergeloomError, NonFiniteError, SpecError
 from mergecore.method import DataStatistic, Method
@@ -152,7 +154,8 @@ def test_same_bytes_twice_for_any_chunk_and_order(method: Method, monkeypatch: p
     first = merged(method, base, experts)
     assert same(first, merged(method, base, experts))
     for chunk in (7, 64):
-        monkeypatch.setattr(engine, "CHUNK", chunk)
+        monkeypatch.setattr(kernels, "EAGER", chunk)
+        monkeypatch.setattr(span, "WINDOW", 3 * chunk)
         assert same(first, merged(method, base, experts))
     turned = {name: base[name] for name in reversed(base)}
     assert same(first, merged(method, turned, experts))
@@ -167,7 +170,7 @@ def test_spans_and_workers_do_not_matter(method: Method, monkeypatch: pytest.Mon
     """Bytes, for one span a unit, in another order, on two threads."""
     base, experts = models()
     first = merged(method, base, experts)
-    monkeypatch.setattr(merging, "plan_spans", lambda tensors, per: engine.plan_spans(tensors, per, size=1)[::-1])
+    monkeypatch.setattr(merging, "plan_spans", lambda tensors, per: passes.plan_spans(tensors, per, size=1)[::-1])
     assert same(first, merged(method, base, experts))
     monkeypatch.setattr(merging, "InProcess", lambda workers=2: inprocess(workers))
     assert same(first, merged(method, base, experts))
@@ -177,7 +180,7 @@ def test_blocks_of_the_grid_do_not_matter(method: Method, monkeypatch: pytest.Mo
     """Element-wise results do not depend on the grid; only float64 sums do, and they only through l1 rescaling."""
     base, experts = models()
     first = merged(method, base, experts)
-    for module in ("mergecore.engine", "mergecore.merging"):
+    for module in ("mergecore.passes", "mergecore.span", "mergecore.identity", "mergecore.merging"):
         monkeypatch.setattr(f"{module}.GRID", 64)
     second = merged(method, base, experts)
     for name in first:

@@ -27,12 +27,12 @@ from mergecore.identity import (
     random_words,
     tensor_digest,
 )
-from mergecore.method import silent
+from mergecore.method import Block, silent
 from mergecore.plan import MergeBuilder, MergePlan
 from mergecore.pool import resolve_pool
 from mergecore.single import _base, _no_data
 from mergecore.spec import parse_recipe
-from mergecore.trims import RandomDrop
+from mergecore.trims import RandomDrop, dropped
 from tests.recipes import find, plain
 from tests.tiny_lm import write_adapter, write_base, write_expert
 
@@ -297,13 +297,18 @@ def test_avalanche() -> None:
             assert np.abs(share - 0.5).max() < 0.035, (what, bit, share)
 
 
+def kept_by(drop: RandomDrop, expert: str, tensor: str, start: int) -> torch.Tensor:
+    """Which of COUNT elements from `start` on a drop leaves."""
+    drawn = drop.drawn(Block(tensor, (), start, start + COUNT, None, (), (expert,)), [1.0])
+    index = torch.arange(start, start + COUNT)
+    return dropped([torch.ones(COUNT)], {**drawn, "index": index})[0] > 0
+
+
 def test_masks_of_experts_tensors_and_seeds_are_independent() -> None:
     """Of two masks with rate ½ a quarter of the elements is dropped by both; likewise far along a tensor."""
     for start in (0, (1 << 32) + 5):
         kept = {
-            (seed, expert, tensor): RandomDrop(rate=0.5, seed=seed).kept(
-                expert, tensor, start, COUNT, torch.device("cpu")
-            )
+            (seed, expert, tensor): kept_by(RandomDrop(rate=0.5, seed=seed), expert, tensor, start)
             for seed in (0, 1)
             for expert in ("a", "b")
             for tensor in ("layers.0.w", "layers.1.w")

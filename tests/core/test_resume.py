@@ -44,9 +44,10 @@ def spec(tier: DigitsTier, store: Path) -> dict[str, Any]:
 
 def sweep(tier: DigitsTier, store: Path, place: str = "", call: int = 0, after: bool = False) -> list[str]:
     """The whole sweep, in spans so small that a merge has several; killed at a moment. Gives the steps done."""
-    import mergecore.engine
+    import mergecore.passes
+    import mergecore.span
 
-    mergecore.engine.plan_spans.__defaults__ = (20_000,)
+    mergecore.passes.plan_spans.__defaults__ = (20_000,)
     if place:
         kill_at(place, call, after)
     done = opened(spec(tier, store), room=2).run()
@@ -68,7 +69,7 @@ MOMENTS = [
     ("mergecore.run:commit_result", 2, False),  # the second of the statistics that one reading gave
     ("mergecore.statistics.profile:Profile.add", 7, False),  # in the middle of a scan
     ("mergecore.statistics.fisher:DiagonalFisher.compute", 2, False),
-    ("mergecore.engine:write_journal", 9, False),  # in the middle of a merge
+    ("mergecore.span:write_journal", 9, False),  # in the middle of a merge
     ("mergecore.writer:ShardSink.write", 40, False),
     ("mergecore.run:_commit_model", 2, False),
     ("mergecore.evaluators.classification:_ClassifierResident.score", 5, False),
@@ -119,7 +120,7 @@ def test_killed_again_and_again(tier: DigitsTier, tmp_path: Path, undisturbed: d
 
 def test_merges_are_not_begun_anew(tier: DigitsTier, tmp_path: Path) -> None:
     """Of the spans that a killed run had journalled, for a finished model or a begun one, none is done again."""
-    was_killed(sweep, tier, tmp_path, "mergecore.engine:write_journal", 9, True)
+    was_killed(sweep, tier, tmp_path, "mergecore.span:write_journal", 9, True)
     begun = list((tmp_path / "drafts").glob("*/journal-*/*.json"))
     assert 0 < len(begun) < 9
     everything = ran(spans_written, tier, tmp_path / "fresh")
@@ -128,10 +129,11 @@ def test_merges_are_not_begun_anew(tier: DigitsTier, tmp_path: Path) -> None:
 
 def spans_written(tier: DigitsTier, store: Path) -> int:
     """How many spans of merges a run journals."""
-    import mergecore.engine
+    import mergecore.passes
+    import mergecore.span
 
-    written, original = [], mergecore.engine.write_journal
-    mergecore.engine.write_journal = lambda *given: (written.append(1), original(*given))[1]  # type: ignore[func-returns-value]
+    written, original = [], mergecore.span.write_journal
+    mergecore.span.write_journal = lambda *given: (written.append(1), original(*given))[1]  # type: ignore[func-returns-value]
     sweep(tier, store)
     return len(written)
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-import mergecore.engine as engine
-from mergecore.engine import read_journal, write_journal
+import mergecore.passes as passes
+import mergecore.span as span_module
+from mergecore.journal import read_journal, write_journal
 from mergecore.errors import CapacityError, MergeloomError, StoreError
 from mergecore.identity import Step
 from mergecore.method import Event
@@ -331,13 +332,13 @@ def test_a_model_made_again_with_another_digest_is_said_aloud(pool_folder: Path,
 def merge_in_spans(folder: Path, root: Path, place: str = "", call: int = 0, after: bool = False) -> tuple[int, int]:
     """Merge in eight spans, killed at a moment. Gives how many spans were done, and how many steps failed."""
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(engine.plan_spans, "__defaults__", (4000,))
+    monkeypatch.setattr(passes.plan_spans, "__defaults__", (4000,))
     pool, spans = open_pool(folder), []
     at = place_in(root, pool)
     if place:
         kill_at(place, call, after)
-    original = engine.write_journal
-    monkeypatch.setattr(engine, "write_journal", lambda *given: (spans.append(1), original(*given)))
+    original = span_module.write_journal
+    monkeypatch.setattr(span_module, "write_journal", lambda *given: (spans.append(1), original(*given)))
     done = made(at, merge_plan(pool, "ties", density=0.3))
     return len(spans), len(done.failures)
 
@@ -345,8 +346,8 @@ def merge_in_spans(folder: Path, root: Path, place: str = "", call: int = 0, aft
 @pytest.mark.parametrize(
     ("place", "call", "when", "spans"),
     [
-        ("mergecore.engine:write_journal", 4, "before", 5),  # three of eight spans are journalled
-        ("mergecore.engine:write_journal", 7, "after", 1),
+        ("mergecore.span:write_journal", 4, "before", 5),  # three of eight spans are journalled
+        ("mergecore.span:write_journal", 7, "after", 1),
         ("os:posix_fallocate", 2, "before", 8),
         ("os:posix_fallocate", 3, "after", 8),
         ("os:posix_fallocate", 4, "after", 8),
@@ -377,7 +378,7 @@ def test_a_killed_merge_goes_on(
 def test_a_killed_merge_goes_on_with_files_of_another_size(
     pool_folder: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    was_killed(merge_in_spans, pool_folder, tmp_path, "mergecore.engine:write_journal", 4)
+    was_killed(merge_in_spans, pool_folder, tmp_path, "mergecore.span:write_journal", 4)
     pool = open_pool(pool_folder)
     place, plan = place_in(tmp_path, pool), merge_plan(pool, "ties", density=0.3)
     made(dataclasses.replace(place, shard_size=1_000_000), plan)
@@ -394,7 +395,7 @@ def test_a_worker_of_a_pass_that_was_called_off_cannot_speak_for_the_next(pool_f
     pool = open_pool(pool_folder)
     place, plan = place_in(tmp_path, pool), merge_plan(pool)
     position = {one: number for number, one in enumerate(sorted(plan.experts))}
-    span = engine.plan_spans(plan.layout.merged, plan.method.per)[0]
+    span = passes.plan_spans(plan.layout.merged, plan.method.per)[0]
     with pytest.raises(MergeloomError), place.store.draft(plan.step, resume=True) as draft:
         old = _merge_job(place, plan, draft, position)
         raise MergeloomError("an expert holds a NaN, say")

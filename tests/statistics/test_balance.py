@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from mergecore.delta import FullExpert
-from mergecore.engine import PassPlan, StatisticJob, plan_spans, run_pass
+from mergecore.engine import run_pass
+from mergecore.passes import PassPlan, StatisticJob, plan_spans
 from mergecore.merging import InProcess, find_statistics
 from mergecore.method import Per, Statistic, silent
 from mergecore.snapshot import MemoryTensors
 from mergecore.statistics.balance_cut import BalanceCut
-from mergecore.statistics.balance_scores import scores
+from mergecore.statistics.balance_scores import balancing, scores
 from mergecore.statistics.magnitude_quantiles import MagnitudeQuantiles
 from mergecore.statistics.softmax_means import SoftmaxMeans, pairs
 
@@ -26,7 +27,7 @@ COUNT = 12_011
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks, and pieces that do not divide them."""
-    for module in ("mergecore.engine", "mergecore.identity"):
+    for module in ("mergecore.passes", "mergecore.span", "mergecore.identity"):
         monkeypatch.setattr(f"{module}.GRID", 2048)
     for module in ("softmax_means", "balance_cut"):
         monkeypatch.setattr(f"mergecore.statistics.{module}.PIECE", 1500)
@@ -78,7 +79,7 @@ def test_cut_is_an_entry_of_the_sorted_scores(kind: str, form: str, density: flo
     rows = vectors(kind)
     statistic = BalanceCut.model_validate({"form": form, "density": density, "clip": 0.01})
     numbers, known = found(statistic, rows)
-    ordered = torch.stack(scores(statistic.form, list(rows), known)).sort(dim=1).values
+    ordered = torch.stack(scores(list(rows), balancing(statistic.form, len(rows), known))).sort(dim=1).values
     place = int(COUNT * (1 - density)) if density < 1 else 0
     assert numbers == {"high": ordered[:, -1].tolist(), "low": ordered[:, place].tolist()}
 

@@ -1,0 +1,297 @@
+"""A trace as one loop in C++: every value as torch has it, one rounding per operation, nothing fused or reordered.
+
+The same text serves the processor (a shared library, its loop vectorised by the compiler) and a CUDA device (one
+element a thread). Two loops are written: `Store` gives one number per element, in the dtype of the file; `Count` counts
+bit patterns into bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from mergecore.kernels.trace import Operation, Trace, Value
+
+C_TYPES = {torch.float32: "float", torch.int32: "int32_t", torch.int64: "int64_t", torch.bool: "bool"}
+STORED = {torch.bfloat16: "uint16_t", torch.float16: "uint16_t", torch.float32: "float", torch.float64: "double"}
+"""Dtypes of files that can be read and written, and as what."""
+SHORT = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
+COUNT_BLOCK = 2048
+"""Patterns that are worked out at once before they are counted one by one."""
+BINS = 1 << 16
+
+HEADER = r"""
+#ifdef __CUDACC_RTC__
+typedef unsigned short uint16_t; typedef unsigned int uint32_t; typedef int int32_t; typedef signed char int8_t;
+typedef long long int64_t; typedef unsigned long long uint64_t;
+#define HERE static __device__ __forceinline__
+HERE uint32_t bits_of(float x) { return __float_as_uint(x); }
+HERE float float_of(uint32_t u) { return __uint_as_float(u); }
+#else
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#define HERE static inline
+HERE uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+HERE float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+#endif
+HERE bool not_finite(float x) { return (bits_of(x) & 0x7f800000u) == 0x7f800000u; }
+HERE float widen_f32(float x) { return x; }
+HERE float widen_f64(double x) { return (float)x; }
+HERE float widen_bf16(uint16_t h) { return float_of((uint32_t)h << 16); }
+HERE float widen_f16(uint16_t h) {
+  // The exponent is moved by a product with 2^112, which is exact, for subnormal numbers too.
+  float magnitude = float_of(((uint32_t)h & 0x7fffu) << 13) * 5192296858534827628530496329220096.0f;
+  uint32_t infinite = (h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
+  return float_of(bits_of(magnitude) | infinite | ((uint32_t)(h & 0x8000u) << 16));
+}
+HERE float narrow_f32(float x) { return x; }
+HERE double narrow_f64(float x) { return (double)x; }
+HERE uint16_t narrow_bf16(float x) {
+  uint32_t u = bits_of(x);
+  return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+HERE uint16_t narrow_f16(float x) {
+  uint32_t u = bits_of(x), sign = u & 0x80000000u, m = u ^ sign;
+  uint32_t normal = (m + 0xc8000fffu + ((m >> 13) & 1u)) >> 13;
+  uint32_t small = bits_of(float_of(m) + 0.5f) - 0x3f000000u;
+  uint32_t held = m >= 0x47800000u ? 0x7c00u : m < 0x38800000u ? small : normal;
+  return (uint16_t)(held | (sign >> 16));
+}
+HERE bool lost_f32(float x) { return not_finite(x); }
+HERE bool lost_f64(double x) { return not_finite((float)x); }
+HERE bool lost_bf16(uint16_t h) { return (h & 0x7f80u) == 0x7f80u; }
+HERE bool lost_f16(uint16_t h) { return (h & 0x7c00u) == 0x7c00u; }
+"""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An array that is read: the base, an expert or what lies beside. delta: it holds a delta already (an adapter)."""
+
+    dtype: torch.dtype
+    delta: bool = False
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One loop: `inputs` are base (where there is one), experts and what lies beside, as they are stored."""
+
+    trace: Trace
+    inputs: tuple[Stored, ...]
+    base: bool
+    on: Literal["weights", "deltas"]
+    out: torch.dtype | None
+    """Dtype that is stored; None: int32 patterns are counted."""
+    windows: int = 0
+    """Of a count: 0 counts high half-words, else low ones inside so many windows."""
+
+    @cached_property
+    def text(self) -> str:
+        """The C++ source."""
+        body = _body(self)
+        return HEADER + (_store(self, body) if self.out is not None else _count(self, body))
+
+
+def _name(value: Value) -> str:
+    if value.kind == "element":
+        return f"v{value.position}" if value.position > 0 else f"x{-value.position}"
+    return f"{'r' if value.kind == 'real' else 'w'}{value.position}"
+
+
+def _baked(number: float | int | bool, dtype: torch.dtype) -> str:
+    if dtype == torch.float32:
+        return f"{float(number)!r}f"
+    if dtype == torch.bool:
+        return "true" if number else "false"
+    return f"({C_TYPES[dtype]})({int(number)}LL)"
+
+
+def _as(value: Value, dtype: torch.dtype) -> str:
+    if value.kind == "baked":
+        return _baked(value.number, dtype)
+    name = _name(value)
+    if value.dtype == dtype:
+        return name
+    if dtype == torch.bool:
+        return f"({name} != 0)"
+    return f"(({C_TYPES[dtype]}){name})"
+
+
+def _wrapped(sign: str, left: str, right: str, dtype: torch.dtype) -> str:
+    """Integer arithmetic wraps around, as torch's does; in C++ only that of unsigned numbers may."""
+    unsigned = {torch.int32: "uint32_t", torch.int64: "uint64_t"}.get(dtype)
+    if unsigned is None:
+        return f"{left} {sign} {right}"
+    return f"({C_TYPES[dtype]})(({unsigned}){left} {sign} ({unsigned}){right})"
+
+
+_COMPARED = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
+_ARITHMETIC = {"add": "+", "sub": "-", "mul": "*"}
+_BITWISE = {"and": "&", "or": "|", "xor": "^"}
+
+
+def _expression(one: Operation) -> str:
+    """The C++ expression of one operation, with torch's own choice at every edge (signed zeros, −0, equal numbers)."""
+    held = [_as(value, one.common) for value in one.operands]
+    if one.name in _COMPARED:
+        return f"{held[0]} {_COMPARED[one.name]} {held[1]}"
+    if one.name in _ARITHMETIC:
+        return _wrapped(_ARITHMETIC[one.name], held[0], held[1], one.dtype)
+    if one.name in _BITWISE:
+        return f"{held[0]} {_BITWISE[one.name]} {held[1]}"
+    if one.name == "where":
+        chosen = [_as(value, one.dtype) for value in one.operands[1:]]
+        return f"{_as(one.operands[0], torch.bool)} ? {chosen[0]} : {chosen[1]}"
+    if one.name == "bits":
+        return {torch.int32: f"(int32_t)bits_of({held[0]})", torch.float32: f"float_of((uint32_t){held[0]})"}[one.dtype]
+    if one.name == "div" and one.operands[0].kind != "element":
+        return f"(1.0f / {held[1]}) * {held[0]}"  # a number over a tensor is its reciprocal times the number, in torch
+    return _UNCOMMON[one.name](held, one.dtype)
+
+
+def _sign(held: Sequence[str], dtype: torch.dtype) -> str:
+    return f"({C_TYPES[dtype]})(({held[0]} > 0) - ({held[0]} < 0))"
+
+
+_UNCOMMON = {
+    "div": lambda held, dtype: f"{held[0]} / {held[1]}",
+    "neg": lambda held, dtype: f"-{held[0]}" if dtype == torch.float32 else _wrapped("-", "0", held[0], dtype),
+    "abs": lambda held, dtype: (
+        f"float_of(bits_of({held[0]}) & 0x7fffffffu)" if dtype == torch.float32 else f"{held[0]} < 0 ? -{held[0]} : {held[0]}"
+    ),
+    "sign": _sign,
+    "round": lambda held, dtype: f"rintf({held[0]})",
+    "floor": lambda held, dtype: f"floorf({held[0]})",
+    "square": lambda held, dtype: f"{held[0]} * {held[0]}",
+    "reciprocal": lambda held, dtype: f"1.0f / {held[0]}",
+    "isfinite": lambda held, dtype: f"!not_finite({held[0]})",
+    "invert": lambda held, dtype: f"!{held[0]}" if dtype == torch.bool else f"~{held[0]}",
+    "cast": lambda held, dtype: f"{held[0]} != 0" if dtype == torch.bool else f"({C_TYPES[dtype]}){held[0]}",
+    "maximum": lambda held, dtype: f"{held[0]} > {held[1]} ? {held[0]} : {held[1]}",
+    "minimum": lambda held, dtype: f"{held[0]} < {held[1]} ? {held[0]} : {held[1]}",
+    "clamp": lambda held, dtype: (
+        f"({held[0]} < {held[1]} ? {held[1]} : {held[0]}) > {held[2]} ? {held[2]} : "
+        f"({held[0]} < {held[1]} ? {held[1]} : {held[0]})"
+    ),
+    "clamp_min": lambda held, dtype: f"{held[0]} < {held[1]} ? {held[1]} : {held[0]}",
+    "clamp_max": lambda held, dtype: f"{held[0]} > {held[1]} ? {held[1]} : {held[0]}",
+    "rshift": lambda held, dtype: f"{held[0]} >> {held[1]}",
+    "lshift": lambda held, dtype: _wrapped("<<", held[0], held[1], dtype),
+}
+
+
+def _body(loop: Loop) -> str:
+    """Statements for element i: inputs widened and checked, forms taken, operations done; the result is `result`."""
+    trace, lines = loop.trace, ["bool lost = false;"]
+    models = len(loop.inputs) - trace.beside
+    for position, stored in enumerate(loop.inputs, start=1):
+        lines.append(f"const float a{position} = widen_{SHORT[stored.dtype]}(in{position}[i]);")
+    for position, stored in enumerate(loop.inputs, start=1):
+        ground = loop.base and position == 1
+        form = f"a{position}"
+        if not ground and position <= models and loop.base:
+            if loop.on == "deltas" and not stored.delta:
+                form = f"a{position} - a1"
+            elif loop.on == "weights" and stored.delta:
+                form = f"a1 + a{position}"
+        lines.append(f"const float x{position} = {form};")
+        if position <= models:
+            lines.append(f"lost |= not_finite(x{position});")
+    if trace.indexed:
+        lines.append(f"const int64_t x{trace.inputs + 1} = start + i;")
+    for number, one in enumerate(trace.operations, start=1):
+        lines.append(f"const {C_TYPES[one.dtype]} v{number} = {_expression(one)};")
+    kind = torch.float32 if loop.out is not None else torch.int32
+    lines.append(f"const {C_TYPES[kind]} result = {_as(trace.result, kind)};")
+    return "\n".join(lines)
+
+
+def _unpacked(loop: Loop, reals: str = "reals") -> str:
+    """The arguments of the loop as constants."""
+    numbers = [value for one in loop.trace.operations for value in one.operands] + [loop.trace.result]
+    real = sorted({value.position for value in numbers if value.kind == "real"})
+    whole = sorted({value.position for value in numbers if value.kind == "whole"})
+    lines = [f"const float r{position} = (float){reals}[{position}];" for position in real]
+    return "\n".join(lines + [f"const int64_t w{position} = wholes[{position}];" for position in whole])
+
+
+def _arrays(loop: Loop) -> str:
+    return "\n".join(
+        f"const {STORED[stored.dtype]}* __restrict in{position} = (const {STORED[stored.dtype]}*)in[{position - 1}];"
+        for position, stored in enumerate(loop.inputs, start=1)
+    )
+
+
+def _store(loop: Loop, body: str) -> str:
+    assert loop.out is not None
+    kind, short = STORED[loop.out], SHORT[loop.out]
+    work = f"{body}\nconst {kind} held = narrow_{short}(result);"
+    head = ", ".join(
+        f"const {STORED[stored.dtype]}* __restrict in{position}" for position, stored in enumerate(loop.inputs, start=1)
+    )
+    return f"""
+#ifdef __CUDACC_RTC__
+extern "C" __global__ void run({head}, {kind}* __restrict out, const double* reals, const int64_t* wholes,
+                               int64_t start, int64_t count, int32_t* flags) {{
+{_unpacked(loop)}
+const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+if (i >= count) return;
+{work}
+out[i] = held;
+if (lost) flags[0] = 1;
+if (lost_{short}(held)) flags[1] = 1;
+}}
+#else
+extern "C" int32_t run(const void* const* in, void* target, const double* reals, const int64_t* wholes,
+                       int64_t start, int64_t count) {{
+{_arrays(loop)}
+{kind}* __restrict out = ({kind}*)target;
+{_unpacked(loop)}
+int32_t inputs = 0, results = 0;
+for (int64_t i = 0; i < count; i++) {{
+{work}
+out[i] = held;
+inputs |= lost;
+results |= lost_{short}(held);
+}}
+return inputs | (results << 1);
+}}
+#endif
+"""
+
+
+def _count(loop: Loop, body: str) -> str:
+    if loop.windows:
+        counted = f"""const int32_t slot = slots[(uint16_t)((p >> 16) + 32768)];
+if (slot >= 0) bins[(int64_t)slot * {BINS} + (p & 65535)]++;"""
+    else:
+        counted = "bins[(uint16_t)((p >> 16) + 32768)]++;"
+    if loop.windows == 1:
+        counted = f"if ((p >> 16) == (int32_t)window) bins[p & {BINS - 1}]++;"
+    return f"""
+extern "C" int32_t run(const void* const* in, uint32_t* bins, const double* reals, const int64_t* wholes,
+                       int64_t start, int64_t count, const int8_t* slots, int64_t window) {{
+{_arrays(loop)}
+{_unpacked(loop)}
+int32_t patterns[{COUNT_BLOCK}], inputs = 0;
+for (int64_t first = 0; first < count; first += {COUNT_BLOCK}) {{
+const int64_t size = count - first < {COUNT_BLOCK} ? count - first : {COUNT_BLOCK};
+for (int64_t j = 0; j < size; j++) {{
+const int64_t i = first + j;
+{body}
+inputs |= lost;
+patterns[j] = result;
+}}
+for (int64_t j = 0; j < size; j++) {{
+const int32_t p = patterns[j];
+{counted}
+}}
+}}
+return inputs;
+}}
+"""

@@ -1,0 +1,164 @@
+"""What a pass is, as data: the models that are read, what is to be made of them, and the pieces in which it is done.
+
+A pass is scheduling, never identity: each job's bytes are those of its lone run, for any company, chunk, span, order
+and number of workers. What a worker needs is in the pickled `PassPlan`; a span is a list of blocks of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from mergecore.architectures import layer_of
+from mergecore.delta import Expert
+from mergecore.identity import GRID
+from mergecore.kernels.library import Library
+from mergecore.method import Method, Per, Result, Statistic, Statistics, TensorInfo, TensorSource
+from mergecore.snapshot import DTYPES
+from mergecore.writer import Sink
+
+SPAN_BYTES = 64 << 20
+"""Bytes of the base that one span covers, about: large enough that scheduling it costs nothing beside reading it."""
+
+Shared = TypeVar("Shared")
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+
+
+class Executor(Protocol):
+    """Where spans and evaluations run: in this process or on a cluster."""
+
+    workers: int
+    """How many items run at once."""
+
+    def each(
+        self, function: Callable[[Shared, Item], Outcome], shared: Shared, items: Sequence[Item]
+    ) -> Iterator[tuple[int, Outcome]]:
+        """(position, function(shared, item)) as they complete; the first error ends it. All arguments are picklable,
+        `shared` is sent once."""
+        ...
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """One model to be made: `outputs` are its tensors, of which `merged` are the method's and the rest are copied."""
+
+    key: str
+    method: Method
+    experts: tuple[int, ...]
+    merged: frozenset[str]
+    outputs: Mapping[str, TensorInfo]
+    statistics: Statistics
+    sink: Sink
+    journal: Path | None = None
+
+
+@dataclass(frozen=True)
+class StatisticJob:
+    """One statistic to be found, over the tensors of `selection`."""
+
+    key: str
+    statistic: Statistic
+    experts: tuple[int, ...]
+    selection: Mapping[str, TensorInfo]
+    statistics: Statistics
+
+
+Piece = tuple[str, int, int]
+"""Tensor, first element, end: whole blocks of the grid."""
+Unit = tuple[Piece, ...]
+"""What the most demanding method of the pass must see at once."""
+Span = tuple[Unit, ...]
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """Everything a worker needs to do any span of the pass. Picklable."""
+
+    base: TensorSource
+    experts: tuple[Expert, ...]
+    merges: tuple[MergeJob, ...]
+    statistics: tuple[StatisticJob, ...]
+    spans: tuple[Span, ...]
+    device: str = "cpu"
+    library: Library | None = None
+    """Where fused loops are kept; None: everything runs operation by operation."""
+
+
+@dataclass(frozen=True)
+class SpanTask:
+    """One span to be done: its number, the statistics' states to start from, and for a rescan which tensors to read."""
+
+    number: int
+    only: frozenset[str] | None
+
+
+@dataclass
+class SpanOutcome:
+    """What a span gives back: digests of the blocks it wrote, per merge, and the states of the statistics."""
+
+    digests: dict[str, dict[str, dict[int, str]]] = field(default_factory=dict)
+    states: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PassOutcome:
+    """What a pass completed: per merge {tensor: digest} and the model's digest, per statistic its result."""
+
+    tensors: dict[str, dict[str, str]] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
+    results: dict[str, Result] = field(default_factory=dict)
+
+
+def plan_spans(tensors: Mapping[str, TensorInfo], per: Per, size: int = SPAN_BYTES) -> tuple[Span, ...]:
+    """Units of what `per` must see at once, in name order, gathered into spans of about `size` bytes of the base."""
+    spans: list[Span] = []
+    units: list[Unit] = []
+    filled = 0
+    for unit in _units(tensors, per):
+        units.append(unit)
+        filled += sum((stop - start) * DTYPES[tensors[name].dtype].itemsize for name, start, stop in unit)
+        if filled >= size:
+            spans.append(tuple(units))
+            units, filled = [], 0
+    if units:
+        spans.append(tuple(units))
+    return tuple(spans)
+
+
+def _units(tensors: Mapping[str, TensorInfo], per: Per) -> Iterator[Unit]:
+    names = sorted(tensors)
+    if per is Per.ELEMENT:
+        for name in names:
+            count = tensors[name].count
+            for start in range(0, max(count, 1), GRID):
+                yield ((name, start, min(start + GRID, count)),)
+        return
+    groups: dict[str, list[Piece]] = {}
+    for name in names:
+        layer = layer_of(name)
+        key = "" if per is Per.MODEL else str(layer) if per is Per.LAYER and layer is not None else name
+        groups.setdefault(key, []).append((name, 0, tensors[name].count))
+    for pieces in groups.values():
+        yield tuple(pieces)
+
+
+def coarsest(methods: Sequence[Method]) -> Per:
+    """What the most demanding of the methods must see at once."""
+    order = list(Per)
+    return max((method.per for method in methods), key=order.index, default=Per.ELEMENT)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One reading of the pass: the plan and the states from which every span's statistics start."""
+
+    plan: PassPlan
+    states: Mapping[str, Any]
+    fused: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What this process has worked out about the jobs' functions; never sent."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "fused": {}}
