@@ -7,14 +7,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergecore.passes import coarsest
-from mergecore.span import WINDOW as CHUNK
 from mergecore.errors import CapacityError, StoreError
 from mergecore.frontier import Frontier
 from mergecore.identity import GRID
 from mergecore.method import DataStatistic, Per
+from mergecore.passes import coarsest
 from mergecore.plan import MergePlan, Plan
 from mergecore.snapshot import DTYPES
+from mergecore.span import WINDOW as CHUNK
 from mergecore.spec import Spec, size_in_bytes
 from mergecore.store import State, Store
 

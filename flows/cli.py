@@ -65,7 +65,7 @@ def merge(recipe: Path, out: Path, durable: bool, workers: int | None) -> None:
     """
     with errors():
         from flows.budget import cores, readable
-        from flows.session import digest_cache, resolver
+        from flows.session import digest_cache, loops, resolver
         from flows.terminal import progress
         from mergecore.merging import InProcess
         from mergecore.single import merge_recipe
@@ -74,7 +74,9 @@ def merge(recipe: Path, out: Path, durable: bool, workers: int | None) -> None:
         parsed = parse_recipe(read_yaml(recipe), recipe.name)
         with progress() as report:
             find = resolver(digest_cache(), report)
-            made = merge_recipe(parsed, out, find, InProcess(workers or cores()), report, durable=durable)
+            made = merge_recipe(
+                parsed, out, find, InProcess(workers or cores()), report, durable=durable, library=loops()
+            )
         for warning in made.warnings:
             click.echo(f"note: {warning}", err=True)
         click.echo(f"{made.folder}  {readable(made.size)}  digest {made.digest[:16]}")

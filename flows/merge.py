@@ -17,7 +17,7 @@ from flows.budget import readable
 from flows.cancelling import cancelling
 from flows.cluster import dask_client
 from flows.pages import logged, run_name, slug
-from flows.session import digest_cache, resolver
+from flows.session import digest_cache, loops, resolver
 from mergecore.single import Made
 from mergecore.spec import Recipe, as_yaml, parse_recipe, read_yaml
 from tasks.merge import Order, merge_recipe
@@ -52,7 +52,7 @@ def merge(
         dask_client(Path(beside), workers=workers) as client,
     ):
         executor = OnDask(client, Path(beside) / "passes", stop)
-        order = Order(parsed, folder, resolver(digest_cache(), report), executor, report, durable)
+        order = Order(parsed, folder, resolver(digest_cache(), report), executor, report, durable, loops())
         try:
             made = merge_recipe(parsed.method, order)
         except Stopped as error:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from mergecore.passes import Executor
 from mergecore.frontier import Frontier
+from mergecore.kernels.library import Library, library_in
 from mergecore.method import Report, silent
+from mergecore.passes import Executor
 from mergecore.plan import Plan, make_plan
 from mergecore.pool import Resolver, resolve_pool
 from mergecore.run import Place
@@ -35,8 +36,9 @@ class Session:
         plan = self.plan
         device = "cuda" if self.spec.run.dask == "gpu" and torch.cuda.is_available() else "cpu"
         return Place(
-            plan.pool, self.store, executor, report, plan.shard_size, plan.evaluators["test"], plan.folder, {}, device
-        )
+            plan.pool, self.store, executor, report, plan.shard_size, plan.evaluators["test"], plan.folder, {}, device,
+            loops(),
+        )  # fmt: skip
 
     @property
     def results(self) -> Path:
@@ -76,8 +78,17 @@ def _token() -> str | None:
 
 def digest_cache() -> Path:
     """Where digests of local files are remembered when there is no store."""
+    return _cache() / "digests.jsonl"
+
+
+def loops() -> Library:
+    """Where this user's fused loops are kept."""
+    return library_in(_cache() / "loops")
+
+
+def _cache() -> Path:
     home = os.environ.get("XDG_CACHE_HOME", os.path.join(os.path.expanduser("~"), ".cache"))
-    return Path(home) / "mergeloom" / "digests.jsonl"
+    return Path(home) / "mergeloom"
 
 
 def open_session(path: Path, report: Report = silent) -> Session:

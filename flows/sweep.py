@@ -23,11 +23,11 @@ from flows.cluster import cuda_devices, dask_client
 from flows.conduct import conclusion, missing, mlflow_uri, projected, stays
 from flows.pages import listed, logged, report_page, run_name, slug
 from flows.session import Session, open_session, session_of
-from mergecore.passes import Executor
 from mergecore.errors import ServiceError, SpecError, nearest
 from mergecore.frontier import Round, summary
 from mergecore.merging import InProcess
 from mergecore.method import Report
+from mergecore.passes import Executor
 from mergecore.registry import METHODS
 from mergecore.run import Place, drop_models, snapshots_of
 from mergecore.spec import Spec, parse_spec, read_yaml

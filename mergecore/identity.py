@@ -83,7 +83,8 @@ class BlockDigests:
         done = 0
         while done < values.numel():
             size = min(GRID - self._at % GRID, values.numel() - done)
-            self._state.update(memoryview(values[done : done + size].contiguous().view(torch.uint8).numpy()))
+            part = values[done : done + size].contiguous().view(torch.uint8)
+            self._state.update(memoryview(part.numpy()))  # type: ignore[arg-type]
             done += size
             self._at += size
             if self._at % GRID == 0:

@@ -13,6 +13,7 @@ from mergecore.delta import Expert, FullExpert
 from mergecore.engine import run_pass
 from mergecore.errors import SpecError
 from mergecore.identity import GRID
+from mergecore.kernels.library import Library
 from mergecore.layout import SelectRule, check_fit, lay_out
 from mergecore.method import DataStatistic, Found, Method, Report, Scope, Statistic, Statistics, TensorInfo, silent
 from mergecore.passes import MergeJob, PassPlan, StatisticJob, coarsest, plan_spans
@@ -53,6 +54,7 @@ def merge(
     select: Sequence[SelectRule] = (),
     dtype: torch.dtype | None = None,
     report: Report = silent,
+    library: Library | None = None,
 ) -> dict[str, Tensor]:
     """Merge `experts` (and `base`) by `method`; the result has the base's names, shapes and, unless `dtype` says
     otherwise, dtypes.
@@ -65,7 +67,7 @@ def merge(
     _check(method, base, experts, ids)
     threads = torch.get_num_threads()
     try:
-        return _merged(method, base, experts, ids, statistics, select, dtype, report)
+        return _merged(method, base, experts, ids, statistics, select, dtype, report, library)
     finally:
         torch.set_num_threads(threads)  # the engine works with one; whoever called has a setting of their own
 
@@ -79,6 +81,7 @@ def _merged(
     select: Sequence[SelectRule],
     dtype: torch.dtype | None,
     report: Report,
+    library: Library | None,
 ) -> dict[str, Tensor]:
     first = base if base is not None else experts[0]
     shapes = MemoryTensors(first)
@@ -95,14 +98,14 @@ def _merged(
     )
     given = {name: [values[position] for position in order] for name, values in (statistics or {}).items()}
     bound = method.bound(order)
-    found = find_statistics(bound, shapes, pool, layout.merged, given, report)
+    found = find_statistics(bound, shapes, pool, layout.merged, given, report, library)
     outputs = {**bound.outputs(layout.merged), **layout.copied}
     if dtype is not None:
         outputs = {name: stored_as(info, NAMES[dtype]) for name, info in outputs.items()}
     sink = MemorySink(outputs)
     job = MergeJob("merge", bound, tuple(range(len(pool))), frozenset(layout.merged), outputs, found, sink)
     spans = plan_spans({**layout.merged, **layout.copied}, bound.per)
-    run_pass(PassPlan(shapes, pool, (job,), (), spans), InProcess(), report)
+    run_pass(PassPlan(shapes, pool, (job,), (), spans, library=library), InProcess(), report)
     return {name: sink.held[name] for name in first if name in sink.held} | sink.held
 
 
@@ -135,6 +138,7 @@ def find_statistics(
     selection: Mapping[str, TensorInfo],
     given: Mapping[str, Sequence[Mapping[str, Tensor]]],
     report: Report,
+    library: Library | None = None,
 ) -> Statistics:
     """Everything `method` must know beforehand, worked out depth first from models in memory, or as given."""
     found: dict[str, Sequence[Found]] = {}
@@ -148,7 +152,9 @@ def find_statistics(
             )
         else:
             groups = [(p,) for p in range(len(pool))] if statistic.scope is Scope.EXPERT else [tuple(range(len(pool)))]
-            found[name] = [_find(statistic, base, [pool[p] for p in group], selection, report) for group in groups]
+            found[name] = [
+                _find(statistic, base, [pool[p] for p in group], selection, report, library) for group in groups
+            ]
     return found
 
 
@@ -158,10 +164,11 @@ def _find(
     pool: Sequence[Expert],
     selection: Mapping[str, TensorInfo],
     report: Report,
+    library: Library | None,
 ) -> Found:
-    known = find_statistics(statistic, base, pool, selection, {}, report)
+    known = find_statistics(statistic, base, pool, selection, {}, report, library)
     job = StatisticJob("statistic", statistic, tuple(range(len(pool))), selection, known)
-    plan = PassPlan(base, tuple(pool), (), (job,), plan_spans(selection, coarsest(())))
+    plan = PassPlan(base, tuple(pool), (), (job,), plan_spans(selection, coarsest(())), library=library)
     result = run_pass(plan, InProcess(), report).results["statistic"]
     return Found(MemoryTensors(result.tensors), result.numbers)
 

@@ -29,6 +29,7 @@ from mergecore.errors import EvaluationError, MergeloomError, ServiceError
 from mergecore.evaluators import Evaluator, Resident, Split, TaskIdentity
 from mergecore.frontier import Scoring
 from mergecore.identity import Step, block_digests, model_digest, tensor_digest
+from mergecore.kernels.library import Library
 from mergecore.method import DataStatistic, Event, Found, Report, Result, TensorInfo, TensorSource, silent
 from mergecore.passes import Executor, MergeJob, PassPlan, StatisticJob, coarsest, plan_spans
 from mergecore.plan import MergePlan, StatisticPlan
@@ -64,6 +65,8 @@ class Place:
     folders: dict[str, Path] = field(default_factory=dict)
     """Weights digest → local folder, filled by `fetch`."""
     device: str = "cpu"
+    library: Library | None = None
+    """Where fused loops are kept."""
 
     @property
     def bench(self) -> Bench:
@@ -190,7 +193,9 @@ def _pass(
     for merge in merges:
         read.update({**merge.layout.merged, **merge.layout.copied})
     spans = plan_spans(read, coarsest([plan.method for plan in merges]))
-    return PassPlan(base, tuple(experts[one] for one in ids), merge_jobs, statistic_jobs, spans, place.device)
+    return PassPlan(
+        base, tuple(experts[one] for one in ids), merge_jobs, statistic_jobs, spans, place.device, place.library
+    )
 
 
 def _merge_job(place: Place, plan: MergePlan, draft: Draft, position: Mapping[str, int]) -> MergeJob:
@@ -341,7 +346,7 @@ class Folded:
         """The base's tensors."""
         return self.base.tensors
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None, space: Tensor | None = None) -> Tensor:
         """Elements of θ_t, integers as they are; what the expert does not carry is the base's."""
         stop = self.base.tensors[name].count if stop is None else stop
         held = self.base.read(name, start, stop)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergecore.passes import Executor
 from mergecore.errors import MergeloomError, SpecError, StoreError
 from mergecore.identity import Step
+from mergecore.kernels.library import Library
 from mergecore.method import DataStatistic, Report
+from mergecore.passes import Executor
 from mergecore.plan import MergeBuilder, MergePlan, StatisticPlan
 from mergecore.pool import Member, Pool, Resolver, resolve_pool
 from mergecore.publish import TORCH_NAMES, model_card, write_companions
@@ -37,7 +38,14 @@ class Made:
 
 
 def merge_recipe(
-    recipe: Recipe, out: Path, resolve: Resolver, executor: Executor, report: Report, *, durable: bool = False
+    recipe: Recipe,
+    out: Path,
+    resolve: Resolver,
+    executor: Executor,
+    report: Report,
+    *,
+    durable: bool = False,
+    library: Library | None = None,
 ) -> Made:
     """Make the recipe's model in `out`, by way of `out`.tmp and a rename; durable: fsync before the rename.
 
@@ -50,7 +58,7 @@ def merge_recipe(
     builder = MergeBuilder(pool, recipe.select, recipe.dtype, _no_data)
     plan = builder.build(method, list(pool.experts.values()))
     with _draft(out) as draft:
-        place = Place(pool, Store(draft / WORK), executor, report, size_in_bytes(recipe.shard_size))
+        place = Place(pool, Store(draft / WORK), executor, report, size_in_bytes(recipe.shard_size), library=library)
         for snapshot in snapshots_of(pool):
             fetch(place, snapshot)
         _finish(run_all(place, plan))

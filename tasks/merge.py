@@ -9,8 +9,9 @@ from prefect import task
 from prefect.client.schemas.objects import State
 
 from mergecore import single
-from mergecore.passes import Executor
+from mergecore.kernels.library import Library
 from mergecore.method import Report
+from mergecore.passes import Executor
 from mergecore.pool import Resolver
 from mergecore.run import run_merges
 from mergecore.spec import Recipe
@@ -29,15 +30,28 @@ class Order:
     """A recipe, the folder its model shall be in, and how it is made. A plain class, as `Work` is."""
 
     def __init__(
-        self, recipe: Recipe, out: Path, resolve: Resolver, executor: Executor, report: Report, durable: bool
+        self,
+        recipe: Recipe,
+        out: Path,
+        resolve: Resolver,
+        executor: Executor,
+        report: Report,
+        durable: bool,
+        library: Library,
     ) -> None:
         self.recipe, self.out, self.resolve = recipe, out, resolve
-        self.executor, self.report, self.durable = executor, report, durable
+        self.executor, self.report, self.durable, self.library = executor, report, durable, library
 
 
 @task(name="merge", task_run_name="merge {name}", **OPTIONS)
 def merge_recipe(name: str, order: Order) -> single.Made:
     """Raises a MergeloomError for what cannot be made; nothing is left then."""
     return single.merge_recipe(
-        order.recipe, order.out, order.resolve, order.executor, order.report, durable=order.durable
+        order.recipe,
+        order.out,
+        order.resolve,
+        order.executor,
+        order.report,
+        durable=order.durable,
+        library=order.library,
     )

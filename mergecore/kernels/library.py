@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,6 +44,10 @@ class Library:
 
     folder: Path
     compiler: str | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to another machine it looks for the compiler there."""
+        return library_in, (self.folder,)
 
     def function(self, text: str, *, build: bool, wait: bool = False) -> Function | None:
         """The loop of this source where it is at hand, else None; `build`: begin to build it then; `wait`: until it is.
@@ -128,5 +133,13 @@ def _surroundings(compiler: str) -> str:
         processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         processor = platform.processor()
-    told = [compiler, str(held.st_size), str(held.st_mtime_ns), *FLAGS, torch.__version__, platform.machine(), processor]
+    told = [
+        compiler,
+        str(held.st_size),
+        str(held.st_mtime_ns),
+        *FLAGS,
+        torch.__version__,
+        platform.machine(),
+        processor,
+    ]
     return "\0".join(told)

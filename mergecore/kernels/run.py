@@ -123,7 +123,13 @@ class Fused:
             return None, None
         beside = [one.dtype for one in leaves(arguments) if isinstance(one, Beside)]
         kinds = tuple(zip((one.dtype for one in chunk.experts), chunk.deltas, strict=True))
-        key = (chunk.base.dtype if chunk.base is not None else None, kinds, tuple(beside), form(arguments), self.windows)
+        key = (
+            chunk.base.dtype if chunk.base is not None else None,
+            kinds,
+            tuple(beside),
+            form(arguments),
+            self.windows,
+        )
         if key not in self._loops:
             self._loops[key] = self._traced(chunk, arguments, beside)
         loop = self._loops[key]
@@ -206,8 +212,8 @@ def formed(chunk: Chunk, on: str) -> tuple[Tensor | None, list[Tensor], bool]:
     """Base and experts in float32, the experts' weights or deltas, and whether one of the values is not finite."""
     base = None if chunk.base is None else chunk.base.to(torch.float32)
     experts = []
-    for held, delta in zip(chunk.experts, chunk.deltas, strict=True):
-        wide = held.to(torch.float32)
+    for stored, delta in zip(chunk.experts, chunk.deltas, strict=True):
+        wide = stored.to(torch.float32)
         if on == "deltas" and not delta:
             assert base is not None
             wide = wide - base

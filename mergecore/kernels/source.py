@@ -7,7 +7,7 @@ bit patterns into bins.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -158,11 +158,13 @@ def _sign(held: Sequence[str], dtype: torch.dtype) -> str:
     return f"({C_TYPES[dtype]})(({held[0]} > 0) - ({held[0]} < 0))"
 
 
-_UNCOMMON = {
+_UNCOMMON: dict[str, Callable[[Sequence[str], torch.dtype], str]] = {
     "div": lambda held, dtype: f"{held[0]} / {held[1]}",
     "neg": lambda held, dtype: f"-{held[0]}" if dtype == torch.float32 else _wrapped("-", "0", held[0], dtype),
     "abs": lambda held, dtype: (
-        f"float_of(bits_of({held[0]}) & 0x7fffffffu)" if dtype == torch.float32 else f"{held[0]} < 0 ? -{held[0]} : {held[0]}"
+        f"float_of(bits_of({held[0]}) & 0x7fffffffu)"
+        if dtype == torch.float32
+        else f"{held[0]} < 0 ? -{held[0]} : {held[0]}"
     ),
     "sign": _sign,
     "round": lambda held, dtype: f"rintf({held[0]})",

@@ -78,9 +78,7 @@ def _softmax_scores(deltas: Sequence[Tensor], balancing: Mapping[str, Any]) -> l
 
     inter = _summed(count, lambda i, j: divided(exponential(share(i, j)), balancing["inter"][place[i, j]]))
     intra = [divided(exponential(share(i, i) * count - count), balancing["intra"][i]) for i in range(count)]
-    return [
-        within * between * here for within, between, here in zip(intra, inter, balancing["alive"], strict=True)
-    ]
+    return [within * between * here for within, between, here in zip(intra, inter, balancing["alive"], strict=True)]
 
 
 def _summed(count: int, term: Callable[[int, int], Tensor]) -> list[Tensor]:

@@ -33,7 +33,9 @@ class SignMajority(Statistic):
 
     def add(self, state: int, block: Block, statistics: Statistics) -> int:
         """Positive minus negative elections of the block."""
-        held = materialised(trims(self.threshold, block, statistics), block.start, block.stop - block.start, block.experts[0].device)
+        held = materialised(
+            trims(self.threshold, block, statistics), block.start, block.stop - block.start, block.experts[0].device
+        )
         total = folded_sum(trimmed_deltas([delta.reshape(-1) for delta in block.experts], held))
         return state + int(torch.sign(total).sum(dtype=torch.float64))
 
@@ -49,7 +51,10 @@ class SignMajority(Statistic):
 def trims(threshold: Threshold, block: Block, statistics: Statistics) -> dict[str, Any]:
     """What `trimmed_deltas` needs for a block."""
     held = [threshold_of(found, block.name) for found in statistics["threshold"]]
-    found: dict[str, Any] = {"least": [least for least, _ in held], "drawn": drawn_for(threshold.drop, block, statistics)}
+    found: dict[str, Any] = {
+        "least": [least for least, _ in held],
+        "drawn": drawn_for(threshold.drop, block, statistics),
+    }
     if threshold.count == "exact":
         found |= {"last": [last for _, last in held], "index": Index()}
     return found

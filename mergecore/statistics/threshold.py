@@ -214,4 +214,3 @@ def threshold_of(found: Found, tensor: str) -> tuple[float, int]:
         return value, ANY
     name, index = group["cut"]
     return value, index if tensor == name else (ANY if tensor < name else -1)
-

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 import mergecore.passes as passes
 import mergecore.span as span_module
-from mergecore.journal import read_journal, write_journal
 from mergecore.errors import CapacityError, MergeloomError, StoreError
 from mergecore.identity import Step
+from mergecore.journal import read_journal, write_journal
 from mergecore.method import Event
 from mergecore.plan import MergePlan
 from mergecore.run import Done, _merge_job, run_merges, run_statistics

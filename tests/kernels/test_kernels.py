@@ -49,12 +49,19 @@ def awkward(dtype: torch.dtype, count: int, seed: int) -> Tensor:
 def chunk_of(dtype: torch.dtype, experts: int = 3, count: int = 5003, start: int = 11) -> Chunk:
     """A base and experts that share many values with it and with each other."""
     base = awkward(dtype, count, 0)
-    held = [torch.where(torch.arange(count) % (n + 3) == 0, base, awkward(dtype, count, n)) for n in range(1, experts + 1)]
+    held = [
+        torch.where(torch.arange(count) % (n + 3) == 0, base, awkward(dtype, count, n)) for n in range(1, experts + 1)
+    ]
     return Chunk(base, tuple(held), (False,) * experts, start)
 
 
 def both(
-    library: Library, function: Callable[..., Tensor], chunk: Chunk, out: torch.dtype, on: Any = "deltas", **arguments: Any
+    library: Library,
+    function: Callable[..., Tensor],
+    chunk: Chunk,
+    out: torch.dtype,
+    on: Any = "deltas",
+    **arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """The result by the loop (which must have been used) and by the function itself."""
     fused, plain = Fused(function, on, out, library, wait=True), Fused(function, on, out, None)
@@ -93,7 +100,9 @@ def test_every_operation_gives_torchs_bytes(library: Library, name: str, dtype: 
 
 
 @pytest.mark.parametrize(("stored", "out"), list(itertools.product(DTYPES, DTYPES)))
-def test_every_dtype_is_widened_and_rounded_as_torch_does(library: Library, stored: torch.dtype, out: torch.dtype) -> None:
+def test_every_dtype_is_widened_and_rounded_as_torch_does(
+    library: Library, stored: torch.dtype, out: torch.dtype
+) -> None:
     chunk = chunk_of(stored)
     limit = 60000.0 if out == torch.float16 else 1e30
     found, wanted = both(
@@ -107,12 +116,16 @@ def test_all_half_precision_numbers(library: Library) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         every = torch.arange(1 << 16).to(torch.int32).to(torch.int16).view(dtype)
         every = every[torch.isfinite(every)]
-        found, wanted = both(library, lambda base, experts: experts[0] * 1.0, Chunk(None, (every,), (False,), 0), dtype, "weights")
+        found, wanted = both(
+            library, lambda base, experts: experts[0] * 1.0, Chunk(None, (every,), (False,), 0), dtype, "weights"
+        )
         assert same(found, every) and same(found, wanted)
         middles = ((every[:-1].double() + every[1:].double()) / 2).float()
         edges = torch.cat([torch.nextafter(middles, torch.tensor(side)) for side in (-1e30, 1e30)] + [middles])
         edges = edges[edges.abs() < (65519.0 if dtype == torch.float16 else 1e38)]
-        found, wanted = both(library, lambda base, experts: experts[0] * 1.0, Chunk(None, (edges,), (False,), 0), dtype, "weights")
+        found, wanted = both(
+            library, lambda base, experts: experts[0] * 1.0, Chunk(None, (edges,), (False,), 0), dtype, "weights"
+        )
         assert same(found, edges.to(dtype)) and same(found, wanted)
 
 
@@ -120,7 +133,7 @@ def test_numbers_are_arguments_and_share_a_loop(library: Library) -> None:
     chunk = chunk_of(torch.bfloat16)
     texts = set()
     for scale in (0.3, -1.7, 25.0):
-        fused = Fused(lambda base, experts, **given: base + experts[0] * scale * given["more"], "deltas", torch.float32, library, wait=True)  # noqa: B023  # fmt: skip
+        fused = Fused(lambda base, experts, **given: base + experts[0] * scale * given["more"], "deltas", torch.float32, library, wait=True)  # fmt: skip
         found = torch.empty(chunk.count)
         fused.stored(chunk, {"more": 1.5 * scale}, found)
         base, experts, _ = formed(chunk, "deltas")
@@ -145,7 +158,9 @@ def test_index_keys_and_what_lies_beside(library: Library) -> None:
 
     def function(base: Tensor, experts: Sequence[Tensor], **given: Any) -> Tensor:
         words = words_at(given["index"], *given["key"])
-        return torch.where((words >= given["limit"]) & (given["index"] <= given["last"]), experts[0] * given["beside"], base)
+        return torch.where(
+            (words >= given["limit"]) & (given["index"] <= given["last"]), experts[0] * given["beside"], base
+        )
 
     found, wanted = both(
         library, function, chunk, torch.float32, index=Index(), key=(123456789, -987654321), limit=-5, last=(1 << 32) + 900,
@@ -159,7 +174,7 @@ def test_adapters_deltas_and_weights(library: Library) -> None:
     chunk = Chunk(full.base, (full.experts[0], torch.randn(full.count)), (False, True), 0)
     for on in ("weights", "deltas"):
         found, wanted = both(library, lambda base, experts: experts[0] - experts[1] * 0.5, chunk, torch.bfloat16, on)
-        base, experts, _ = formed(chunk, on)
+        _, experts, _ = formed(chunk, on)
         assert same(found, wanted) and same(found, (experts[0] - experts[1] * 0.5).to(torch.bfloat16))
 
 
@@ -249,7 +264,9 @@ def test_while_a_loop_is_built_work_goes_on(tmp_path: Path) -> None:
 
 def test_a_library_cut_short_is_built_again(tmp_path: Path) -> None:
     library, chunk, target = library_in(tmp_path), chunk_of(torch.bfloat16), torch.empty(5003)
-    fused = Fused(lambda base, experts: base * 0.25 + experts[0], "deltas", torch.float32, library, build=False, wait=True)
+    fused = Fused(
+        lambda base, experts: base * 0.25 + experts[0], "deltas", torch.float32, library, build=False, wait=True
+    )
     loop, _ = fused._loop(chunk, {})
     assert loop is not None
     path = tmp_path / f"{library.name_of(loop.text)}.so"
@@ -265,12 +282,21 @@ def test_without_a_compiler_everything_runs_as_it_is(tmp_path: Path) -> None:
     fused.stored(chunk, {}, target)
     base, experts, _ = formed(chunk, "deltas")
     assert base is not None and same(target, base + experts[0]) and not list(tmp_path.iterdir())
-    broken = Fused(lambda base, experts: base + experts[0], "deltas", torch.float32, Library(tmp_path, "/bin/false"), wait=True)
+    broken = Fused(
+        lambda base, experts: base + experts[0], "deltas", torch.float32, Library(tmp_path, "/bin/false"), wait=True
+    )
     broken.stored(chunk, {}, target)
     assert same(target, base + experts[0])
 
 
 def test_arguments_are_read_in_their_place() -> None:
-    held: Mapping[str, Any] = {"index": Index(), "n": [Beside(MemoryTensors({"w": torch.arange(9.0)}), "w"), 3, "x", None]}
+    held: Mapping[str, Any] = {
+        "index": Index(),
+        "n": [Beside(MemoryTensors({"w": torch.arange(9.0)}), "w"), 3, "x", None],
+    }
     made = materialised(held, 2, 4, "cpu")
-    assert made["index"].tolist() == [2, 3, 4, 5] and made["n"][0].tolist() == [2, 3, 4, 5] and made["n"][1:] == [3, "x", None]
+    assert (
+        made["index"].tolist() == [2, 3, 4, 5]
+        and made["n"][0].tolist() == [2, 3, 4, 5]
+        and made["n"][1:] == [3, "x", None]
+    )
