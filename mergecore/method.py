@@ -162,13 +162,15 @@ Statistics = Mapping[str, Sequence[Found]]
 
 @dataclass(frozen=True)
 class Counting:
-    """What a scan counts of one block: pattern(experts, **arguments) gives one int32 per element, in plain torch on flat
-    float32 deltas. windows: None: counts its high half-words; else the low half-words inside each of these high ones.
+    """What a scan counts of one block: patterns(experts, **arguments) gives int32 values, one or more per element, in plain
+    torch on flat float32 deltas. windows: None: counts their high half-words; else, per result, the low half-words inside
+    each of these high ones (as many for every result; none at all: nothing is counted).
     """
 
-    pattern: Callable[..., Tensor]
+    patterns: Callable[..., Sequence[Tensor]]
     arguments: Mapping[str, Any]
-    windows: tuple[int, ...] | None = None
+    results: int = 1
+    windows: tuple[tuple[int, ...], ...] | None = None
 
 
 Sparse = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -204,7 +206,7 @@ class Statistic(Plugin, ABC):
         return None
 
     def counted(self, state: Any, tensor: str, counts: Sequence[Sparse]) -> Any:
-        """The state after counts of a part of one tensor: one of high half-words, or one per window."""
+        """The state after counts of a part of one tensor: per result one of high half-words, or one per window."""
         raise NotImplementedError
 
     @abstractmethod

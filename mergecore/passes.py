@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -85,6 +86,11 @@ class PassPlan:
     device: str = "cpu"
     library: Library | None = None
     """Where fused loops are kept; None: everything runs operation by operation."""
+
+    @cached_property
+    def elements(self) -> int:
+        """Of the base, in all spans."""
+        return sum(stop - start for span in self.spans for unit in span for _, start, stop in unit)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,7 @@ from torch import Tensor
 from mergecore.errors import NonFiniteError
 from mergecore.identity import GRID, BlockDigests
 from mergecore.journal import read_journal, write_journal
-from mergecore.kernels.run import HALF, Fused
-from mergecore.kernels.source import BINS
+from mergecore.kernels.run import HALF, Fused, Given, counts_of, empty_bins
 from mergecore.method import Block, Counting, Per, Sparse
 from mergecore.passes import MergeJob, PassPlan, Round, SpanOutcome, SpanTask, StatisticJob
 from mergecore.reading import Reading, buffer
@@ -63,6 +62,16 @@ def run_span(round: Round, task: SpanTask) -> SpanOutcome:
 
 
 @dataclass
+class _Counted:
+    """Counts of one tensor under way: of which scans, how many results each has, and the bins."""
+
+    tensor: str
+    jobs: list[tuple[StatisticJob, int]]
+    windows: int
+    bins: NDArray[np.uint32]
+
+
+@dataclass
 class _Work:
     """The jobs of one span, and what is between two blocks: counts of the tensor under way, digests of the block."""
 
@@ -70,7 +79,7 @@ class _Work:
     outcome: SpanOutcome
     merges: list[MergeJob]
     observers: list[StatisticJob]
-    bins: dict[str, tuple[str, tuple[int, ...] | None, NDArray[np.uint32]]] = field(default_factory=dict)
+    counted: dict[Any, _Counted] = field(default_factory=dict)
 
     @property
     def plan(self) -> PassPlan:
@@ -80,21 +89,23 @@ class _Work:
     # --- statistics ---------------------------------------------------------------------------------------------
 
     def observe(self, reading: Reading) -> None:
-        """Show every statistic the piece: fused counts window by window, the rest block by block of the grid, for their
-        sums must not depend on any other cut."""
-        watching = [job for job in self.observers if reading.name in job.selection]
-        counts = [job for job in watching if self._counting(job, reading) is not None]
-        for job in (job for job in watching if job not in counts):
-            for start, stop in _cut(reading, GRID):
-                reading.window(start, stop)
-                self._add(job, reading)
-        for start, stop in _cut(reading, WINDOW) if counts else ():
-            reading.window(start, stop)
-            for job in counts:
-                self._count(job, reading)
-
-    def _counting(self, job: StatisticJob, reading: Reading) -> Counting | None:
-        return job.statistic.counting(self.outcome.states[job.key], reading.place(job.experts), job.statistics)
+        """Show every statistic the piece: counts window by window, all scans that count by one function in one loop; the
+        rest block by block of the grid, for their sums must not depend on any other cut."""
+        groups: dict[Any, list[tuple[StatisticJob, Counting]]] = {}
+        for job in self.observers:
+            if reading.name not in job.selection or reading.start == reading.stop:
+                continue
+            place = reading.place(job.experts)
+            counting = job.statistic.counting(self.outcome.states[job.key], place, job.statistics)
+            if counting is None:
+                for start, stop in _cut(reading, GRID):
+                    reading.window(start, stop)
+                    self._add(job, reading)
+            elif counting.windows != ():
+                per = len(counting.windows[0]) if counting.windows else 0
+                groups.setdefault((counting.patterns, per, job.statistic.whole), []).append((job, counting))
+        for (_, per, whole), group in groups.items():
+            self._count(reading, group, per, whole)
 
     def _add(self, job: StatisticJob, reading: Reading) -> None:
         try:
@@ -107,34 +118,55 @@ class _Work:
             return
         self.outcome.states[job.key] = job.statistic.add(self.outcome.states[job.key], block, job.statistics)
 
-    def _count(self, job: StatisticJob, reading: Reading) -> None:
-        counting = self._counting(job, reading)
-        assert counting is not None
-        if counting.windows == ():
-            return
-        held = self.bins.get(job.key)
-        if held is None or held[0] != reading.name:
-            self._count_up(job)
-            size = BINS * len(counting.windows or (0,))
-            held = self.bins[job.key] = (reading.name, counting.windows, np.zeros(size, dtype=np.uint32))
-        windows = counting.windows or ()
-        fused = self._fused(("count", job.key), counting.pattern, "deltas", None, len(windows))
-        chunk = reading.chunk(job.experts, with_base=True)
-        if fused.counted(chunk, counting.arguments, windows, held[2]) and not job.statistic.whole:
-            reading.block("deltas", True, job.experts, flat=True)  # which says what is not finite, and where
+    def _count(self, reading: Reading, group: list[tuple[StatisticJob, Counting]], per: int, whole: bool) -> None:
+        positions = sorted({position for job, _ in group for position in job.experts})
+        key = tuple(job.key for job, _ in group)
+        function = _together([(one, [positions.index(p) for p in job.experts]) for job, one in group])
+        given = self._fused(("count", key), function, "deltas", None, per).given(
+            {f"job {number}": one.arguments for number, (_, one) in enumerate(group)}
+        )
+        windows = [window for _, one in group for result in one.windows or () for window in result]
+        bins = self._bins(reading.name, key, group, per)
+        for start, stop in _cut(reading, WINDOW):
+            reading.window(start, stop)
+            if given.count(reading.chunk(positions, with_base=True), windows, bins):
+                if not whole:
+                    reading.block("deltas", True, positions, flat=True)  # which says what is not finite, and where
+                elif len(group) > 1:  # one expert's trouble is not the others'
+                    for one in group:
+                        self._count_window(reading, one, per)
+
+    def _count_window(self, reading: Reading, one: tuple[StatisticJob, Counting], per: int) -> None:
+        """The window alone for one scan that looks beyond selections; where it is not finite it is left out."""
+        job, counting = one
+        given = Fused(_together([(counting, list(range(len(job.experts))))]), "deltas", None, None, windows=per).given(
+            {"job 0": counting.arguments}
+        )
+        bins = empty_bins(counting.results, per)
+        given.count(reading.chunk(job.experts, with_base=True), [w for r in counting.windows or () for w in r], bins)
+        self._hand_over(_Counted(reading.name, [(job, counting.results)], per, bins))
+
+    def _bins(self, tensor: str, key: Any, group: list[tuple[StatisticJob, Counting]], per: int) -> NDArray[np.uint32]:
+        held = self.counted.get(key)
+        if held is None or held.tensor != tensor:
+            if held is not None:
+                self._hand_over(held)
+            jobs = [(job, one.results) for job, one in group]
+            held = _Counted(tensor, jobs, per, empty_bins(sum(results for _, results in jobs), per))
+            self.counted[key] = held
+        return held.bins
 
     def count_up(self) -> None:
-        """Hand over what was counted of the last tensor of each scan."""
-        for job in self.observers:
-            self._count_up(job)
+        """Hand over what was counted of the last tensors."""
+        for held in self.counted.values():
+            self._hand_over(held)
+        self.counted.clear()
 
-    def _count_up(self, job: StatisticJob) -> None:
-        held = self.bins.pop(job.key, None)
-        if held is not None:
-            tensor, windows, bins = held
-            first = 0 if windows else -HALF
-            counts = [_sparse(part, first) for part in bins.reshape(-1, BINS)]
-            self.outcome.states[job.key] = job.statistic.counted(self.outcome.states[job.key], tensor, counts)
+    def _hand_over(self, held: _Counted) -> None:
+        counts = [_sparse(part, 0 if held.windows else -HALF) for part in counts_of(held.bins)]
+        for job, results in held.jobs:
+            own, counts = counts[: results * max(held.windows, 1)], counts[results * max(held.windows, 1) :]
+            self.outcome.states[job.key] = job.statistic.counted(self.outcome.states[job.key], held.tensor, own)
 
     # --- merges -------------------------------------------------------------------------------------------------
 
@@ -142,34 +174,34 @@ class _Work:
         """Every merge's share of one piece: element-wise methods window by window, and what is copied."""
         copying = [job for job in self.merges if reading.name in job.outputs and reading.name not in job.merged]
         merging = [job for job in self.merges if job.method.per is Per.ELEMENT and reading.name in job.merged]
-        if not copying and not merging:
-            return
+        given = {job.key: self._given(job, reading) for job in merging}
         digests = {job.key: BlockDigests(reading.start) for job in (*copying, *merging)}
-        for start, stop in _cut(reading, WINDOW):
+        for start, stop in _cut(reading, WINDOW) if digests else ():
             reading.window(start, stop)
             for job in copying:
                 target = self._target(job, reading.name, stop - start).copy_(reading.raw_base())
                 self._emit(job, reading.name, start, target, digests[job.key])
             for job in merging:
                 target = self._target(job, reading.name, stop - start)
-                self._merge_window(job, reading, start, stop, target)
+                chunk = reading.chunk(job.experts, job.method.needs_base)
+                read, made = given[job.key].store(chunk, target)
+                if read:
+                    reading.block(
+                        job.method.on, job.method.needs_base, job.experts, flat=True
+                    )  # which says what and where
+                if made:
+                    check_finite(target, reading.name, f"method '{job.method.name}'", TAME)
                 self._emit(job, reading.name, start, target, digests[job.key])
-        for job in (*copying, *merging):
-            self.outcome.digests[job.key].setdefault(reading.name, {}).update(digests[job.key].finished())
+        for key, found in digests.items():
+            self.outcome.digests[key].setdefault(reading.name, {}).update(found.finished())
+
+    def _given(self, job: MergeJob, reading: Reading) -> Given:
+        method, dtype = job.method, DTYPES[job.outputs[reading.name].dtype]
+        fused = self._fused(("merge", job.key, dtype), method.merge, method.on, dtype)
+        return fused.given(method.arguments(reading.place(job.experts), job.statistics))
 
     def _target(self, job: MergeJob, name: str, count: int) -> Tensor:
         return buffer("write", count, DTYPES[job.outputs[name].dtype])
-
-    def _merge_window(self, job: MergeJob, reading: Reading, start: int, stop: int, target: Tensor) -> None:
-        method = job.method
-        fused = self._fused(("merge", job.key, target.dtype), method.merge, method.on, target.dtype)
-        arguments = method.arguments(reading.place(job.experts), job.statistics)
-        chunk = reading.chunk(job.experts, method.needs_base)
-        read, made = fused.stored(chunk, arguments, target)
-        if read:
-            reading.block(method.on, method.needs_base, job.experts, flat=True)  # which says what is not finite
-        if made:
-            check_finite(target, reading.name, f"method '{method.name}'", TAME)
 
     def _emit(self, job: MergeJob, name: str, start: int, values: Tensor, digests: BlockDigests) -> None:
         digests.update(values)
@@ -199,14 +231,22 @@ class _Work:
     def _fused(self, key: Any, function: Any, on: Any, out: torch.dtype | None, windows: int = 0) -> Fused:
         key = (*key, windows)
         if key not in self.round.fused:
-            build = _elements(self.plan) >= WORTH_BUILDING
+            build = self.plan.elements >= WORTH_BUILDING
             self.round.fused[key] = Fused(function, on, out, self.plan.library, build, windows=windows)
         found: Fused = self.round.fused[key]
         return found
 
 
-def _elements(plan: PassPlan) -> int:
-    return sum(stop - start for span in plan.spans for unit in span for _, start, stop in unit)
+def _together(scans: Sequence[tuple[Counting, list[int]]]) -> Callable[..., list[Tensor]]:
+    """One function that gives the patterns of several scans, each of its own experts."""
+
+    def patterns(base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> list[Tensor]:
+        found: list[Tensor] = []
+        for number, (one, places) in enumerate(scans):
+            found += one.patterns([experts[place] for place in places], **arguments[f"job {number}"])
+        return found
+
+    return patterns
 
 
 def _cut(reading: Reading, size: int) -> Iterator[tuple[int, int]]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mergecore.kernels.library import Function, Library
-from mergecore.kernels.source import BINS, STORED, Loop, Stored
+from mergecore.kernels.source import BINS, COPIES, STORED, Loop, Stored, stride
 from mergecore.kernels.trace import NotTraceableError, form, leaves, mapped, trace
 from mergecore.method import Beside, Index
 
@@ -29,8 +29,8 @@ HALF = BINS // 2
 
 @dataclass(frozen=True)
 class Chunk:
-    """Elements start … start+count−1 of a tensor, as they are stored: base (or None), experts, and which of those hold
-    deltas. All flat, contiguous and of one length."""
+    """Elements from flat index `start` on, as they are stored: base (or None), experts, and which of those hold deltas.
+    All flat, contiguous and of one length."""
 
     base: Tensor | None
     experts: tuple[Tensor, ...]
@@ -41,6 +41,11 @@ class Chunk:
     def count(self) -> int:
         """Number of elements."""
         return self.experts[0].numel() if self.experts else 0 if self.base is None else self.base.numel()
+
+    @property
+    def kind(self) -> Any:
+        """What of it decides the loop."""
+        return None if self.base is None else self.base.dtype, tuple(one.dtype for one in self.experts), self.deltas
 
     def part(self, first: int, end: int) -> Chunk:
         """Its elements first … end−1."""
@@ -58,11 +63,12 @@ class Chunk:
 class Fused:
     """One function and the loops it has become, by the form of its arguments and the dtypes it meets.
 
-    function(base, experts, **arguments) → float32, stored in `out`; where out is None function(experts, **arguments) →
-    int32 patterns, which are counted. build: whether a loop that is not at hand is worth building.
+    function(base, experts, **arguments) → float32, stored in `out`; where out is None int32 patterns, which are counted: of
+    each their high half-words, or the low ones inside `windows` high ones. build: whether a loop that is not at hand is
+    worth building; wait: whether work waits for it.
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
     on: Literal["weights", "deltas"]
     out: torch.dtype | None
     library: Library | None
@@ -71,86 +77,37 @@ class Fused:
     windows: int = 0
     problem: str = ""
     """Why it runs operation by operation, where it does."""
-    _loops: dict[Any, Loop | None] = field(default_factory=dict)
-    _checked: dict[str, bool] = field(default_factory=dict)
+    loops: dict[Any, Loop | None] = field(default_factory=dict)
+    checked: dict[str, bool] = field(default_factory=dict)
 
-    def stored(self, chunk: Chunk, arguments: Mapping[str, Any], target: Tensor) -> tuple[bool, bool]:
-        """Write the function's result to `target`. Returns whether an input, and whether a result is not finite; where
-        one is the target's content means nothing."""
-        loop, call = self._loop(chunk, arguments)
-        if call is not None and loop is not None:
-            if loop.text not in self._checked:
-                self._check(loop, call, chunk, arguments)
-            if self._checked[loop.text]:
-                flags = _called(call, loop, chunk, arguments, ctypes.c_void_p(target.data_ptr()))
-                return bool(flags & 1), bool(flags & 2)
-        return self._eager_stored(chunk, arguments, target)
-
-    def counted(
-        self, chunk: Chunk, arguments: Mapping[str, Any], windows: Sequence[int], bins: NDArray[np.uint32]
-    ) -> bool:
-        """Add to `bins` ((windows or 1) × 2^16): of patterns p the high half-word p >> 16 (+ 2^15), or where `windows`
-        names high half-words the low ones inside each. Returns whether an input is not finite; nothing is added then."""
-        loop, call = self._loop(chunk, arguments)
-        if call is not None and loop is not None:
-            before = bins.copy() if loop.text not in self._checked else None
-            slots = _slots(windows)
-            flags = _called(
-                call, loop, chunk, arguments, ctypes.c_void_p(bins.ctypes.data),
-                ctypes.c_void_p(slots.ctypes.data), ctypes.c_int64(windows[0] if windows else 0),
-            )  # fmt: skip
-            if flags:  # rare, so it may cost: what was just added is taken away again
-                again = np.zeros_like(bins)
-                _called(
-                    call, loop, chunk, arguments, ctypes.c_void_p(again.ctypes.data),
-                    ctypes.c_void_p(slots.ctypes.data), ctypes.c_int64(windows[0] if windows else 0),
-                )  # fmt: skip
-                bins -= again
-                return True
-            if before is None:
-                return False
-            wanted = before.copy()
-            self._eager_counted(chunk, arguments, windows, wanted)
-            self._checked[loop.text] = bool((wanted == bins).all())
-            if self._checked[loop.text]:
-                return False
-            self._refuse(loop)
-            bins[:] = before
-        return self._eager_counted(chunk, arguments, windows, bins)
-
-    def _loop(self, chunk: Chunk, arguments: Mapping[str, Any]) -> tuple[Loop | None, Function | None]:
-        if self.library is None or self.library.compiler is None:
-            return None, None
-        beside = [one.dtype for one in leaves(arguments) if isinstance(one, Beside)]
-        kinds = tuple(zip((one.dtype for one in chunk.experts), chunk.deltas, strict=True))
-        key = (
-            chunk.base.dtype if chunk.base is not None else None,
-            kinds,
-            tuple(beside),
+    def given(self, arguments: Mapping[str, Any]) -> Given:
+        """The function with these arguments, for as many chunks as they hold for."""
+        held = leaves(arguments)
+        return Given(
+            self,
+            arguments,
             form(arguments),
-            self.windows,
+            tuple(one for one in held if isinstance(one, Beside)),
+            tuple(one for one in held if isinstance(one, float)),
+            (ctypes.c_int64 * max(len(held), 1))(*[one for one in held if isinstance(one, int)]),
         )
-        if key not in self._loops:
-            self._loops[key] = self._traced(chunk, arguments, beside)
-        loop = self._loops[key]
-        if loop is None:
-            return None, None
-        found = self.library.function(loop.text, build=self.build, wait=self.wait)
-        if found is None:
-            self.problem = self.library.problem(loop.text)
-        return loop, found
 
-    def _traced(self, chunk: Chunk, arguments: Mapping[str, Any], beside: Sequence[torch.dtype]) -> Loop | None:
+    def loop(self, chunk: Chunk, given: Given) -> Loop | None:
+        """The loop for such chunks and arguments; None where the function is none."""
+        key = (chunk.kind, given.form)
+        if key not in self.loops:
+            self.loops[key] = self._traced(chunk, given)
+        return self.loops[key]
+
+    def _traced(self, chunk: Chunk, given: Given) -> Loop | None:
         held = [] if chunk.base is None else [Stored(chunk.base.dtype)]
         held += [Stored(one.dtype, delta) for one, delta in zip(chunk.experts, chunk.deltas, strict=True)]
-        held += [Stored(dtype) for dtype in beside]
+        held += [Stored(one.dtype) for one in given.beside]
         if any(one.dtype not in STORED for one in held):
             self.problem = f"no loop reads {next(one.dtype for one in held if one.dtype not in STORED)}"
             return None
         try:
-            found = trace(
-                self.function, chunk.base is not None, len(chunk.experts), arguments, on_base=self.out is not None
-            )
+            found = trace(self.function, chunk.base is not None, len(chunk.experts), given.arguments)
             loop = Loop(found, tuple(held), chunk.base is not None, self.on, self.out, self.windows)
             _ = loop.text
             return loop
@@ -158,50 +115,147 @@ class Fused:
             self.problem = str(error)
             return None
 
-    def _check(self, loop: Loop, call: Function, chunk: Chunk, arguments: Mapping[str, Any]) -> None:
-        """Compare the loop with the function itself on the first elements that it is used on."""
-        assert self.out is not None
-        few = chunk.part(0, min(CHECKED, chunk.count))
-        found, wanted = torch.empty(few.count, dtype=self.out), torch.empty(few.count, dtype=self.out)
-        flags = _called(call, loop, few, arguments, ctypes.c_void_p(found.data_ptr()))
-        troubles = self._eager_stored(few, arguments, wanted)
-        same = flags != 0 or torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
-        self._checked[loop.text] = same and (flags & 1 != 0, flags & 2 != 0) == troubles
-        if not self._checked[loop.text]:
-            self._refuse(loop)
-
-    def _refuse(self, loop: Loop) -> None:
+    def refuse(self, loop: Loop) -> None:
+        """Never use this loop again."""
         assert self.library is not None
+        self.checked[loop.text] = False
         self.problem = "its loop gave other bytes than the function itself"
         self.library.refuse(loop.text, self.problem)
 
+
+@dataclass
+class Given:
+    """A function with its arguments."""
+
+    fused: Fused
+    arguments: Mapping[str, Any]
+    form: Any
+    beside: tuple[Beside, ...]
+    reals: tuple[float, ...]
+    wholes: Any
+    _ready: dict[Any, tuple[Loop, Function, Any]] = field(default_factory=dict)
+
+    def store(self, chunk: Chunk, target: Tensor) -> tuple[bool, bool]:
+        """Write the function's result to `target`. Returns whether an input, and whether a result is not finite; where
+        one is the target's content means nothing."""
+        ready = self._loop(chunk)
+        if ready is None:
+            return self._plainly_stored(chunk, target)
+        loop = ready[0]
+        if loop.text not in self.fused.checked and not self._right(ready, chunk):
+            return self._plainly_stored(chunk, target)
+        flags = self._called(ready, chunk, target.data_ptr())
+        return bool(flags & 1), bool(flags & 2)
+
+    def count(self, chunk: Chunk, windows: Any, bins: NDArray[np.uint32]) -> bool:
+        """Add to `bins` (made by `empty_bins`). windows: per result its high half-words, one after the other. Returns
+        whether an input is not finite; nothing is added then."""
+        ready = self._loop(chunk)
+        if ready is None:
+            return self._plainly_counted(chunk, windows, bins)
+        loop = ready[0]
+        wanted = (ctypes.c_int64 * max(len(windows), 1))(*windows)
+        before = bins.copy() if loop.text not in self.fused.checked else None
+        if self._called(ready, chunk, bins.ctypes.data, wanted):
+            again = np.zeros_like(bins)  # rare, so it may cost: what was just added is taken away again
+            self._called(ready, chunk, again.ctypes.data, wanted)
+            bins -= again
+            return True
+        if before is not None:
+            plain = before.copy()
+            self._plainly_counted(chunk, windows, plain)
+            if not all(map(np.array_equal, counts_of(plain), counts_of(bins))):
+                self.fused.refuse(loop)
+                bins[:] = before
+                return self._plainly_counted(chunk, windows, bins)
+            self.fused.checked[loop.text] = True
+        return False
+
+    def _loop(self, chunk: Chunk) -> tuple[Loop, Function, Any] | None:
+        """The loop for such chunks, the function it has become, and its numbers; None where there is none as yet."""
+        fused, kind = self.fused, chunk.kind
+        if fused.library is None or fused.library.compiler is None:
+            return None
+        ready = self._ready.get(kind)
+        if ready is None:
+            loop = fused.loop(chunk, self)
+            if loop is None:
+                return None
+            call = fused.library.function(loop.text, build=fused.build, wait=fused.wait)
+            if call is None:
+                fused.problem = fused.library.problem(loop.text)
+                return None
+            reals = (*loop.trace.literals, *self.reals)
+            ready = self._ready[kind] = loop, call, (ctypes.c_double * max(len(reals), 1))(*reals)
+        return ready if fused.checked.get(ready[0].text, True) else None
+
+    def _called(self, ready: tuple[Loop, Function, Any], chunk: Chunk, target: int, *more: Any) -> int:
+        _, call, reals = ready
+        beside = [one.read(chunk.start, chunk.start + chunk.count).contiguous() for one in self.beside]
+        arrays = [*([] if chunk.base is None else [chunk.base]), *chunk.experts, *beside]
+        pointers = (ctypes.c_void_p * len(arrays))(*[one.data_ptr() for one in arrays])
+        return call(
+            pointers, ctypes.c_void_p(target), reals, self.wholes, ctypes.c_int64(chunk.start), ctypes.c_int64(chunk.count),
+            *more,
+        )  # fmt: skip
+
+    def _right(self, ready: tuple[Loop, Function, Any], chunk: Chunk) -> bool:
+        """Whether the loop gives the function's own bytes on the first elements that it is used on."""
+        fused, loop = self.fused, ready[0]
+        assert fused.out is not None
+        few = chunk.part(0, min(CHECKED, chunk.count))
+        found, wanted = torch.empty(few.count, dtype=fused.out), torch.empty(few.count, dtype=fused.out)
+        flags = self._called(ready, few, found.data_ptr())
+        troubles = self._plainly_stored(few, wanted)
+        same = flags != 0 or torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
+        if same and (flags & 1 != 0, flags & 2 != 0) == troubles:
+            fused.checked[loop.text] = True
+            return True
+        fused.refuse(loop)
+        return False
+
     # --- operation by operation -----------------------------------------------------------------------------------
 
-    def _eager_stored(self, chunk: Chunk, arguments: Mapping[str, Any], target: Tensor) -> tuple[bool, bool]:
+    def _plainly_stored(self, chunk: Chunk, target: Tensor) -> tuple[bool, bool]:
         read = made = False
         for first, end, part in chunk.parts(EAGER):
-            base, experts, lost = formed(part, self.on)
-            held = materialised(arguments, part.start, part.count, target.device)
-            made |= not bool(torch.isfinite(target[first:end].copy_(self.function(base, experts, **held))).all())
+            base, experts, lost = formed(part, self.fused.on)
+            held = materialised(self.arguments, part.start, part.count, target.device)
+            found = target[first:end].copy_(self.fused.function(base, experts, **held))
+            made |= not bool(torch.isfinite(found).all())
             read |= lost
         return read, made
 
-    def _eager_counted(
-        self, chunk: Chunk, arguments: Mapping[str, Any], windows: Sequence[int], bins: NDArray[np.uint32]
-    ) -> bool:
-        found = np.zeros_like(bins)
+    def _plainly_counted(self, chunk: Chunk, windows: Sequence[int], bins: NDArray[np.uint32]) -> bool:
+        found, per = np.zeros_like(bins), self.fused.windows
         for _, _, part in chunk.parts(EAGER):
-            _, experts, lost = formed(part, self.on)
+            base, experts, lost = formed(part, self.fused.on)
             if lost:
                 return True
-            pattern = self.function(experts, **materialised(arguments, part.start, part.count, experts[0].device))
-            high = pattern >> 16
-            if not self.windows:
-                found += _counts(high + HALF)
-            for slot, window in enumerate(windows):
-                found[slot * BINS : (slot + 1) * BINS] += _counts(pattern[high == window] & (BINS - 1))
+            device = experts[0].device
+            patterns = self.fused.function(
+                base, experts, **materialised(self.arguments, part.start, part.count, device)
+            )
+            for result, pattern in enumerate(patterns):
+                high = pattern >> 16
+                if not per:
+                    found[result, 0, :BINS] += _counts(high + HALF)
+                for slot, window in enumerate(windows[result * per : (result + 1) * per]):
+                    inside = pattern[high == window] & (BINS - 1)
+                    found[result, 0, slot * BINS : (slot + 1) * BINS] += _counts(inside)
         bins += found
         return False
+
+
+def empty_bins(results: int, windows: int) -> NDArray[np.uint32]:
+    """What `Given.count` counts into; `counts_of` reads it."""
+    return np.zeros((results, COPIES, stride(windows)), dtype=np.uint32)
+
+
+def counts_of(bins: NDArray[np.uint32]) -> list[NDArray[np.uint32]]:
+    """Per result, and in it per window (or of the high half-words), the 2^16 counts."""
+    whole: NDArray[np.uint32] = bins.sum(axis=1, dtype=np.uint32)
+    return [row[at : at + BINS] for row in whole for at in range(0, len(row) - BINS + 1, BINS)]
 
 
 def _counts(numbers: Tensor) -> NDArray[np.uint32]:
@@ -237,26 +291,3 @@ def materialised(arguments: Mapping[str, Any], start: int, count: int, device: t
 
     found: dict[str, Any] = mapped(arguments, made)
     return found
-
-
-def _called(
-    call: Function, loop: Loop, chunk: Chunk, arguments: Mapping[str, Any], target: ctypes.c_void_p, *more: Any
-) -> int:
-    held = leaves(arguments)
-    beside = [one.read(chunk.start, chunk.start + chunk.count).contiguous() for one in held if isinstance(one, Beside)]
-    arrays = [*([chunk.base] if chunk.base is not None else []), *chunk.experts, *beside]
-    reals = [*loop.trace.literals, *(one for one in held if isinstance(one, float))]
-    wholes = [one for one in held if isinstance(one, int)]
-    return call(
-        (ctypes.c_void_p * len(arrays))(*[one.data_ptr() for one in arrays]), target,
-        (ctypes.c_double * max(len(reals), 1))(*reals), (ctypes.c_int64 * max(len(wholes), 1))(*wholes),
-        ctypes.c_int64(chunk.start), ctypes.c_int64(chunk.count), *more,
-    )  # fmt: skip
-
-
-def _slots(windows: Sequence[int]) -> NDArray[np.int8]:
-    """Per high half-word (+ 2^15) the number of its window, −1 where it has none."""
-    slots = np.full(BINS, -1, dtype=np.int8)
-    for slot, window in enumerate(windows):
-        slots[window + HALF] = slot
-    return slots

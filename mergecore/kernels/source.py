@@ -20,9 +20,11 @@ C_TYPES = {torch.float32: "float", torch.int32: "int32_t", torch.int64: "int64_t
 STORED = {torch.bfloat16: "uint16_t", torch.float16: "uint16_t", torch.float32: "float", torch.float64: "double"}
 """Dtypes of files that can be read and written, and as what."""
 SHORT = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
-COUNT_BLOCK = 2048
+COUNT_BLOCK = 1024
 """Patterns that are worked out at once before they are counted one by one."""
 BINS = 1 << 16
+COPIES = 2
+"""Bins that are counted into in turn; the counts are their sum."""
 
 HEADER = r"""
 #ifdef __CUDACC_RTC__
@@ -88,7 +90,7 @@ class Loop:
     out: torch.dtype | None
     """Dtype that is stored; None: int32 patterns are counted."""
     windows: int = 0
-    """Of a count: 0 counts high half-words, else low ones inside so many windows."""
+    """Of a count, per result: 0 counts high half-words, else low ones inside so many windows."""
 
     @cached_property
     def text(self) -> str:
@@ -100,7 +102,7 @@ class Loop:
 def _name(value: Value) -> str:
     if value.kind == "element":
         return f"v{value.position}" if value.position > 0 else f"x{-value.position}"
-    return f"{'r' if value.kind == 'real' else 'w'}{value.position}"
+    return f"{'r' if value.kind == 'real' else 'k'}{value.position}"
 
 
 def _baked(number: float | int | bool, dtype: torch.dtype) -> str:
@@ -188,7 +190,7 @@ _UNCOMMON: dict[str, Callable[[Sequence[str], torch.dtype], str]] = {
 
 
 def _body(loop: Loop) -> str:
-    """Statements for element i: inputs widened and checked, forms taken, operations done; the result is `result`."""
+    """Statements for element i: inputs widened and checked, forms taken, operations done; results are y0, y1 …"""
     trace, lines = loop.trace, ["bool lost = false;"]
     models = len(loop.inputs) - trace.beside
     for position, stored in enumerate(loop.inputs, start=1):
@@ -202,24 +204,27 @@ def _body(loop: Loop) -> str:
             elif loop.on == "weights" and stored.delta:
                 form = f"a1 + a{position}"
         lines.append(f"const float x{position} = {form};")
-        if position <= models:
+        # A delta of finite models can overflow, and that of a base that is not finite never is: it says all.
+        covered = ground and loop.on == "deltas" and any(not one.delta for one in loop.inputs[1:models])
+        if position <= models and not covered:
             lines.append(f"lost |= not_finite(x{position});")
     if trace.indexed:
         lines.append(f"const int64_t x{trace.inputs + 1} = start + i;")
     for number, one in enumerate(trace.operations, start=1):
         lines.append(f"const {C_TYPES[one.dtype]} v{number} = {_expression(one)};")
     kind = torch.float32 if loop.out is not None else torch.int32
-    lines.append(f"const {C_TYPES[kind]} result = {_as(trace.result, kind)};")
+    for number, value in enumerate(trace.results):
+        lines.append(f"const {C_TYPES[kind]} y{number} = {_as(value, kind)};")
     return "\n".join(lines)
 
 
-def _unpacked(loop: Loop, reals: str = "reals") -> str:
+def _unpacked(loop: Loop) -> str:
     """The arguments of the loop as constants."""
-    numbers = [value for one in loop.trace.operations for value in one.operands] + [loop.trace.result]
+    numbers = [value for one in loop.trace.operations for value in one.operands] + list(loop.trace.results)
     real = sorted({value.position for value in numbers if value.kind == "real"})
     whole = sorted({value.position for value in numbers if value.kind == "whole"})
-    lines = [f"const float r{position} = (float){reals}[{position}];" for position in real]
-    return "\n".join(lines + [f"const int64_t w{position} = wholes[{position}];" for position in whole])
+    lines = [f"const float r{position} = (float)reals[{position}];" for position in real]
+    return "\n".join(lines + [f"const int64_t k{position} = wholes[{position}];" for position in whole])
 
 
 def _arrays(loop: Loop) -> str:
@@ -232,7 +237,7 @@ def _arrays(loop: Loop) -> str:
 def _store(loop: Loop, body: str) -> str:
     assert loop.out is not None
     kind, short = STORED[loop.out], SHORT[loop.out]
-    work = f"{body}\nconst {kind} held = narrow_{short}(result);"
+    work = f"{body}\nconst {kind} held = narrow_{short}(y0);"
     head = ", ".join(
         f"const {STORED[stored.dtype]}* __restrict in{position}" for position, stored in enumerate(loop.inputs, start=1)
     )
@@ -268,32 +273,58 @@ return inputs | (results << 1);
 
 
 def _count(loop: Loop, body: str) -> str:
-    if loop.windows:
-        counted = f"""const int32_t slot = slots[(uint16_t)((p >> 16) + 32768)];
-if (slot >= 0) bins[(int64_t)slot * {BINS} + (p & 65535)]++;"""
-    else:
-        counted = "bins[(uint16_t)((p >> 16) + 32768)]++;"
-    if loop.windows == 1:
-        counted = f"if ((p >> 16) == (int32_t)window) bins[p & {BINS - 1}]++;"
+    """The bin of every element first, vectorised, then one element after another counted: into copies of the bins in turn,
+    for counts of the same bin that follow each other would wait for each other. What lies in no window has a bin of its own.
+    """
+    kind, results, size = "uint32_t" if loop.windows else "uint16_t", len(loop.trace.results), stride(loop.windows)
+    constants, places, chosen, counting = [], [], [], []
+    for result in range(results):
+        number = f"(uint16_t)((y{result} >> 16) + {BINS // 2})"
+        if loop.windows:
+            number = str(loop.windows * BINS)
+        for slot in reversed(range(loop.windows)):
+            window = f"w{result}_{slot}"
+            constants.append(f"const int32_t {window} = (int32_t)windows[{result * loop.windows + slot}];")
+            number = (
+                f"(y{result} >> 16) == {window} ? (uint32_t)({slot * BINS} + (y{result} & {BINS - 1})) : ({number})"
+            )
+        places.append(f"alignas(64) {kind} n{result}[{COUNT_BLOCK}];")
+        chosen.append(f"n{result}[j] = {number};")
+        held = "\n".join(
+            f"uint32_t* const c{copy} = bins + {(result * COPIES + copy)} * (int64_t){size};" for copy in range(COPIES)
+        )
+        steps = " ".join(f"c{copy}[n{result}[j + {copy}]]++;" for copy in range(COPIES))
+        counting.append(
+            f"{{ {held}\nint64_t j = 0; for (; j + {COPIES} <= size; j += {COPIES}) {{ {steps} }}\n"
+            f"for (; j < size; j++) c0[n{result}[j]]++; }}"
+        )
     return f"""
 extern "C" int32_t run(const void* const* in, uint32_t* bins, const double* reals, const int64_t* wholes,
-                       int64_t start, int64_t count, const int8_t* slots, int64_t window) {{
+                       int64_t start, int64_t count, const int64_t* windows) {{
 {_arrays(loop)}
 {_unpacked(loop)}
-int32_t patterns[{COUNT_BLOCK}], inputs = 0;
+{_lines(constants)}
+{_lines(places)}
+int32_t inputs = 0;
 for (int64_t first = 0; first < count; first += {COUNT_BLOCK}) {{
 const int64_t size = count - first < {COUNT_BLOCK} ? count - first : {COUNT_BLOCK};
 for (int64_t j = 0; j < size; j++) {{
 const int64_t i = first + j;
 {body}
 inputs |= lost;
-patterns[j] = result;
+{_lines(chosen)}
 }}
-for (int64_t j = 0; j < size; j++) {{
-const int32_t p = patterns[j];
-{counted}
-}}
+{_lines(counting)}
 }}
 return inputs;
 }}
 """
+
+
+def _lines(texts: Sequence[str]) -> str:
+    return "\n".join(texts)
+
+
+def stride(windows: int) -> int:
+    """Bins of one copy: those of the windows (or of the high half-words) and those that nothing asks for."""
+    return max(windows, 1) * BINS + 16

@@ -57,12 +57,10 @@ class Trace:
     inputs: int
     beside: int
     operations: tuple[Operation, ...]
-    result: Value
+    results: tuple[Value, ...]
     literals: tuple[float, ...]
     indexed: bool
     """Whether the flat index is asked for; it then is the last input."""
-    used: tuple[bool, ...]
-    """Which of base and experts the result depends on."""
 
 
 def leaves(arguments: Any) -> list[Any]:
@@ -95,9 +93,9 @@ def form(arguments: Any) -> Any:
 
 
 def trace(
-    function: Callable[..., Tensor], base: bool, experts: int, arguments: Mapping[str, Any], on_base: bool
+    function: Callable[..., Tensor | Sequence[Tensor]], base: bool, experts: int, arguments: Mapping[str, Any]
 ) -> Trace:
-    """The operations of function(base, experts, **arguments), or function(experts, **arguments) where not `on_base`.
+    """The operations of function(base, experts, **arguments), which gives one value per element or several.
 
     base: whether there is one. Raises NotTraceableError.
     """
@@ -106,14 +104,15 @@ def trace(
     chunks = [tracer.element(torch.float32) for _ in range(experts)]
     held = mapped(arguments, tracer.stand_in)
     try:
-        found = function(ground, chunks, **held) if on_base else function(chunks, **held)
+        found = function(ground, chunks, **held)
     except NotTraceableError:
         raise
     except Exception as error:  # torch.fx and torch raise what they like; the function itself is tried eagerly anyway
         raise NotTraceableError(f"{type(error).__name__}: {error}") from error
-    if not isinstance(found, fx.Proxy):
-        raise NotTraceableError(f"its result is {type(found).__name__}, no value of an element")
-    return tracer.finished(found.node, int(base) + experts)
+    results: list[Any] = list(found) if isinstance(found, list | tuple) else [found]
+    if not all(isinstance(one, fx.Proxy) for one in results):
+        raise NotTraceableError(f"its result is {type(results[0]).__name__}, no value of an element")
+    return tracer.finished([one.node for one in results])
 
 
 class _Tracer:
@@ -156,26 +155,24 @@ class _Tracer:
         self.values[node], self.samples[node] = value, sample
         return fx.Proxy(node, self.tracer)
 
-    def finished(self, result: fx.Node, models: int) -> Trace:
-        """The operations that the result needs, in order."""
-        needed = _ancestors(result)
+    def finished(self, results: Sequence[fx.Node]) -> Trace:
+        """The operations that the results need, in order."""
+        needed = _ancestors(results)
         if self.index is not None:
             self.values[self.index.node] = Value("element", torch.int64, -self.inputs - 1)
         operations: list[Operation] = []
         for node in self.graph.nodes:
             if node in needed and node.op != "placeholder":
                 self._take(node, operations)
-        value = self.values[result]
         # Reals handed in come behind the literals, of which there now are as many as there will be.
         shift = len(self.literals)
         shifted = tuple(
             Operation(one.name, tuple(_shifted(operand, shift) for operand in one.operands), one.common, one.dtype)
             for one in operations
         )
-        order = [node for node in self.graph.nodes if node.op == "placeholder"]
-        used = tuple(node in needed for node in order if self.values[node].kind == "element")[:models]
         indexed = self.index is not None and self.index.node in needed
-        return Trace(self.inputs, self.besides, shifted, _shifted(value, shift), tuple(self.literals), indexed, used)
+        values = tuple(_shifted(self.values[one], shift) for one in results)
+        return Trace(self.inputs, self.besides, shifted, values, tuple(self.literals), indexed)
 
     def _take(self, node: fx.Node, operations: list[Operation]) -> None:
         name, given, options = _called(node)
@@ -286,9 +283,9 @@ def _meant(name: str, given: list[Any], options: dict[str, Any]) -> tuple[str, l
     raise NotTraceableError(f"'{name}' is not known as an operation on one element")
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
+def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     found: set[fx.Node] = set()
-    waiting = [node]
+    waiting = list(nodes)
     while waiting:
         one = waiting.pop()
         if one not in found:

@@ -6,20 +6,20 @@ of every task vector. The statistic and the merge work it out by the same correc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import floor
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-import torch
 from pydantic import Field
+from torch import Tensor
 
-from mergecore.method import Block, Rescan, Result, Scope, Sparse, Statistic, Statistics, TensorInfo
+from mergecore.method import Block, Counting, Rescan, Result, Scope, Sparse, Statistic, Statistics, TensorInfo
 from mergecore.statistics.balance_scores import Form, balancing, scores
 from mergecore.statistics.magnitude_quantiles import MagnitudeQuantiles
-from mergecore.statistics.radix import HIGH, LOW, OrderStatistic, joined, signed_bits, sparse, value_of
-from mergecore.statistics.softmax_means import PIECE, SoftmaxMeans
+from mergecore.statistics.radix import OrderStatistic, joined, signed_bits, value_of
+from mergecore.statistics.softmax_means import SoftmaxMeans
 
 
 @dataclass
@@ -50,24 +50,25 @@ class BalanceCut(Statistic):
         """Nothing counted."""
         return CutState([])
 
-    def add(self, state: CutState, block: Block, statistics: Statistics) -> CutState:
-        """Count high half-words in the first scan, low ones inside the wanted bins in the second."""
-        deltas = [delta.reshape(-1) for delta in block.experts]
-        known = balancing(self.form, len(deltas), statistics)
-        patterns = [torch.empty(delta.shape, dtype=torch.int32, device=delta.device) for delta in deltas]
-        for start in range(0, deltas[0].numel(), PIECE):
-            found = scores([delta[start : start + PIECE] for delta in deltas], known)
-            for pattern, score in zip(patterns, found, strict=True):
-                pattern[start : start + PIECE] = signed_bits(score)
-        if state.wanted:
-            for pattern, wanted in zip(patterns, state.wanted, strict=True):
-                for order in wanted:
-                    inside = pattern[(pattern >> 16) == order.bin] & (LOW - 1)
-                    order.counted("", sparse(inside, LOW))
-            return state
-        counts = [sparse(pattern >> 16, 2 * HIGH, -HIGH) for pattern in patterns]
-        state.high = [joined(held, new) for held, new in zip(state.high or [None] * len(counts), counts, strict=True)]
+    def counting(self, state: CutState, block: Block, statistics: Statistics) -> Counting:
+        """Of every expert's score the high half-words in the first scan, low ones inside the wanted bins in the second."""
+        count = len(block.ids)
+        arguments = {"balancing": balancing(self.form, count, statistics)}
+        windows = tuple((high.bin, low.bin) for high, low in state.wanted) if state.wanted else None
+        return Counting(_patterns, arguments, count, windows)
+
+    def counted(self, state: CutState, tensor: str, counts: Sequence[Sparse]) -> CutState:
+        """Counts added; both values may lie in one bin, whose counts then come first."""
+        for position, (high, low) in enumerate(state.wanted):
+            high.counted("", counts[2 * position])
+            low.counted("", counts[2 * position if low.bin == high.bin else 2 * position + 1])
+        if not state.wanted:
+            state.high = [joined(old, new) for old, new in zip(state.high or [None] * len(counts), counts, strict=True)]
         return state
+
+    def add(self, state: CutState, block: Block, statistics: Statistics) -> CutState:
+        """Not called: this is a count."""
+        raise NotImplementedError
 
     def combine(self, left: CutState, right: CutState) -> CutState:
         """Counts added."""
@@ -94,3 +95,8 @@ class BalanceCut(Statistic):
             order.settle()
         high, low = ([value_of(wanted[place].value) for wanted in state.wanted] for place in (0, 1))
         return Result({}, {"low": low, "high": high})
+
+
+def _patterns(experts: Sequence[Tensor], balancing: Mapping[str, Any]) -> list[Tensor]:
+    """Every expert's score as an int32 that grows with it."""
+    return [signed_bits(score) for score in scores(experts, balancing)]

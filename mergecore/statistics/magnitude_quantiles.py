@@ -49,12 +49,12 @@ class MagnitudeQuantiles(Statistic):
 
     def counting(self, state: State, block: Block, statistics: Statistics) -> Counting:
         """The low half-words inside both bins."""
-        return Counting(magnitudes, {"drawn": None}, tuple(dict.fromkeys(wanted.bin for wanted in state)))
+        return Counting(magnitudes, {"drawn": None}, 1, (tuple(wanted.bin for wanted in state),) if state else ())
 
     def counted(self, state: State, tensor: str, counts: Sequence[Sparse]) -> State:
         """Counts added; both values may lie in one bin."""
         for wanted in state:
-            wanted.counted("", counts[-1] if wanted.bin != state[0].bin else counts[0])
+            wanted.counted("", counts[0] if wanted.bin == state[0].bin else counts[1])
         return state
 
     def add(self, state: State, block: Block, statistics: Statistics) -> State:

@@ -72,9 +72,9 @@ class Profile(Statistic):
         return Result(tensors, {"tensors": names})
 
 
-def magnitudes(experts: Sequence[Tensor], drawn: Mapping[str, Any] | None) -> Tensor:
-    """The bit patterns of |τ| of one expert, after the drop."""
-    return dropped(experts, drawn)[0].abs().view(torch.int32)
+def magnitudes(experts: Sequence[Tensor], drawn: Mapping[str, Any] | None) -> list[Tensor]:
+    """The bit patterns of |τ|, after the drop."""
+    return [delta.abs().view(torch.int32) for delta in dropped(experts, drawn)]
 
 
 def _concatenated(parts: list[NDArray[np.int64]]) -> Tensor:

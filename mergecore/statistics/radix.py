@@ -24,7 +24,7 @@ LOW = 1 << 16
 
 def bits(magnitude: Tensor) -> Tensor:
     """The pattern of non-negative float32 values: their bits as int32, 0 … 2^31−1."""
-    return magnitude.contiguous().view(torch.int32)
+    return magnitude.view(torch.int32)
 
 
 def signed_bits(values: Tensor) -> Tensor:
@@ -37,13 +37,6 @@ def value_of(pattern: int) -> float:
     """The float32 value whose pattern (signed or of a magnitude) this is."""
     held = pattern if pattern >= 0 else pattern ^ 0x7FFFFFFF
     return float(torch.tensor(held, dtype=torch.int32).view(torch.float32))
-
-
-def sparse(bins: Tensor, size: int, first: int = 0) -> Sparse:
-    """Occupied bins and counts of int32 bin numbers first … first+size−1."""
-    counts = torch.bincount(bins.reshape(-1) - first if first else bins.reshape(-1), minlength=size)
-    occupied = counts.nonzero().reshape(-1)
-    return occupied.cpu().numpy() + first, counts[occupied].cpu().numpy()
 
 
 def joined(left: Sparse | None, right: Sparse) -> Sparse:

@@ -111,7 +111,7 @@ class Threshold(Statistic):
             return None
         order = state.group_of(block.name).order
         arguments = {"drawn": drawn_for(self.drop, block, statistics)}
-        return Counting(magnitudes, arguments, (order.bin,) if order.rank else ())
+        return Counting(magnitudes, arguments, 1, ((order.bin,),) if order.rank else ())
 
     def counted(self, state: ThresholdState, tensor: str, counts: Sequence[Sparse]) -> ThresholdState:
         """The group's counts, by tensor."""
@@ -126,7 +126,7 @@ class Threshold(Statistic):
         drawn = drawn_for(self.drop, block, statistics)
         if drawn is not None:
             drawn["index"] = torch.arange(block.start, block.stop, device=block.experts[0].device)
-        pattern = magnitudes([delta.reshape(-1) for delta in block.experts], drawn)
+        pattern = magnitudes([delta.reshape(-1) for delta in block.experts], drawn)[0]
         if state.scan == "count":
             group.ties[block.start] = int((pattern == group.order.value).sum())
         elif block.start == group.block:

@@ -16,7 +16,7 @@ import mergecore.kernels.library as libraries
 import mergecore.kernels.source as source
 from mergecore.identity import words_at
 from mergecore.kernels.library import Library, library_in
-from mergecore.kernels.run import Chunk, Fused, formed, materialised
+from mergecore.kernels.run import Chunk, Fused, counts_of, empty_bins, formed, materialised
 from mergecore.kernels.trace import NotTraceableError, trace
 from mergecore.method import Beside, Index
 from mergecore.snapshot import MemoryTensors
@@ -66,8 +66,8 @@ def both(
     """The result by the loop (which must have been used) and by the function itself."""
     fused, plain = Fused(function, on, out, library, wait=True), Fused(function, on, out, None)
     found, wanted = torch.empty(chunk.count, dtype=out), torch.empty(chunk.count, dtype=out)
-    assert fused.stored(chunk, arguments, found) == plain.stored(chunk, arguments, wanted)
-    assert not fused.problem and any(fused._checked.values())
+    assert fused.given(arguments).store(chunk, found) == plain.given(arguments).store(chunk, wanted)
+    assert not fused.problem and any(fused.checked.values())
     return found, wanted
 
 
@@ -135,10 +135,10 @@ def test_numbers_are_arguments_and_share_a_loop(library: Library) -> None:
     for scale in (0.3, -1.7, 25.0):
         fused = Fused(lambda base, experts, **given: base + experts[0] * scale * given["more"], "deltas", torch.float32, library, wait=True)  # fmt: skip
         found = torch.empty(chunk.count)
-        fused.stored(chunk, {"more": 1.5 * scale}, found)
+        fused.given({"more": 1.5 * scale}).store(chunk, found)
         base, experts, _ = formed(chunk, "deltas")
         assert base is not None and same(found, base + experts[0] * scale * (1.5 * scale))
-        texts |= set(fused._checked)
+        texts |= set(fused.checked)
     assert len(texts) == 1
 
 
@@ -182,20 +182,21 @@ def test_adapters_deltas_and_weights(library: Library) -> None:
 def test_counts_are_those_of_a_sort(library: Library, windows: tuple[int, ...]) -> None:
     chunk = chunk_of(torch.bfloat16)
 
-    def pattern(experts: Sequence[Tensor]) -> Tensor:
-        return experts[1].abs().view(torch.int32)
+    def patterns(base: Tensor, experts: Sequence[Tensor]) -> list[Tensor]:
+        return [expert.abs().view(torch.int32) for expert in experts[1:]]
 
-    fused = Fused(pattern, "deltas", None, library, wait=True, windows=len(windows))
-    bins = np.zeros(max(len(windows), 1) << 16, dtype=np.uint32)
+    fused = Fused(patterns, "deltas", None, library, wait=True, windows=len(windows))
+    bins = empty_bins(2, len(windows))
     for _ in range(2):
-        assert not fused.counted(chunk, {}, windows, bins)
-    assert any(fused._checked.values())
-    bits = formed(chunk, "deltas")[1][1].numpy().view(np.uint32) & 0x7FFFFFFF
-    if not windows:
-        expected = np.bincount((bits >> 16) + (1 << 15), minlength=1 << 16)
-    else:
-        expected = np.concatenate([np.bincount(bits[bits >> 16 == w] & 0xFFFF, minlength=1 << 16) for w in windows])
-    assert np.array_equal(bins, 2 * expected) and bins.sum() > 0
+        assert not fused.given({}).count(chunk, windows * 2, bins)
+    assert any(fused.checked.values())
+    expected = []
+    for delta in formed(chunk, "deltas")[1][1:]:
+        bits = delta.numpy().view(np.uint32) & 0x7FFFFFFF
+        parts = [bits[bits >> 16 == window] & 0xFFFF for window in windows] or [(bits >> 16) + (1 << 15)]
+        expected += [np.bincount(part, minlength=1 << 16) for part in parts]
+    found = np.concatenate(counts_of(bins))
+    assert np.array_equal(found, 2 * np.concatenate(expected)) and found.sum() > 0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -205,13 +206,13 @@ def test_values_that_are_not_finite_are_told(library: Library, bad: float) -> No
         (chunk.base if place < 0 else chunk.experts[place])[4096] = bad  # type: ignore[index]
         fused = Fused(lambda base, experts: base + experts[1], "deltas", torch.float32, library, wait=True)
         target = torch.empty(chunk.count)
-        assert fused.stored(chunk, {}, target)[0]
-        counting = Fused(lambda experts: experts[0].abs().view(torch.int32), "deltas", None, library, wait=True)
-        bins = np.zeros(1 << 16, dtype=np.uint32)
-        assert counting.counted(chunk, {}, (), bins) and not bins.any()
+        assert fused.given({}).store(chunk, target)[0]
+        counting = Fused(lambda base, experts: [experts[0].abs().view(torch.int32)], "deltas", None, library, wait=True)
+        bins = empty_bins(1, 0)
+        assert counting.given({}).count(chunk, (), bins) and not bins.any()
     chunk = chunk_of(torch.float32)
     fused = Fused(lambda base, experts: experts[1] * 1e38 * 1e9 + 1.0, "deltas", torch.float16, library, wait=True)
-    assert fused.stored(chunk, {}, torch.empty(chunk.count, dtype=torch.float16)) == (False, True)
+    assert fused.given({}).store(chunk, torch.empty(chunk.count, dtype=torch.float16)) == (False, True)
 
 
 UNKNOWN: dict[str, Callable[..., Any]] = {
@@ -229,7 +230,7 @@ def test_what_is_no_loop_runs_as_it_is_and_says_why(library: Library, name: str)
     chunk = chunk_of(torch.float32, count=100)
     fused = Fused(UNKNOWN[name], "deltas", torch.float32, library, wait=True)
     found = torch.empty(100)
-    fused.stored(chunk, {}, found)
+    fused.given({}).store(chunk, found)
     base, experts, _ = formed(chunk, "deltas")
     assert same(found, UNKNOWN[name](base, experts)) and fused.problem
 
@@ -237,7 +238,7 @@ def test_what_is_no_loop_runs_as_it_is_and_says_why(library: Library, name: str)
 def test_numbers_alone_belong_into_the_arguments() -> None:
     """Eagerly they would be computed in float64, in a loop in float32."""
     with pytest.raises(NotTraceableError, match="arguments"):
-        trace(lambda base, experts, **given: base * (given["a"] / given["b"]), True, 1, {"a": 1.0, "b": 3.0}, True)
+        trace(lambda base, experts, **given: base * (given["a"] / given["b"]), True, 1, {"a": 1.0, "b": 3.0})
 
 
 def test_a_loop_that_gives_other_bytes_is_not_used(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +247,7 @@ def test_a_loop_that_gives_other_bytes_is_not_used(library: Library, monkeypatch
     chunk = chunk_of(torch.float32)
     for _ in range(2):
         found = torch.empty(chunk.count)
-        fused.stored(chunk, {}, found)
+        fused.given({}).store(chunk, found)
         assert same(found, torch.floor(formed(chunk, "deltas")[1][0])) and "other bytes" in fused.problem
 
 
@@ -254,12 +255,12 @@ def test_while_a_loop_is_built_work_goes_on(tmp_path: Path) -> None:
     library = library_in(tmp_path)
     fused = Fused(lambda base, experts: base - experts[0] * 0.125, "deltas", torch.float32, library)
     chunk, target = chunk_of(torch.bfloat16), torch.empty(5003)
-    fused.stored(chunk, {}, target)
-    assert not fused._checked  # the first chunk went the plain way
+    fused.given({}).store(chunk, target)
+    assert not fused.checked  # the first chunk went the plain way
     before = target.clone()
-    libraries._building[library.name_of(fused._loops[next(iter(fused._loops))].text)].join()  # type: ignore[union-attr]
-    fused.stored(chunk, {}, target)
-    assert fused._checked and same(before, target)
+    libraries._building[library.name_of(fused.loops[next(iter(fused.loops))].text)].join()  # type: ignore[union-attr]
+    fused.given({}).store(chunk, target)
+    assert fused.checked and same(before, target)
 
 
 def test_a_library_cut_short_is_built_again(tmp_path: Path) -> None:
@@ -267,25 +268,25 @@ def test_a_library_cut_short_is_built_again(tmp_path: Path) -> None:
     fused = Fused(
         lambda base, experts: base * 0.25 + experts[0], "deltas", torch.float32, library, build=False, wait=True
     )
-    loop, _ = fused._loop(chunk, {})
+    loop = fused.loop(chunk, fused.given({}))
     assert loop is not None
     path = tmp_path / f"{library.name_of(loop.text)}.so"
     path.write_bytes(b"\x7fELF cut short")
     fused.build = True
-    fused.stored(chunk, {}, target)
-    assert fused._checked and path.stat().st_size > 1000
+    fused.given({}).store(chunk, target)
+    assert fused.checked and path.stat().st_size > 1000
 
 
 def test_without_a_compiler_everything_runs_as_it_is(tmp_path: Path) -> None:
     chunk, target = chunk_of(torch.bfloat16), torch.empty(5003)
     fused = Fused(lambda base, experts: base + experts[0], "deltas", torch.float32, Library(tmp_path, None), wait=True)
-    fused.stored(chunk, {}, target)
+    fused.given({}).store(chunk, target)
     base, experts, _ = formed(chunk, "deltas")
     assert base is not None and same(target, base + experts[0]) and not list(tmp_path.iterdir())
     broken = Fused(
         lambda base, experts: base + experts[0], "deltas", torch.float32, Library(tmp_path, "/bin/false"), wait=True
     )
-    broken.stored(chunk, {}, target)
+    broken.given({}).store(chunk, target)
     assert same(target, base + experts[0])
 
 

@@ -29,8 +29,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks, and pieces that do not divide them."""
     for module in ("mergecore.passes", "mergecore.span", "mergecore.identity"):
         monkeypatch.setattr(f"{module}.GRID", 2048)
-    for module in ("softmax_means", "balance_cut"):
-        monkeypatch.setattr(f"mergecore.statistics.{module}.PIECE", 1500)
+    monkeypatch.setattr("mergecore.statistics.softmax_means.PIECE", 1500)
+    monkeypatch.setattr("mergecore.span.WINDOW", 1500)
 
 
 def vectors(kind: str, experts: int = 3) -> Tensor:
