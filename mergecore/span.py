@@ -163,7 +163,7 @@ class _Work:
         self.counted.clear()
 
     def _hand_over(self, held: _Counted) -> None:
-        counts = [_sparse(part, 0 if held.windows else -HALF) for part in counts_of(held.bins)]
+        counts = [_sparse(part, 0 if held.windows else -HALF) for part in counts_of(held.bins, held.windows)]
         for job, results in held.jobs:
             own, counts = counts[: results * max(held.windows, 1)], counts[results * max(held.windows, 1) :]
             self.outcome.states[job.key] = job.statistic.counted(self.outcome.states[job.key], held.tensor, own)

@@ -164,7 +164,7 @@ class Given:
         if before is not None:
             plain = before.copy()
             self._plainly_counted(chunk, windows, plain)
-            if not all(map(np.array_equal, counts_of(plain), counts_of(bins))):
+            if not all(map(np.array_equal, *(counts_of(one, self.fused.windows) for one in (plain, bins)))):
                 self.fused.refuse(loop)
                 bins[:] = before
                 return self._plainly_counted(chunk, windows, bins)
@@ -252,10 +252,10 @@ def empty_bins(results: int, windows: int) -> NDArray[np.uint32]:
     return np.zeros((results, COPIES, stride(windows)), dtype=np.uint32)
 
 
-def counts_of(bins: NDArray[np.uint32]) -> list[NDArray[np.uint32]]:
+def counts_of(bins: NDArray[np.uint32], windows: int) -> list[NDArray[np.uint32]]:
     """Per result, and in it per window (or of the high half-words), the 2^16 counts."""
     whole: NDArray[np.uint32] = bins.sum(axis=1, dtype=np.uint32)
-    return [row[at : at + BINS] for row in whole for at in range(0, len(row) - BINS + 1, BINS)]
+    return [row[slot * BINS : (slot + 1) * BINS] for row in whole for slot in range(max(windows, 1))]
 
 
 def _counts(numbers: Tensor) -> NDArray[np.uint32]:

@@ -23,6 +23,8 @@ SHORT = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", tor
 COUNT_BLOCK = 1024
 """Patterns that are worked out at once before they are counted one by one."""
 BINS = 1 << 16
+GROUP = 16
+"""Elements of a count that are passed over together."""
 COPIES = 2
 """Bins that are counted into in turn; the counts are their sum."""
 
@@ -274,30 +276,22 @@ return inputs | (results << 1);
 
 def _count(loop: Loop, body: str) -> str:
     """The bin of every element first, vectorised, then one element after another counted: into copies of the bins in turn,
-    for counts of the same bin that follow each other would wait for each other. What lies in no window has a bin of its own.
+    for counts of the same bin that follow each other would wait for each other. What lies in no window has a bin of its own;
+    groups of elements that all lie in none are passed over.
     """
-    kind, results, size = "uint32_t" if loop.windows else "uint16_t", len(loop.trace.results), stride(loop.windows)
+    kind = "uint32_t" if loop.windows else "uint16_t"
     constants, places, chosen, counting = [], [], [], []
-    for result in range(results):
+    for result in range(len(loop.trace.results)):
         number = f"(uint16_t)((y{result} >> 16) + {BINS // 2})"
         if loop.windows:
-            number = str(loop.windows * BINS)
+            number = str(_nowhere(loop.windows))
         for slot in reversed(range(loop.windows)):
             window = f"w{result}_{slot}"
             constants.append(f"const int32_t {window} = (int32_t)windows[{result * loop.windows + slot}];")
-            number = (
-                f"(y{result} >> 16) == {window} ? (uint32_t)({slot * BINS} + (y{result} & {BINS - 1})) : ({number})"
-            )
+            number = f"(y{result} >> 16) == {window} ? (uint32_t)({slot * BINS} + (y{result} & {BINS - 1})) : ({number})"
         places.append(f"alignas(64) {kind} n{result}[{COUNT_BLOCK}];")
         chosen.append(f"n{result}[j] = {number};")
-        held = "\n".join(
-            f"uint32_t* const c{copy} = bins + {(result * COPIES + copy)} * (int64_t){size};" for copy in range(COPIES)
-        )
-        steps = " ".join(f"c{copy}[n{result}[j + {copy}]]++;" for copy in range(COPIES))
-        counting.append(
-            f"{{ {held}\nint64_t j = 0; for (; j + {COPIES} <= size; j += {COPIES}) {{ {steps} }}\n"
-            f"for (; j < size; j++) c0[n{result}[j]]++; }}"
-        )
+        counting.append(_counted(loop.windows, result))
     return f"""
 extern "C" int32_t run(const void* const* in, uint32_t* bins, const double* reals, const int64_t* wholes,
                        int64_t start, int64_t count, const int64_t* windows) {{
@@ -321,10 +315,35 @@ return inputs;
 """
 
 
+def _counted(windows: int, result: int) -> str:
+    """The statements that count one block of one result."""
+    size = stride(windows)
+    held = _lines(
+        [f"uint32_t* const c{copy} = bins + {result * COPIES + copy} * (int64_t){size};" for copy in range(COPIES)]
+    )
+    steps = " ".join(f"c{copy}[n{result}[k + {copy}]]++;" for copy in range(COPIES))
+    skip = ""
+    if windows:
+        pairs = " & ".join(f"q[{pair}]" for pair in range(GROUP // 2))
+        both = _nowhere(windows) * ((1 << 32) + 1)
+        skip = f"""uint64_t q[{GROUP // 2}]; memcpy(q, n{result} + j, sizeof q);
+if ((({pairs}) & {both}ull) == {both}ull) continue;"""
+    return f"""{{ {held}
+int64_t j = 0;
+for (; j + {GROUP} <= size; j += {GROUP}) {{ {skip}
+for (int64_t k = j; k < j + {GROUP}; k += {COPIES}) {{ {steps} }} }}
+for (; j < size; j++) c0[n{result}[j]]++; }}"""
+
+
+def _nowhere(windows: int) -> int:
+    """The bin of what lies in no window: a bit that no other bin has."""
+    return BINS << (windows - 1).bit_length()
+
+
 def _lines(texts: Sequence[str]) -> str:
     return "\n".join(texts)
 
 
 def stride(windows: int) -> int:
-    """Bins of one copy: those of the windows (or of the high half-words) and those that nothing asks for."""
-    return max(windows, 1) * BINS + 16
+    """Bins of one copy: those of the windows (or of the high half-words) and the one for the rest."""
+    return (_nowhere(windows) if windows else BINS) + 16
