@@ -93,14 +93,6 @@ class PassPlan:
         return sum(stop - start for span in self.spans for unit in span for _, start, stop in unit)
 
 
-@dataclass(frozen=True)
-class SpanTask:
-    """One span to be done: its number, the statistics' states to start from, and for a rescan which tensors to read."""
-
-    number: int
-    only: frozenset[str] | None
-
-
 @dataclass
 class SpanOutcome:
     """What a span gives back: digests of the blocks it wrote, per merge, and the states of the statistics."""
@@ -159,10 +151,12 @@ def coarsest(methods: Sequence[Method]) -> Per:
 
 @dataclass(frozen=True)
 class Round:
-    """One reading of the pass: the plan and the states from which every span's statistics start."""
+    """One reading of the pass: the plan, the states from which every span's statistics start, and of a reading that a
+    statistic has asked for which tensors are read. Merges are done in the first one."""
 
     plan: PassPlan
     states: Mapping[str, Any]
+    only: frozenset[str] | None = None
     fused: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     """What this process has worked out about the jobs' functions; never sent."""
 

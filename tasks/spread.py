@@ -1,7 +1,8 @@
 """Spreads spans and evaluations over a Dask cluster: the engine's executor, by way of one shared client.
 
 What all items share is pickled once into the store, which every worker sees, as a draft that is locked while it is
-needed; a few hundred bytes an item go through the scheduler. A worker that dies loses nothing that was recorded: its
+needed; results of more than a few hundred bytes come back by way of the same folder, so no more than that goes through
+the scheduler for an item. A worker that dies loses nothing that was recorded: its
 items are done again elsewhere.
 """
 
@@ -9,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import shutil
 import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,9 @@ PRIORITIES = {"run_span": 20, "find_on_data": 10}
 SLOT = {"slot": 1}
 POLL_SECONDS = 1.0
 FETCH_SECONDS = 30.0
+SHARED = "shared"
+THROUGH_SCHEDULER = 400
+"""Bytes of a result that may go through the scheduler."""
 KEPT = 4
 """How many shared objects a worker process keeps."""
 
@@ -81,15 +87,15 @@ class OnDask:
 
     @contextlib.contextmanager
     def _lent(self, name: str, shared: Any) -> Iterator[Path]:
-        """A file that holds `shared`, gone at the end; locked, so that `Store.clean` removes those of killed processes."""
+        """A folder that holds `shared`, gone at the end; locked, so that `Store.clean` removes those of killed processes."""
         path = self.store.root / "drafts" / name
         with self.store.lock(name):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
             try:
-                path.write_bytes(pickle.dumps(shared, protocol=pickle.HIGHEST_PROTOCOL))
+                (path / SHARED).write_bytes(pickle.dumps(shared, protocol=pickle.HIGHEST_PROTOCOL))
                 yield path
             finally:
-                path.unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
                 (self.store.root / "locks" / name).unlink(missing_ok=True)
 
     def _completed(self, futures: dict[Any, int]) -> Iterator[tuple[int, Any]]:
@@ -113,13 +119,33 @@ class OnDask:
                         raise
                     waiting[future] = position  # its worker died with the result in hand: it is done once more
                     continue
-                yield position, found
+                yield position, found.taken() if isinstance(found, Left) else found
+
+
+@dataclass(frozen=True)
+class Left:
+    """A result that lies in a file."""
+
+    path: str
+
+    def taken(self) -> Any:
+        """The result; its file is gone then."""
+        path = Path(self.path)
+        found = pickle.loads(path.read_bytes())
+        path.unlink(missing_ok=True)
+        return found
 
 
 def call(path: str, function: Callable[[Any, Any], Any], item: Any) -> Any:
     """Runs in a worker: `function(shared, item)`, the shared object read once per process."""
     if path not in _shared:
-        _shared[path] = pickle.loads(Path(path).read_bytes())
+        _shared[path] = pickle.loads((Path(path) / SHARED).read_bytes())
         while len(_shared) > KEPT:
             _shared.popitem(last=False)
-    return function(_shared[path], item)
+    found = function(_shared[path], item)
+    data = pickle.dumps(found, protocol=pickle.HIGHEST_PROTOCOL)
+    if len(data) <= THROUGH_SCHEDULER:
+        return found
+    left = Path(path) / uuid.uuid4().hex
+    left.write_bytes(data)
+    return Left(str(left))

@@ -114,8 +114,8 @@ class Threshold(Statistic):
         return Counting(magnitudes, arguments, 1, ((order.bin,),) if order.rank else ())
 
     def counted(self, state: ThresholdState, tensor: str, counts: Sequence[Sparse]) -> ThresholdState:
-        """The group's counts, by tensor."""
-        state.group_of(tensor).order.counted(tensor, counts[0])
+        """The group's counts; by tensor only where the one that holds the cut will be looked for."""
+        state.group_of(tensor).order.counted(tensor if self.count == "exact" else "", counts[0])
         return state
 
     def add(self, state: ThresholdState, block: Block, statistics: Statistics) -> ThresholdState:
