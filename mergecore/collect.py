@@ -21,6 +21,7 @@ from mergecore.store import Store
 def collect(frontier: Frontier) -> Sweep:
     """The sweep as the store holds it: scores per item, states and reasons, lineage, and what is registered."""
     plan, store = frontier.plan, frontier.store
+    frontier.refresh()
     cells = tuple(_cell(frontier, cell) for cell in plan.cells)
     register = plan.spec.output.register_
     return Sweep(
@@ -50,8 +51,7 @@ def _cell(frontier: Frontier, cell: Cell) -> CellScores:
             step = plan.evaluation(cell, split, task)
             if frontier.done(step):
                 items.setdefault(split, {})[task] = item_scores(store, step)
-                record = store.record(step)
-                seconds += float(record.made.get("seconds", 0.0)) if record else 0.0
+                seconds += frontier.seconds(step)
     record = store.record(cell.model) if cell.merge else None
     measured = {"eval/seconds": round(seconds, 3)} if seconds else {}
     if record is not None:
