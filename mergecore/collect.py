@@ -65,8 +65,9 @@ def _cell(frontier: Frontier, cell: Cell) -> CellScores:
 
 def item_scores(store: Store, step: Step) -> NDArray[np.float64]:
     """One score per item of an evaluation, float64."""
-    table = parquet.read_table(store.folder(step) / ITEMS, columns=["score"])
-    return np.asarray(table.column("score").to_numpy(), dtype=np.float64)
+    with parquet.ParquetFile(store.folder(step) / ITEMS, pre_buffer=False) as file:  # a third of `read_table`'s time
+        column = file.read(columns=["score"], use_threads=False).column("score")
+    return np.asarray(column.to_numpy(), dtype=np.float64)
 
 
 def lineage(plan: Plan, cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:

@@ -229,7 +229,8 @@ class Frontier:
         """Statistics whose own inputs are known (for all models at once), and the first models that need no more."""
         plans = {plan.step.key: plan for merge in missing for plan in merge.needed}
         open_ones = {key: plan for key, plan in plans.items() if self.state(plan.step) is not State.PRESENT}
-        streamed, with_data = [], []
+        streamed: list[StatisticPlan] = []
+        with_data: list[StatisticPlan] = []
         for plan in open_ones.values():
             if not any(inner.step.key in open_ones for group in plan.inputs.values() for inner in group):
                 (with_data if isinstance(plan.statistic, DataStatistic) else streamed).append(plan)

@@ -166,7 +166,7 @@ class Step:
         """64 hex digits: equal keys, equal results."""
         return digest(self.as_json())
 
-    @property
+    @cached_property
     def name(self) -> str:
         """A short name for people and for the folder in the store: plug-in and the first 12 digits of the key."""
         return f"{self.plugin}-{self.key[:12]}"

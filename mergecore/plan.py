@@ -63,7 +63,9 @@ class MergePlan:
     @cached_property
     def needed(self) -> tuple[StatisticPlan, ...]:
         """Everything that must be known for it, each once, what others need before them."""
-        found = {one.step.key: one for plans in self.statistics.values() for plan in plans for one in plan.with_inputs()}
+        found = {
+            one.step.key: one for plans in self.statistics.values() for plan in plans for one in plan.with_inputs()
+        }
         return tuple(found.values())
 
 
