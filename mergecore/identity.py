@@ -48,10 +48,15 @@ def _is_plain(value: Any) -> bool:
     """Whether JSON's own encoder writes `value` as `_plain` would have it written: ten thousand cells are a million values."""
     kind = type(value)
     if kind is dict:
-        return all(type(key) is str for key in value) and _is_plain(list(value.values()))
-    if kind is list or kind is tuple:
-        return all(type(item) in _SCALARS or _is_plain(item) for item in value)
-    return kind in _SCALARS
+        if not all(type(key) is str for key in value):
+            return False
+        value = value.values()
+    elif kind is not list and kind is not tuple:
+        return kind in _SCALARS
+    for item in value:
+        if type(item) not in _SCALARS and not _is_plain(item):
+            return False
+    return True
 
 
 def _plain(value: Any, where: str) -> Json:
