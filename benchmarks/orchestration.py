@@ -31,12 +31,8 @@ import yaml
 
 from flows.budget import cost
 from flows.overview import plan_text
-from flows.session import Session, models_at_once, resolver
-from mergecore.frontier import Frontier
-from mergecore.plan import make_plan
-from mergecore.pool import resolve_pool
+from flows.session import open_session, session_of
 from mergecore.spec import parse_spec, read_yaml
-from mergecore.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA_7B_TENSORS = 290
@@ -94,6 +90,7 @@ def mergeloom(*words: str | Path) -> list[str]:
 def world(layers: int) -> Iterator[Path]:
     """A folder with checkpoints and tasks, gone at the end."""
     with tempfile.TemporaryDirectory(prefix="mergeloom-orchestration-") as folder:
+        os.environ["XDG_CACHE_HOME"] = folder  # digests of files that will be gone are nobody's
         tiny_world.write_world(Path(folder), layers)
         yield Path(folder)
 
@@ -106,16 +103,14 @@ def plan(rows: Rows, cells: int) -> None:
             folder, "planned", tiny_world.every_method(), list(range(2, 9)), subsets, {"limit": tiny_world.ITEMS}
         )
         spec = parse_spec(read_yaml(path), path.name)
-        store = Store(spec.output.store)
-        pool = resolve_pool(spec.base, spec.experts, None, resolver(folder / "digests"), lambda event: None)
         began, used = time.perf_counter(), time.process_time()
-        planned = make_plan(spec, pool, folder)
-        count = len(planned.cells)
+        session = session_of(spec)
+        count = len(session.plan.cells)
         rows.add("plan", "parsed spec to plan", time.perf_counter() - began, time.process_time() - used, count)
-        frontier = Frontier(planned, store, models_at_once(planned, store))
-        rows.timed("plan", "plan to first round", count, frontier.round)
-        session = Session(spec, planned, store, frontier)
-        rows.timed("plan", "what it costs, and the text", count, lambda: plan_text(session, cost(frontier, 2), False))
+        rows.timed("plan", "plan to first round", count, session.frontier.round)
+        rows.timed(
+            "plan", "what it costs, and the text", count, lambda: plan_text(session, cost(session.frontier, 2), False)
+        )
         stages = [row for row in rows.held if row["part"] == "plan"]
         rows.add("plan", "these three", *(sum(row[kind] for row in stages) for kind in ("wall", "cpu")), count)
         rows.command("plan", "mergeloom plan, whole command with imports", count, mergeloom("plan", path))
@@ -129,7 +124,7 @@ def resume(rows: Rows, cells: int) -> None:
             folder, "finished", tiny_world.every_method(), [2, 4, 6], subsets, {"limit": tiny_world.ITEMS}
         )
         alone = mergeloom("sweep", path, "--in-process", "--workers", "1", "--no-track")
-        count = cells_of(path)
+        count = len(open_session(path).plan.cells)
         rows.command("resume", "mergeloom sweep --in-process, everything to do", count, alone)
         rows.command(
             "resume", "mergeloom sweep --no-track, everything done", count, mergeloom("sweep", path, "--no-track")
@@ -137,13 +132,6 @@ def resume(rows: Rows, cells: int) -> None:
         rows.command("resume", "mergeloom track, first time", count, mergeloom("track", path))
         # The first one notes that the sweep has been shown as it is.
         rows.command("resume", "mergeloom sweep, everything done and shown", count, mergeloom("sweep", path))
-
-
-def cells_of(path: Path) -> int:
-    """How many cells the spec has."""
-    spec = parse_spec(read_yaml(path), path.name)
-    pool = resolve_pool(spec.base, spec.experts, None, resolver(None), lambda event: None)
-    return len(make_plan(spec, pool, path.parent).cells)
 
 
 def cell(rows: Rows, cells: int) -> None:

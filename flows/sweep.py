@@ -244,12 +244,11 @@ def reused(session: Session) -> dict[str, int]:
             continue
         seen.add(cell.model.key)
         counts["merged model"] += frontier.done(cell.model)
-        for plans in cell.merge.statistics.values():
-            for one in (inner for group in plans for inner in group.with_inputs()):
-                if one.step.key not in seen:
-                    seen.add(one.step.key)
-                    kind = "task vector" if isinstance(one.statistic, Profile) else "statistic"
-                    counts[kind] += frontier.done(one.step)
+        for one in cell.merge.needed:
+            if one.step.key not in seen:
+                seen.add(one.step.key)
+                kind = "task vector" if isinstance(one.statistic, Profile) else "statistic"
+                counts[kind] += frontier.done(one.step)
     return counts
 
 
