@@ -73,10 +73,11 @@ def block_memory(plan: Plan, merges: list[MergePlan], workers: int) -> int:
 
 def cost(frontier: Frontier, workers: int) -> Cost:
     """What the sweep will still cost. Baselines that are checkpoints as they stand need no merge."""
-    plan, store = frontier.plan, frontier.store
+    plan = frontier.plan
     merges: dict[str, MergePlan] = {}
     statistics: dict[str, tuple[str, ...]] = {}
     evaluations = items = done = 0
+    frontier.refresh()
     for cell in plan.cells:
         if frontier.trouble(cell):
             continue
@@ -84,12 +85,11 @@ def cost(frontier: Frontier, workers: int) -> Cost:
         done += not wanted
         evaluations += len(wanted)
         items += sum(identity.items for _, identity, _ in wanted)
-        if wanted and cell.merge is not None and store.state(cell.model) is not State.PRESENT:
+        if wanted and cell.merge is not None and frontier.state(cell.model) is not State.PRESENT:
             merges[cell.model.key] = cell.merge
-            for plans in cell.merge.statistics.values():
-                for one in (inner for group in plans for inner in group.with_inputs()):
-                    if not store.is_done(one.step, bytes_needed=True) and not isinstance(one.statistic, DataStatistic):
-                        statistics[one.step.key] = one.experts
+    for key, one in {one.step.key: one for merge in merges.values() for one in merge.needed}.items():
+        if not isinstance(one.statistic, DataStatistic) and frontier.state(one.step) is not State.PRESENT:
+            statistics[key] = one.experts
     room = min(frontier.room, len(merges)) or 1
     passes = -(-len(merges) // room)
     largest = max((merge.size for merge in merges.values()), default=0)

@@ -144,9 +144,10 @@ def report(spec: Path, split: str, lm_eval: Path | None) -> None:
     with errors():
         from flows.conduct import written_report
         from flows.session import open_session
+        from mergecore.collect import collect
 
         session = open_session(spec)
-        text, paths = written_report(session, split)
+        text, paths = written_report(collect(session.frontier), session.results, split)
         click.echo(text)
         if lm_eval is not None:
             from flows.lm_eval_json import exported
@@ -167,9 +168,10 @@ def track(spec: Path, rebuild: bool, uri: str | None) -> None:
     with errors():
         from flows.conduct import projected
         from flows.session import open_session
+        from mergecore.collect import collect
 
         session = open_session(spec)
-        result = projected(session, uri, {}, rebuild=rebuild)
+        result = projected(session, collect(session.frontier), uri, rebuild=rebuild)
         click.echo(f"{result.written} runs written, {result.unchanged} unchanged, {result.retired} retired")
         for name, url in result.urls.items():
             click.echo(f"{name}: {url}")
