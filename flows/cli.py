@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,16 @@ def errors() -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo("interrupted; what is finished is kept, run the same command again to go on", err=True)
         sys.exit(130)
+
+
+def process_start(otherwise: float) -> float:
+    """When this process began, in seconds since the epoch; `otherwise` where the system does not say."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    except (OSError, StopIteration):
+        return otherwise
+    return float(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -57,26 +69,35 @@ def main() -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--durable", is_flag=True, help="fsync every file before OUT appears")
 @click.option("--workers", type=click.IntRange(1), help="threads that merge; default: one a core")
-def merge(recipe: Path, out: Path, durable: bool, workers: int | None) -> None:
+@click.option("--memory", help="bytes that the blocks in flight may take, 500MB say; default: half of what is free")
+@click.option("--timings", type=click.Path(path_type=Path), help="write how long each stage took as JSON")
+def merge(
+    recipe: Path, out: Path, durable: bool, workers: int | None, memory: str | None, timings: Path | None
+) -> None:
     """Make one model from RECIPE in the new folder OUT.
 
     OUT holds what `transformers` loads: weights (safetensors), config, generation config, tokenizer, chat template, a
     model card with recipe and lineage. It is written as OUT.tmp and renamed, so it is there whole or not at all.
     """
+    began = time.time()
     with errors():
-        from flows.budget import cores, readable
+        from flows.budget import cores, readable, sensible_memory
         from flows.session import digest_cache, loops, resolver
         from flows.terminal import progress
         from mergecore.merging import InProcess
         from mergecore.single import merge_recipe
-        from mergecore.spec import parse_recipe, read_yaml
+        from mergecore.spec import parse_recipe, read_yaml, size_in_bytes
 
         parsed = parse_recipe(read_yaml(recipe), recipe.name)
+        stages = {"start": time.time() - process_start(began)}
         with progress() as report:
             find = resolver(digest_cache(), report)
             made = merge_recipe(
-                parsed, out, find, InProcess(workers or cores()), report, durable=durable, library=loops()
-            )
+                parsed, out, find, InProcess(workers or cores()), report, durable=durable, library=loops(),
+                memory=size_in_bytes(memory) if memory else sensible_memory(),
+            )  # fmt: skip
+        if timings is not None:
+            timings.write_text(json.dumps({**stages, **made.seconds}) + "\n")
         for warning in made.warnings:
             click.echo(f"note: {warning}", err=True)
         click.echo(f"{made.folder}  {readable(made.size)}  digest {made.digest[:16]}")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
-from flows.budget import Cost, readable
+from flows.budget import Cost, PassCost, readable
 from flows.session import Session
 from flows.terminal import table
 from mergecore.architectures import layer_of
 from mergecore.errors import SpecError, nearest
 from mergecore.registry import METHODS
 from mergecore.snapshot import Snapshot
+
+SHOWN_PASSES = 12
 
 
 def plan_text(session: Session, found: Cost, cells: bool) -> str:
@@ -23,7 +26,8 @@ def plan_text(session: Session, found: Cost, cells: bool) -> str:
         f"sweep {session.spec.name}: {found.cells} cells"
         f" ({kinds['merge']} merges by {', '.join(methods)}; {found.cells - kinds['merge']} baselines)",
         f"done: {found.cells_done} cells; still to do: {found.statistics} statistics, {found.merges} merges in "
-        f"{found.passes} passes, {found.evaluations} evaluations",
+        f"{len(found.passes)} passes, {found.evaluations} evaluations",
+        *passes_text(found.passes),
         f"reads {readable(found.bytes_read)}, writes {readable(found.bytes_written)}, at most {readable(found.disk)} of "
         f"models on disk at a time, {readable(found.peak_memory)} of memory at the peak",
         f"expected time: {duration(found.seconds)} ({'from what this store measured' if found.measured else 'a guess'})",
@@ -35,6 +39,17 @@ def plan_text(session: Session, found: Cost, cells: bool) -> str:
         rows = [[cell.id, cell.kind, cell.name, _state(frontier, cell), ", ".join(cell.experts)] for cell in plan.cells]
         lines += ["", table(["cell", "kind", "name", "state", "experts"], rows)]
     return "\n".join(lines)
+
+
+def passes_text(passes: Sequence[PassCost]) -> list[str]:
+    """A line for each of the first passes."""
+    lines = [
+        f"  {number}. {one.what}: reads {readable(one.read)}, writes {readable(one.written)}, "
+        f"{readable(one.memory)} of memory in {one.spans} blocks, {readable(one.disk)} of disk, {duration(one.seconds)}"
+        for number, one in enumerate(passes, start=1)
+    ]
+    rest = len(lines) - SHOWN_PASSES
+    return lines[:SHOWN_PASSES] + ([f"  … and {rest} more like the last"] if rest > 0 else [])
 
 
 def _state(frontier: Any, cell: Any) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from flows.budget import memory_budget
 from mergecore.frontier import Frontier
 from mergecore.kernels.library import Library, library_in
 from mergecore.method import Report, silent
@@ -40,7 +41,7 @@ class Session:
         device = "cuda" if self.spec.run.dask == "gpu" and torch.cuda.is_available() else "cpu"
         return Place(
             plan.pool, self.store, executor, report, plan.shard_size, plan.evaluators["test"], plan.folder, {}, device,
-            loops(),
+            loops(), memory_budget(self.spec),
         )  # fmt: skip
 
     @property

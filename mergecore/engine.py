@@ -8,6 +8,7 @@ from typing import Any
 from mergecore.identity import model_digest, tensor_digest
 from mergecore.method import Event, Report, Rescan
 from mergecore.passes import Executor, PassOutcome, PassPlan, Round, SpanOutcome
+from mergecore.projection import at_once
 from mergecore.span import run_span
 
 
@@ -17,10 +18,13 @@ def run_pass(plan: PassPlan, executor: Executor, report: Report) -> PassOutcome:
     states = {job.key: job.statistic.begin(job.selection, job.statistics) for job in plan.statistics}
     digests: dict[str, dict[str, dict[int, str]]] = {job.key: {} for job in plan.merges}
     numbers, round = list(range(len(plan.spans))), Round(plan, states)
+    workers = at_once(plan, executor.workers, plan.memory)
+    if workers < executor.workers:
+        report(Event(f"memory is for {workers} of {executor.workers} spans at a time"))
     for job in plan.merges:
         job.sink.prepare()
     while numbers:
-        gathered = _read_round(round, numbers, executor, report)
+        gathered = _read_round(round, numbers, executor, report, workers)
         for key, held in gathered.digests.items():
             digests[key].update(held)
         states, names = _finish_round(plan, gathered.states, outcome)
@@ -39,13 +43,13 @@ def run_pass(plan: PassPlan, executor: Executor, report: Report) -> PassOutcome:
     return outcome
 
 
-def _read_round(round: Round, numbers: Sequence[int], executor: Executor, report: Report) -> SpanOutcome:
+def _read_round(round: Round, numbers: Sequence[int], executor: Executor, report: Report, workers: int) -> SpanOutcome:
     """All spans' digests and states together; states are joined as they come, for one of each is enough to hold."""
     together = SpanOutcome()
     statistics = {job.key: job.statistic for job in round.plan.statistics}
     sizes = [sum(stop - start for unit in span for _, start, stop in unit) for span in round.plan.spans]
     total, done = sum(sizes[number] for number in numbers), 0
-    for position, found in executor.each(run_span, round, numbers):
+    for position, found in executor.each(run_span, round, numbers, workers):
         for key, digests in found.digests.items():
             held = together.digests.setdefault(key, {})
             for name, blocks in digests.items():

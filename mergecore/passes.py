@@ -35,10 +35,14 @@ class Executor(Protocol):
     """How many items run at once."""
 
     def each(
-        self, function: Callable[[Shared, Item], Outcome], shared: Shared, items: Sequence[Item]
+        self,
+        function: Callable[[Shared, Item], Outcome],
+        shared: Shared,
+        items: Sequence[Item],
+        at_once: int | None = None,
     ) -> Iterator[tuple[int, Outcome]]:
         """(position, function(shared, item)) as they complete; the first error ends it. All arguments are picklable,
-        `shared` is sent once."""
+        `shared` is sent once. at_once: how many may run at a time; None: as many as there are workers."""
         ...
 
 
@@ -86,6 +90,9 @@ class PassPlan:
     device: str = "cpu"
     library: Library | None = None
     """Where fused loops are kept; None: everything runs operation by operation."""
+
+    memory: int | None = None
+    """Bytes that the blocks in flight may take, on all workers together; None: whatever they take."""
 
     @cached_property
     def elements(self) -> int:

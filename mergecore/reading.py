@@ -19,6 +19,9 @@ KEEP_OUT = (
 )
 """What to do about values of a model that are not finite."""
 
+WINDOW = 1 << 18
+"""Elements of every model that are at hand at once: what lies between reading and writing stays in the processor's cache."""
+
 _buffers = threading.local()
 
 

@@ -67,6 +67,8 @@ class Place:
     device: str = "cpu"
     library: Library | None = None
     """Where fused loops are kept."""
+    memory: int | None = None
+    """Bytes that the blocks of a pass may take; None: whatever they take."""
 
     @property
     def bench(self) -> Bench:
@@ -194,7 +196,14 @@ def _pass(
         read.update({**merge.layout.merged, **merge.layout.copied})
     spans = plan_spans(read, coarsest([plan.method for plan in merges]))
     return PassPlan(
-        base, tuple(experts[one] for one in ids), merge_jobs, statistic_jobs, spans, place.device, place.library
+        base,
+        tuple(experts[one] for one in ids),
+        merge_jobs,
+        statistic_jobs,
+        spans,
+        place.device,
+        place.library,
+        place.memory,
     )
 
 

@@ -6,7 +6,8 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,13 @@ WORK = ".work"
 
 @dataclass(frozen=True)
 class Made:
-    """A written model: where, its content digest, its bytes, and what was said aloud on the way."""
+    """A written model: where, its content digest, its bytes, what was said aloud on the way, and how long each stage took."""
 
     folder: Path
     digest: str
     size: int
     warnings: tuple[str, ...]
+    seconds: Mapping[str, float]
 
 
 def merge_recipe(
@@ -46,6 +48,7 @@ def merge_recipe(
     *,
     durable: bool = False,
     library: Library | None = None,
+    memory: int | None = None,
 ) -> Made:
     """Make the recipe's model in `out`, by way of `out`.tmp and a rename; durable: fsync before the rename.
 
@@ -53,15 +56,25 @@ def merge_recipe(
     """
     if os.path.lexists(out):
         raise StoreError(f"{out} exists already; choose another name or remove it")
+    clock = _Clock()
     method = recipe.built()
     pool = resolve_pool(_base(recipe), recipe.experts, None, resolve, report)
     builder = MergeBuilder(pool, recipe.select, recipe.dtype, _no_data)
     plan = builder.build(method, list(pool.experts.values()))
     with _draft(out) as draft:
-        place = Place(pool, Store(draft / WORK), executor, report, size_in_bytes(recipe.shard_size), library=library)
+        place = Place(
+            pool,
+            Store(draft / WORK),
+            executor,
+            report,
+            size_in_bytes(recipe.shard_size),
+            library=library,
+            memory=memory,
+        )
         for snapshot in snapshots_of(pool):
             fetch(place, snapshot)
-        _finish(run_all(place, plan))
+        clock.ended("checkpoints")
+        _finish(run_all(place, plan, clock))
         for snapshot in snapshots_of(pool):
             if snapshot.source.revision is None:
                 snapshot.source.fetch(report)  # a local file written to meanwhile is none of the digests in the card
@@ -71,7 +84,21 @@ def merge_recipe(
         os.rename(draft, out)
     if durable:
         _sync_entry(out.absolute().parent)
-    return Made(out, made, plan.size, pool.warnings)
+    clock.ended("finish")
+    return Made(out, made, plan.size, pool.warnings, clock.seconds)
+
+
+class _Clock:
+    """Seconds of each stage: checkpoints (found, hashed, checked), scan, merge, finish."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def ended(self, stage: str) -> None:
+        """The stage is over, the next one begins."""
+        now = time.monotonic()
+        self.seconds[stage], self._since = now - self._since, now
 
 
 @contextlib.contextmanager
@@ -131,7 +158,7 @@ def _no_data(member: Member) -> dict[str, Any]:
     )
 
 
-def run_all(place: Place, plan: MergePlan) -> Done:
+def run_all(place: Place, plan: MergePlan, clock: _Clock | None = None) -> Done:
     """The merge and, level by level, what it must know beforehand."""
     done = Done()
     waiting = [one for plans in plan.statistics.values() for group in plans for one in group.with_inputs()]
@@ -140,7 +167,11 @@ def run_all(place: Place, plan: MergePlan) -> Done:
         ready = [one for one in pending.values() if not _open_inputs(one, pending)]
         done = done.note(run_statistics(place, ready))
         pending = {key: one for key, one in pending.items() if place.store.state(one.step) is not State.PRESENT}
-    return done if done.failures else done.note(run_merges(place, [plan]))
+    clock = clock or _Clock()
+    clock.ended("scan")
+    done = done if done.failures else done.note(run_merges(place, [plan]))
+    clock.ended("merge")
+    return done
 
 
 def _open_inputs(plan: StatisticPlan, pending: dict[str, StatisticPlan]) -> bool:

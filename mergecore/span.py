@@ -18,11 +18,9 @@ from mergecore.journal import read_journal, write_journal
 from mergecore.kernels.run import HALF, Fused, Given, counts_of, empty_bins
 from mergecore.method import Block, Counting, Per, Sparse
 from mergecore.passes import MergeJob, PassPlan, Round, SpanOutcome, StatisticJob
-from mergecore.reading import Reading, buffer, expect
+from mergecore.reading import WINDOW, Reading, buffer, expect
 from mergecore.snapshot import DTYPES, check_finite
 
-WINDOW = 1 << 18
-"""Elements of every model that are at hand at once: what lies between reading and writing stays in the processor's cache."""
 WORTH_BUILDING = 1 << 24
 """Elements of a pass from which on a fused loop that is not at hand is built."""
 TAME = "its experts are finite, its result is not: choose a smaller scale or a wider dtype"

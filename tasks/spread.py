@@ -9,6 +9,7 @@ items are done again elsewhere.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import pickle
 import shutil
 import threading
@@ -67,21 +68,30 @@ class OnDask:
         self.client, self.store, self.stop = client, Store(folder), stop or threading.Event()
         self.workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
 
-    def each(self, function: Callable[[Any, Any], Any], shared: Any, items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    def each(
+        self, function: Callable[[Any, Any], Any], shared: Any, items: Sequence[Any], at_once: int | None = None
+    ) -> Iterator[tuple[int, Any]]:
         """(position, function(shared, item)) as they complete. Raises what an item raised, ServiceError where workers
         die again and again, Stopped where the flow was cancelled; the rest is called off then."""
         name = f"pass-{uuid.uuid4().hex}"
         priority = PRIORITIES.get(function.__name__, 0)
         with self._lent(name, shared) as path:
-            futures = {
-                self.client.submit(
-                    call, str(path), function, item, key=f"{function.__name__}-{path.name.removeprefix('pass-')}-{position}",
-                    resources=SLOT, priority=priority, pure=False,
-                ): position
-                for position, item in enumerate(items)
-            }  # fmt: skip
+
+            def begun(position: int) -> Any:
+                key = f"{function.__name__}-{path.name.removeprefix('pass-')}-{position}"
+                return self.client.submit(
+                    call, str(path), function, items[position], key=key, resources=SLOT, priority=priority, pure=False
+                )
+
+            futures: dict[Any, int] = {}
+            left = iter(range(len(items)))
             try:
-                yield from self._completed(futures)
+                for position in itertools.islice(left, len(items) if at_once in (None, self.workers) else at_once):
+                    futures[begun(position)] = position
+                for position, found in self._completed(futures):
+                    if (following := next(left, None)) is not None:
+                        futures[begun(following)] = following
+                    yield position, found
             finally:
                 self.client.cancel(list(futures), force=True)
 
@@ -99,7 +109,8 @@ class OnDask:
                 (self.store.root / "locks" / name).unlink(missing_ok=True)
 
     def _completed(self, futures: dict[Any, int]) -> Iterator[tuple[int, Any]]:
-        waiting = dict(futures)
+        """`futures` may grow meanwhile; those that are done leave it."""
+        waiting = futures
         while waiting:
             if self.stop.is_set():
                 raise Stopped(STOPPED)
