@@ -63,7 +63,8 @@ def _scanned(models: Models, statistics: Sequence[Statistic], block: int, count:
     if not statistics:
         return 0
     results = sum(count if one.scope is Scope.POOL else 1 for one in statistics)
-    return results * FLOAT * (COPIES * stride(1) + BINS) + FLOAT * block * (2 * count + 4)
+    sums = any(type(one).counting is Statistic.counting for one in statistics)
+    return results * FLOAT * (COPIES * stride(1) + BINS) + FLOAT * block * (2 * count + 4) * sums
 
 
 def pass_models(plan: PassPlan) -> Models:
