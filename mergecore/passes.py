@@ -94,6 +94,9 @@ class PassPlan:
     memory: int | None = None
     """Bytes that the blocks in flight may take, on all workers together; None: whatever they take."""
 
+    base_id: str = ""
+    """Digest of the base's weights: with the experts' ids it says whose windows stay on a device; '': none stay."""
+
     @cached_property
     def elements(self) -> int:
         """Of the base, in all spans."""

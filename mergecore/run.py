@@ -204,6 +204,7 @@ def _pass(
         place.device,
         place.library,
         place.memory,
+        place.pool.base.weights,
     )
 
 
