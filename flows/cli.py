@@ -71,13 +71,23 @@ def main() -> None:
 @click.option("--workers", type=click.IntRange(1), help="threads that merge; default: one a core")
 @click.option("--memory", help="bytes that the blocks in flight may take, 500MB say; default: half of what is free")
 @click.option("--timings", type=click.Path(path_type=Path), help="write how long each stage took as JSON")
+@click.option(
+    "--store", type=click.Path(path_type=Path), help="folder that keeps what is worked out on the way, for later merges"
+)
 def merge(
-    recipe: Path, out: Path, durable: bool, workers: int | None, memory: str | None, timings: Path | None
+    recipe: Path,
+    out: Path,
+    durable: bool,
+    workers: int | None,
+    memory: str | None,
+    timings: Path | None,
+    store: Path | None,
 ) -> None:
     """Make one model from RECIPE in the new folder OUT.
 
     OUT holds what `transformers` loads: weights (safetensors), config, generation config, tokenizer, chat template, a
     model card with recipe and lineage. It is written as OUT.tmp and renamed, so it is there whole or not at all.
+    With --store the chain of a continual method (opcm) stays: the same recipe with one more expert costs one more step.
     """
     began = time.time()
     with errors():
@@ -94,7 +104,7 @@ def merge(
             find = resolver(digest_cache(), report)
             made = merge_recipe(
                 parsed, out, find, InProcess(workers or cores()), report, durable=durable, library=loops(),
-                memory=size_in_bytes(memory) if memory else sensible_memory(),
+                memory=size_in_bytes(memory) if memory else sensible_memory(), store=store,
             )  # fmt: skip
         if timings is not None:
             timings.write_text(json.dumps({**stages, **made.seconds}) + "\n")

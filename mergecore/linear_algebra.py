@@ -67,6 +67,14 @@ def blocks(tensors: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
         yield part, [values[part].to(torch.float64) for values in flat]
 
 
+def squared_norm(tensor: Tensor) -> float:
+    """Σ v² in float64 over the fixed grid of blocks, folded in order."""
+    total = 0.0
+    for _, (values,) in blocks([tensor]):
+        total += float((values * values).sum())
+    return total
+
+
 def combination(coefficients: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
     """Σ c_i x_i in the tensors' shape: folded left in float64, rounded once to float32."""
     result = torch.empty(tensors[0].numel(), dtype=torch.float32, device=tensors[0].device)

@@ -15,14 +15,14 @@ from typing import Any
 from mergecore.errors import MergeloomError, SpecError, StoreError
 from mergecore.identity import Step
 from mergecore.kernels.library import Library
-from mergecore.method import DataStatistic, Report
+from mergecore.method import BEFORE, Report
 from mergecore.passes import Executor
 from mergecore.plan import MergeBuilder, MergePlan, StatisticPlan
 from mergecore.pool import Member, Pool, Resolver, resolve_pool
 from mergecore.publish import TORCH_NAMES, model_card, write_companions
-from mergecore.run import Done, Place, fetch, run_merges, run_statistics, snapshots_of
+from mergecore.run import Done, Place, drop_models, fetch, run_merges, run_statistics, snapshots_of
 from mergecore.spec import BaseSpec, Recipe, as_yaml, size_in_bytes
-from mergecore.store import State, Store
+from mergecore.store import Store
 
 WORK = ".work"
 """Folder in a draft for what is worked out on the way; it marks the draft as ours."""
@@ -49,8 +49,12 @@ def merge_recipe(
     durable: bool = False,
     library: Library | None = None,
     memory: int | None = None,
+    store: Path | None = None,
 ) -> Made:
     """Make the recipe's model in `out`, by way of `out`.tmp and a rename; durable: fsync before the rename.
+
+    store: where what is worked out beforehand stays for later merges (a chain that an expert will join, say); none: it
+    goes with the draft.
 
     Raises a MergeloomError for what cannot be made; nothing is left at `out` or beside it then.
     """
@@ -64,7 +68,7 @@ def merge_recipe(
     with _draft(out) as draft:
         place = Place(
             pool,
-            Store(draft / WORK),
+            Store(store or draft / WORK),
             executor,
             report,
             size_in_bytes(recipe.shard_size),
@@ -160,22 +164,22 @@ def _no_data(member: Member) -> dict[str, Any]:
 
 def run_all(place: Place, plan: MergePlan, clock: _Clock | None = None) -> Done:
     """The merge and, level by level, what it must know beforehand."""
+
+    def at_hand(one: StatisticPlan) -> bool:
+        return place.store.is_done(one.step, bytes_needed=True)
+
     done = Done()
-    waiting = [one for plans in plan.statistics.values() for group in plans for one in group.with_inputs()]
-    pending = {one.step.key: one for one in waiting if not isinstance(one.statistic, DataStatistic)}
-    while pending and not done.failures:
-        ready = [one for one in pending.values() if not _open_inputs(one, pending)]
+    while not done.failures and (missing := {one.step.key: one for one in plan.missing(at_hand)}):
+        ready = [
+            one for one in missing.values() if all(at_hand(known) for held in one.inputs.values() for known in held)
+        ]
         done = done.note(run_statistics(place, ready))
-        pending = {key: one for key, one in pending.items() if place.store.state(one.step) is not State.PRESENT}
+        drop_models(place, [before for one in ready if at_hand(one) for before in one.inputs.get(BEFORE, ())])
     clock = clock or _Clock()
     clock.ended("scan")
     done = done if done.failures else done.note(run_merges(place, [plan]))
     clock.ended("merge")
     return done
-
-
-def _open_inputs(plan: StatisticPlan, pending: dict[str, StatisticPlan]) -> bool:
-    return any(one.step.key in pending for plans in plan.inputs.values() for one in plans)
 
 
 def _finish(done: Done) -> None:
@@ -188,7 +192,8 @@ def _settle(place: Place, plan: MergePlan, recipe: Recipe, draft: Path) -> str:
     record = place.store.record(plan.step)
     assert record is not None
     for name in record.files:
-        os.rename(place.store.folder(plan.step) / name, draft / name)
+        _link_or_copy(place.store.folder(plan.step) / name, draft / name)
+    place.store.drop(plan.step)
     dtypes = sorted({info.dtype for info in plan.outputs.values() if info.dtype in TORCH_NAMES})
     base = place.pool.base
     write_companions(draft, base, place.folders[base.weights], dtypes)
@@ -197,6 +202,14 @@ def _settle(place: Place, plan: MergePlan, recipe: Recipe, draft: Path) -> str:
     (draft / "mergeloom.yaml").write_text(as_yaml(held))
     shutil.rmtree(draft / ".work")
     return record.digest
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """One file under a second name; a copy where the two folders are not on one disk."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _pinned(recipe: Recipe, pool: Pool) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from mergecore.methods.iso_c import IsoC
 from mergecore.methods.iso_cts import IsoCts
 from mergecore.methods.karcher import Karcher
 from mergecore.methods.model_stock import ModelStock
+from mergecore.methods.opcm import Opcm
 from mergecore.methods.pcb import Pcb
 from mergecore.methods.sce import Sce
 from mergecore.methods.slerp import Slerp
@@ -28,6 +29,7 @@ __all__ = [
     "IsoCts",
     "Karcher",
     "ModelStock",
+    "Opcm",
     "Pcb",
     "RandomDrop",
     "Sce",

@@ -71,6 +71,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("consensus", {"scale": 0.5}),
     ("consensus", {"scale": 0.5, "mask_scale": [0.2, 0.6, 0.4], "multi_task": "ties", "density": 0.4}),
     ("consensus", {"scale": 1.0, "multi_task": "ties_published", "minimum_tasks": 1}),
+    ("opcm", {}),
+    ("opcm", {"share": 1.0, "projection": "strict", "order": [2, 0, 1], "excluded": ["m"]}),
 ]
 IDS = ["c", "a", "b"]
 inprocess = merging.InProcess
@@ -180,7 +182,7 @@ def test_blocks_of_the_grid_do_not_matter(method: Method, monkeypatch: pytest.Mo
     """Element-wise results do not depend on the grid; only float64 sums do, and they only through l1 rescaling."""
     base, experts = models()
     first = merged(method, base, experts)
-    for module in ("mergecore.passes", "mergecore.span", "mergecore.identity", "mergecore.merging"):
+    for module in ("mergecore.passes", "mergecore.span", "mergecore.identity", "mergecore.linear_algebra"):
         monkeypatch.setattr(f"{module}.GRID", 64)
     second = merged(method, base, experts)
     for name in first:

@@ -23,7 +23,7 @@ from torch import Tensor
 from mergecore import merge
 from mergecore.delta import AdapterExpert, Factor
 from mergecore.identity import model_digest, random_key, random_words, tensor_digest
-from mergecore.method import DataStatistic, Method, Per
+from mergecore.method import DataStatistic, Link, Method, Per
 from mergecore.registry import METHODS
 from mergecore.snapshot import NAMES, MemoryTensors
 
@@ -57,6 +57,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"scale": 1.0, "mask_scale": [0.2, 0.6, 0.4], "multi_task": "ties", "minimum_tasks": 1},
         {"scale": 0.7, "multi_task": "ties_published", "density": 0.4},
     ],
+    "opcm": [{}, {"share": 1.0, "projection": "strict", "order": [2, 0, 1]}],
     "slerp": [{"t": 0.3}],
     "sce": [{}, {"density": 0.3}],
     "iso_c": [{}, {"rank": "full", "convolutions": "flatten"}],
@@ -161,7 +162,8 @@ def variants() -> dict[str, Method]:
 def golden_of(method: Method) -> Golden:
     """A digest for what is element-wise, a few numbers for the rest."""
     found = result(method)
-    return digest_of(found) if method.per is Per.ELEMENT else summary_of(found)
+    chained = any(isinstance(statistic, Link) for statistic in method.statistics().values())
+    return digest_of(found) if method.per is Per.ELEMENT and not chained else summary_of(found)
 
 
 def stored() -> dict[str, Golden]:
