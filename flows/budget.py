@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergecore.adapters import AdapterMethod
 from mergecore.errors import CapacityError, StoreError
 from mergecore.frontier import Frontier
 from mergecore.method import DataStatistic, Link, Method, Statistic
@@ -142,7 +143,7 @@ def passes_of(
             if not any(inner.step.key in waiting for group in one.inputs.values() for inner in group)
         ]
         experts = {expert for one in ready for expert in one.experts}
-        names = {name for one in ready for name in one.selection}
+        names = {name for one in ready if not isinstance(one.statistic, AdapterMethod) for name in one.selection}
         what = f"scan: {len(ready)} statistics of {len(experts)} experts"
         scans = [one.statistic for one in ready if isinstance(one.statistic, Statistic)]
         links = [one.written() for one in ready if isinstance(one.statistic, Link)]

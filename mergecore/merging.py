@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergecore.adapters import AdapterMethod
 from mergecore.delta import Expert, FullExpert
 from mergecore.engine import run_pass
 from mergecore.errors import SpecError
@@ -137,6 +138,11 @@ def _check(
     if not experts:
         raise SpecError("no experts given: a merge needs at least one")
     method.validate_count(len(experts))
+    if isinstance(method, AdapterMethod):
+        raise SpecError(
+            f"method '{method.name}' makes an adapter of adapters, which are folders: give a recipe of them to "
+            "`mergeloom merge`, or to mergecore.single.merge_recipe"
+        )
     if base is None and method.needs_base:
         raise SpecError(f"method '{method.name}' works on task vectors; give the base they start from")
     if ids is not None and (len(ids) != len(experts) or len(set(ids)) != len(ids)):

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mergecore.adapters import ADAPTER, AdapterMethod, is_transposed, ranks_made
 from mergecore.errors import MergeloomError, SpecError
 from mergecore.evaluators import Evaluator, Split, TaskIdentity
 from mergecore.identity import Step, canonical, digest
@@ -30,10 +31,13 @@ ENGINE = 1
 
 @dataclass(frozen=True)
 class StatisticPlan:
-    """One statistic of some experts over a selection. `experts` are ids in fold order; of a link, the newest alone."""
+    """One statistic of some experts over a selection, or the adapter that a method makes of adapters.
+
+    experts: ids in fold order; of a link, the newest alone.
+    """
 
     step: Step
-    statistic: Statistic | DataStatistic | Link
+    statistic: Statistic | DataStatistic | Link | AdapterMethod
     experts: tuple[str, ...]
     selection: Mapping[str, TensorInfo]
     inputs: Mapping[str, tuple[StatisticPlan, ...]]
@@ -323,7 +327,11 @@ class MergeBuilder:
         ids = tuple(members[position].id for position in order)
         bound = method.bound(order)
         laid = self._layout(frozenset(ids))
-        statistics = self._statistics_of(bound, ids, laid.layout.merged, laid.tensors)
+        statistics: Mapping[str, tuple[StatisticPlan, ...]]
+        if isinstance(bound, AdapterMethod):
+            statistics = {ADAPTER: (self._adapter(bound, [self.by_id[one] for one in ids], laid.layout.merged),)}
+        else:
+            statistics = self._statistics_of(bound, ids, laid.layout.merged, laid.tensors)
         step = Step(
             "merge",
             bound.name,
@@ -420,6 +428,25 @@ class MergeBuilder:
             plan = StatisticPlan(step, statistic, (one,), held, {BEFORE: before})
             before = (self._links.setdefault(step.key, plan),)
         return before[0]
+
+    def _adapter(
+        self, method: AdapterMethod, members: Sequence[Member], selection: Mapping[str, TensorInfo]
+    ) -> StatisticPlan:
+        """The adapter made of these. Raises SpecError where one is none, and where a value does not fit their ranks."""
+        for member in members:
+            if member.factors is None:
+                raise SpecError(
+                    f"method '{method.name}' merges adapters, and expert '{member.name}' is a full checkpoint; take an "
+                    "adapter from it first: `mergeloom extract-lora`"
+                )
+        experts = [member.adapter(Path(), self.pool.base.tensors) for member in members]
+        is_transposed(experts)
+        ranks_made(method, experts, selection)
+        ids = tuple(member.id for member in members)
+        inputs = {"base": self.pool.base.weights, "experts": list(ids), "tensors": digest(sorted(selection))}
+        parameters = {"values": method.parameters(), "engine": ENGINE}
+        step = Step("adapter", method.name, method.version, parameters, inputs)
+        return StatisticPlan(step, method, ids, selection, {})
 
     def _whole(self, expert: str) -> Mapping[str, TensorInfo]:
         """Every tensor the expert can change, whatever is selected: profiles are shared by all selections."""

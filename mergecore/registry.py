@@ -44,6 +44,8 @@ METHODS: dict[str, type[Method]] = {
         methods.Pcb,
         methods.Consensus,
         methods.Opcm,
+        methods.LoraArithmetic,
+        methods.LoraLego,
     )
 }
 STATISTICS: dict[str, type[Statistic] | type[DataStatistic] | type[Link]] = {

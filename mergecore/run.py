@@ -23,14 +23,27 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from mergecore.delta import Expert
+from mergecore.adapter_files import write_config, write_made
+from mergecore.adapters import AdapterMethod, adapter_config
+from mergecore.delta import AdapterExpert, Expert
 from mergecore.engine import run_pass
 from mergecore.errors import EvaluationError, MergeloomError, ServiceError
 from mergecore.evaluators import Evaluator, Resident, Split, TaskIdentity
 from mergecore.frontier import Scoring
 from mergecore.identity import Step, block_digests, model_digest, tensor_digest
 from mergecore.kernels.library import Library
-from mergecore.method import DataStatistic, Event, Found, Link, Report, Result, TensorInfo, TensorSource, silent
+from mergecore.method import (
+    DataStatistic,
+    Event,
+    Found,
+    Link,
+    Report,
+    Result,
+    Statistic,
+    TensorInfo,
+    TensorSource,
+    silent,
+)
 from mergecore.passes import Executor, MergeJob, PassOutcome, PassPlan, StatisticJob, coarsest, plan_spans
 from mergecore.plan import MergePlan, StatisticPlan
 from mergecore.pool import Pool, opened, snapshot_step
@@ -109,7 +122,7 @@ def fetch(place: Place, snapshot: Snapshot) -> Done:
 
 def run_statistics(place: Place, plans: Sequence[StatisticPlan]) -> Done:
     """Complete streamed statistics in one reading of the models, and links of chains in another; where one fails they are
-    tried one by one."""
+    tried one by one. Adapters are made one by one, spread over all workers."""
 
     def attempt(held: Sequence[StatisticPlan]) -> list[str]:
         began = time.monotonic()
@@ -122,9 +135,12 @@ def run_statistics(place: Place, plans: Sequence[StatisticPlan]) -> Done:
         return [plan.step.name for plan in wanted]
 
     links = [plan for plan in plans if isinstance(plan.statistic, Link)]
-    streamed = [plan for plan in plans if not isinstance(plan.statistic, Link)]
+    adapters = [plan for plan in plans if isinstance(plan.statistic, AdapterMethod)]
+    streamed = [plan for plan in plans if isinstance(plan.statistic, Statistic)]
     done = _each_or_alone(place, streamed, attempt) if streamed else Done()
-    return done.note(_write(place, [link.written() for link in links], _commit_link)) if links else done
+    if links:
+        done = done.note(_write(place, [link.written() for link in links], _commit_link))
+    return done.note(run_adapters(place, adapters)) if adapters else done
 
 
 def run_merges(place: Place, plans: Sequence[MergePlan]) -> Done:
@@ -197,7 +213,7 @@ def _pass(
             read_inputs(place.store, plan.inputs),
         )
         for plan in statistics
-        if not isinstance(plan.statistic, DataStatistic | Link)
+        if isinstance(plan.statistic, Statistic)
     )
     merge_jobs = tuple(_merge_job(place, plan, drafts[plan.step], position) for plan in merges)
     read = dict[str, TensorInfo]()
@@ -309,9 +325,61 @@ def read_found(store: Store, plan: StatisticPlan) -> Found:
     record = store.record(plan.step)
     if record is None:
         raise MergeloomError(f"statistic {plan.step.name} is asked for before it was worked out")
-    path = store.folder(plan.step) / TENSORS
-    tensors: TensorSource = open_file(path) if TENSORS in record.files else MemoryTensors({})
+    held = next((name for name in record.files if name.endswith(".safetensors")), None)
+    tensors: TensorSource = MemoryTensors({}) if held is None else open_file(store.folder(plan.step) / held)
     return Found(tensors, record.result)
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdapterTask:
+    """An adapter to be made; base and configs are what its own configuration is written from."""
+
+    plan: StatisticPlan
+    experts: tuple[AdapterExpert, ...]
+    base: Mapping[str, TensorInfo]
+    configs: tuple[Mapping[str, Any], ...]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What is to be completed."""
+        return (self.plan.step,)
+
+
+def run_adapters(place: Place, plans: Sequence[StatisticPlan]) -> Done:
+    """Make adapters of adapters."""
+    members, base = {member.id: member for member in place.pool.members}, place.pool.base.tensors
+    tasks = [
+        AdapterTask(
+            plan,
+            tuple(members[one].adapter(place.folders[one], base) for one in plan.experts),
+            base,
+            tuple(members[one].snapshot.config for one in plan.experts),
+        )
+        for plan in plans
+    ]
+    return _gather(place, make_adapter, place.store.root, tasks, [plan.step.name for plan in plans], "adapters made")
+
+
+def make_adapter(root: Path, task: AdapterTask) -> Done:
+    """Make one adapter in the process it is called in: its two files, written module by module."""
+    store, plan, began = Store(root), task.plan, time.monotonic()
+    torch.set_num_threads(1)
+    try:
+        with store.draft(plan.step) as draft:
+            if store.is_done(plan.step, bytes_needed=True):
+                return Done()
+            assert isinstance(plan.statistic, AdapterMethod)
+            digest, numbers = write_made(draft.path, plan.statistic, task.experts, plan.selection)
+            write_config(
+                draft.path, adapter_config(numbers["ranks"], task.base, task.configs, numbers["fan_in_fan_out"])
+            )
+            store.commit(draft, digest, numbers, made_with(began))
+    except RECORDED as error:
+        return _failed(store, task.steps, error)
+    return Done([plan.step.name], {}, time.monotonic() - began)
 
 
 # --- models on data -----------------------------------------------------------------------------------------------
@@ -412,8 +480,8 @@ def run_data_statistics(place: Place, plans: Sequence[StatisticPlan]) -> Done:
 
 def _gather(
     place: Place,
-    function: Callable[[Bench, Any], Done],
-    bench: Bench,
+    function: Callable[[Any, Any], Done],
+    bench: Bench | Path,
     tasks: Sequence[Any],
     names: Sequence[str],
     what: str,

@@ -24,6 +24,12 @@ EMBEDDINGS: tuple[str, ...] = (
 )  # fmt: skip
 """Shell patterns of tables that are looked up by row: two dimensions, but no linear layer (GPT-NeoX's embed_out is one)."""
 
+TRANSPOSED: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("gpt2", "openai-gpt", "imagegpt", "decision_transformer"),
+    ("*c_attn.weight", "*c_proj.weight", "*c_fc.weight", "*q_attn.weight"),
+)
+"""Model types whose linear layers are kept as (in, out), and shell patterns of these (transformers' Conv1D)."""
+
 BUFFER = re.compile(
     r"(?:^|\.)(?:rotary_emb\.inv_freq|attn\.(?:masked_)?bias|attention\.(?:masked_)?bias|position_ids)$"
 )

@@ -8,6 +8,8 @@ from mergecore.methods.fisher import Fisher
 from mergecore.methods.iso_c import IsoC
 from mergecore.methods.iso_cts import IsoCts
 from mergecore.methods.karcher import Karcher
+from mergecore.methods.lora_arithmetic import LoraArithmetic
+from mergecore.methods.lora_lego import LoraLego
 from mergecore.methods.model_stock import ModelStock
 from mergecore.methods.opcm import Opcm
 from mergecore.methods.pcb import Pcb
@@ -28,6 +30,8 @@ __all__ = [
     "IsoC",
     "IsoCts",
     "Karcher",
+    "LoraArithmetic",
+    "LoraLego",
     "ModelStock",
     "Opcm",
     "Pcb",

@@ -13,15 +13,20 @@ from safetensors.torch import load_file, save_file
 
 from mergecore import merge, run
 from mergecore.merging import InProcess
+from mergecore.method import silent
 from mergecore.methods import Opcm
 from mergecore.passes import PassPlan
-from mergecore.plan import MergePlan
+from mergecore.plan import MergeBuilder, MergePlan
+from mergecore.pool import resolve_pool
 from mergecore.single import run_all
 from mergecore.snapshot import open_files
+from mergecore.spec import BaseSpec, ExpertSpec
 from mergecore.store import State
+from mergecore.sweep import run_round
+from tests.core.test_adapters import adapted, fresh
 from tests.digits import DigitsTier, digits_tier
 from tests.digits_sweep import digits_spec, opened
-from tests.recipes import made
+from tests.recipes import find, made
 from tests.small_pool import merge_plan, open_pool, place_in, write_pool
 
 
@@ -84,6 +89,83 @@ def test_orders_are_steps_of_their_own_and_share_their_beginnings(tier: DigitsTi
     assert sum(step.startswith("projected_sum") for step in done.steps) == wanted
     digests = {record.digest for key in merges if (record := swept.store.record(merges[key].step))}  # type: ignore[union-attr]
     assert len(digests) == len(merges)
+
+
+def test_links_wait_for_models_and_are_made_again_for_them(tier: DigitsTier, tmp_path: Path) -> None:
+    """A chain that goes on past a model's last link: it stays until that model is made, whatever the room on the disk,
+    and where the model is asked for later the chain is made anew. No link is done twice in a sweep."""
+    experts = ["quarter", "mirror", "rows", "inverted"]
+    held = spec(tier, tmp_path / "store", experts, [2, 3, 4])
+    others = [{"method": "task_arithmetic", "label": f"other{n}", "scale": n / 10} for n in range(1, 5)]
+    held["methods"] = [*others, {"method": "opcm"}]  # they take the room while the chain is long
+    for seed in range(100):
+        held["subsets"] = {"per_count": 1, "seed": seed}
+        swept = opened(held, room=1)
+        merges = [swept.cell(f"opcm n{count} s0").merge for count in (2, 3, 4)]
+        ids = [merge.experts for merge in merges if merge]
+        if ids[2][:3] == ids[1] and ids[1][:2] == ids[0]:
+            break
+    done = swept.run()
+    assert not done.failures
+    chained = [step for step in done.steps if step.startswith("projected_sum")]
+    assert len(chained) == len(set(chained)) == 4
+    first = merges[0]
+    assert first is not None and swept.store.state(first.step) is State.DROPPED
+    assert [swept.store.state(one.step) for one in links(first)] == [State.DROPPED] * 2
+    before = swept.store.record(first.step)
+    again = []
+    while round := swept.frontier.making([first]):
+        again += run_round(swept.place, round).steps
+    assert len(again) == 3 and again[-1] == first.step.name
+    after = swept.store.record(first.step)
+    assert before is not None and after is not None and before.digest == after.digest
+
+
+def test_a_link_knows_nothing_of_those_to_come(tmp_path: Path) -> None:
+    """Adapters of other targets: what comes later adds tensors to the model, and none to the links there are."""
+    fresh("llama").save_pretrained(tmp_path / "base")
+    few, _ = adapted("llama", tmp_path / "base", tmp_path / "few", target_modules=["q_proj"], r=2)
+    more, _ = adapted("llama", tmp_path / "base", tmp_path / "more", seed=2, target_modules=["q_proj", "up_proj"], r=2)
+    pool = resolve_pool(
+        BaseSpec(source=str(tmp_path / "base")),
+        [ExpertSpec(source=str(path), name=name) for name, path in (("few", few), ("more", more))],
+        None, find, silent,
+    )  # fmt: skip
+    builder = MergeBuilder(pool, (), None, None)
+    alone, both = (builder.build(Opcm(), list(pool.experts.values())[:count]) for count in (1, 2))
+    assert links(alone)[0].step.key == links(both)[0].step.key
+    assert len(links(both)[0].selection) == 2 and len(links(both)[1].selection) == 4
+    place = place_in(tmp_path / "store", pool)
+    assert not run_all(place, both).failures
+    change = {}
+    for name, path in (("few", few), ("more", more)):
+        made({"method": "average", "base": tmp_path / "base", "experts": [path]}, tmp_path / f"dense-{name}")
+        change[name] = load_file(tmp_path / f"dense-{name}/model.safetensors")
+    base = load_file(tmp_path / "base/model.safetensors")
+    deltas = [{n: change[one][n] - base[n] for n in both.layout.merged} for one in ("few", "more")]
+    wanted = merge(
+        Opcm(), base={n: base[n] for n in deltas[0]}, experts=[{n: base[n] + d[n] for n in d} for d in deltas]
+    )
+    record = place.store.record(both.step)
+    assert record is not None
+    files = [name for name in record.files if name.endswith(".safetensors")]
+    found = open_files(place.store.folder(both.step), files)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found.read(name).view(value.shape), value, rtol=1e-5, atol=1e-6)
+
+
+def test_an_expert_that_select_leaves_out_still_counts(tmp_path: Path) -> None:
+    """Its delta over what is selected is zero, so the mean norm is half of the other's."""
+    fresh("llama").save_pretrained(tmp_path / "base")
+    ones = [adapted("llama", tmp_path / "base", tmp_path / target, target_modules=[target], r=2)[0]
+            for target in ("q_proj", "v_proj")]  # fmt: skip
+    experts = [{"source": path, "name": f"e{number}"} for number, path in enumerate(ones)]
+    recipe = {"method": "opcm", "base": tmp_path / "base", "experts": experts, "select": [{"names": "*v_proj*"}]}
+    made(recipe, tmp_path / "out")
+    made({**recipe, "experts": experts[1:]}, tmp_path / "alone")
+    base, both, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out", "alone"))
+    for name in base:
+        torch.testing.assert_close(both[name] - base[name], (alone[name] - base[name]) / 2, rtol=1e-4, atol=1e-7)
 
 
 def test_an_arrival_reads_one_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,8 +238,8 @@ def test_a_killed_link_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.
         """Like SIGKILL: nobody handles it."""
 
     class Stopping(InProcess):
-        def each(self, function: Any, shared: Any, items: Any) -> Any:
-            for position, outcome in super().each(function, shared, items):
+        def each(self, function: Any, shared: Any, items: Any, at_once: int | None = None) -> Any:
+            for position, outcome in super().each(function, shared, items, at_once):
                 yield position, outcome
                 raise Killed
 
