@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergecore.adapter_files import write_config, write_copy
+from mergecore.adapters import ADAPTER, AdapterMethod, adapter_config
 from mergecore.errors import MergeloomError, SpecError, StoreError
 from mergecore.identity import Step
 from mergecore.kernels.library import Library
-from mergecore.method import DataStatistic, Report
+from mergecore.method import BEFORE, Report
+from mergecore.output import WORK, whole_directory
 from mergecore.passes import Executor
 from mergecore.plan import MergeBuilder, MergePlan, StatisticPlan
 from mergecore.pool import Member, Pool, Resolver, resolve_pool
 from mergecore.publish import TORCH_NAMES, model_card, write_companions
-from mergecore.run import Done, Place, fetch, run_merges, run_statistics, snapshots_of
-from mergecore.spec import BaseSpec, Recipe, as_yaml, size_in_bytes
-from mergecore.store import State, Store
-
-WORK = ".work"
-"""Folder in a draft for what is worked out on the way; it marks the draft as ours."""
+from mergecore.run import Done, Place, drop_models, fetch, read_found, run_merges, run_statistics, snapshots_of
+from mergecore.spec import SAFETENSORS_DTYPE, BaseSpec, Recipe, as_yaml, size_in_bytes
+from mergecore.store import Store
 
 
 @dataclass(frozen=True)
@@ -49,43 +47,50 @@ def merge_recipe(
     durable: bool = False,
     library: Library | None = None,
     memory: int | None = None,
+    store: Path | None = None,
 ) -> Made:
     """Make the recipe's model in `out`, by way of `out`.tmp and a rename; durable: fsync before the rename.
 
+    store: where what is worked out beforehand stays for later merges (a chain that an expert will join, say); none: it
+    goes with the draft.
+
     Raises a MergeloomError for what cannot be made; nothing is left at `out` or beside it then.
     """
-    if os.path.lexists(out):
+    if os.path.lexists(out):  # said before anything is fetched
         raise StoreError(f"{out} exists already; choose another name or remove it")
     clock = _Clock()
     method = recipe.built()
     pool = resolve_pool(_base(recipe), recipe.experts, None, resolve, report)
     builder = MergeBuilder(pool, recipe.select, recipe.dtype, _no_data)
     plan = builder.build(method, list(pool.experts.values()))
-    with _draft(out) as draft:
+    with whole_directory(out, durable) as draft:
         place = Place(
             pool,
-            Store(draft / WORK),
+            Store(store or draft / WORK),
             executor,
             report,
             size_in_bytes(recipe.shard_size),
             library=library,
             memory=memory,
         )
-        for snapshot in snapshots_of(pool):
+        adapter = plan.statistics[ADAPTER][0] if isinstance(plan.method, AdapterMethod) else None
+        read = [member.snapshot for member in pool.members] if adapter else snapshots_of(pool)
+        for snapshot in read:  # an adapter is made of adapters: of the base its headers are enough
             fetch(place, snapshot)
         clock.ended("checkpoints")
-        _finish(run_all(place, plan, clock))
-        for snapshot in snapshots_of(pool):
+        if adapter:
+            _finish(run_statistics(place, [adapter]))
+            clock.ended("merge")
+        else:
+            _finish(run_all(place, plan, clock))
+        for snapshot in read:
             if snapshot.source.revision is None:
                 snapshot.source.fetch(report)  # a local file written to meanwhile is none of the digests in the card
-        made = _settle(place, plan, recipe, draft)
-        if durable:
-            _sync(draft)
-        os.rename(draft, out)
-    if durable:
-        _sync_entry(out.absolute().parent)
+        digest, size, said = (
+            _settle_adapter(place, adapter, recipe, draft) if adapter else _settle(place, plan, recipe, draft)
+        )
     clock.ended("finish")
-    return Made(out, made, plan.size, pool.warnings, clock.seconds)
+    return Made(out, digest, size, (*pool.warnings, *said), clock.seconds)
 
 
 class _Clock:
@@ -99,44 +104,6 @@ class _Clock:
         """The stage is over, the next one begins."""
         now = time.monotonic()
         self.seconds[stage], self._since = now - self._since, now
-
-
-@contextlib.contextmanager
-def _draft(out: Path) -> Iterator[Path]:
-    """`out`.tmp, new and ours alone; gone after an error. What a killed merge left there is removed, nothing else is."""
-    draft = out.with_name(out.name + ".tmp")
-    try:
-        if os.path.lexists(draft):
-            _remove_leftover(draft)
-        (draft / WORK).mkdir(parents=True)
-        handle = os.open(draft, os.O_RDONLY)
-    except OSError as error:
-        raise StoreError(f"cannot write {out}: {error}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield draft
-    except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise StoreError(f"cannot write {out}: {error}") from error
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    finally:
-        os.close(handle)
-
-
-def _remove_leftover(draft: Path) -> None:
-    """Raise StoreError where `draft` is no leftover: something of the user's, or a merge that is under way."""
-    if draft.is_symlink() or not (draft / WORK).is_dir():
-        raise StoreError(f"{draft}, where the model would be written first, is something else; move it away")
-    handle = os.open(draft, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(draft)
-    except BlockingIOError:
-        raise StoreError(f"{draft} is being written by another merge; wait for it or choose another name") from None
-    finally:
-        os.close(handle)
 
 
 def _base(recipe: Recipe) -> BaseSpec:
@@ -160,13 +127,17 @@ def _no_data(member: Member) -> dict[str, Any]:
 
 def run_all(place: Place, plan: MergePlan, clock: _Clock | None = None) -> Done:
     """The merge and, level by level, what it must know beforehand."""
+
+    def at_hand(one: StatisticPlan) -> bool:
+        return place.store.is_done(one.step, bytes_needed=True)
+
     done = Done()
-    waiting = [one for plans in plan.statistics.values() for group in plans for one in group.with_inputs()]
-    pending = {one.step.key: one for one in waiting if not isinstance(one.statistic, DataStatistic)}
-    while pending and not done.failures:
-        ready = [one for one in pending.values() if not _open_inputs(one, pending)]
+    while not done.failures and (missing := {one.step.key: one for one in plan.missing(at_hand)}):
+        ready = [
+            one for one in missing.values() if all(at_hand(known) for held in one.inputs.values() for known in held)
+        ]
         done = done.note(run_statistics(place, ready))
-        pending = {key: one for key, one in pending.items() if place.store.state(one.step) is not State.PRESENT}
+        drop_models(place, [before for one in ready if at_hand(one) for before in one.inputs.get(BEFORE, ())])
     clock = clock or _Clock()
     clock.ended("scan")
     done = done if done.failures else done.note(run_merges(place, [plan]))
@@ -174,29 +145,55 @@ def run_all(place: Place, plan: MergePlan, clock: _Clock | None = None) -> Done:
     return done
 
 
-def _open_inputs(plan: StatisticPlan, pending: dict[str, StatisticPlan]) -> bool:
-    return any(one.step.key in pending for plans in plan.inputs.values() for one in plans)
-
-
 def _finish(done: Done) -> None:
     if done.failures:
         raise MergeloomError(next(iter(done.failures.values())))
 
 
-def _settle(place: Place, plan: MergePlan, recipe: Recipe, draft: Path) -> str:
-    """Move the weights up, put companions and card beside them, remove the work folder; returns the model's digest."""
+Settled = tuple[str, int, tuple[str, ...]]
+"""Digest and bytes of what was written, and what is to be said of it."""
+
+
+def _settle(place: Place, plan: MergePlan, recipe: Recipe, draft: Path) -> Settled:
+    """Put the weights, companions and card into the draft."""
     record = place.store.record(plan.step)
     assert record is not None
     for name in record.files:
-        os.rename(place.store.folder(plan.step) / name, draft / name)
+        _link_or_copy(place.store.folder(plan.step) / name, draft / name)
+    place.store.drop(plan.step)
     dtypes = sorted({info.dtype for info in plan.outputs.values() if info.dtype in TORCH_NAMES})
     base = place.pool.base
     write_companions(draft, base, place.folders[base.weights], dtypes)
-    held = _pinned(recipe, place.pool)
-    (draft / "README.md").write_text(model_card(held, _origin(place.pool, plan.step, record.result), None))
+    _write_card(draft, place.pool, recipe, plan.step, record.result)
+    return record.digest, plan.size, ()
+
+
+def _settle_adapter(place: Place, plan: StatisticPlan, recipe: Recipe, draft: Path) -> Settled:
+    """Put an adapter that was made of adapters into the draft, as PEFT loads it."""
+    record, found, base = place.store.record(plan.step), read_found(place.store, plan), place.pool.base
+    assert record is not None
+    dtype = SAFETENSORS_DTYPE[recipe.dtype or "float32"]
+    file = write_copy(draft, found.tensors, record.result, plan.selection, dtype)
+    configs = [member.snapshot.config for member in place.pool.members]
+    config = adapter_config(record.result["ranks"], base.tensors, configs, record.result["fan_in_fan_out"])
+    write_config(draft, {**config, "base_model_name_or_path": config["base_model_name_or_path"] or base.source.uri})
+    _write_card(draft, place.pool, recipe, plan.step, record.result)
+    error = record.result.get("error")
+    return file.digest, file.size, () if error is None else (f"of the sum {error:.3%} was lost by the cut to the rank",)
+
+
+def _write_card(draft: Path, pool: Pool, recipe: Recipe, step: Step, result: Any) -> None:
+    held = _pinned(recipe, pool)
+    (draft / "README.md").write_text(model_card(held, _origin(pool, step, result), None))
     (draft / "mergeloom.yaml").write_text(as_yaml(held))
-    shutil.rmtree(draft / ".work")
-    return record.digest
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """One file under a second name; a copy where the two folders are not on one disk."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _pinned(recipe: Recipe, pool: Pool) -> dict[str, Any]:
@@ -223,19 +220,5 @@ def _origin(pool: Pool, step: Step, result: Any) -> dict[str, Any]:
         ],
         "step": step.as_json(),
         "kept_density": kept,
+        **({"error": result["error"]} if "error" in result else {}),
     }
-
-
-def _sync(folder: Path) -> None:
-    """Have every file and the folder itself on the disk."""
-    for path in [*sorted(folder.rglob("*")), folder]:
-        _sync_entry(path)
-
-
-def _sync_entry(path: Path) -> None:
-    """Have one file, or the names in one folder, on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -17,7 +17,7 @@ from mergecore.errors import NonFiniteError
 from mergecore.identity import GRID, BlockDigests
 from mergecore.journal import read_journal, write_journal
 from mergecore.kernels.run import HALF, Chunk, Fused, Given, counts_of, empty_bins
-from mergecore.method import Block, Counting, Per, Sparse
+from mergecore.method import Block, Counting, Method, Per, Sparse
 from mergecore.passes import MergeJob, PassPlan, Round, SpanOutcome, StatisticJob
 from mergecore.reading import WINDOW, Reading, buffer, expect
 from mergecore.snapshot import DTYPES, check_finite
@@ -264,6 +264,7 @@ class _Work:
 
     def _given(self, job: MergeJob, reading: Reading) -> Given:
         method, dtype = job.method, DTYPES[job.outputs[reading.name].dtype]
+        assert isinstance(method, Method)  # a link sees whole tensors
         fused = self._fused(("merge", job.key, dtype), method.merge, method.on, dtype)
         return fused.given(method.arguments(reading.place(job.experts), job.statistics))
 
