@@ -12,7 +12,7 @@ from pathlib import Path
 
 import xxhash
 
-from benchmarks.machine import Run, cores, process_run
+from benchmarks.machine import Run, cores, process_run, settle
 
 CALL = 8 << 20
 """Bytes of one read or write."""
@@ -30,6 +30,7 @@ def floor_run(readings: Sequence[Sequence[Path]], outputs: Sequence[Path], writt
         handles = {path: stack.enter_context(_opened(path, os.O_RDONLY)) for path in paths}
         pool = stack.enter_context(ThreadPoolExecutor(cores(), initializer=_make_space))
         list(pool.map(time.sleep, [0.05] * cores()))  # every thread is there, its buffer touched
+        settle()
         with process_run() as found:
             targets = [stack.enter_context(_opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)) for path in outputs]
             for target in targets:

@@ -88,17 +88,32 @@ def models(count: int, experts: int) -> list[Tensor]:
     return [base.to(torch.bfloat16), *(one.to(torch.bfloat16) for one in changed)]
 
 
-def case_of(name: str, values: Mapping[str, Any], held: Sequence[Tensor], library: WatchedLibrary) -> Case:
-    """The method with its statistics over these models."""
+def case_of(
+    name: str,
+    values: Mapping[str, Any],
+    held: Sequence[Tensor],
+    library: WatchedLibrary,
+    device: str = "cpu",
+    times: int = 1,
+) -> Case:
+    """The method with what it must know beforehand, found here, over these models so many times one after the other, which
+    then lie on the device."""
     base, *experts = held
     method = method_from(values["method"], {key: value for key, value in values.items() if key != "method"}, name)
     source = MemoryTensors({NAME: base})
     pool = [FullExpert(f"{number}", f"{number}", MemoryTensors({NAME: one})) for number, one in enumerate(experts)]
     found = find_statistics(
-        method, source, pool, source.tensors, given_data(method, base, len(experts)), silent, library
+        method,
+        source,
+        pool,
+        source.tensors,
+        given_data(method, base.numel() * times, len(experts), device),
+        silent,
+        library,
     )
     ids = tuple(one.id for one in pool)
     arguments = method.arguments(Block(NAME, tuple(base.shape), 0, base.numel(), None, (), ids), found)
+    base, *experts = [one.to(device).repeat(times) if times > 1 else one.to(device) for one in held]
     chunk = Chunk(base if method.needs_base else None, tuple(experts), (False,) * len(experts), 0)
     ways = [
         Fused(method.merge, method.on, torch.bfloat16, kept, wait=True).given(arguments)  # type: ignore[arg-type]
@@ -109,11 +124,13 @@ def case_of(name: str, values: Mapping[str, Any], held: Sequence[Tensor], librar
     return Case(name, chunk, *ways, chunk.count * (width + beside + torch.bfloat16.itemsize))
 
 
-def given_data(method: Method, base: Tensor, experts: int) -> dict[str, list[dict[str, Tensor]]]:
-    """For what takes data some positive numbers."""
+def given_data(method: Method, count: int, experts: int, device: str) -> dict[str, list[dict[str, Tensor]]]:
+    """For what takes data some positive numbers, another array for each expert, where the models will be."""
     needed = [name for name, one in method.statistics().items() if isinstance(one, DataStatistic)]
-    drawn = torch.rand(base.numel(), generator=torch.Generator().manual_seed(1), device="cpu")
-    return {name: [{NAME: drawn.to(base.device)} for _ in range(experts)] for name in needed}
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: [{NAME: torch.rand(count, generator=generator).to(device)} for _ in range(experts)] for name in needed
+    }
 
 
 def seconds_of(work: Callable[[int, int], Any], count: int, threads: int) -> float:
@@ -220,7 +237,8 @@ def rows_of(library: WatchedLibrary, held: list[Tensor], options: argparse.Names
             found.append(row_of(case, f"{threads} thread{'s' * (threads > 1)}", library.watch.built, runs))
             print_row(options.table, found[-1])
         if torch.cuda.is_available():
-            moved = case_of(name, settings()[name], [one.to("cuda") for one in held], library)
+            times = max(1, options.device_elements // options.elements)
+            moved = case_of(name, settings()[name], held, library, "cuda", times)
             found.append(row_of(moved, torch.cuda.get_device_name()[:12], [], on_device(moved, options.repeats)))
             print_row(options.table, found[-1])
     return found
@@ -231,6 +249,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = list(settings())
     parser.add_argument("--elements", type=int, default=16, help="millions of elements of every model (%(default)s)")
+    parser.add_argument(
+        "--device-elements",
+        type=int,
+        default=128,
+        help="the same on a CUDA device, of which copies lie there (%(default)s)",
+    )
     parser.add_argument("--experts", type=int, nargs="+", default=[2, 8], help="how many are merged (2 and 8)")
     parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="METHOD", help="; ".join(known))
     add_common(parser, 5)

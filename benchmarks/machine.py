@@ -33,7 +33,7 @@ def command_run(command: Sequence[str | Path], environment: Mapping[str, str] | 
         result, output = Path(folder) / "result.json", Path(folder) / "output"
         words = [str(word) for word in command]
         launcher = [sys.executable, "-I", str(ROOT / "benchmarks" / "launch.py"), str(result), str(output)]
-        os.sync()  # what an earlier run has left to be written is not this one's
+        settle()
         with _company() as found:
             subprocess.run([*launcher, *words], env={**os.environ, **(environment or {})}, check=True)
             told = json.loads(result.read_text())
@@ -45,8 +45,8 @@ def command_run(command: Sequence[str | Path], environment: Mapping[str, str] | 
 
 @contextmanager
 def process_run() -> Iterator[Run]:
-    """What is done inside takes, in this process: filled at the end. peak memory counts from what is resident before."""
-    os.sync()
+    """What is done inside takes, in this process: filled at the end. peak memory counts from what is resident before.
+    Not to be used inside itself: the peak is forgotten at the beginning."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     resident, used = _status("VmRSS"), time.process_time()
@@ -82,6 +82,11 @@ def _status(field: str) -> float:
     return next((float(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0.0)
 
 
+def settle() -> None:
+    """Have what an earlier run has left to be written on the disk: it is not the next one's."""
+    os.sync()
+
+
 def can_forget() -> bool:
     """Whether the page cache can be dropped here."""
     return os.access(DROP, os.W_OK)
@@ -89,7 +94,7 @@ def can_forget() -> bool:
 
 def forget_files() -> None:
     """Have the next reading come from the disk."""
-    os.sync()
+    settle()
     DROP.write_text("3")
 
 

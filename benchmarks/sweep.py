@@ -24,7 +24,9 @@ import argparse
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ from benchmarks.machine import (
     number,
     print_company,
     process_run,
+    settle,
     write_json,
 )
 from benchmarks.models import add_models, model_folders, weights, write_models
@@ -64,34 +67,49 @@ THEIRS = ("linear", "task_arithmetic", "ties", "dare_ties")
 HEADS = {"way": 30, "wall": 8, "CPU": 8, "GB": 6, "scan": 8, "merge": 8, "others": 7}
 
 
+class Stages:
+    """Seconds of the stages of a run, added up."""
+
+    def __init__(self) -> None:
+        self.seconds = {"scan": 0.0, "merge": 0.0}
+
+    @contextmanager
+    def of(self, stage: str) -> Iterator[None]:
+        """What is done inside belongs to this stage."""
+        began = time.monotonic()
+        yield
+        self.seconds[stage] += time.monotonic() - began
+
+
 def together(
     pool: Pool, plans: Sequence[MergePlan], store: Path, library: WatchedLibrary, workers: int
 ) -> tuple[Run, list[str]]:
     """All cells in one pass."""
+    stages = Stages()
+    settle()
     with process_run() as found:
         place = place_of(pool, store, library, workers)
-        with process_run() as scanned:
+        with stages.of("scan"):
             scan(place, plans)
-        with process_run() as merged:
+        with stages.of("merge"):
             digests = merge(place, plans)
     shutil.rmtree(store)
-    return {**found, "scan": scanned["wall"], "merge": merged["wall"]}, digests
+    return {**found, **stages.seconds}, digests
 
 
 def alone(pool: Pool, plans: Sequence[MergePlan], store: Path, library: WatchedLibrary) -> tuple[Run, list[str]]:
-    """Each cell by itself; writing and deleting is part of it, as it is for whoever makes them one by one."""
-    digests, seconds = [], {"scan": 0.0, "merge": 0.0}
+    """Each cell by itself; deleting it is part of it, for whoever makes them one by one has no room for all."""
+    digests, stages = [], Stages()
+    settle()
     with process_run() as found:
         for plan in plans:
             place = place_of(pool, store, library, cores())
-            with process_run() as scanned:
+            with stages.of("scan"):
                 scan(place, [plan])
-            with process_run() as merged:
+            with stages.of("merge"):
                 digests += merge(place, [plan])
-            seconds["scan"] += scanned["wall"]
-            seconds["merge"] += merged["wall"]
             shutil.rmtree(store)
-    return {**found, **seconds}, digests
+    return {**found, **stages.seconds}, digests
 
 
 def theirs(against: Path, folder: Path, work: Path) -> Run:
