@@ -1,209 +1,286 @@
-"""Single merges side by side: Mergeloom, the floor of the same bytes read and written, and mergekit where it is installed.
+"""Single merges side by side: Mergeloom's command, the floor of the same bytes read and written, and mergekit's command.
 
-    python benchmarks/merge.py --size 0.1                      a quick look
-    python benchmarks/merge.py --size 1.1 --against PATH/TO/mergekit-yaml
+    python benchmarks/merge.py --size 0.1 --repeats 1                       a quick look
+    python benchmarks/merge.py --size 1.1 --folder models --against PATH/TO/mergekit-yaml --json merge.json
+    python benchmarks/merge.py --methods ties --experts 8 --cold            one method, also from the disk
 
-Makes Llama-shaped bfloat16 checkpoints of its own (base and experts), runs whole commands alternately on the same files
-and prints medians: wall, CPU-seconds, peak memory, and the ratio to the floor. Writes JSON with --json.
+Makes Llama-shaped bfloat16 checkpoints of its own (benchmarks/models.py) and runs whole commands on them in turn: each
+of ours, its floor, theirs, and again. Every run of ours starts with an empty store and nothing remembered, so it hashes
+the files first; only the fused loops of the methods are kept: they are built once per machine, in an untimed merge in this
+process whose loops are timed (build: seconds for all of them, one after another), and one run of the command is discarded
+as warm-up. Output is deleted after each run, everything that waits to be written is written before the next.
+
+The first table, medians, seconds:
+  wall CPU GB    the whole command; GB is its peak of resident memory, of which anonymous in the JSON
+  start          from the start of the process until the recipe is read: Python, torch
+  hash           checkpoints found, hashed for the first time, checked against each other
+  scan merge     what the method must know beforehand, and the merge: from the first byte read to the last one written
+  finish         companions, card, rename
+  floor          reading what the passes read (base and experts once for each scan, and once for the merge; the base not
+                 where a method works on weights alone) and writing the model: 8 MB preadv and pwrite, a thread per core,
+                 preallocated, no fsync
+  /floor         (scan + merge) / floor
+  target         floor + (one XXH3-128 digest of the output + the method's fused loops, in CPU-seconds) / cores
+  /target        (scan + merge) / target; '-' for methods that see whole tensors, which are not fused
+The second: theirs, and how many times as long it takes: wall, wall without our hashing (which is remembered after the
+first time, and which mergekit does not do), CPU-seconds. Rows marked * are other readings of the method, of which
+mergekit has none: they are held against the same run of theirs.
+The third, with --cold: the page cache is dropped before each run. Ours then remembers the digests, for hashing would
+bring the files into the cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: its profile.py is not Python's
+
 import yaml
-from safetensors.torch import save_file
 
-METHODS: dict[str, dict[str, Any]] = {
-    "average": {"method": "average"},
-    "task_arithmetic": {"method": "task_arithmetic", "scale": 0.3},
-    "ties (tensor)": {"method": "ties", "density": 0.2, "scope": "tensor"},
-    "ties (global)": {"method": "ties", "density": 0.2},
-    "dare_ties (tensor)": {"method": "ties", "density": 0.2, "scope": "tensor", "drop": {"rate": 0.5, "seed": 0}},
-}
-THEIRS: dict[str, tuple[str, dict[str, float]]] = {
-    "average": ("linear", {"weight": 1.0}),
-    "task_arithmetic": ("task_arithmetic", {"weight": 0.3}),
-    "ties (tensor)": ("ties", {"weight": 1.0, "density": 0.2}),
-    "dare_ties (tensor)": ("dare_ties", {"weight": 1.0, "density": 0.2}),
-}
+from benchmarks.floor import digest_seconds, floor_run
+from benchmarks.inside import Known, known_of
+from benchmarks.loops import WatchedLibrary, watched_library
+from benchmarks.machine import (
+    ROOT,
+    Run,
+    Table,
+    add_common,
+    can_forget,
+    command_run,
+    cores,
+    forget_files,
+    median,
+    number,
+    print_company,
+    write_json,
+)
+from benchmarks.models import add_models, write_models
+from benchmarks.pairs import PAIRS, Pair, Theirs, ours_recipe
 
-
-def shapes(billions: float) -> dict[str, tuple[int, ...]]:
-    """Tensors of a Llama-shaped model of about so many billion parameters."""
-    width = {0.1: 768, 0.25: 1024, 1.1: 2048}.get(billions, int(2048 * (billions / 1.1) ** (1 / 3) // 64 * 64))
-    inner, vocabulary = int(width * 2.75 // 64 * 64), 32_000
-    layer = 2 * width * width + 2 * width * (width // 4) + 3 * width * inner
-    layers = max(1, round((billions * 1e9 - 2 * vocabulary * width) / layer))
-    found: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocabulary, width),
-        "lm_head.weight": (vocabulary, width),
-        "model.norm.weight": (width,),
-    }
-    for number in range(layers):
-        stem = f"model.layers.{number}"
-        found |= {
-            f"{stem}.self_attn.q_proj.weight": (width, width),
-            f"{stem}.self_attn.k_proj.weight": (width // 4, width),
-            f"{stem}.self_attn.v_proj.weight": (width // 4, width),
-            f"{stem}.self_attn.o_proj.weight": (width, width),
-            f"{stem}.mlp.gate_proj.weight": (inner, width),
-            f"{stem}.mlp.up_proj.weight": (inner, width),
-            f"{stem}.mlp.down_proj.weight": (width, inner),
-            f"{stem}.input_layernorm.weight": (width,),
-            f"{stem}.post_attention_layernorm.weight": (width,),
-        }
-    return found
+STAGES = ("start", "checkpoints", "scan", "merge", "finish")
+OURS = {"method": 26, "experts": 7, "wall": 7, "CPU": 7, "GB": 5, "start": 6, "hash": 6, "scan": 6, "merge": 6,
+        "finish": 6, "build": 6, "floor": 6, "/floor": 6, "target": 6, "/target": 7}  # fmt: skip
+THEIRS = {"against mergekit": 26, "experts": 7, "wall": 8, "CPU": 8, "GB": 6, "times": 7, "no hash": 8, "CPU times": 10}
+COLD = {"from the disk": 26, "experts": 7, "wall": 8, "scan": 7, "merge": 7, "floor": 7, "/floor": 7, "/target": 8,
+        "theirs": 8, "times": 7}  # fmt: skip
+Runs = dict[str, list[Run]]
 
 
-def write_models(folder: Path, billions: float, experts: int) -> None:
-    """Base and experts: normal weights of scale 0.02, changes of scale 0.0005, rounded to bfloat16."""
-    held = shapes(billions)
-    width, layers = held["model.norm.weight"][0], sum(name.endswith("q_proj.weight") for name in held)
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width, "num_hidden_layers": layers,
-        "intermediate_size": held["model.layers.0.mlp.gate_proj.weight"][0], "vocab_size": 32_000,
-        "num_attention_heads": width // 64, "num_key_value_heads": width // 256, "torch_dtype": "bfloat16",
-        "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048,
-    }  # fmt: skip
-    base: dict[str, torch.Tensor] = {}
-    for number in range(experts + 1):
-        target = folder / ("base" if number == 0 else f"expert-{number}")
-        if (target / "config.json").exists():
-            continue
-        target.mkdir(parents=True, exist_ok=True)
-        generator = torch.Generator().manual_seed(0)
-        if not base:
-            base = {name: torch.randn(shape, generator=generator).mul_(0.02) for name, shape in held.items()}
-        generator.manual_seed(number)
-        tensors = {
-            name: (value + torch.randn(value.shape, generator=generator).mul_(0.0005) * (number > 0)).to(torch.bfloat16)
-            for name, value in base.items()
-        }
-        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-        (target / "config.json").write_text(json.dumps(config))
+@dataclass(frozen=True)
+class Bench:
+    """Where things are: the models, a folder to work in, loops, and mergekit's program."""
+
+    folder: Path
+    work: Path
+    library: WatchedLibrary
+    against: Path | None
+    repeats: int
+    cold: bool
+
+    @property
+    def cache(self) -> Path:
+        """What stands for the user's cache: nothing but fused loops at the start of a run."""
+        return self.work / "cache"
+
+    def ours(self, values: Mapping[str, Any], experts: int, *, remembered: bool = False) -> Run:
+        """One run of our command, its stages among the figures. remembered: digests of an earlier run are kept."""
+        if not remembered:
+            (self.cache / "mergeloom" / "digests.jsonl").unlink(missing_ok=True)
+        recipe, out, timings = (self.work / name for name in ("ours.yaml", "ours", "timings.json"))
+        recipe.write_text(yaml.safe_dump(ours_recipe(values, self.folder, experts)))
+        settings = {"XDG_CACHE_HOME": str(self.cache), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "flows.cli", "merge", recipe, out, "--timings", timings]
+        found = command_run(command, settings)
+        shutil.rmtree(out)
+        return {**found, **json.loads(timings.read_text())}
+
+    def theirs(self, held: Theirs, experts: int) -> Run:
+        """One run of mergekit's command."""
+        assert self.against is not None
+        recipe, out = self.work / "theirs.yaml", self.work / "theirs"
+        recipe.write_text(yaml.safe_dump(held.recipe(self.folder, experts)))
+        found = command_run([self.against, recipe, out, "--no-copy-tokenizer"], {"HF_HUB_OFFLINE": "1"})
+        shutil.rmtree(out)
+        return found
+
+    def floor(self, known: Known) -> Run:
+        """The same bytes read and written plainly, and the CPU-seconds of one digest of what was written."""
+        out = self.work / "floor"
+        found = floor_run(known.readings, [out], known.written)
+        found["digest"] = digest_seconds(out)
+        out.unlink()
+        return found
 
 
-def timed(command: list[str], cwd: Path) -> dict[str, float]:
-    """Wall, CPU-seconds and peak memory (bytes) of a command; raises where it fails."""
-    began = time.monotonic()
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, cwd=cwd, stdout=output, stderr=output)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            output.seek(0)
-            raise SystemExit(f"{' '.join(command)} failed:\n{output.read().decode()[-3000:]}")
-    return {
-        "wall": time.monotonic() - began,
-        "cpu": usage.ru_utime + usage.ru_stime,
-        "memory": usage.ru_maxrss * 1024.0,
-    }
+def warmed_up(bench: Bench, values: Mapping[str, Any], experts: int) -> Known:
+    """A merge in this process, and the command until it finds all its loops built (once, unless something is amiss)."""
+    store = bench.work / "store"
+    known = known_of(bench.folder, values, experts, bench.library, store)
+    shutil.rmtree(store)
+    for _ in range(3):
+        before = len(list(bench.library.folder.glob("*.so")))
+        bench.ours(values, experts)
+        if len(list(bench.library.folder.glob("*.so"))) == before:
+            return known
+        print("note: the command built loops that the merge in this process did not", file=sys.stderr)
+    return known
 
 
-def floor(folder: Path, readings: int, experts: int, out: Path) -> dict[str, float]:
-    """The time to read the models so often and write one with plain large reads and writes (page cache warm)."""
-    buffer = bytearray(8 << 20)
-    began, used = time.monotonic(), time.process_time()
-    names = ["base", *(f"expert-{number}" for number in range(1, experts + 1))]
-    for _ in range(readings):
-        for name in names:
-            with open(folder / name / "model.safetensors", "rb", buffering=0) as file:
-                while file.readinto(buffer):
-                    pass
-    size = (folder / "base" / "model.safetensors").stat().st_size
-    with open(out, "wb", buffering=0) as file:
-        for start in range(0, size, len(buffer)):
-            file.write(memoryview(buffer)[: min(len(buffer), size - start)])
-    out.unlink()
-    return {"wall": time.monotonic() - began, "cpu": time.process_time() - used, "memory": float(len(buffer))}
+def rows_of(bench: Bench, name: str, pair: Pair, experts: int) -> list[dict[str, Any]]:
+    """The rows of one pair: ours and their floors, and theirs, in turn."""
+    known = {one: warmed_up(bench, values, experts) for one, values in pair.ours.items()}
+    ours: dict[str, Runs] = {one: {} for one in pair.ours}
+    theirs: Runs = {}
+    ways = ("warm", "cold") if bench.cold else ("warm",)
+    for _ in range(bench.repeats):
+        for way in ways:
+            forget = forget_files if way == "cold" else lambda: None
+            for one, values in pair.ours.items():
+                forget()
+                run = bench.ours(values, experts, remembered=way == "cold")
+                ours[one].setdefault(f"{way} ours", []).append(run)
+                forget()
+                ours[one].setdefault(f"{way} floor", []).append(bench.floor(known[one]))
+            if bench.against:
+                forget()
+                theirs.setdefault(f"{way} theirs", []).append(bench.theirs(pair.theirs, experts))
+    first = next(iter(pair.ours))
+    return [row_of(one, name, one != first, experts, known[one], {**ours[one], **theirs}, ways) for one in pair.ours]
 
 
-def ours(folder: Path, name: str, experts: int, work: Path) -> list[str]:
-    """The command that makes one merge with Mergeloom."""
-    chosen = [str(folder / f"expert-{number}") for number in range(1, experts + 1)]
-    recipe = {**METHODS[name], "base": str(folder / "base"), "experts": chosen, "dtype": "bfloat16"}
-    (work / "ours.yaml").write_text(yaml.safe_dump(recipe))
-    return [str(Path(sys.executable).with_name("mergeloom")), "merge", str(work / "ours.yaml"), str(work / "ours")]
+def row_of(
+    method: str, pair: str, beside: bool, experts: int, known: Known, runs: Runs, ways: Sequence[str]
+) -> dict[str, Any]:
+    """Medians and what follows from them, for each way ('warm', 'cold')."""
+    loops = {"built": known.built, "build": known.build, "counting": known.counting, "storing": known.storing}
+    bytes_moved = {"planned_read": known.planned_read, "written": known.written, "passes": len(known.readings)}
+    row = {"method": method, "pair": pair, "beside": beside, "experts": experts, "loops": loops, "bytes": bytes_moved}
+    for way in ways:
+        ours, floor = median(runs[f"{way} ours"]), median(runs[f"{way} floor"])
+        moved = ours["scan"] + ours["merge"]
+        digested = floor["wall"] + floor["digest"] / cores()
+        storing = digested + known.storing / cores()
+        target = storing + known.counting / cores()
+        found: dict[str, Any] = {"ours": ours, "floor": floor, "over_floor": moved / floor["wall"]}
+        if known.fused:
+            found |= {"target": target, "over_target": moved / target}
+            found["over_target_without_counting"] = moved / storing
+        if f"{way} theirs" in runs:
+            theirs = median(runs[f"{way} theirs"])
+            found |= {
+                "theirs": theirs,
+                "times": theirs["wall"] / ours["wall"],
+                "cpu_times": theirs["cpu"] / ours["cpu"],
+            }
+            found["times_without_hashing"] = theirs["wall"] / (ours["wall"] - ours["checkpoints"])
+        row[way] = found
+    return {**row, "runs": runs}
 
 
-def theirs(folder: Path, name: str, experts: int, work: Path, program: str) -> list[str]:
-    """The command that makes the same merge with mergekit."""
-    method, parameters = THEIRS[name]
-    models = [{"model": str(folder / f"expert-{n}"), "parameters": parameters} for n in range(1, experts + 1)]
-    recipe: dict[str, Any] = {"merge_method": method, "models": models, "dtype": "bfloat16"}
-    if method != "linear":
-        recipe["base_model"] = str(folder / "base")
-    (work / "theirs.yaml").write_text(yaml.safe_dump(recipe))
-    return [program, str(work / "theirs.yaml"), str(work / "theirs"), "--no-copy-tokenizer"]
+def print_ours(table: Table, row: Mapping[str, Any]) -> None:
+    """A line of the first table."""
+    warm = row["warm"]
+    ours, floor = warm["ours"], warm["floor"]
+    table.row(
+        mark(row), str(row["experts"]), number(ours["wall"]), number(ours["cpu"]), number(ours["memory"] / 1e9),
+        *[number(ours[stage]) for stage in STAGES], number(row["loops"]["build"], 1), number(floor["wall"]),
+        number(warm["over_floor"]), number(warm.get("target")), number(warm.get("over_target")),
+    )  # fmt: skip
 
 
-def median(runs: list[dict[str, float]]) -> dict[str, float]:
-    """The median of each figure."""
-    return {figure: statistics.median(run[figure] for run in runs) for figure in runs[0]}
+def print_theirs(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The second table."""
+    table = Table(THEIRS)
+    for row in rows:
+        theirs, warm = row["warm"]["theirs"], row["warm"]
+        table.row(
+            mark(row), str(row["experts"]), number(theirs["wall"]), number(theirs["cpu"]), number(theirs["memory"] / 1e9),
+            number(warm["times"], 1), number(warm["times_without_hashing"], 1), number(warm["cpu_times"], 1),
+        )  # fmt: skip
+
+
+def print_cold(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The third table."""
+    table = Table(COLD)
+    for row in rows:
+        cold = row["cold"]
+        ours, floor, theirs = cold["ours"], cold["floor"], cold.get("theirs", {})
+        table.row(
+            mark(row), str(row["experts"]), number(ours["wall"]), number(ours["scan"]), number(ours["merge"]),
+            number(floor["wall"]), number(cold["over_floor"]), number(cold.get("over_target")),
+            number(theirs.get("wall")), number(cold.get("times"), 1),
+        )  # fmt: skip
+
+
+def mark(row: Mapping[str, Any]) -> str:
+    """A row's name, marked where mergekit has no such reading."""
+    return f"{row['method']}{' *' if row['beside'] else ''}"
+
+
+def parsed() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = [name for name, pair in PAIRS.items() if pair.known]
+    add_models(parser, 0.1)
+    parser.add_argument("--experts", type=int, nargs="+", default=[2, 8], help="how many are merged (2 and 8)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=known,
+        default=known,
+        metavar="METHOD",
+        help=f"mergekit's names: {', '.join(known)}",
+    )
+    parser.add_argument(
+        "--against", type=Path, help="mergekit-yaml of an environment of its own; none: the floor alone"
+    )
+    parser.add_argument(
+        "--cold", action="store_true", help="also with the page cache dropped before each run (as root)"
+    )
+    add_common(parser, 3)
+    options = parser.parse_args()
+    if options.cold and not can_forget():
+        parser.error("--cold must write /proc/sys/vm/drop_caches, which is not allowed here: run it as root")
+    if options.against and not options.against.is_file():
+        parser.error(f"--against: there is no program {options.against}; give the path of mergekit-yaml")
+    return options
 
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=float, default=0.1, help="billions of parameters")
-    parser.add_argument("--experts", type=int, nargs="+", default=[2, 8])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--against", help="mergekit-yaml of an environment that has mergekit")
-    parser.add_argument("--folder", type=Path, help="where models are made and kept; default: a temporary folder")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary) / "models"
-        work = Path(temporary) / "work"
-        work.mkdir()
+    options, rows = parsed(), []
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        work = Path(temporary)
+        folder = options.folder or work / "models"
         write_models(folder, options.size, max(options.experts))
-        rows = []
+        library = watched_library(work / "cache" / "mergeloom" / "loops")
+        against = options.against and options.against.absolute()
+        bench = Bench(folder.absolute(), work.absolute(), library, against, options.repeats, options.cold)
+        torch_alone = command_run([sys.executable, "-c", "import torch"])
+        table = Table(OURS)
         for experts in options.experts:
             for name in options.methods:
-                rows.append(measured(folder, work, name, experts, options))
-                print_row(rows[-1])
-    if options.json:
-        options.json.write_text(json.dumps({"load": os.getloadavg(), "size": options.size, "rows": rows}, indent=1))
-
-
-def measured(folder: Path, work: Path, name: str, experts: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One row: ours, the floor and theirs, alternately."""
-    readings = 3 if name.startswith(("ties", "dare")) else 1
-    runs: dict[str, list[dict[str, float]]] = {"ours": [], "floor": [], "theirs": []}
-    for _ in range(options.repeats):
-        runs["ours"].append(timed(ours(folder, name, experts, work), work))
-        runs["floor"].append(floor(folder, readings, experts, work / "floor"))
-        if options.against and name in THEIRS:
-            runs["theirs"].append(timed(theirs(folder, name, experts, work, options.against), work))
-        for made in ("ours", "theirs"):
-            shutil.rmtree(work / made, ignore_errors=True)
-    return {"method": name, "experts": experts, **{who: median(held) for who, held in runs.items() if held}}
-
-
-def print_row(row: dict[str, Any]) -> None:
-    """One line: wall/CPU/memory of each, and the ratios."""
-    parts = [f"{row['method']:20s} {row['experts']} experts"]
-    for who in ("ours", "floor", "theirs"):
-        if who in row:
-            held = row[who]
-            parts.append(f"{who} {held['wall']:.1f} s wall, {held['cpu']:.1f} s CPU, {held['memory'] / 1e9:.2f} GB")
-    parts.append(f"ours/floor {row['ours']['wall'] / row['floor']['wall']:.1f}")
-    if "theirs" in row:
-        parts.append(f"theirs/ours {row['theirs']['wall'] / row['ours']['wall']:.1f}")
-    print(" | ".join(parts), flush=True)
+                if experts not in PAIRS[name].counts:
+                    continue
+                for row in rows_of(bench, name, PAIRS[name], experts):
+                    rows.append(row)
+                    print_ours(table, row)
+                write_json(options.json, rows, size=options.size, torch_alone=torch_alone)
+    if options.against:
+        print_theirs(rows)
+    if options.cold:
+        print_cold(rows)
+    print(f"importing torch alone: {torch_alone['wall']:.2f} s, {torch_alone['memory'] / 1e9:.2f} GB")
+    print_company([run for row in rows for held in row["runs"].values() for run in held])
 
 
 if __name__ == "__main__":

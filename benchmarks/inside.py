@@ -1,0 +1,128 @@
+"""Merges inside this process, by the same steps as the command: for what only shows from within."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.loops import WatchedLibrary
+from benchmarks.machine import cores
+from benchmarks.models import model_folders, weights
+from flows.budget import passes_of, sensible_memory
+from flows.session import resolver
+from mergecore.kernels.library import Library
+from mergecore.merging import InProcess
+from mergecore.method import silent
+from mergecore.plan import MergeBuilder, MergePlan, StatisticPlan
+from mergecore.pool import Pool, Resolver, resolve_pool
+from mergecore.registry import method_from
+from mergecore.run import Done, Place, fetch, run_merges, run_statistics, snapshots_of
+from mergecore.spec import BaseSpec, ExpertSpec
+from mergecore.store import State, Store
+
+SHARD = 5_000_000_000
+"""Bytes of a shard, as a recipe has them."""
+
+
+@functools.cache
+def _resolver() -> Resolver:
+    """One for the process: every file is hashed once."""
+    return resolver(None)
+
+
+def pool_in(folder: Path, experts: int) -> Pool:
+    """The first experts over the base in a folder."""
+    base, *others = [str(path) for path in model_folders(folder, experts)]
+    specs = [ExpertSpec.model_validate(one) for one in others]
+    return resolve_pool(BaseSpec(source=base), specs, None, _resolver(), silent)
+
+
+def planned(pool: Pool, recipes: Sequence[Mapping[str, Any]]) -> list[MergePlan]:
+    """The merges of all experts of a pool, in bfloat16; statistics that several need are one step."""
+    builder = MergeBuilder(pool, (), "bfloat16", None)
+    members = list(pool.experts.values())
+    return [
+        builder.build(
+            method_from(recipe["method"], {key: value for key, value in recipe.items() if key != "method"}, "recipe"),
+            members,
+        )
+        for recipe in recipes
+    ]
+
+
+def place_of(pool: Pool, store: Path, library: Library, workers: int) -> Place:
+    """Where merges of the pool are done, with an empty store."""
+    place = Place(pool, Store(store), InProcess(workers), silent, SHARD, library=library, memory=sensible_memory())
+    for snapshot in snapshots_of(pool):
+        fetch(place, snapshot)
+    return place
+
+
+def scan(place: Place, plans: Sequence[MergePlan]) -> int:
+    """Complete everything the merges must know beforehand; returns how often the pool was read for it at least."""
+    waiting: dict[str, StatisticPlan] = {one.step.key: one for plan in plans for one in plan.needed}
+    readings = 0
+    while waiting:
+        ready = [
+            one
+            for one in waiting.values()
+            if not any(inner.step.key in waiting for group in one.inputs.values() for inner in group)
+        ]
+        _settled(run_statistics(place, ready))
+        waiting = {key: one for key, one in waiting.items() if place.store.state(one.step) is not State.PRESENT}
+        readings += 1
+    return readings
+
+
+def merge(place: Place, plans: Sequence[MergePlan]) -> list[str]:
+    """Complete the merges in one pass; returns the models' digests."""
+    _settled(run_merges(place, plans))
+    return [place.store.record(plan.step).digest for plan in plans]  # type: ignore[union-attr]
+
+
+def _settled(done: Done) -> None:
+    """End the benchmark where a step failed: the engine would go on with each alone."""
+    if done.failures:
+        raise SystemExit("; ".join(done.failures.values()))
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a merge before it is timed: seconds that building its loops took and how many there are, CPU-seconds
+    in loops that count and that store, the files that each of its passes reads, and bytes that it writes."""
+
+    built: int
+    build: float
+    counting: float
+    storing: float
+    readings: tuple[tuple[Path, ...], ...]
+    planned_read: int
+    written: int
+
+    @property
+    def fused(self) -> bool:
+        """Whether there are loops: methods that see whole tensors have none."""
+        return self.storing > 0
+
+
+def known_of(folder: Path, recipe: Mapping[str, Any], experts: int, library: WatchedLibrary, store: Path) -> Known:
+    """Plan a merge and do it once, on one thread, so that loops are built and their time is theirs alone."""
+    pool = pool_in(folder, experts)
+    (plan,) = planned(pool, [recipe])
+    needed = list(plan.needed)
+    costs = passes_of(pool, [plan], needed, 1, cores(), sensible_memory())
+    library.watch.cleared()
+    place = place_of(pool, store, library, 1)
+    scan(place, [plan])
+    merge(place, [plan])
+    watch, (base, *others) = library.watch, [weights(path) for path in model_folders(folder, experts)]
+    # Scans look at changes, so they read the base; a merge that works on weights alone does not, whatever is planned.
+    with_base, without = (base, *others), tuple(others)
+    readings = [with_base] * (len(costs) - 1) + [with_base if plan.method.needs_base else without]
+    return Known(
+        len(watch.built), sum(watch.built), watch.seconds["count"], watch.seconds["store"], tuple(readings),
+        sum(cost.read for cost in costs), sum(cost.written for cost in costs),
+    )  # fmt: skip
