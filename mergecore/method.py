@@ -281,6 +281,8 @@ class Method(Plugin, ABC):
     """False: a sum without order, experts are folded by ascending id. True: the recipe's order holds."""
     idempotent: ClassVar[bool] = True
     """Experts that are all equal to e give e (with the method's neutral values)."""
+    published: ClassVar[tuple[str, ...]] = ()
+    """Which values do as which published code, for docs/methods.md; the defaults where an entry names no values."""
 
     @property
     @abstractmethod

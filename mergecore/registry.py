@@ -16,6 +16,7 @@ from mergecore.statistics.balance_cut import BalanceCut
 from mergecore.statistics.dropped_norms import DroppedNorms
 from mergecore.statistics.fisher import DiagonalFisher
 from mergecore.statistics.magnitude_quantiles import MagnitudeQuantiles
+from mergecore.statistics.overlap_counts import OverlapCounts
 from mergecore.statistics.profile import Profile
 from mergecore.statistics.sign_majority import SignMajority
 from mergecore.statistics.softmax_means import SoftmaxMeans
@@ -42,6 +43,11 @@ METHODS: dict[str, type[Method]] = {
         methods.Della,
         methods.Pcb,
         methods.Consensus,
+        methods.Nearswap,
+        methods.Ram,
+        methods.ArceeFusion,
+        methods.Nuslerp,
+        methods.Multislerp,
     )
 }
 STATISTICS: dict[str, type[Statistic] | type[DataStatistic]] = {
@@ -55,6 +61,7 @@ STATISTICS: dict[str, type[Statistic] | type[DataStatistic]] = {
         MagnitudeQuantiles,
         BalanceCut,
         SoftmaxMeans,
+        OverlapCounts,
     )
 }
 EVALUATORS: dict[str, str] = {

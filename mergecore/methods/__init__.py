@@ -1,5 +1,6 @@
 """One file per method. `from mergecore import methods` gives the classes by their names."""
 
+from mergecore.methods.arcee_fusion import ArceeFusion
 from mergecore.methods.average import Average
 from mergecore.methods.breadcrumbs import Breadcrumbs
 from mergecore.methods.consensus import Consensus
@@ -9,7 +10,11 @@ from mergecore.methods.iso_c import IsoC
 from mergecore.methods.iso_cts import IsoCts
 from mergecore.methods.karcher import Karcher
 from mergecore.methods.model_stock import ModelStock
+from mergecore.methods.multislerp import Multislerp
+from mergecore.methods.nearswap import Nearswap
+from mergecore.methods.nuslerp import Nuslerp
 from mergecore.methods.pcb import Pcb
+from mergecore.methods.ram import Boost, Ram
 from mergecore.methods.sce import Sce
 from mergecore.methods.slerp import Slerp
 from mergecore.methods.task_arithmetic import TaskArithmetic
@@ -19,7 +24,9 @@ from mergecore.methods.wudi import Wudi
 from mergecore.trims import RandomDrop
 
 __all__ = [
+    "ArceeFusion",
     "Average",
+    "Boost",
     "Breadcrumbs",
     "Consensus",
     "Della",
@@ -28,7 +35,11 @@ __all__ = [
     "IsoCts",
     "Karcher",
     "ModelStock",
+    "Multislerp",
+    "Nearswap",
+    "Nuslerp",
     "Pcb",
+    "Ram",
     "RandomDrop",
     "Sce",
     "Slerp",

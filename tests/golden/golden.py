@@ -58,14 +58,22 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"scale": 0.7, "multi_task": "ties_published", "density": 0.4},
     ],
     "slerp": [{"t": 0.3}],
+    "nearswap": [{"t": 0.03125}],
+    "ram": [
+        {},
+        {"epsilon": 0.03125, "boost": {"scope": "tensor"}},
+        {"epsilon": 0.03125, "boost": {"most": 4, "rate": 0.5}},
+    ],
+    "nuslerp": [{"weights": [3, 1]}, {"weights": [1, 3], "of": "deltas", "along": "columns"}],
+    "multislerp": [{}, {"weights": [3, 1, 2], "of": "deltas"}],
     "sce": [{}, {"density": 0.3}],
     "iso_c": [{}, {"rank": "full", "convolutions": "flatten"}],
     "iso_cts": [{"common": 0.5}],
     "wudi": [{"steps": 20}, {"variant": "closed"}],
 }
 """Per method the values it is tried with; a method without an entry here is tried with its defaults."""
-TWO = {"slerp"}
-"""Methods of exactly two models."""
+COUNTS = {"slerp": 2, "nuslerp": 2, "nearswap": 1, "arcee_fusion": 1}
+"""Methods that take so many experts and no more."""
 
 Golden = str | dict[str, list[float]]
 
@@ -98,7 +106,7 @@ def models() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
 def result(method: Method) -> dict[str, Tensor]:
     """The method's merge of the tiny models; Fisher information and the like is made up."""
     base, experts = models()
-    experts = experts[:2] if method.name in TWO else experts
+    experts = experts[: COUNTS.get(method.name, len(experts))]
     given = {}
     for name, statistic in method.statistics().items():
         if isinstance(statistic, DataStatistic):
