@@ -102,8 +102,8 @@ def _merged(
     given = {name: [values[position] for position in order] for name, values in (statistics or {}).items()}
     bound = method.bound(order)
     found = find_statistics(bound, shapes, pool, layout.merged, given, report, library)
-    outputs = {**bound.outputs(layout.merged), **layout.copied}
-    if dtype is not None:
+    outputs = {**bound.outputs(layout.merged, len(pool)), **layout.copied}
+    if dtype is not None and bound.makes == "model":
         outputs = {name: stored_as(info, NAMES[dtype]) for name, info in outputs.items()}
     sink = MemorySink(outputs)
     job = MergeJob("merge", bound, tuple(range(len(pool))), frozenset(layout.merged), outputs, found, sink)

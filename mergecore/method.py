@@ -281,6 +281,8 @@ class Method(Plugin, ABC):
     """False: a sum without order, experts are folded by ascending id. True: the recipe's order holds."""
     idempotent: ClassVar[bool] = True
     """Experts that are all equal to e give e (with the method's neutral values)."""
+    makes: ClassVar[str] = "model"
+    """'model', or 'masks': a product from which the model of a task is read (mergecore/masks.py)."""
     published: ClassVar[tuple[str, ...]] = ()
     """Which values do as which published code, for docs/methods.md; the defaults where an entry names no values."""
 
@@ -310,8 +312,9 @@ class Method(Plugin, ABC):
         """The same method with per-expert parameters (weights, say) moved along when experts are reordered."""
         return self
 
-    def outputs(self, selection: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
-        """Names and shapes of what is made from the merged tensors; the same unless the method changes widths."""
+    def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
+        """Names and shapes of what is made from the merged tensors of `count` experts; the same unless the method changes
+        widths, or makes no model."""
         return selection
 
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:

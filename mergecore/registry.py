@@ -21,6 +21,7 @@ from mergecore.statistics.profile import Profile
 from mergecore.statistics.sign_majority import SignMajority
 from mergecore.statistics.softmax_means import SoftmaxMeans
 from mergecore.statistics.threshold import Threshold
+from mergecore.statistics.unified_norms import UnifiedNorms
 
 Kind = TypeVar("Kind", bound=Plugin)
 
@@ -48,6 +49,8 @@ METHODS: dict[str, type[Method]] = {
         methods.ArceeFusion,
         methods.Nuslerp,
         methods.Multislerp,
+        methods.TallMasks,
+        methods.Emr,
     )
 }
 STATISTICS: dict[str, type[Statistic] | type[DataStatistic]] = {
@@ -62,6 +65,7 @@ STATISTICS: dict[str, type[Statistic] | type[DataStatistic]] = {
         BalanceCut,
         SoftmaxMeans,
         OverlapCounts,
+        UnifiedNorms,
     )
 }
 EVALUATORS: dict[str, str] = {

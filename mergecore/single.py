@@ -19,6 +19,7 @@ from mergecore.method import DataStatistic, Report
 from mergecore.passes import Executor
 from mergecore.plan import MergeBuilder, MergePlan, StatisticPlan
 from mergecore.pool import Member, Pool, Resolver, resolve_pool
+from mergecore.product import describe, published_name
 from mergecore.publish import TORCH_NAMES, model_card, write_companions
 from mergecore.run import Done, Place, fetch, run_merges, run_statistics, snapshots_of
 from mergecore.spec import BaseSpec, Recipe, as_yaml, size_in_bytes
@@ -188,12 +189,16 @@ def _settle(place: Place, plan: MergePlan, recipe: Recipe, draft: Path) -> str:
     record = place.store.record(plan.step)
     assert record is not None
     for name in record.files:
-        os.rename(place.store.folder(plan.step) / name, draft / name)
+        if (published := published_name(plan, name)) is not None:
+            os.rename(place.store.folder(plan.step) / name, draft / published)
     dtypes = sorted({info.dtype for info in plan.outputs.values() if info.dtype in TORCH_NAMES})
     base = place.pool.base
     write_companions(draft, base, place.folders[base.weights], dtypes)
     held = _pinned(recipe, place.pool)
-    (draft / "README.md").write_text(model_card(held, _origin(place.pool, plan.step, record.result), None))
+    origin = _origin(place.pool, plan.step, record.result)
+    if plan.method.makes == "masks":
+        origin["saved"] = describe(plan, place.pool, draft)
+    (draft / "README.md").write_text(model_card(held, origin, None))
     (draft / "mergeloom.yaml").write_text(as_yaml(held))
     shutil.rmtree(draft / ".work")
     return record.digest

@@ -5,6 +5,7 @@ from mergecore.methods.average import Average
 from mergecore.methods.breadcrumbs import Breadcrumbs
 from mergecore.methods.consensus import Consensus
 from mergecore.methods.della import Della
+from mergecore.methods.emr import Emr
 from mergecore.methods.fisher import Fisher
 from mergecore.methods.iso_c import IsoC
 from mergecore.methods.iso_cts import IsoCts
@@ -17,6 +18,7 @@ from mergecore.methods.pcb import Pcb
 from mergecore.methods.ram import Boost, Ram
 from mergecore.methods.sce import Sce
 from mergecore.methods.slerp import Slerp
+from mergecore.methods.tall_masks import TallMasks
 from mergecore.methods.task_arithmetic import TaskArithmetic
 from mergecore.methods.ties import Ties
 from mergecore.methods.tsv_m import TsvM
@@ -30,6 +32,7 @@ __all__ = [
     "Breadcrumbs",
     "Consensus",
     "Della",
+    "Emr",
     "Fisher",
     "IsoC",
     "IsoCts",
@@ -43,6 +46,7 @@ __all__ = [
     "RandomDrop",
     "Sce",
     "Slerp",
+    "TallMasks",
     "TaskArithmetic",
     "Ties",
     "TsvM",
