@@ -14,7 +14,7 @@ from mergecore.engine import run_pass
 from mergecore.errors import SpecError
 from mergecore.identity import GRID
 from mergecore.kernels.library import Library
-from mergecore.layout import SelectRule, check_fit, lay_out
+from mergecore.layout import SelectRule, check_fit, check_left_out, lay_out
 from mergecore.method import DataStatistic, Found, Method, Report, Scope, Statistic, Statistics, TensorInfo, silent
 from mergecore.passes import MergeJob, PassPlan, StatisticJob, coarsest, plan_spans
 from mergecore.snapshot import MERGED, NAMES, MemoryTensors
@@ -89,7 +89,8 @@ def _merged(
     first = base if base is not None else experts[0]
     shapes = MemoryTensors(first)
     for position, expert in enumerate(experts):
-        check_fit(shapes.tensors, MemoryTensors(expert).tensors, f"expert {position}", tied=False)
+        check_fit(shapes.tensors, MemoryTensors(expert).tensors, f"expert {position}", False, select)
+    check_left_out(select, [first, *experts])
     layout = lay_out(shapes.tensors, {}, [tuple(expert) for expert in experts], select)
     order = list(range(len(experts)))
     if ids is not None and not method.ordered:

@@ -59,7 +59,7 @@ def merge_recipe(
         raise StoreError(f"{out} exists already; choose another name or remove it")
     clock = _Clock()
     method = recipe.built()
-    pool = resolve_pool(_base(recipe), recipe.experts, None, resolve, report)
+    pool = resolve_pool(_base(recipe), recipe.experts, None, resolve, report, select=recipe.select)
     builder = MergeBuilder(pool, recipe.select, recipe.dtype, _no_data)
     plan = builder.build(method, list(pool.experts.values()))
     with _draft(out) as draft:

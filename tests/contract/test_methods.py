@@ -28,6 +28,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("average", {"weights": [3, 1, 2]}),
     ("average", {"drop": DROP}),
     ("task_arithmetic", {"scale": 0.7}),
+    ("task_arithmetic", {"scale": [0.7, -0.2, 1.1], "drop": DROP}),
     ("task_arithmetic", {"scale": -0.3, "drop": {**DROP, "rescale": "inverse"}}),
     *(
         ("ties", {"density": 0.3, "scale": 0.8, "scope": scope, "aggregate": aggregate, "count": count})

@@ -35,7 +35,13 @@ L1 = {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 3}
 INVERSE = {"kind": "random", "rate": 0.75, "seed": 11}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "average": [{}, {"weights": [3, 1, 2]}, {"weights": [0.1, 0.2, 0.4]}, {"drop": L1}, {"drop": INVERSE}],
-    "task_arithmetic": [{"scale": 0.7}, {"scale": -0.3}, {"scale": 0.5, "drop": INVERSE}, {"scale": 1.0, "drop": L1}],
+    "task_arithmetic": [
+        {"scale": 0.7},
+        {"scale": [0.5, -0.25, 1.5]},
+        {"scale": -0.3},
+        {"scale": 0.5, "drop": INVERSE},
+        {"scale": 1.0, "drop": L1},
+    ],
     "ties": [
         {},
         {"density": 0.5, "scale": 0.8, "scope": "tensor"},
