@@ -228,9 +228,15 @@ def track(spec: Path, rebuild: bool, uri: str | None) -> None:
 
 @main.command()
 @click.argument("name", required=False)
-def methods(name: str | None) -> None:
+@click.option("--markdown", is_flag=True, help="all of them as docs/methods.md")
+def methods(name: str | None, markdown: bool) -> None:
     """List the merge methods, or one method's parameters with defaults and ranges."""
     with errors():
+        if markdown:
+            from flows.catalogue import methods_page
+
+            click.echo(methods_page(), nl=False)
+            return
         from flows.overview import method_text, methods_text
 
         click.echo(method_text(name) if name else methods_text())

@@ -193,6 +193,11 @@ class Statistic(Plugin, ABC):
     whole: ClassVar[bool] = False
     """True: looks at all tensors an expert carries, whatever the selection, so that selections share it."""
 
+    @property
+    def readings(self) -> int:
+        """How often it reads the models, counting its wishes to read again, which may be for a few tensors only."""
+        return 1
+
     def statistics(self) -> Mapping[str, Statistic]:
         """What this statistic must know beforehand, by the name it is handed under."""
         return {}
@@ -283,6 +288,8 @@ class Method(Plugin, ABC):
     """Experts that are all equal to e give e (with the method's neutral values)."""
     makes: ClassVar[str] = "model"
     """'model', or 'masks': a product from which the model of a task is read (mergecore/masks.py)."""
+    paper: ClassVar[str] = ""
+    """The source, with its arXiv number where it has one."""
     published: ClassVar[tuple[str, ...]] = ()
     """Which values do as which published code, for docs/methods.md; the defaults where an entry names no values."""
 

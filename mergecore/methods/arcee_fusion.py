@@ -23,6 +23,7 @@ class ArceeFusion(Method):
     """
 
     name: ClassVar[str] = "arcee_fusion"
+    paper: ClassVar[str] = "none; Arcee 2024, described by mergekit's code alone"
     per: ClassVar[Per] = Per.TENSOR
     idempotent: ClassVar[bool] = False
     published: ClassVar[tuple[str, ...]] = (

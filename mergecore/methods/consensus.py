@@ -32,6 +32,13 @@ class Consensus(Method):
     """
 
     name: ClassVar[str] = "consensus"
+    paper: ClassVar[str] = (
+        "Wang et al. 2024, Localizing task information for improved model merging and compression, arXiv:2405.07813"
+    )
+    published: ClassVar[tuple[str, ...]] = (
+        "the authors' code, of `multi_task: sum`",
+        "`multi_task: ties_published` its Consensus TIES",
+    )
     idempotent: ClassVar[bool] = False
 
     scale: Annotated[float, Field(description="α, the factor of the masked multi-task vector")]

@@ -21,6 +21,9 @@ class Emr(Method):
     """
 
     name: ClassVar[str] = "emr"
+    paper: ClassVar[str] = (
+        "Huang et al. 2024, EMR-Merging: tuning-free high-performance model merging, arXiv:2405.17461"
+    )
     per: ClassVar[Per] = Per.TENSOR
     makes: ClassVar[str] = "masks"
     idempotent: ClassVar[bool] = False

@@ -27,6 +27,7 @@ class Multislerp(Method):
     """
 
     name: ClassVar[str] = "multislerp"
+    paper: ClassVar[str] = "none; Goddard 2024, a note on barycentric interpolation on the sphere"
     per: ClassVar[Per] = Per.TENSOR
     published: ClassVar[tuple[str, ...]] = (
         "mergekit's `multislerp` without a base",

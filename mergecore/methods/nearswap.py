@@ -21,6 +21,7 @@ class Nearswap(Method):
     """
 
     name: ClassVar[str] = "nearswap"
+    paper: ClassVar[str] = "alchemonaut 2024, model card of QuartetAnemoi-70B-t0.0001"
     idempotent: ClassVar[bool] = False
     published: ClassVar[tuple[str, ...]] = ("mergekit's `nearswap`, without its floor of 1e-6 under |θ_1 − θ_0|",)
 

@@ -22,6 +22,7 @@ class Nuslerp(Method):
     """
 
     name: ClassVar[str] = "nuslerp"
+    paper: ClassVar[str] = "none; mergekit's code. The arc is Shoemake's (1985)"
     per: ClassVar[Per] = Per.TENSOR
     published: ClassVar[tuple[str, ...]] = (
         "mergekit's `nuslerp` without a base",

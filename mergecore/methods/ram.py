@@ -46,6 +46,7 @@ class Ram(Method):
     """
 
     name: ClassVar[str] = "ram"
+    paper: ClassVar[str] = "Yuan et al. 2026, Behavior knowledge merge in reinforced agentic models, arXiv:2601.13572"
     idempotent: ClassVar[bool] = False
     published: ClassVar[tuple[str, ...]] = (
         "mergekit's `ram`",

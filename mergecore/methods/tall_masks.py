@@ -31,6 +31,9 @@ class TallMasks(Method):
     """
 
     name: ClassVar[str] = "tall_masks"
+    paper: ClassVar[str] = (
+        "Wang et al. 2024, Localizing task information for improved model merging and compression, arXiv:2405.07813"
+    )
     per: ClassVar[Per] = Per.TENSOR
     makes: ClassVar[str] = "masks"
     idempotent: ClassVar[bool] = False

@@ -21,6 +21,15 @@ class TaskArithmetic(Method):
     """
 
     name: ClassVar[str] = "task_arithmetic"
+    paper: ClassVar[str] = (
+        "Ilharco et al. 2023, Editing models with task arithmetic, arXiv:2212.04089; drop: Yu et al. "
+        "2024, Language models are super Mario, arXiv:2311.03099"
+    )
+    published: ClassVar[tuple[str, ...]] = (
+        "the authors' code, with integer buffers copied",
+        "a list of scales mergekit's `task_arithmetic` with these weights",
+        "`drop: {rescale: l1}` its `dare_linear`, of other random masks",
+    )
     idempotent: ClassVar[bool] = False
 
     scale: Annotated[
