@@ -5,7 +5,7 @@
 #   make serve     Prefect and MLflow over the data of the demo, on fixed ports
 #   make deploy    while it runs: sweeps and merges as forms on Prefect's page      make worker   does what they ask for
 #   make test      the test suite           make check   linters, types, import contracts
-#   make bench     side by side with other tools
+#   make bench     side by side with other tools    make docs    docs/methods.md anew from the classes
 #   make lock      constraints.txt anew from pyproject.toml
 #
 # TORCH is the one setting for another torch build: any requirement that pip takes, or the path of a wheel, as in
@@ -31,7 +31,7 @@ export DO_NOT_TRACK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: setup demo serve deploy worker test check bench lock clean
+.PHONY: setup demo serve deploy worker test check docs bench lock clean
 
 setup: $(VENV)/.ready
 
@@ -77,6 +77,9 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: setup
+	$(BIN)/mergeloom methods --markdown > docs/methods.md
 
 bench: setup
 	$(BIN)/python benchmarks/merge.py --size 0.1

@@ -52,6 +52,7 @@ def main() -> None:
     mergeloom methods                 what can be merged how, and with which parameters
     mergeloom merge RECIPE OUT        one model, in this process, in seconds
     mergeloom extract-lora EXPERT OUT an adapter of a full checkpoint, and what it loses
+    mergeloom unpack PRODUCT TASK OUT the model of one task from a product of masks
     mergeloom plan SPEC               what a sweep would do, cost and reuse
     mergeloom sweep SPEC              do it; the same command resumes and extends it
     mergeloom report SPEC             tables and figure of what is known so far
@@ -99,6 +100,7 @@ def merge(
         from flows.session import digest_cache, loops, resolver
         from flows.terminal import progress
         from mergecore.merging import InProcess
+        from mergecore.product import PRODUCT, open_product
         from mergecore.single import merge_recipe
         from mergecore.spec import parse_recipe, read_yaml, size_in_bytes
 
@@ -115,6 +117,32 @@ def merge(
         for warning in made.warnings:
             click.echo(f"note: {warning}", err=True)
         click.echo(f"{made.folder}  {readable(made.size)}  digest {made.digest[:16]}")
+        if (made.folder / PRODUCT).exists():
+            record = open_product(made.folder).record
+            click.echo(f"a product of masks for {', '.join(task.name for task in record.tasks)}: {record.bytes.text}")
+
+
+@main.command()
+@click.argument("product", type=click.Path(path_type=Path))
+@click.argument("task")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="default: as the recipe says")
+@click.option("--shard-size", default="5GB", show_default=True, help="at most so many bytes in a file")
+@click.option("--durable", is_flag=True, help="fsync every file before OUT appears")
+def unpack(product: Path, task: str, out: Path, dtype: str | None, shard_size: str, durable: bool) -> None:
+    """Make the model of TASK from PRODUCT, what `merge` writes by tall_masks or emr, in the new folder OUT.
+
+    TASK is the name of an expert in the product's recipe. OUT holds what `transformers` loads.
+    """
+    with errors():
+        from flows.terminal import progress
+        from mergecore.product import unpack as write_model
+        from mergecore.spec import SAFETENSORS_DTYPE, size_in_bytes
+
+        kind = SAFETENSORS_DTYPE[dtype] if dtype else None
+        with progress() as report:
+            digest = write_model(product, task, out, size_in_bytes(shard_size), report, dtype=kind, durable=durable)
+        click.echo(f"{out}  digest {digest[:16]}")
 
 
 @main.command(name="extract-lora")
@@ -259,9 +287,15 @@ def track(spec: Path, rebuild: bool, uri: str | None) -> None:
 
 @main.command()
 @click.argument("name", required=False)
-def methods(name: str | None) -> None:
+@click.option("--markdown", is_flag=True, help="all of them as docs/methods.md")
+def methods(name: str | None, markdown: bool) -> None:
     """List the merge methods, or one method's parameters with defaults and ranges."""
     with errors():
+        if markdown:
+            from flows.catalogue import methods_page
+
+            click.echo(methods_page(), nl=False)
+            return
         from flows.overview import method_text, methods_text
 
         click.echo(method_text(name) if name else methods_text())

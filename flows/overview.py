@@ -9,7 +9,6 @@ from typing import Any
 from flows.budget import Cost, PassCost, readable
 from flows.session import Session
 from flows.terminal import table
-from mergecore.adapters import AdapterMethod
 from mergecore.architectures import layer_of
 from mergecore.errors import SpecError, nearest
 from mergecore.extraction import Extracted
@@ -90,7 +89,7 @@ def method_text(name: str) -> str:
         default = "must be given" if info.is_required() else repr(info.default)
         rows.append([field, default, (info.description or "") + (f" [{', '.join(limits)}]" if limits else "")])
     needs = "base and experts" if kind.model_construct().needs_base else "experts only"
-    if issubclass(kind, AdapterMethod):
+    if kind.makes == "adapter":
         needs = "experts that are LoRA adapters, and the base they are on; makes an adapter"
     statistics = ", ".join(kind.model_construct().statistics()) or "nothing"
     head = f"{name} ({kind.__name__})\n{(kind.__doc__ or '').strip()}\n{(module.__doc__ or '').strip()}"

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from mergecore.adapters import AdapterMethod
 from mergecore.frontier import Frontier, read_registration
 from mergecore.identity import Step
 from mergecore.plan import Cell, Plan
@@ -101,7 +100,7 @@ def recipe_of(plan: Plan, cell: Cell) -> dict[str, Any]:
         "base": plan.pool.base.source.uri,
         "experts": [{"name": name, "source": plan.pool.experts[name].snapshot.source.uri} for name in cell.experts],
     }
-    if spec.output.dtype and not isinstance(cell.merge.method, AdapterMethod):  # there it is the dense model's
+    if spec.output.dtype and cell.merge.method.makes != "adapter":  # there it is the dense model's
         recipe["dtype"] = spec.output.dtype
     if spec.select:
         recipe["select"] = [rule.model_dump(mode="json", exclude_defaults=True) for rule in spec.select]

@@ -23,7 +23,9 @@ class SelectRule(BaseModel):
 
     names: str = Field("*", description="shell pattern over tensor names, or a regular expression between slashes")
     layers: tuple[int, int] | None = Field(None, description="first and last layer (counted from 0), both included")
-    take: Literal["merge", "copy"] = Field("merge", description="merge the tensor, or copy it from the base")
+    take: Literal["merge", "copy", "drop"] = Field(
+        "merge", description="merge the tensor, copy it from the base, or leave it out of the result (a task's head)"
+    )
 
     @field_validator("names")
     @classmethod
@@ -78,11 +80,14 @@ def lay_out(
     for name in sorted(base):
         if name in dropped:
             continue
+        if left_out(name, rules):
+            dropped[name] = "left out by select"
+            continue
         mergeable = name in held and base[name].dtype in MERGED and not _is_buffer(name, base[name])
         wanted = mergeable and _take(name, rules) == "merge"
         (merged if wanted else copied)[name] = base[name]
     for rule in rules:
-        if not any(rule.matches(name) for name in base):
+        if rule.take != "drop" and not any(rule.matches(name) for name in base):
             raise SpecError(
                 f"select: the rule {rule.model_dump(exclude_defaults=True)} matches no tensor of the base; its tensors "
                 f"are named like {_few(sorted(base))} (`mergeloom inspect` tells more of it)"
@@ -101,6 +106,22 @@ def tied_names(base: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dic
     return {name: owner for owner, name in TIED if tied and owner in base}
 
 
+def left_out(name: str, rules: Sequence[SelectRule]) -> bool:
+    """Whether `select` drops the tensor, wherever it stands."""
+    return bool(rules) and _take(name, rules) == "drop"
+
+
+def check_left_out(rules: Sequence[SelectRule], models: Sequence[Iterable[str]]) -> None:
+    """Raise SpecError for a rule that drops nothing of any model: what it was to drop would be merged."""
+    known = {name for names in models for name in names}
+    for rule in rules:
+        if rule.take == "drop" and not any(rule.matches(name) for name in known):
+            raise SpecError(
+                f"select: the rule {rule.model_dump(exclude_defaults=True)} drops no tensor of the base or of an expert; "
+                f"they are named like {_few(sorted(known))}"
+            )
+
+
 def _take(name: str, rules: Sequence[SelectRule]) -> str:
     if not rules:
         return "merge"
@@ -112,9 +133,19 @@ def _is_buffer(name: str, info: TensorInfo) -> bool:
     return BUFFER.search(name) is not None and (len(info.shape) != 1 or not name.endswith("bias"))
 
 
-def check_fit(base: Mapping[str, TensorInfo], expert: Mapping[str, TensorInfo], where: str, tied: bool) -> None:
-    """Raise MismatchError where a full checkpoint's names or shapes are not those of the base, naming the first few."""
+def check_fit(
+    base: Mapping[str, TensorInfo],
+    expert: Mapping[str, TensorInfo],
+    where: str,
+    tied: bool,
+    rules: Sequence[SelectRule] = (),
+) -> None:
+    """Raise MismatchError where a full checkpoint's names or shapes are not those of the base, naming the first few.
+
+    What the rules leave out of the result need not fit.
+    """
     ignored = {name for _, name in TIED} if tied else set()
+    ignored |= {name for held in (base, expert) for name in held if left_out(name, rules)}
     ignored |= {name for held in (base, expert) for name in held if _is_buffer(name, held[name])}
     missing = sorted(set(base) - set(expert) - ignored)
     unknown = sorted(set(expert) - set(base) - ignored)

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -196,6 +196,11 @@ class Statistic(Plugin, ABC):
     whole: ClassVar[bool] = False
     """True: looks at all tensors an expert carries, whatever the selection, so that selections share it."""
 
+    @property
+    def readings(self) -> int:
+        """How often it reads the models, counting its wishes to read again, which may be for a few tensors only."""
+        return 1
+
     def statistics(self) -> Mapping[str, Statistic]:
         """What this statistic must know beforehand, by the name it is handed under."""
         return {}
@@ -272,6 +277,7 @@ class Link(Plugin, ABC):
     per: ClassVar[Per] = Per.TENSOR
     working: ClassVar[float] = 20.0
     """As `Method.working`: two matrices and the decomposition of one in float64, and the link before."""
+    makes: ClassVar[Literal["state"]] = "state"
     on: ClassVar[str] = "deltas"
     needs_base: ClassVar[bool] = False
     needs_experts: ClassVar[bool] = True
@@ -318,6 +324,13 @@ class Method(Plugin, ABC):
     """False: a sum without order, experts are folded by ascending id. True: the recipe's order holds."""
     idempotent: ClassVar[bool] = True
     """Experts that are all equal to e give e (with the method's neutral values)."""
+    makes: ClassVar[Literal["model", "adapter", "masks"]] = "model"
+    """'model'; 'adapter', of adapters (mergecore/adapters.py): a sweep measures the base plus it; or 'masks', a product from
+    which the model of a task is read (mergecore/masks.py)."""
+    paper: ClassVar[str] = ""
+    """The source, with its arXiv number where it has one."""
+    published: ClassVar[tuple[str, ...]] = ()
+    """Which values do as which published code, for docs/methods.md; the defaults where an entry names no values."""
 
     @property
     @abstractmethod
@@ -355,8 +368,9 @@ class Method(Plugin, ABC):
         """The same method with per-expert parameters (weights, say) moved along when experts are reordered."""
         return self
 
-    def outputs(self, selection: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
-        """Names and shapes of what is made from the merged tensors; the same unless the method changes widths."""
+    def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
+        """Names and shapes of what is made from the merged tensors of `count` experts; the same unless the method changes
+        widths, or makes no model."""
         return selection
 
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:

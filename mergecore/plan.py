@@ -114,6 +114,8 @@ class Cell:
     member: Member | None
     tasks: tuple[str, ...]
     refused: str = ""
+    loads: Mapping[str, str] = field(default_factory=dict)
+    """Of a product: task → id of the expert whose model is loaded for it."""
 
     @property
     def group(self) -> tuple[str, int, int]:
@@ -153,7 +155,11 @@ class Plan:
             evaluator.name,
             evaluator.version,
             {"task": task, "identity": self._digests[known], "settings": self._digests[split]},
-            {"model": cell.model.key, "companions": self.companions(cell).companions},
+            {
+                "model": cell.model.key,
+                "companions": self.companions(cell).companions,
+                **({"expert": cell.loads[task]} if cell.loads else {}),
+            },
         )
 
     def companions(self, cell: Cell) -> Any:
@@ -276,17 +282,32 @@ class Planner:
     def _cell(self, variant: Variant, count: int, subset: int, chosen: tuple[str, ...]) -> Cell:
         values = values_label(variant.values)
         name = f"{variant.label}({values}) n{count} s{subset}" if values else f"{variant.label} n{count} s{subset}"
-        merge, refused, tasks = None, "", self._tasks_of(chosen)
+        merge, refused, tasks, loads = None, "", self._tasks_of(chosen), dict[str, str]()
         try:
             merge = self.builder.build(variant.method, [self.pool.experts[expert] for expert in chosen])
             model = merge.step
+            if merge.method.makes == "masks":
+                loads = self._loads(chosen)
+                tasks = tuple(loads)
         except MergeloomError as error:
             model = Step("merge", variant.method.name, 0, variant.method.parameters(), {"experts": list(chosen)})
             refused, tasks = str(error), ()
         label, given = variant.label, dict(variant.values)
         return Cell(
-            model.key[:16], "merge", name, label, given, count, subset, chosen, model, merge, None, tasks, refused
+            model.key[:16], "merge", name, label, given, count, subset, chosen, model, merge, None, tasks, refused, loads
         )  # fmt: skip
+
+    def _loads(self, chosen: Sequence[str]) -> dict[str, str]:
+        """A product has a model for the tasks of its own experts, and none for what no expert saw."""
+        found: dict[str, str] = {}
+        for member in sorted((self.pool.experts[name] for name in chosen), key=lambda member: member.id):
+            for task in member.tasks:
+                found.setdefault(task, member.id)
+        if not found:
+            raise SpecError(
+                "a product of masks is measured on its experts' own tasks, and the spec names none for them"
+            )
+        return {task: found[task] for task in self._tasks_of(chosen) if task in found}
 
 
 @dataclass(frozen=True)
@@ -344,8 +365,9 @@ class MergeBuilder:
             },
         )
         outputs, size = laid.outputs, laid.size
-        if (changed := bound.outputs(laid.layout.merged)) is not laid.layout.merged:
-            outputs = self._outputs({**changed, **laid.layout.copied})
+        if (changed := bound.outputs(laid.layout.merged, len(ids))) is not laid.layout.merged:
+            held = {**changed, **laid.layout.copied}
+            outputs = self._outputs(held) if bound.makes != "masks" else held
             size = bytes_of(outputs)
         return MergePlan(step, bound, ids, laid.layout, outputs, statistics, size)
 

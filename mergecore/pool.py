@@ -10,7 +10,7 @@ from typing import Any
 from mergecore.delta import AdapterExpert, Expert, Factor, FullExpert, adapter_factors
 from mergecore.errors import MismatchError, SourceError, SpecError
 from mergecore.identity import Step
-from mergecore.layout import check_fit, tied_names
+from mergecore.layout import SelectRule, check_fit, check_left_out, tied_names
 from mergecore.method import Event, Report, TensorInfo
 from mergecore.snapshot import FileTensors, Snapshot, read_json, read_snapshot
 from mergecore.sources import Source
@@ -82,8 +82,9 @@ def resolve_pool(
     multitask: SourceSpec | None,
     resolve: Resolver,
     report: Report,
+    select: Sequence[SelectRule] = (),
 ) -> Pool:
-    """Resolve and check every checkpoint; reads headers and small files only.
+    """Resolve and check every checkpoint; reads headers and small files only. What `select` drops need not fit.
 
     Raises SourceError for what cannot be had and MismatchError for what does not fit the base: architecture, shapes,
     vocabulary.
@@ -100,11 +101,12 @@ def resolve_pool(
         report(Event(f"expert {expert.name}", position + 1, len(experts), "experts"))
         if expert.name in members:
             raise SpecError(f"experts: two are called '{expert.name}'; give each its own name")
-        member = _member(expert.name, expert.tasks, read_snapshot(resolve(expert)), ground, warnings)
+        member = _member(expert.name, expert.tasks, read_snapshot(resolve(expert)), ground, warnings, select)
         same = next((other.name for other in members.values() if other.id == member.id), None)
         if same is not None:
             raise SpecError(f"experts: '{expert.name}' and '{same}' have the same weights; list each checkpoint once")
         members[expert.name] = member
+    check_left_out(select, [ground.tensors, *(member.snapshot.tensors for member in members.values())])
     several = None
     if multitask is not None:
         several = _member("multitask", (), read_snapshot(resolve(multitask)), ground, warnings)
@@ -120,7 +122,14 @@ def resolve_pool(
     return Pool(ground, members, several, tuple(warnings))
 
 
-def _member(name: str, tasks: tuple[str, ...], found: Snapshot, base: Snapshot, warnings: list[str]) -> Member:
+def _member(
+    name: str,
+    tasks: tuple[str, ...],
+    found: Snapshot,
+    base: Snapshot,
+    warnings: list[str],
+    select: Sequence[SelectRule] = (),
+) -> Member:
     where = f"expert '{name}' ({found.source.uri})"
     if found.kind == "adapter":
         factors = adapter_factors(
@@ -132,7 +141,7 @@ def _member(name: str, tasks: tuple[str, ...], found: Snapshot, base: Snapshot, 
         ours, theirs = base.config.get(key), found.config.get(key)
         if ours is not None and theirs is not None and ours != theirs:
             raise MismatchError(f"{where} has {key} {theirs}, the base has {ours}: they are no versions of one model")
-    check_fit(base.tensors, found.tensors, where, bool(base.config.get("tie_word_embeddings")))
+    check_fit(base.tensors, found.tensors, where, bool(base.config.get("tie_word_embeddings")), select)
     _check_tokenizer(where, found, base, warnings)
     return Member(name, tasks, found, None)
 

@@ -15,6 +15,7 @@ from mergecore.errors import StoreError
 from mergecore.frontier import Frontier, registration_file
 from mergecore.identity import Step
 from mergecore.plan import Cell
+from mergecore.product import describe, published_name
 from mergecore.run import Done, Place, made_with
 from mergecore.snapshot import Snapshot
 from mergecore.spec import as_yaml
@@ -70,6 +71,12 @@ def model_card(recipe: Mapping[str, Any], origin: Mapping[str, Any], scores: Map
         lines += ["", f"Share of each task vector that the threshold kept: {kept}."]
     if "error" in origin:
         lines += ["", f"Relative error of the cut to the rank, in the Frobenius norm: {origin['error']:.4%}."]
+    if "saved" in origin:
+        lines += [
+            "",
+            "This is no model but a product of masks: `mergeloom unpack` makes the model of one task from it.",
+        ]
+        lines += [f"It takes {origin['saved']}."]
     if scores:
         lines += ["", "| score | value |", "|---|---|"]
         lines += [f"| {name} | {value:.4f} |" for name, value in scores.items()]
@@ -93,9 +100,12 @@ def register(place: Place, frontier: Frontier, cell: Cell, chosen_on: str, score
     if not store.is_done(step, bytes_needed=True):
         with store.draft(step) as draft:
             for name in record.files:
-                os.link(store.folder(cell.model) / name, draft.path / name)
+                if (published := published_name(cell.merge, name)) is not None:
+                    os.link(store.folder(cell.model) / name, draft.path / published)
             dtypes = sorted({info[0] for info in record.result["tensors"].values() if info[0] in TORCH_NAMES})
             write_companions(draft.path, plan.pool.base, place.folders[plan.pool.base.weights], dtypes)
+            if cell.merge.method.makes == "masks":
+                origin["saved"] = describe(cell.merge, plan.pool, draft.path)
             (draft.path / "README.md").write_text(model_card(origin["recipe"], origin, scores))
             store.commit(draft, record.digest, {"cell": cell.name}, made_with(began))
     path = registration_file(store, plan.spec.name)

@@ -47,6 +47,7 @@ from mergecore.method import (
 from mergecore.passes import Executor, MergeJob, PassOutcome, PassPlan, StatisticJob, coarsest, plan_spans
 from mergecore.plan import MergePlan, StatisticPlan
 from mergecore.pool import Pool, opened, snapshot_step
+from mergecore.product import task_model
 from mergecore.snapshot import NAMES, FileTensors, MemoryTensors, Snapshot, open_file, open_files
 from mergecore.store import Draft, State, Store
 from mergecore.writer import ShardSink, plan_shards
@@ -402,7 +403,7 @@ class Bench:
 class ScoreTask:
     """One model and the tasks on which it is to be scored."""
 
-    weights: FileTensors
+    weights: TensorSource
     companions: Path
     companions_digest: str
     tasks: tuple[tuple[Split, TaskIdentity, Step], ...]
@@ -454,9 +455,14 @@ class Folded:
 
 def run_scorings(place: Place, scorings: Sequence[Scoring]) -> Done:
     """Score models, one after another on each worker; a model's tasks stay together."""
-    tasks = []
+    tasks, names = [], []
     for scoring in scorings:
         companions = place.pool.base
+        if scoring.cell.loads:
+            found = _product_tasks(place, scoring)
+            tasks += found
+            names += [scoring.cell.name] * len(found)
+            continue
         if scoring.cell.merge is not None:
             weights = open_model(place.store, scoring.cell.model)
         else:
@@ -464,7 +470,24 @@ def run_scorings(place: Place, scorings: Sequence[Scoring]) -> Done:
                 companions = scoring.cell.member.snapshot
             weights = companions.open(place.folders[companions.weights])
         tasks.append(ScoreTask(weights, place.folders[companions.weights], companions.companions, scoring.tasks))
-    return _gather(place, score_model, place.bench, tasks, [scoring.cell.name for scoring in scorings], "models scored")
+        names.append(scoring.cell.name)
+    return _gather(place, score_model, place.bench, tasks, names, "models scored")
+
+
+def _product_tasks(place: Place, scoring: Scoring) -> list[ScoreTask]:
+    """A product's scorings, one for each expert whose model is loaded from it."""
+    merge, base = scoring.cell.merge, place.pool.base
+    assert merge is not None
+    weights, loads = open_model(place.store, merge.step), scoring.cell.loads
+    return [
+        ScoreTask(
+            task_model(merge, weights, expert),
+            place.folders[base.weights],
+            base.companions,
+            tuple(one for one in scoring.tasks if loads[one[1].task] == expert),
+        )
+        for expert in dict.fromkeys(loads[identity.task] for _, identity, _ in scoring.tasks)
+    ]
 
 
 def run_data_statistics(place: Place, plans: Sequence[StatisticPlan]) -> Done:

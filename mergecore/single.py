@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mergecore.adapter_files import write_config, write_copy
@@ -20,6 +21,7 @@ from mergecore.output import WORK, whole_directory
 from mergecore.passes import Executor
 from mergecore.plan import MergeBuilder, MergePlan, StatisticPlan
 from mergecore.pool import Member, Pool, Resolver, resolve_pool
+from mergecore.product import describe, published_name
 from mergecore.publish import TORCH_NAMES, model_card, write_companions
 from mergecore.run import Done, Place, drop_models, fetch, read_found, run_merges, run_statistics, snapshots_of
 from mergecore.spec import SAFETENSORS_DTYPE, BaseSpec, Recipe, as_yaml, size_in_bytes
@@ -60,7 +62,7 @@ def merge_recipe(
         raise StoreError(f"{out} exists already; choose another name or remove it")
     clock = _Clock()
     method = recipe.built()
-    pool = resolve_pool(_base(recipe), recipe.experts, None, resolve, report)
+    pool = resolve_pool(_base(recipe), recipe.experts, None, resolve, report, select=recipe.select)
     builder = MergeBuilder(pool, recipe.select, recipe.dtype, _no_data)
     plan = builder.build(method, list(pool.experts.values()))
     with whole_directory(out, durable) as draft:
@@ -159,12 +161,14 @@ def _settle(place: Place, plan: MergePlan, recipe: Recipe, draft: Path) -> Settl
     record = place.store.record(plan.step)
     assert record is not None
     for name in record.files:
-        _link_or_copy(place.store.folder(plan.step) / name, draft / name)
+        if (published := published_name(plan, name)) is not None:
+            _link_or_copy(place.store.folder(plan.step) / name, draft / published)
     place.store.drop(plan.step)
     dtypes = sorted({info.dtype for info in plan.outputs.values() if info.dtype in TORCH_NAMES})
     base = place.pool.base
     write_companions(draft, base, place.folders[base.weights], dtypes)
-    _write_card(draft, place.pool, recipe, plan.step, record.result)
+    saved = {"saved": describe(plan, place.pool, draft)} if plan.method.makes == "masks" else {}
+    _write_card(draft, place.pool, recipe, plan.step, record.result, saved)
     return record.digest, plan.size, ()
 
 
@@ -182,9 +186,11 @@ def _settle_adapter(place: Place, plan: StatisticPlan, recipe: Recipe, draft: Pa
     return file.digest, file.size, () if error is None else (f"of the sum {error:.3%} was lost by the cut to the rank",)
 
 
-def _write_card(draft: Path, pool: Pool, recipe: Recipe, step: Step, result: Any) -> None:
+def _write_card(
+    draft: Path, pool: Pool, recipe: Recipe, step: Step, result: Any, more: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     held = _pinned(recipe, pool)
-    (draft / "README.md").write_text(model_card(held, _origin(pool, step, result), None))
+    (draft / "README.md").write_text(model_card(held, {**_origin(pool, step, result), **more}, None))
     (draft / "mergeloom.yaml").write_text(as_yaml(held))
 
 

@@ -175,6 +175,10 @@ class Spec(Part):
     def _fits(self) -> Spec:
         if not self.counts:
             raise ValueError("counts: at least one number of experts is needed, as in counts: [2]")
+        if any(rule.take == "drop" for rule in self.select):
+            raise ValueError(
+                "select: a model that lacks tensors cannot be measured; 'take: drop' is for `mergeloom merge`"
+            )
         for count in self.counts:
             if count > len(self.experts):
                 raise ValueError(f"counts: {count} experts are asked for, the pool has {len(self.experts)}")

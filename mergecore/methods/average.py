@@ -18,6 +18,12 @@ class Average(Method):
     """The (weighted) mean of the experts' weights. The base is used only where a drop needs deltas."""
 
     name: ClassVar[str] = "average"
+    paper: ClassVar[str] = (
+        "Wortsman et al. 2022, Model soups: averaging weights of multiple fine-tuned models improves "
+        "accuracy without increasing inference time, arXiv:2203.05482; drop: Yu et al. 2024, "
+        "arXiv:2311.03099"
+    )
+    published: ClassVar[tuple[str, ...]] = ("mergekit's `linear` (float32 sums instead of the checkpoint's dtype)",)
 
     weights: Annotated[
         tuple[Annotated[float, Field(ge=0)], ...] | None,

@@ -23,6 +23,14 @@ class Breadcrumbs(Method):
     """
 
     name: ClassVar[str] = "breadcrumbs"
+    paper: ClassVar[str] = (
+        "Davari & Belilovsky 2024, Model Breadcrumbs: scaling multi-task model merging with sparse masks, "
+        "arXiv:2312.06795"
+    )
+    published: ClassVar[tuple[str, ...]] = (
+        "`scope: row` the authors' code",
+        "mergekit's `breadcrumbs`, which empties a tensor whose outliers round to none",
+    )
     per: ClassVar[Per] = Per.TENSOR
     idempotent: ClassVar[bool] = False
 

@@ -25,6 +25,15 @@ class Della(Method):
     """
 
     name: ClassVar[str] = "della"
+    paper: ClassVar[str] = (
+        "Deep et al. 2024, DELLA-Merging: reducing interference in model merging through magnitude-based "
+        "sampling, arXiv:2406.11617"
+    )
+    published: ClassVar[tuple[str, ...]] = (
+        "the authors' code, of other random masks",
+        "`rescale: l1` mergekit's `della` (its epsilon is half of `window`)",
+        "with `elect: none, aggregate: sum` its `della_linear`",
+    )
     per: ClassVar[Per] = Per.TENSOR
     idempotent: ClassVar[bool] = False
 

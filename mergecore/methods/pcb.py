@@ -31,6 +31,10 @@ class Pcb(Method):
     """
 
     name: ClassVar[str] = "pcb"
+    paper: ClassVar[str] = "Du et al. 2024, Parameter competition balancing for model merging, arXiv:2410.02396"
+    published: ClassVar[tuple[str, ...]] = (
+        "`form: es`, `vision`, `nlp` the authors' three scripts, of which es is nearest to the paper",
+    )
     idempotent: ClassVar[bool] = False
 
     density: Annotated[float, Field(gt=0, le=1, description="r, the share of each expert's scores that survives")] = 0.2

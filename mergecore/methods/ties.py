@@ -19,6 +19,14 @@ class Ties(Method):
     """Keeps each expert's largest changes, elects a sign per coordinate by total mass and joins those that agree."""
 
     name: ClassVar[str] = "ties"
+    paper: ClassVar[str] = (
+        "Yadav et al. 2023, TIES-Merging: resolving interference when merging models, arXiv:2306.01708"
+    )
+    published: ClassVar[tuple[str, ...]] = (
+        "`count: published` the authors' code, with `aggregate` as its mean, sum or max",
+        "`scope: tensor, count: exact, zero_sign: positive` mergekit's `ties`, but for the one element that it keeps of every tensor",
+        "with `drop: {rescale: l1}` and density 1 its `dare_ties`, of other random masks",
+    )
     idempotent: ClassVar[bool] = False
 
     density: Annotated[float, Field(ge=0, le=1, description="share of each task vector that is kept")] = 0.2

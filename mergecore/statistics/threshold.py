@@ -84,6 +84,11 @@ class Threshold(Statistic):
         """The profile of the same delta."""
         return {"profile": Profile(drop=self.drop), **drop_statistics(self.drop)}
 
+    @property
+    def readings(self) -> int:
+        """Once; twice more for the few tensors in which the last element to keep is to be found."""
+        return 3 if self.count == "exact" else 1
+
     def rank(self, total: int) -> int:
         """How many of `total` elements are wanted."""
         if self.count == "published":
