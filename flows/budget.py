@@ -62,7 +62,7 @@ def block_memory(plan: Plan, merges: list[MergePlan], workers: int) -> int:
     """Bytes that the blocks in flight take: raw pieces of every model of the pool, their float32 forms, the outputs."""
     if not merges:
         return 0
-    per = coarsest([merge.method for merge in merges])
+    per = coarsest([way.method for merge in merges for way in merge.ways])
     experts = len({one for merge in merges for one in merge.experts})
     sizes = [info.count for merge in merges for info in merge.outputs.values()]
     piece = min(GRID, max(sizes)) if per is Per.ELEMENT else max(sizes)

@@ -65,6 +65,8 @@ def merge(
     Raises SpecError, MismatchError and NonFiniteError.
     """
     _check(method, base, experts, ids)
+    if not all(rule.plain for rule in select):
+        raise SpecError("select: rules with a method, values or whom to copy from are for recipes (`mergeloom merge`)")
     threads = torch.get_num_threads()
     try:
         return _merged(method, base, experts, ids, statistics, select, dtype, report, library)

@@ -17,6 +17,7 @@ from mergecore.layout import Layout, lay_out
 from mergecore.merging import stored_as
 from mergecore.method import DataStatistic, Method, Scope, Statistic, TensorInfo
 from mergecore.methods.average import Average
+from mergecore.parts import Portion, portions
 from mergecore.pool import Member, Pool, snapshot_step
 from mergecore.registry import evaluator_from
 from mergecore.scores import Kind, Suite, values_label
@@ -37,6 +38,8 @@ class StatisticPlan:
     selection: Mapping[str, TensorInfo]
     inputs: Mapping[str, tuple[StatisticPlan, ...]]
     tasks: tuple[str, ...] = ()
+    base: str = ""
+    """Id of the expert whose weights the changes are counted from; '' for the pool's base."""
 
     def with_inputs(self) -> Iterator[StatisticPlan]:
         """Everything that must be known for it, deepest first, itself last."""
@@ -48,7 +51,11 @@ class StatisticPlan:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """One model: the method with its parameters in fold order, and what it must know beforehand."""
+    """One model: the method with its parameters in fold order, and what it must know beforehand.
+
+    Where rules of `select` have tensors made in other ways, `parts` says how each of them comes about, `method` is the
+    recipe's, and layout, outputs and statistics are those of all parts together.
+    """
 
     step: Step
     method: Method
@@ -56,6 +63,14 @@ class MergePlan:
     layout: Layout
     outputs: Mapping[str, TensorInfo]
     statistics: Mapping[str, tuple[StatisticPlan, ...]]
+    base: str = ""
+    """Id of the expert that stands for the base, from which copies come too; '' for the pool's base."""
+    parts: tuple[MergePlan, ...] = ()
+
+    @property
+    def ways(self) -> tuple[MergePlan, ...]:
+        """What is to be done: the parts, or this as a whole."""
+        return self.parts or (self,)
 
     @property
     def size(self) -> int:
@@ -270,6 +285,8 @@ class MergeBuilder:
 
     def build(self, method: Method, members: Sequence[Member]) -> MergePlan:
         """The merge of these experts by this method. Raises SpecError where the values do not fit."""
+        if not all(rule.plain for rule in self.select):
+            return self._in_parts(method, members)
         method.validate_count(len(members))
         order = list(range(len(members)))
         if not method.ordered:
@@ -293,6 +310,48 @@ class MergeBuilder:
             outputs = self._outputs({**changed, **layout.copied})
         return MergePlan(step, bound, ids, layout, outputs, statistics)
 
+    def _in_parts(self, method: Method, members: Sequence[Member]) -> MergePlan:
+        """The merge whose tensors come about in several ways: one part for each."""
+        layout, found = portions(self.pool, members, method, self.select)
+        parts = tuple(self._part(portion) for portion in found)
+        ids = tuple(sorted({one for part in parts for one in (*part.experts, part.base) if one}))
+        step = Step(
+            "merge",
+            method.name,
+            method.version,
+            {"values": method.parameters(), "dtype": self.dtype, "engine": ENGINE},
+            {"base": self.pool.base.weights, "experts": list(ids), "parts": sorted(part.step.key for part in parts)},
+        )
+        outputs = {name: info for part in parts for name, info in part.outputs.items()}
+        statistics = {
+            f"{number} {name}": plans for number, part in enumerate(parts) for name, plans in part.statistics.items()
+        }
+        return MergePlan(step, method, ids, layout, outputs, statistics, parts=parts)
+
+    def _part(self, portion: Portion) -> MergePlan:
+        way, layout = portion.way, portion.layout
+        base = way.base.id if way.base else ""
+        order = list(range(len(way.experts)))
+        if not way.method.ordered:
+            order.sort(key=lambda position: way.experts[position].id)
+        ids = tuple(way.experts[position].id for position in order)
+        bound = way.method.bound(order) if layout.merged else way.method
+        tensors = digest([sorted(layout.merged), sorted(layout.copied)])
+        statistics = self._statistics_of(bound, ids, layout.merged, tensors, base) if layout.merged else {}
+        step = Step(
+            "part",
+            bound.name,
+            bound.version,
+            {"values": bound.parameters(), "dtype": self.dtype, "tensors": tensors, "engine": ENGINE},
+            {
+                "base": base or self.pool.base.weights,
+                "experts": list(ids),
+                "statistics": {name: [plan.step.key for plan in plans] for name, plans in statistics.items()},
+            },
+        )
+        outputs = self._outputs({**bound.outputs(layout.merged), **layout.copied})
+        return MergePlan(step, bound, ids, layout, outputs, statistics, base)
+
     def _outputs(self, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
         return {name: stored_as(info, self.dtype or info.dtype) for name, info in tensors.items()}
 
@@ -305,12 +364,17 @@ class MergeBuilder:
         return self._layouts[union]
 
     def _statistics_of(
-        self, owner: Method | Statistic, ids: tuple[str, ...], selection: Mapping[str, TensorInfo], tensors: str
+        self,
+        owner: Method | Statistic,
+        ids: tuple[str, ...],
+        selection: Mapping[str, TensorInfo],
+        tensors: str,
+        base: str = "",
     ) -> dict[str, tuple[StatisticPlan, ...]]:
         found = {}
         for name, statistic in owner.statistics().items():
             groups = [(one,) for one in ids] if statistic.scope is Scope.EXPERT else [ids]
-            found[name] = tuple(self._statistic(statistic, group, selection, tensors) for group in groups)
+            found[name] = tuple(self._statistic(statistic, group, selection, tensors, base) for group in groups)
         return found
 
     def _statistic(
@@ -319,9 +383,10 @@ class MergeBuilder:
         ids: tuple[str, ...],
         selection: Mapping[str, TensorInfo],
         tensors: str,
+        base: str,
     ) -> StatisticPlan:
         inner: dict[str, tuple[StatisticPlan, ...]] = {}
-        inputs: dict[str, Any] = {"base": self.pool.base.weights, "experts": list(ids)}
+        inputs: dict[str, Any] = {"base": base or self.pool.base.weights, "experts": list(ids)}
         tasks: tuple[str, ...] = ()
         if isinstance(statistic, Statistic) and statistic.whole:
             selection = self._whole(ids[0])
@@ -331,11 +396,11 @@ class MergeBuilder:
             inputs["data"] = self.data(self.by_id[ids[0]])
             tasks = tuple(inputs["data"]["tasks"])
         else:
-            inner = self._statistics_of(statistic, ids, selection, tensors)
+            inner = self._statistics_of(statistic, ids, selection, tensors, base)
             inputs["statistics"] = {name: [plan.step.key for plan in plans] for name, plans in inner.items()}
         parameters = {"values": statistic.parameters(), "engine": ENGINE}
         step = Step("statistic", statistic.name, statistic.version, parameters, inputs)
-        return self._statistics.setdefault(step.key, StatisticPlan(step, statistic, ids, selection, inner, tasks))
+        return self._statistics.setdefault(step.key, StatisticPlan(step, statistic, ids, selection, inner, tasks, base))
 
     def _whole(self, expert: str) -> Mapping[str, TensorInfo]:
         """Every tensor the expert can change, whatever is selected: profiles are shared by all selections."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergecore.architectures import layer_of
 from mergecore.delta import AdapterExpert, Expert, Factor, FullExpert, adapter_factors
 from mergecore.errors import MismatchError, SourceError, SpecError
-from mergecore.identity import Step
+from mergecore.identity import Step, digest
 from mergecore.layout import check_fit, tied_names
 from mergecore.method import Event, Report, TensorInfo
 from mergecore.snapshot import FileTensors, Snapshot, read_json, read_snapshot
 from mergecore.sources import Source
 from mergecore.spec import BaseSpec, ExpertSpec, SourceSpec
+from mergecore.stack import BASE, StackRule, layers_of, renamed, restacked
 
 Resolver = Callable[[SourceSpec], Source]
 """Finds the source a spec names; the caller decides about caches, tokens and being offline."""
@@ -78,13 +81,15 @@ def resolve_pool(
     multitask: SourceSpec | None,
     resolve: Resolver,
     report: Report,
+    stack: Sequence[StackRule] = (),
 ) -> Pool:
-    """Resolve and check every checkpoint; reads headers and small files only.
+    """Resolve and check every checkpoint; reads headers and small files only. stack: the layers of the result.
 
     Raises SourceError for what cannot be had and MismatchError for what does not fit the base: architecture, shapes,
     vocabulary.
     """
-    ground = read_snapshot(resolve(base))
+    found = read_snapshot(resolve(base))
+    ground = restacked(found, stack, BASE)
     report(Event(f"base {ground.source.uri}"))
     if ground.kind != "full":
         raise SpecError(f"base: {ground.source.uri} is an adapter; give the checkpoint it was trained on")
@@ -96,7 +101,8 @@ def resolve_pool(
         report(Event(f"expert {expert.name}", position + 1, len(experts), "experts"))
         if expert.name in members:
             raise SpecError(f"experts: two are called '{expert.name}'; give each its own name")
-        member = _member(expert.name, expert.tasks, read_snapshot(resolve(expert)), ground, warnings)
+        held = read_snapshot(resolve(expert))
+        member = _stacked(expert, held, found, ground, stack, warnings)
         same = next((other.name for other in members.values() if other.id == member.id), None)
         if same is not None:
             raise SpecError(f"experts: '{expert.name}' and '{same}' have the same weights; list each checkpoint once")
@@ -114,6 +120,30 @@ def resolve_pool(
             "(if it is a copy of that, say so with `base: {source: …, known_as: …}`)"
         )
     return Pool(ground, members, several, tuple(warnings))
+
+
+def _stacked(
+    expert: ExpertSpec,
+    held: Snapshot,
+    base: Snapshot,
+    ground: Snapshot,
+    stack: Sequence[StackRule],
+    warnings: list[str],
+) -> Member:
+    """The expert as the result's layers have it. base: as it lies in its files; ground: with the result's layers."""
+    if held.kind == "full":
+        moved = restacked(held, stack, expert.name)
+        if stack:  # it may have no part in some of the layers
+            layers = {None, *map(layer_of, moved.tensors)}
+            tensors = {tensor: info for tensor, info in ground.tensors.items() if layer_of(tensor) in layers}
+            ground = dataclasses.replace(ground, tensors=tensors)
+        return _member(expert.name, expert.tasks, moved, ground, warnings)
+    member = _member(expert.name, expert.tasks, held, base, warnings)
+    if not stack or member.factors is None:
+        return member
+    layers = layers_of(stack, expert.name)
+    snapshot = dataclasses.replace(held, weights=digest(["stack", held.weights, layers]))
+    return dataclasses.replace(member, snapshot=snapshot, factors=renamed(member.factors, layers))
 
 
 def _member(name: str, tasks: tuple[str, ...], found: Snapshot, base: Snapshot, warnings: list[str]) -> Member:

@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from mergecore.delta import Expert
+from mergecore.delta import Expert, FullExpert
 from mergecore.engine import run_pass
 from mergecore.errors import EvaluationError, MergeloomError, ServiceError
 from mergecore.evaluators import Evaluator, Resident, Split, TaskIdentity
@@ -39,6 +39,7 @@ from mergecore.store import Draft, State, Store
 from mergecore.writer import ShardSink, plan_shards
 
 TENSORS = "tensors.safetensors"
+Planned = TypeVar("Planned", bound=Any)
 ITEMS = "items.parquet"
 RECORDED = (MergeloomError, ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 """What is recorded as the failure of a step, and does not stop the others: our own errors, and those that a plug-in or
@@ -112,9 +113,9 @@ def run_statistics(place: Place, plans: Sequence[StatisticPlan]) -> Done:
         began = time.monotonic()
         with _drafts(place.store, [plan.step for plan in held]) as drafts:
             wanted = [plan for plan in held if plan.step in drafts]
-            if wanted:
-                outcome = run_pass(_pass(place, wanted, [], drafts), place.executor, place.report)
-                for plan in wanted:
+            for group in _by_base(wanted):
+                outcome = run_pass(_pass(place, group, [], []), place.executor, place.report)
+                for plan in group:
                     commit_result(place.store, drafts[plan.step], outcome.results[plan.step.key], made_with(began))
         return [plan.step.name for plan in wanted]
 
@@ -128,13 +129,16 @@ def run_merges(place: Place, plans: Sequence[MergePlan]) -> Done:
         began = time.monotonic()
         with _drafts(place.store, [plan.step for plan in held], resume=True) as drafts:
             wanted = [plan for plan in held if plan.step in drafts]
-            if wanted:
-                planned = _pass(place, [], wanted, drafts)
-                outcome = run_pass(planned, place.executor, place.report)
-                for plan, job in zip(wanted, planned.merges, strict=True):
-                    assert job.journal is not None
-                    shutil.rmtree(job.journal)
-                    _commit_model(place, plan, drafts[plan.step], outcome.models, outcome.tensors, made_with(began))
+            ways = [way for plan in wanted for way in _ways(place, plan, drafts[plan.step])]
+            tensors: dict[str, dict[str, str]] = {}
+            for group in _by_base(ways, lambda way: way.plan.base):
+                outcome = run_pass(_pass(place, [], [way.plan for way in group], group), place.executor, place.report)
+                for way in group:
+                    tensors.setdefault(way.model, {}).update(outcome.tensors[way.plan.step.key])
+            for way in ways:
+                shutil.rmtree(way.journal.parent, ignore_errors=True)
+            for plan in wanted:
+                _commit_model(place, plan, drafts[plan.step], tensors[plan.step.key], made_with(began))
         return [plan.step.name for plan in wanted]
 
     return _each_or_alone(place, plans, attempt)
@@ -167,10 +171,43 @@ def _drafts(store: Store, steps: Sequence[Step], resume: bool = False) -> Iterat
         yield held
 
 
+@dataclass(frozen=True)
+class _Way:
+    """One part of a model that is being made: its plan, the key of the model, and what all of its parts write into."""
+
+    plan: MergePlan
+    model: str
+    sink: ShardSink
+    journal: Path
+
+
+def _ways(place: Place, plan: MergePlan, draft: Draft) -> list[_Way]:
+    """The parts of a model, over one sink; what an earlier try has written for other shards is removed."""
+    sink = ShardSink(draft.path, dict(plan.outputs), plan_shards(plan.outputs, place.shard_size))
+    held = list(draft.path.glob("journal-*"))
+    if len(held) != 1 or not sink.complete():
+        for path in draft.path.iterdir():  # files too: they may be those of another shard size
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # A name of its own: a worker still busy with a pass that was called off can then not take this one's word.
+        held = [draft.path / f"journal-{uuid.uuid4().hex[:12]}"]
+    found = [_Way(way, plan.step.key, sink, held[0] / way.step.key[:24]) for way in plan.ways]
+    for way in found:
+        way.journal.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def _by_base(plans: Sequence[Planned], base: Callable[[Planned], str] = lambda plan: plan.base) -> list[list[Planned]]:
+    """The plans that count changes from one base, together: a pass has one."""
+    groups: dict[str, list[Planned]] = {}
+    for plan in plans:
+        groups.setdefault(base(plan), []).append(plan)
+    return list(groups.values())
+
+
 def _pass(
-    place: Place, statistics: Sequence[StatisticPlan], merges: Sequence[MergePlan], drafts: Mapping[Step, Draft]
+    place: Place, statistics: Sequence[StatisticPlan], merges: Sequence[MergePlan], ways: Sequence[_Way]
 ) -> PassPlan:
-    """What the engine needs: the pool's experts once each, every job's share of them, and the spans."""
+    """What the engine needs: the pool's experts once each, every job's share of them, and the spans. All have one base."""
     base, experts = opened(place.pool, place.folders)
     asked: list[StatisticPlan | MergePlan] = [*statistics, *merges]
     ids = sorted({one for plan in asked for one in plan.experts})
@@ -186,27 +223,22 @@ def _pass(
         for plan in statistics
         if not isinstance(plan.statistic, DataStatistic)
     )
-    merge_jobs = tuple(_merge_job(place, plan, drafts[plan.step], position) for plan in merges)
+    merge_jobs = tuple(_merge_job(place, way, position) for way in ways)
     read = dict[str, TensorInfo]()
     for job in statistic_jobs:
         read.update(job.selection)
     for merge in merges:
         read.update({**merge.layout.merged, **merge.layout.copied})
     spans = plan_spans(read, coarsest([plan.method for plan in merges]))
+    instead = experts[asked[0].base] if asked[0].base else None
+    ground = instead.held if isinstance(instead, FullExpert) else base
     return PassPlan(
-        base, tuple(experts[one] for one in ids), merge_jobs, statistic_jobs, spans, place.device, place.library
+        ground, tuple(experts[one] for one in ids), merge_jobs, statistic_jobs, spans, place.device, place.library
     )
 
 
-def _merge_job(place: Place, plan: MergePlan, draft: Draft, position: Mapping[str, int]) -> MergeJob:
-    sink = ShardSink(draft.path, dict(plan.outputs), plan_shards(plan.outputs, place.shard_size))
-    held = list(draft.path.glob("journal-*"))
-    if len(held) != 1 or not sink.complete():
-        for path in draft.path.iterdir():  # files too: they may be those of another shard size
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        # A name of its own: a worker still busy with a pass that was called off can then not take this one's word.
-        held = [draft.path / f"journal-{uuid.uuid4().hex[:12]}"]
-        held[0].mkdir()
+def _merge_job(place: Place, way: _Way, position: Mapping[str, int]) -> MergeJob:
+    plan = way.plan
     return MergeJob(
         plan.step.key,
         plan.method,
@@ -214,25 +246,20 @@ def _merge_job(place: Place, plan: MergePlan, draft: Draft, position: Mapping[st
         frozenset(plan.layout.merged),
         dict(plan.outputs),
         read_inputs(place.store, plan.statistics),
-        sink,
-        held[0],
+        way.sink,
+        way.journal,
     )
 
 
 def _commit_model(
-    place: Place,
-    plan: MergePlan,
-    draft: Draft,
-    models: Mapping[str, str],
-    tensors: Mapping[str, Mapping[str, str]],
-    made: Mapping[str, Any],
+    place: Place, plan: MergePlan, draft: Draft, tensors: Mapping[str, str], made: Mapping[str, Any]
 ) -> None:
-    key = plan.step.key
     earlier = place.store.record(plan.step)
-    held = {name: [info.dtype, list(info.shape), tensors[key][name]] for name, info in sorted(plan.outputs.items())}
+    held = {name: [info.dtype, list(info.shape), tensors[name]] for name, info in sorted(plan.outputs.items())}
+    model = model_digest({name: (info.dtype, info.shape, tensors[name]) for name, info in plan.outputs.items()})
     result = {"tensors": held, "bytes": plan.size, "dropped": dict(plan.layout.dropped), **_kept(place.store, plan)}
-    place.store.commit(draft, models[key], result, made)
-    if earlier is not None and earlier.digest != models[key]:
+    place.store.commit(draft, model, result, made)
+    if earlier is not None and earlier.digest != model:
         place.report(
             Event(f"{plan.step.name} was made again and differs from what is on record (other library or device?)")
         )
@@ -241,7 +268,7 @@ def _commit_model(
 def _kept(store: Store, plan: MergePlan) -> dict[str, Any]:
     """The share of each task vector that its threshold really keeps, by expert."""
     kept = {}
-    for found in plan.statistics.get("threshold", ()):
+    for found in () if plan.parts else plan.statistics.get("threshold", ()):
         record = store.record(found.step)
         if record is not None:
             kept[found.experts[0]] = record.result["density"]

@@ -20,7 +20,7 @@ from mergecore.plan import MergeBuilder, MergePlan, StatisticPlan
 from mergecore.pool import Member, Pool, Resolver, resolve_pool
 from mergecore.publish import TORCH_NAMES, model_card, write_companions
 from mergecore.run import Done, Place, fetch, run_merges, run_statistics, snapshots_of
-from mergecore.spec import BaseSpec, Recipe, as_yaml, size_in_bytes
+from mergecore.spec import BaseSpec, Recipe, as_yaml, method_of, size_in_bytes
 from mergecore.store import State, Store
 
 WORK = ".work"
@@ -54,7 +54,7 @@ def merge_recipe(
     if os.path.lexists(out):
         raise StoreError(f"{out} exists already; choose another name or remove it")
     method = recipe.built()
-    pool = resolve_pool(_base(recipe), recipe.experts, None, resolve, report)
+    pool = resolve_pool(_base(recipe), recipe.experts, None, resolve, report, recipe.stack)
     builder = MergeBuilder(pool, recipe.select, recipe.dtype, _no_data)
     plan = builder.build(method, list(pool.experts.values()))
     with _draft(out) as draft:
@@ -118,7 +118,9 @@ def _base(recipe: Recipe) -> BaseSpec:
         return recipe.base
     if not recipe.experts:
         raise SpecError("recipe.experts: at least one expert is needed")
-    if recipe.built().needs_base:
+    method = recipe.built()
+    methods = [method_of(rule, method, "recipe.select") for rule in recipe.select if rule.take == "merge"]
+    if any(one.needs_base for one in methods or [method]):
         raise SpecError(f"recipe.base: method '{recipe.method}' works on task vectors; give the base they start from")
     first = recipe.experts[0]
     return BaseSpec(source=first.source, revision=first.revision)

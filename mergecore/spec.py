@@ -18,6 +18,7 @@ from mergecore.identity import digest
 from mergecore.layout import SelectRule
 from mergecore.method import Method
 from mergecore.registry import METHODS, explained, method_from
+from mergecore.stack import StackRule
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 SAFETENSORS_DTYPE: dict[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -213,6 +214,9 @@ class Recipe(Part):
     experts: tuple[ExpertSpec, ...]
     dtype: Dtype | None = None
     select: tuple[SelectRule, ...] = ()
+    stack: tuple[StackRule, ...] = Field((), description="the layers of the result, from the first; none: the base's")
+    tokenizer: str | None = Field(None, description="the expert whose tokenizer files are written; none: the base")
+    chat_template: str | None = Field(None, description="Jinja text of the chat template; none: the tokenizer's own")
     shard_size: Size = "5GB"
 
     @field_validator("experts")
@@ -235,6 +239,20 @@ class Recipe(Part):
     def built(self) -> Method:
         """The method with its parameters."""
         return method_from(self.method, dict(self.model_extra or {}), "recipe", Recipe.model_fields)
+
+
+def method_of(rule: SelectRule, method: Method, where: str) -> Method:
+    """The method of a rule: the recipe's, the recipe's with other values, or another. Raises SpecError."""
+    if rule.method is None and not rule.values:
+        return method
+    name = rule.method or method.name
+    kind = METHODS.get(name)
+    known = {*SelectRule.model_fields, *(kind.model_fields if kind else ())}
+    strange = [key for key in rule.values if kind is not None and key not in known]
+    if strange:
+        raise SpecError("; ".join(f"{where}.{key}: unknown key; {nearest(key, known)}" for key in strange))
+    given = method.model_dump(mode="json", exclude_unset=True) if rule.method is None else {}
+    return method_from(name, {**given, **rule.values}, where, SelectRule.model_fields)
 
 
 def expanded(value: Any, where: str) -> Iterator[Any]:
@@ -313,7 +331,14 @@ def parse_spec(held: Mapping[str, Any], where: str) -> Spec:
         spec = Spec.model_validate(dict(held))
     except ValidationError as error:
         raise SpecError(explained(error, Spec, where)) from None
-    _ = spec.variants
+    for variant in spec.variants:
+        for number, rule in enumerate(spec.select):
+            if rule.values and rule.method is None:
+                raise SpecError(
+                    f"{where}.select.{number}: '{next(iter(rule.values))}' is not a key of a rule; "
+                    f"{nearest(next(iter(rule.values)), SelectRule.model_fields)} Values of a method stand beside its name"
+                )
+            method_of(rule, variant.method, f"{where}.select.{number}")
     return spec
 
 
@@ -333,7 +358,9 @@ def parse_recipe(held: Mapping[str, Any], where: str) -> Recipe:
         recipe = Recipe.model_validate(dict(held))
     except ValidationError as error:
         raise SpecError(explained(error, Recipe, where)) from None
-    recipe.built()
+    method = recipe.built()
+    for number, rule in enumerate(recipe.select):
+        method_of(rule, method, f"{where}.select.{number}")
     return recipe
 
 
