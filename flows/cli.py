@@ -54,32 +54,46 @@ def main() -> None:
 
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.option("--show", is_flag=True, help="print the recipe in Mergeloom's form; nothing is made")
 @click.option("--durable", is_flag=True, help="fsync every file before OUT appears")
 @click.option("--workers", type=click.IntRange(1), help="threads that merge; default: one a core")
-def merge(recipe: Path, out: Path, durable: bool, workers: int | None) -> None:
+@click.option(
+    "--intermediates",
+    type=click.Path(path_type=Path),
+    help="folder for the named results of a recipe of several documents; default: removed once they are used",
+)
+def merge(
+    recipe: Path, out: Path | None, show: bool, durable: bool, workers: int | None, intermediates: Path | None
+) -> None:
     """Make one model from RECIPE in the new folder OUT.
 
-    OUT holds what `transformers` loads: weights (safetensors), config, generation config, tokenizer, chat template, a
-    model card with recipe and lineage. It is written as OUT.tmp and renamed, so it is there whole or not at all.
+    RECIPE is a few lines of YAML, or a recipe of mergekit's as it is (docs/mergekit.md). OUT holds what `transformers`
+    loads: weights (safetensors), config, generation config, tokenizer, chat template, a model card with recipe and
+    lineage. It is written as OUT.tmp and renamed, so it is there whole or not at all.
     """
     with errors():
         from flows.budget import cores, readable
+        from flows.overview import recipe_text
         from flows.session import digest_cache, loops, resolver
         from flows.terminal import progress
         from mergecore.merging import InProcess
-        from mergecore.single import merge_recipe
-        from mergecore.spec import parse_recipe, read_yaml
+        from mergecore.single import merge_file
 
-        parsed = parse_recipe(read_yaml(recipe), recipe.name)
+        if show:
+            click.echo(recipe_text(recipe, resolver(digest_cache())))
+            return
+        if out is None:
+            raise click.UsageError("OUT is missing: the new folder for the model (or --show to print the recipe)")
         with progress() as report:
-            find = resolver(digest_cache(), report)
-            made = merge_recipe(
-                parsed, out, find, InProcess(workers or cores()), report, durable=durable, library=loops()
+            find, executor = resolver(digest_cache(), report), InProcess(workers or cores())
+            done = merge_file(
+                recipe, out, find, executor, report, durable=durable, intermediates=intermediates, library=loops()
             )
-        for warning in made.warnings:
-            click.echo(f"note: {warning}", err=True)
-        click.echo(f"{made.folder}  {readable(made.size)}  digest {made.digest[:16]}")
+        for made in done:
+            for warning in made.warnings:
+                click.echo(f"note: {warning}", err=True)
+            click.echo(f"{made.folder}  {readable(made.size)}  digest {made.digest[:16]}")
 
 
 @main.command()

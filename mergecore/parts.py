@@ -86,11 +86,11 @@ def portions(
         merged = way.carries(name) and is_weight(name, base[name])
         if not merged and way.base is not None and name not in way.base.snapshot.tensors:
             way = Way(COPY, ())  # a buffer that this checkpoint was saved without
-        entry = held.setdefault(way.key, (way, [], []))
-        entry[1 if merged else 2].append(name)
+        _, mine, copied = held.setdefault(way.key, (way, [], []))
+        (mine if merged else copied).append(name)
     found = tuple(
-        Portion(way, Layout({name: base[name] for name in merged}, {name: base[name] for name in copied}, {}))
-        for way, merged, copied in held.values()
+        Portion(way, Layout({name: base[name] for name in mine}, {name: base[name] for name in copied}, {}))
+        for way, mine, copied in held.values()
     )
     if not any(one.layout.merged or one.way.base for one in found):
         raise SpecError("select leaves no tensor to merge or to copy from an expert: the result would be the base")

@@ -134,8 +134,8 @@ def _stacked(
     if held.kind == "full":
         moved = restacked(held, stack, expert.name)
         if stack:  # it may have no part in some of the layers
-            layers = {None, *map(layer_of, moved.tensors)}
-            tensors = {tensor: info for tensor, info in ground.tensors.items() if layer_of(tensor) in layers}
+            present = {None, *map(layer_of, moved.tensors)}
+            tensors = {tensor: info for tensor, info in ground.tensors.items() if layer_of(tensor) in present}
             ground = dataclasses.replace(ground, tensors=tensors)
         return _member(expert.name, expert.tasks, moved, ground, warnings)
     member = _member(expert.name, expert.tasks, held, base, warnings)

@@ -136,7 +136,7 @@ def run_merges(place: Place, plans: Sequence[MergePlan]) -> Done:
                 for way in group:
                     tensors.setdefault(way.model, {}).update(outcome.tensors[way.plan.step.key])
             for way in ways:
-                shutil.rmtree(way.journal.parent, ignore_errors=True)
+                shutil.rmtree(way.journals, ignore_errors=True)
             for plan in wanted:
                 _commit_model(place, plan, drafts[plan.step], tensors[plan.step.key], made_with(began))
         return [plan.step.name for plan in wanted]
@@ -178,7 +178,12 @@ class _Way:
     plan: MergePlan
     model: str
     sink: ShardSink
-    journal: Path
+    journals: Path
+
+    @property
+    def journal(self) -> Path:
+        """Where its own spans are noted."""
+        return self.journals / self.plan.step.key[:24] if self.plan.step.key != self.model else self.journals
 
 
 def _ways(place: Place, plan: MergePlan, draft: Draft) -> list[_Way]:
@@ -190,7 +195,7 @@ def _ways(place: Place, plan: MergePlan, draft: Draft) -> list[_Way]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         # A name of its own: a worker still busy with a pass that was called off can then not take this one's word.
         held = [draft.path / f"journal-{uuid.uuid4().hex[:12]}"]
-    found = [_Way(way, plan.step.key, sink, held[0] / way.step.key[:24]) for way in plan.ways]
+    found = [_Way(way, plan.step.key, sink, held[0]) for way in plan.ways]
     for way in found:
         way.journal.mkdir(parents=True, exist_ok=True)
     return found

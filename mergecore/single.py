@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergecore.errors import MergeloomError, SpecError, StoreError
+from mergecore.errors import MergeloomError, SpecError, StoreError, nearest
 from mergecore.identity import Step
 from mergecore.kernels.library import Library
+from mergecore.mergekit.document import is_mergekit
 from mergecore.method import DataStatistic, Report
 from mergecore.passes import Executor
 from mergecore.plan import MergeBuilder, MergePlan, StatisticPlan
 from mergecore.pool import Member, Pool, Resolver, resolve_pool
-from mergecore.publish import TORCH_NAMES, model_card, write_companions
+from mergecore.publish import TORCH_NAMES, model_card, write_chat_template, write_companions, write_tokenizer
+from mergecore.recipes import Order, Translator, read_orders
 from mergecore.run import Done, Place, fetch, run_merges, run_statistics, snapshots_of
 from mergecore.spec import BaseSpec, Recipe, as_yaml, method_of, size_in_bytes
 from mergecore.store import State, Store
@@ -37,6 +41,60 @@ class Made:
     warnings: tuple[str, ...]
 
 
+def merge_file(
+    path: Path,
+    out: Path,
+    resolve: Resolver,
+    executor: Executor,
+    report: Report,
+    *,
+    durable: bool = False,
+    intermediates: Path | None = None,
+    library: Library | None = None,
+) -> list[Made]:
+    """Make what a recipe file asks for, in our form or in mergekit's; of several documents the one without a name is
+    `out`, and where all have names each becomes a folder in `out`.
+
+    intermediates: where results that others are made of stay; none: they are removed. Raises a MergeloomError.
+    """
+    orders = read_orders(path)
+    translator, text = Translator(resolve), path.read_text(encoding="utf-8")
+    with contextlib.ExitStack() as stack:
+        folders = _folders(orders, out, intermediates, stack)
+        made = []
+        for order in orders:
+            recipe, notes = translator.recipe(order, folders)
+            origin = text if is_mergekit(order.held) else None
+            one = merge_recipe(
+                recipe, folders[order.name], resolve, executor, report, durable=durable, library=library, origin=origin
+            )
+            made.append(dataclasses.replace(one, warnings=(*notes, *one.warnings)))
+    return [one for one in made if one.folder.exists()]
+
+
+def _folders(
+    orders: Sequence[Order], out: Path, intermediates: Path | None, stack: contextlib.ExitStack
+) -> dict[str, Path]:
+    """Where each result goes. Raises SpecError where one would be made for nobody."""
+    if len(orders) == 1:
+        return {orders[0].name: out}
+    needed = {name for order in orders for name in order.needs}
+    if intermediates is None and all(order.name for order in orders):
+        intermediates = out
+    for order in orders:
+        if intermediates is None and order.name and order.name not in needed:
+            raise SpecError(
+                f"{order.where}: no other document is made of '{order.name}'; give --intermediates FOLDER to keep it there"
+            )
+    if intermediates is None:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        made = tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent)
+        stack.callback(shutil.rmtree, made, ignore_errors=True)
+        intermediates = Path(made)
+    intermediates.mkdir(parents=True, exist_ok=True)
+    return {order.name: intermediates / order.name if order.name else out for order in orders}
+
+
 def merge_recipe(
     recipe: Recipe,
     out: Path,
@@ -46,14 +104,21 @@ def merge_recipe(
     *,
     durable: bool = False,
     library: Library | None = None,
+    origin: str | None = None,
 ) -> Made:
     """Make the recipe's model in `out`, by way of `out`.tmp and a rename; durable: fsync before the rename.
 
+    origin: the text of mergekit's form that the recipe was read from; it is kept beside the model.
     Raises a MergeloomError for what cannot be made; nothing is left at `out` or beside it then.
     """
     if os.path.lexists(out):
         raise StoreError(f"{out} exists already; choose another name or remove it")
     method = recipe.built()
+    names = [expert.name for expert in recipe.experts]
+    if recipe.tokenizer is not None and recipe.tokenizer not in names:
+        raise SpecError(
+            f"recipe.tokenizer: no expert is called '{recipe.tokenizer}'; {nearest(recipe.tokenizer, names)}"
+        )
     pool = resolve_pool(_base(recipe), recipe.experts, None, resolve, report, recipe.stack)
     builder = MergeBuilder(pool, recipe.select, recipe.dtype, _no_data)
     plan = builder.build(method, list(pool.experts.values()))
@@ -66,6 +131,8 @@ def merge_recipe(
             if snapshot.source.revision is None:
                 snapshot.source.fetch(report)  # a local file written to meanwhile is none of the digests in the card
         made = _settle(place, plan, recipe, draft)
+        if origin is not None:
+            (draft / "mergekit.yml").write_text(origin)
         if durable:
             _sync(draft)
         os.rename(draft, out)
@@ -163,6 +230,11 @@ def _settle(place: Place, plan: MergePlan, recipe: Recipe, draft: Path) -> str:
     dtypes = sorted({info.dtype for info in plan.outputs.values() if info.dtype in TORCH_NAMES})
     base = place.pool.base
     write_companions(draft, base, place.folders[base.weights], dtypes)
+    if recipe.tokenizer is not None:
+        owner = place.pool.experts[recipe.tokenizer].snapshot
+        write_tokenizer(draft, owner, place.folders[owner.weights])
+    if recipe.chat_template is not None:
+        write_chat_template(draft, recipe.chat_template)
     held = _pinned(recipe, place.pool)
     (draft / "README.md").write_text(model_card(held, _origin(place.pool, plan.step, record.result), None))
     (draft / "mergeloom.yaml").write_text(as_yaml(held))

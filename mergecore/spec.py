@@ -290,8 +290,18 @@ def size_in_bytes(text: str) -> int:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping a YAML file holds. Raises SpecError with line and column where it is not YAML."""
+    held = read_documents(path)
+    if len(held) > 1:
+        raise SpecError(
+            f"{path} holds {len(held)} documents (between lines of ---); only mergekit's form may have several"
+        )
+    return held[0]
+
+
+def read_documents(path: Path) -> tuple[dict[str, Any], ...]:
+    """The mappings of a YAML file's documents, at least one. Raises SpecError with line and column."""
     try:
-        held = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        held = list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=_Loader))
     except FileNotFoundError:
         beside = sorted(other.name for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         raise SpecError(f"{path} does not exist" + (f"; there is {', '.join(beside[:5])}" if beside else "")) from None
@@ -303,10 +313,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise SpecError(f"{path}{place}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise SpecError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(held, dict):
-        kind = "is empty" if held is None else f"holds a {type(held).__name__}"
-        raise SpecError(f"{path} {kind}; a spec or recipe is a mapping of keys, as in `method: average`")
-    return held
+    found = [document for document in held if document is not None]  # a file may begin or end with ---
+    for document in found or [None]:
+        if not isinstance(document, dict):
+            kind = "is empty" if document is None else f"holds a {type(document).__name__}"
+            raise SpecError(f"{path} {kind}; a spec or recipe is a mapping of keys, as in `method: average`")
+    return tuple(found)
 
 
 class _Loader(yaml.SafeLoader):
@@ -345,9 +357,7 @@ def parse_spec(held: Mapping[str, Any], where: str) -> Spec:
 def parse_recipe(held: Mapping[str, Any], where: str) -> Recipe:
     """A checked recipe. Raises SpecError."""
     if "merge_method" in held or "slices" in held:
-        raise SpecError(
-            f"{where} is in mergekit's form, which cannot be read yet; write `method:`, `base:` and `experts:`"
-        )
+        raise SpecError(f"{where} is in mergekit's form; `mergeloom merge` takes it, and --show prints it in ours")
     kind = METHODS.get(str(held.get("method")))
     if kind is not None:
         known = {*Recipe.model_fields, *kind.model_fields}

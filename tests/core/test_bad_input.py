@@ -115,7 +115,7 @@ RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no experts": ({"experts": []}, (r"recipe\.yaml\.experts: at least one expert is needed",)),
     "no base": ({"base": None}, (r"recipe\.base: method 'ties' works on task vectors; give the base",)),
     "base a number": ({"base": 3}, (r"recipe\.yaml\.base: must be a mapping of keys, or text",)),
-    "mergekit": ({"merge_method": "ties"}, (r"mergekit's form, .*write `method:`, `base:` and `experts:`",)),
+    "mergekit": ({"merge_method": "ties"}, (r"recipe\.yaml\.method: unknown key",)),
     "a statistic on data": ({"method": "fisher"}, (r"expert 'e[12]' on data.*write a spec .*mergeloom sweep",)),
     "weights of the wrong count": (
         {"method": "average", "weights": [1, 2, 3]},
