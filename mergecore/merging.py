@@ -153,9 +153,12 @@ def find_statistics(
                 "[one mapping per expert]}, or run it from a spec with tasks"
             )
         else:
-            groups = [(p,) for p in range(len(pool))] if statistic.scope is Scope.EXPERT else [tuple(range(len(pool)))]
+            each = statistic.scope is Scope.EXPERT
+            groups = [(p,) for p in range(len(pool))] if each else [tuple(range(len(pool)))]
+            kinds = [statistic.of_expert(p) for p in range(len(pool))] if each else [statistic]
             found[name] = [
-                _find(statistic, base, [pool[p] for p in group], selection, report, library) for group in groups
+                _find(kind, base, [pool[p] for p in group], selection, report, library)
+                for kind, group in zip(kinds, groups, strict=True)
             ]
     return found
 

@@ -374,7 +374,16 @@ class MergeBuilder:
         found = {}
         for name, statistic in owner.statistics().items():
             groups = [(one,) for one in ids] if statistic.scope is Scope.EXPERT else [ids]
-            found[name] = tuple(self._statistic(statistic, group, selection, tensors, base) for group in groups)
+            found[name] = tuple(
+                self._statistic(
+                    statistic.of_expert(number) if isinstance(statistic, Statistic) else statistic,
+                    group,
+                    selection,
+                    tensors,
+                    base,
+                )
+                for number, group in enumerate(groups)
+            )
         return found
 
     def _statistic(

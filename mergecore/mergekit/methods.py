@@ -74,12 +74,12 @@ class MergekitMethod:
 
 
 def _linear(values: Values) -> dict[str, Any]:
-    return {"method": "average", **_weighed(values), **({} if values.shared["normalize"] else {"divide": "none"})}
+    return {"method": "average", **_weighed(values), **({} if values.shared["normalize"] else {"aggregate": "sum"})}
 
 
 def _passthrough(values: Values) -> dict[str, Any] | None:
     scale = values.each["scale"][0]
-    return None if scale in (None, 1.0) else {"method": "average", "weights": [scale], "divide": "none"}
+    return None if scale in (None, 1.0) else {"method": "average", "weights": [scale], "aggregate": "sum"}
 
 
 def _slerp(values: Values) -> dict[str, Any]:
@@ -100,20 +100,34 @@ def _sce(values: Values) -> dict[str, Any]:
 
 
 def _task_arithmetic(values: Values) -> dict[str, Any]:
-    divide = {"divide": "sum"} if values.shared["normalize"] else {}
-    return {"method": "task_arithmetic", "scale": values.shared["lambda"], **_weighed(values), **divide}
+    aggregate = {"aggregate": "mean"} if values.shared["normalize"] else {}
+    return {"method": "task_arithmetic", "scale": values.shared["lambda"], **_weighed(values), **aggregate}
 
 
 def _dare_linear(values: Values) -> dict[str, Any]:
+    if values.shared["normalize"] and 0 in _shares(values):
+        raise SpecError("dare_linear: an expert of density 0 would still be divided by; take it out of the models")
+    values = _without_nothing(values)
     return {**_task_arithmetic(values), **_random_drop(values)}
 
 
 def _ties(values: Values) -> dict[str, Any]:
-    rescale = {"rescale": "l1"} if values.shared["rescale"] else {}
-    return {**_elected(values), "density": _one_or_each(_shares(values)), "least": 1, **rescale}
+    if values.shared["rescale"]:  # only methods that see a whole tensor rescale; this one trims outliers, here none
+        none = Values(values.shared, {**values.each, "gamma": [0.0] * len(values.each["density"])}, values.seed)
+        return _breadcrumbs(none, "mass")
+    return {**_elected(values), "density": _one_or_each(_shares(values)), "least": 1}
+
+
+def _without_nothing(values: Values) -> Values:
+    """Density 0 of a random drop as weight 0: an expert of which nothing is kept counts for nothing."""
+    nothing = [share == 0 for share in _shares(values)]
+    weights = [0.0 if one else weight for one, weight in zip(nothing, values.each["weight"], strict=True)]
+    shares = [1.0 if one else share for one, share in zip(nothing, values.each["density"], strict=True)]
+    return Values(values.shared, {**values.each, "weight": weights, "density": shares}, values.seed)
 
 
 def _dare_ties(values: Values) -> dict[str, Any]:
+    values = _without_nothing(values)
     return {**_elected(values), "density": 1.0, **_random_drop(values)}
 
 
@@ -131,18 +145,18 @@ def _elected(values: Values) -> dict[str, Any]:
 
 
 def _breadcrumbs(values: Values, elect: str = "none") -> dict[str, Any]:
-    # From density 1 on mergekit keeps everything, outliers too; where the shares exceed 1, fewer outliers go.
-    shares = _shares(values)
-    outliers = [min(gamma, _less(1.0, share)) for gamma, share in zip(values.each["gamma"], shares, strict=True)]
+    shares, outliers = _shares(values), [float(gamma) for gamma in values.each["gamma"]]
+    crowded = any(share + gamma > 1 for share, gamma in zip(shares, outliers, strict=True))
     return {
         "method": "breadcrumbs",
         "scale": values.shared["lambda"],
         "density": _one_or_each(shares),
         "outliers": _one_or_each(outliers),
+        **({"crowded": "fewer"} if crowded else {}),
+        **({"rescale": "l1"} if values.shared["rescale"] else {}),
         **_weighed(values, equal_is_none=elect == "mass" and bool(values.shared["normalize"])),
         **({} if elect == "none" else {"elect": elect}),
-        **({"divide": "sum"} if values.shared["normalize"] else {}),
-        **({"rescale": "l1"} if values.shared["rescale"] else {}),
+        **({"aggregate": "mean"} if values.shared["normalize"] else {}),
     }
 
 
@@ -151,6 +165,7 @@ def _breadcrumbs_ties(values: Values) -> dict[str, Any]:
 
 
 def _della(values: Values, elect: str = "mass") -> dict[str, Any]:
+    values = _without_nothing(values)
     shares = _shares(values)
     windows = [
         0.0 if share == 1 else 2 * epsilon for epsilon, share in zip(values.each["epsilon"], shares, strict=True)
