@@ -44,7 +44,8 @@ class Resolver:
         base = made.out.base_model or self.document.base_model
         sources = [source.model for source in made.out.sources]
         place = f"{self.where}: '{made.name}'"
-        if self.method.base == "required" and base not in sources:
+        needed = self.method.base == "required" or (self.method.base == "optional" and base is not None)
+        if needed and base not in sources:
             raise SpecError(
                 f"{self.where}: '{self.method.name}' needs a base among its models; "
                 + (f"add '{base}' to the sources of the slice" if base else "say base_model")
@@ -70,7 +71,7 @@ class Resolver:
             for one in self.method.parameters
             if one.per != "merge"
         }
-        ours = self.method.ours(Values(shared, each, self.document.random_seed))
+        ours = self.method.ours(Values(shared, each, self.document.random_seed, chosen is not None))
         return Decision(ours, tuple(sources[number] for number in experts), chosen)
 
     def check(self, parameters: Parameters, where: str) -> None:

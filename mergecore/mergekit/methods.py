@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mergecore.errors import SpecError, nearest
 from mergecore.mergekit.setting import Scalar
+from mergecore.registry import METHODS
 
 Base = Literal["input", "optional", "required"]
 """What a method makes of the base: just another input, a model that it may or must be given."""
@@ -42,11 +43,15 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Values:
-    """What holds for one tensor: values for all, and per expert (or per input) in order. seed: of random masks."""
+    """What holds for one tensor: values for all, and per expert (or per input) in order.
+
+    seed: of random masks. based: whether the experts are seen from a base.
+    """
 
     shared: Mapping[str, Any]
     each: Mapping[str, Sequence[Any]]
     seed: int
+    based: bool
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def _dare_linear(values: Values) -> dict[str, Any]:
 
 def _ties(values: Values) -> dict[str, Any]:
     if values.shared["rescale"]:  # only methods that see a whole tensor rescale; this one trims outliers, here none
-        none = Values(values.shared, {**values.each, "gamma": [0.0] * len(values.each["density"])}, values.seed)
+        none = Values(values.shared, {**values.each, "gamma": [0.0] * len(values.each["density"])}, values.seed, True)
         return _breadcrumbs(none, "mass")
     return {**_elected(values), "density": _one_or_each(_shares(values)), "least": 1}
 
@@ -123,7 +128,7 @@ def _without_nothing(values: Values) -> Values:
     nothing = [share == 0 for share in _shares(values)]
     weights = [0.0 if one else weight for one, weight in zip(nothing, values.each["weight"], strict=True)]
     shares = [1.0 if one else share for one, share in zip(nothing, values.each["density"], strict=True)]
-    return Values(values.shared, {**values.each, "weight": weights, "density": shares}, values.seed)
+    return Values(values.shared, {**values.each, "weight": weights, "density": shares}, values.seed, values.based)
 
 
 def _dare_ties(values: Values) -> dict[str, Any]:
@@ -185,6 +190,40 @@ def _della(values: Values, elect: str = "mass") -> dict[str, Any]:
 
 def _della_linear(values: Values) -> dict[str, Any]:
     return _della(values, "none")
+
+
+def _nuslerp(values: Values) -> dict[str, Any]:
+    weights = list(values.each["weight"])
+    along = "columns" if values.shared["nuslerp_row_wise"] else "rows"
+    return {
+        "method": "nuslerp",
+        "weights": [1.0, 1.0] if abs(sum(weights)) < 1e-6 else weights,  # as mergekit: halfway
+        **({"of": "deltas"} if values.based else {}),
+        **({} if values.shared["nuslerp_flatten"] else {"along": along}),
+    }
+
+
+def _multislerp(values: Values) -> dict[str, Any]:
+    divide = {} if values.shared["normalize_weights"] else {"divide": "none"}
+    of = {"of": "deltas"} if values.based else {}
+    return {"method": "multislerp", **_weighed(values, equal_is_none=not divide), **divide, **of}
+
+
+def _nearswap(values: Values) -> dict[str, Any]:
+    return {"method": "nearswap", "t": values.shared["t"]}
+
+
+def _ram(values: Values) -> dict[str, Any]:
+    return {"method": "ram", "epsilon": values.shared["epsilon"]}
+
+
+def _ramplus_tl(values: Values) -> dict[str, Any]:
+    boost = {"rate": values.shared["r"], "most": values.shared["alpha"], "scope": "tensor"}
+    return {**_ram(values), "boost": boost}
+
+
+def _arcee_fusion(values: Values) -> dict[str, Any]:
+    return {"method": "arcee_fusion"}
 
 
 def _weighed(values: Values, equal_is_none: bool = False) -> dict[str, Any]:
@@ -256,6 +295,32 @@ MERGEKIT_METHODS: dict[str, MergekitMethod] = {
             (Parameter("int8_mask", "switch", default=False), Parameter("select_topk", "number", default=1.0)),
             "required", 0, None, _sce,
         ),
+        MergekitMethod(
+            "nuslerp",
+            (
+                WEIGHT,
+                Parameter("nuslerp_row_wise", "switch", default=False),
+                Parameter("nuslerp_flatten", "switch", default=True),
+            ),
+            "optional", 2, 2, _nuslerp,
+        ),
+        MergekitMethod(
+            "multislerp",
+            (WEIGHT, Parameter("normalize_weights", "switch", default=True), Parameter("eps", "number", default=1e-8)),
+            "optional", 1, None, _multislerp,
+        ),
+        MergekitMethod("nearswap", (Parameter("t", "number", required=True),), "required", 1, 1, _nearswap),
+        MergekitMethod("ram", (Parameter("epsilon", "number", default=1e-5),), "required", 0, None, _ram),
+        MergekitMethod(
+            "ramplus_tl",
+            (
+                Parameter("r", "number", default=0.1),
+                Parameter("alpha", "number", default=0.2),
+                Parameter("epsilon", "number", default=1e-5),
+            ),
+            "required", 0, None, _ramplus_tl,
+        ),
+        MergekitMethod("arcee_fusion", (), "required", 1, 1, _arcee_fusion),
         MergekitMethod("task_arithmetic", _family(False, False), "required", 0, None, _task_arithmetic),
         MergekitMethod("ties", _family(True, False), "required", 0, None, _ties),
         MergekitMethod("dare_ties", _family(False, True), "required", 0, None, _dare_ties),
@@ -266,21 +331,18 @@ MERGEKIT_METHODS: dict[str, MergekitMethod] = {
         MergekitMethod("della_linear", _family(False, True, EPSILON), "required", 0, None, _della_linear),
     )
 }  # fmt: skip
-NOT_YET = ("arcee_fusion", "multislerp", "nearswap", "nuslerp", "ram", "ramplus_tl")
-"""mergekit's methods that have no counterpart here yet."""
-ELSEWHERE = frozenset(parameter.name for method in MERGEKIT_METHODS.values() for parameter in method.parameters) | {
-    "nuslerp_row_wise", "nuslerp_flatten", "normalize_weights", "eps", "r", "alpha",
-}  # fmt: skip
+COUNTERPARTS = {"ramplus_tl": "ram"} | {
+    name: name for name in ("arcee_fusion", "multislerp", "nearswap", "nuslerp", "ram")
+}
+"""Our methods that make one of mergekit's, where they are no part of every installation."""
+ELSEWHERE = frozenset(parameter.name for method in MERGEKIT_METHODS.values() for parameter in method.parameters)
 """Names of parameters that mergekit knows for some method; for another it passes over them in silence."""
 
 
 def mergekit_method(name: str, where: str) -> MergekitMethod:
     """The method of that name. Raises SpecError where there is none, or none here."""
-    if name in NOT_YET:
-        raise SpecError(
-            f"{where}.merge_method: mergekit's '{name}' has no counterpart among Mergeloom's methods yet; "
-            f"those that have: {', '.join(sorted(MERGEKIT_METHODS))}"
-        )
     if name not in MERGEKIT_METHODS:
-        raise SpecError(f"{where}.merge_method: there is no '{name}'; {nearest(name, {*MERGEKIT_METHODS, *NOT_YET})}")
+        raise SpecError(f"{where}.merge_method: there is no '{name}'; {nearest(name, MERGEKIT_METHODS)}")
+    if COUNTERPARTS.get(name, "average") not in METHODS:
+        raise SpecError(f"{where}.merge_method: mergekit's '{name}' has no counterpart among Mergeloom's methods yet")
     return MERGEKIT_METHODS[name]
