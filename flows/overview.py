@@ -66,14 +66,18 @@ def _recipe(held: Mapping[str, Any]) -> str:
         if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
             lines += [f"{key}:", *(f"  - {_flow(entry)}" for entry in value)]
         else:
-            lines.append(f"{key}: {_flow(value)}")
+            lines.append(f"{key}: {_flow(_short(value))}")
     return "\n".join(lines)
+
+
+def _short(value: Any) -> Any:
+    plain = isinstance(value, dict) and set(value) in ({"source"}, {"source", "revision"})
+    return "@".join(value.values()) if plain else value
 
 
 def _flow(value: Any) -> str:
     """A value in one line, a checkpoint as `path@revision`."""
-    if isinstance(value, dict) and set(value) in ({"source"}, {"source", "revision"}):
-        value = "@".join(value.values())
+    value = {key: _short(held) for key, held in value.items()} if isinstance(value, dict) else value
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=sys.maxsize)
     return text.removesuffix("\n").removesuffix("\n...")
 

@@ -11,10 +11,11 @@ from typing import Any
 from mergecore.architectures import layer_of
 from mergecore.delta import AdapterExpert, Expert, Factor, FullExpert, adapter_factors
 from mergecore.errors import MismatchError, SourceError, SpecError
+from mergecore.folded import folded
 from mergecore.identity import Step, digest
 from mergecore.layout import check_fit, tied_names
-from mergecore.method import Event, Report, TensorInfo
-from mergecore.snapshot import FileTensors, Snapshot, read_json, read_snapshot
+from mergecore.method import Event, Report, TensorInfo, TensorSource
+from mergecore.snapshot import Snapshot, read_json, read_snapshot
 from mergecore.sources import Source
 from mergecore.spec import BaseSpec, ExpertSpec, SourceSpec
 from mergecore.stack import BASE, StackRule, layers_of, renamed, restacked
@@ -75,6 +76,12 @@ def snapshot_step(snapshot: Snapshot) -> Step:
     return Step("snapshot", snapshot.kind, 1, {}, {"weights": snapshot.weights, "companions": snapshot.companions})
 
 
+def read_source(source: SourceSpec, resolve: Resolver, where: str) -> Snapshot:
+    """The checkpoint or adapter that a spec names, with an adapter folded in where it says so."""
+    found = read_snapshot(resolve(SourceSpec(source=source.source, revision=source.revision)))
+    return found if source.adapter is None else folded(found, read_snapshot(resolve(source.adapter)), where)
+
+
 def resolve_pool(
     base: BaseSpec,
     experts: Sequence[ExpertSpec],
@@ -88,7 +95,7 @@ def resolve_pool(
     Raises SourceError for what cannot be had and MismatchError for what does not fit the base: architecture, shapes,
     vocabulary.
     """
-    found = read_snapshot(resolve(base))
+    found = read_source(base, resolve, "base")
     ground = restacked(found, stack, BASE)
     report(Event(f"base {ground.source.uri}"))
     if ground.kind != "full":
@@ -101,7 +108,7 @@ def resolve_pool(
         report(Event(f"expert {expert.name}", position + 1, len(experts), "experts"))
         if expert.name in members:
             raise SpecError(f"experts: two are called '{expert.name}'; give each its own name")
-        held = read_snapshot(resolve(expert))
+        held = read_source(expert, resolve, f"expert '{expert.name}'")
         member = _stacked(expert, held, found, ground, stack, warnings)
         same = next((other.name for other in members.values() if other.id == member.id), None)
         if same is not None:
@@ -206,7 +213,7 @@ def _vocabulary(tokenizer: Mapping[str, Any], where: str) -> dict[str, int]:
         raise SourceError(f"{where} is no tokenizer that can be read ({error}); fetch it again") from error
 
 
-def opened(pool: Pool, folders: Mapping[str, Path]) -> tuple[FileTensors, dict[str, Expert]]:
+def opened(pool: Pool, folders: Mapping[str, Path]) -> tuple[TensorSource, dict[str, Expert]]:
     """The base and the experts (by id) as the engine reads them. folders: weights digest → where the files lie."""
     base = pool.base.open(folders[pool.base.weights])
     experts = {

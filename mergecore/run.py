@@ -27,6 +27,7 @@ from mergecore.delta import Expert, FullExpert
 from mergecore.engine import run_pass
 from mergecore.errors import EvaluationError, MergeloomError, ServiceError
 from mergecore.evaluators import Evaluator, Resident, Split, TaskIdentity
+from mergecore.folded import FoldedSnapshot
 from mergecore.frontier import Scoring
 from mergecore.identity import Step, block_digests, model_digest, tensor_digest
 from mergecore.kernels.library import Library
@@ -95,6 +96,8 @@ def fetch(place: Place, snapshot: Snapshot) -> Done:
     """Have a checkpoint's files at hand, and record what it is."""
     began = time.monotonic()
     folder = snapshot.source.fetch(place.report)
+    if isinstance(snapshot, FoldedSnapshot):
+        snapshot.adapter.source.fetch(place.report)
     place.folders[snapshot.weights] = folder
     step = snapshot_step(snapshot)
     if place.store.is_done(step):
@@ -339,7 +342,7 @@ class Bench:
 class ScoreTask:
     """One model and the tasks on which it is to be scored."""
 
-    weights: FileTensors
+    weights: TensorSource
     companions: Path
     companions_digest: str
     tasks: tuple[tuple[Split, TaskIdentity, Step], ...]
@@ -355,7 +358,7 @@ class DataTask:
     """One expert and the statistic that is to be worked out on its training items."""
 
     plan: StatisticPlan
-    base: FileTensors
+    base: TensorSource
     expert: Expert
     companions: Path
     companions_digest: str
@@ -370,7 +373,7 @@ class DataTask:
 class Folded:
     """An expert as a model: its weights in float32, an adapter folded into the base."""
 
-    base: FileTensors
+    base: TensorSource
     expert: Expert
 
     @property

@@ -47,6 +47,7 @@ class SourceSpec(Part):
 
     source: str = Field(description="a directory, or a hub id with an optional @revision")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    adapter: SourceSpec | None = Field(None, description="a LoRA adapter to be folded into the checkpoint")
 
     @model_validator(mode="before")
     @classmethod

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mergecore.architectures import LAYER, layer_of
 from mergecore.errors import MismatchError
+from mergecore.folded import FoldedSnapshot
 from mergecore.identity import digest
 from mergecore.snapshot import Snapshot
 
@@ -81,6 +82,8 @@ def restacked(snapshot: Snapshot, rules: Sequence[StackRule], model: str) -> Sna
     for key in PER_LAYER:
         if isinstance(config.get(key), list) and len(config[key]) == old:
             config[key] = [config[key][0 if layer is None else layer] for layer in layers]
+    if isinstance(snapshot, FoldedSnapshot):
+        snapshot = dataclasses.replace(snapshot, factors=renamed(snapshot.factors, layers))
     return dataclasses.replace(
         snapshot,
         tensors=renamed(snapshot.tensors, layers),

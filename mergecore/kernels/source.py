@@ -288,7 +288,9 @@ def _count(loop: Loop, body: str) -> str:
         for slot in reversed(range(loop.windows)):
             window = f"w{result}_{slot}"
             constants.append(f"const int32_t {window} = (int32_t)windows[{result * loop.windows + slot}];")
-            number = f"(y{result} >> 16) == {window} ? (uint32_t)({slot * BINS} + (y{result} & {BINS - 1})) : ({number})"
+            number = (
+                f"(y{result} >> 16) == {window} ? (uint32_t)({slot * BINS} + (y{result} & {BINS - 1})) : ({number})"
+            )
         places.append(f"alignas(64) {kind} n{result}[{COUNT_BLOCK}];")
         chosen.append(f"n{result}[j] = {number};")
         counting.append(_counted(loop.windows, result))

@@ -65,7 +65,7 @@ def recipe_from(document: Document, lookup: Lookup, where: str) -> Translation:
     select = rules_for(payloads, _conditions(document, cast))
     recipe = {
         **head,
-        "base": cast.entry(Reference(model=cast.base)),
+        "base": cast.entry(cast.base),
         "experts": [{"name": name, **cast.entry(model)} for model, name in cast.names.items()],
         **({"dtype": dtype} if (dtype := _dtype(document, cast)) else {}),
         **({"stack": stack} if stack else {}),
@@ -82,27 +82,19 @@ class Cast:
         self.document, self.lookup, self.where = document, lookup, where
         self.models = document.references()
         self.base = self._base()
-        self.ground = lookup(Reference(model=self.base))
+        self.ground = lookup(self.base)
         self.names: dict[Reference, str] = {}
         self._default: Decision | None = None
-        for model in self.models:
-            if model.lora is not None and model.model != self.base:
-                raise SpecError(
-                    f"{where}: '{model}' is an adapter on '{model.model}', while the base is '{self.base}'; fold it into "
-                    "its own model first and give that"
-                )
 
-    def _base(self) -> Place:
-        """The base of the document, else its first model, or the deepest where layers are taken from several."""
-        given = self.document.base_model
-        if given is not None:
-            if given.lora is not None:
-                raise SpecError(
-                    f"{self.where}.base_model: '{given}' has an adapter on it; fold it in first and give that"
-                )
-            return given.model
+    def _base(self) -> Reference:
+        """The base of the document, else its first model, or the deepest where layers are taken from several.
+
+        Where that one is an adapter on a model, the model: the adapter then is an expert.
+        """
+        if self.document.base_model is not None:
+            return self.document.base_model
         deepest = max(depth_of(self.lookup(model)) for model in self.models)
-        return next(model.model for model in self.models if depth_of(self.lookup(model)) == deepest)
+        return next(Reference(model=model.model) for model in self.models if depth_of(self.lookup(model)) == deepest)
 
     def tensors(self) -> list[str]:
         """Names of the base's tensors, tied ones once."""
@@ -111,7 +103,7 @@ class Cast:
 
     def is_base(self, model: Reference | None) -> bool:
         """Whether a model is our base itself."""
-        return model is not None and model.lora is None and model.model == self.base
+        return model == self.base
 
     def settle(self, decisions: Mapping[str, Decision]) -> None:
         """Give every model that is merged, copied from or counted from a name, in the order of the document."""
@@ -121,7 +113,7 @@ class Cast:
             for model in (*decision.experts, *([decision.base] if decision.base else []))
             if not self.is_base(model) or (decision.method is not None and model in decision.experts)
         }
-        chosen = [model for model in self.models if model in used] or [Reference(model=self.base)]
+        chosen = [model for model in self.models if model in used] or [self.base]
         taken = {BASE}
         for model in chosen:
             stem = Path((model.lora or model.model).path).name
@@ -156,9 +148,16 @@ class Cast:
         return said
 
     def entry(self, model: Reference) -> dict[str, Any]:
-        """Where a model comes from."""
-        place = model.lora or model.model
-        return {"source": place.path, **({"revision": place.revision} if place.revision else {})}
+        """Where a model comes from: an adapter on our base is an expert as it is, on another model it is folded in."""
+        if model.lora is None:
+            return _place(model.model)
+        if self.base.lora is None and model.model == self.base.model:
+            return _place(model.lora)
+        return {**_place(model.model), "adapter": _place(model.lora)}
+
+
+def _place(place: Place) -> dict[str, Any]:
+    return {"source": place.path, **({"revision": place.revision} if place.revision else {})}
 
 
 def _conditions(document: Document, cast: Cast) -> list[Condition]:
