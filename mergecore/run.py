@@ -397,6 +397,7 @@ def run_scorings(place: Place, scorings: Sequence[Scoring]) -> Done:
     tasks = []
     for scoring in scorings:
         companions = place.pool.base
+        weights: TensorSource
         if scoring.cell.merge is not None:
             weights = open_model(place.store, scoring.cell.model)
         else:
