@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mergecore.errors import MergeloomError, SpecError, StoreError, nearest
+from mergecore.folded import FoldedSnapshot
 from mergecore.identity import Step
 from mergecore.kernels.library import Library
 from mergecore.mergekit.document import is_mergekit
@@ -245,12 +246,11 @@ def _settle(place: Place, plan: MergePlan, recipe: Recipe, draft: Path) -> str:
 def _pinned(recipe: Recipe, pool: Pool) -> dict[str, Any]:
     """The recipe as it can be run again: hub revisions are the commits they stood for."""
     held: dict[str, Any] = recipe.model_dump(mode="json", exclude_defaults=True)
-    sources = [one.snapshot.source for one in pool.experts.values()]
-    told = [
-        *zip(held["experts"], sources, strict=True),
-        *([(held["base"], pool.base.source)] if "base" in held else []),
-    ]
-    for entry, source in told:
+    snapshots = [one.snapshot for one in pool.experts.values()]
+    told = [*zip(held["experts"], snapshots, strict=True), *([(held["base"], pool.base)] if "base" in held else [])]
+    sources = [(entry, snapshot.source) for entry, snapshot in told]
+    sources += [(entry["adapter"], one.adapter.source) for entry, one in told if isinstance(one, FoldedSnapshot)]
+    for entry, source in sources:
         if source.revision is not None:
             entry.update(source=str(entry["source"]).partition("@")[0], revision=source.revision)
     return held

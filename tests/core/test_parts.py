@@ -204,3 +204,32 @@ def test_refused_before_a_byte_is_written(case: str, models: dict[str, Path], tm
     with pytest.raises(MergeloomError, match=pattern):
         made(recipe, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+# --- an adapter folded in -----------------------------------------------------------------------------------------
+
+
+def test_an_adapter_on_a_model_of_its_own(models: dict[str, Path], tmp_path: Path) -> None:
+    """As expert and as base it is the checkpoint plus the product, and the card says both."""
+    import yaml
+
+    draw = torch.Generator().manual_seed(9)
+    up, down = torch.randn(4, 2, generator=draw), torch.randn(2, 4, generator=draw)
+    stem = "base_model.model.model.layers.1.self_attn.q_proj"
+    held = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+    (tmp_path / "lora").mkdir()
+    save_file(held, tmp_path / "lora" / "adapter_model.safetensors")
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6}))
+    folded = {"source": models["a"], "adapter": tmp_path / "lora"}
+    recipe = {"method": "task_arithmetic", "scale": 0.5, "base": models["ground"], "experts": [{"name": "x", **folded}]}
+    first, expert = result(recipe, tmp_path / "expert")
+    again, _ = result(yaml.safe_load((tmp_path / "expert" / "mergeloom.yaml").read_text()), tmp_path / "again")
+    assert first.digest == again.digest
+    turned = {**recipe, "base": folded, "experts": [models["ground"]]}
+    _, base = result(turned, tmp_path / "base")
+    ground, a = weights(models["ground"]), weights(models["a"])
+    a["model.layers.1.self_attn.q_proj.weight"] = a["model.layers.1.self_attn.q_proj.weight"] + 3.0 * (up @ down)
+    for name in ground:
+        half = ground[name] + 0.5 * (a[name] - ground[name])
+        torch.testing.assert_close(expert[name], half, rtol=0, atol=1e-5)
+        torch.testing.assert_close(base[name], half, rtol=0, atol=1e-5)
