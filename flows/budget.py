@@ -4,24 +4,43 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergecore.errors import CapacityError, StoreError
 from mergecore.frontier import Frontier
-from mergecore.identity import GRID
-from mergecore.method import DataStatistic, Per
-from mergecore.passes import coarsest
-from mergecore.plan import MergePlan, Plan
+from mergecore.method import DataStatistic, Method, Statistic
+from mergecore.plan import MergePlan, Plan, StatisticPlan
+from mergecore.pool import Pool
+from mergecore.projection import Models, block_bytes, read_bytes
 from mergecore.snapshot import DTYPES
-from mergecore.span import WINDOW as CHUNK
 from mergecore.spec import Spec, size_in_bytes
 from mergecore.store import State, Store
 
 EVALUATION_SECONDS_AN_ITEM = 0.05
 """What an item is expected to cost while nothing has been measured yet."""
-BYTES_A_SECOND = 300e6
+BYTES_A_SECOND = 1e9
 """Reading, merging and writing, a core, likewise."""
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """One reading of a pool: bytes read and written, memory of one block in flight, how many of them at a time, disk that
+    its models take, expected seconds."""
+
+    what: str
+    read: int
+    written: int
+    block: int
+    spans: int
+    disk: int
+    seconds: float
+
+    @property
+    def memory(self) -> int:
+        """Bytes of all blocks in flight, beyond what the processes take anyway."""
+        return self.block * self.spans
 
 
 @dataclass(frozen=True)
@@ -33,20 +52,35 @@ class Cost:
     statistics: int
     merges: int
     evaluations: int
-    passes: int
-    bytes_read: int
-    bytes_written: int
+    passes: tuple[PassCost, ...]
     peak_memory: int
-    disk: int
     seconds: float
     measured: bool
     """Whether the time is from what this store has measured."""
 
+    @property
+    def bytes_read(self) -> int:
+        """In all passes."""
+        return sum(one.read for one in self.passes)
+
+    @property
+    def bytes_written(self) -> int:
+        """In all passes."""
+        return sum(one.written for one in self.passes)
+
+    @property
+    def disk(self) -> int:
+        """The most that models take at a time."""
+        return max((one.disk for one in self.passes), default=0)
+
 
 def memory_budget(spec: Spec) -> int:
     """Bytes a pass may use: the spec's, else half of what is free now."""
-    if spec.run.memory:
-        return size_in_bytes(spec.run.memory)
+    return size_in_bytes(spec.run.memory) if spec.run.memory else sensible_memory()
+
+
+def sensible_memory() -> int:
+    """Half of the memory that is free now."""
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
@@ -58,25 +92,12 @@ def disk_budget(spec: Spec, store: Store) -> int:
     return shutil.disk_usage(folder).free // 2
 
 
-def block_memory(plan: Plan, merges: list[MergePlan], workers: int) -> int:
-    """Bytes that the blocks in flight take: raw pieces of every model of the pool, their float32 forms, the outputs."""
-    if not merges:
-        return 0
-    per = coarsest([way.method for merge in merges for way in merge.ways])
-    experts = len({one for merge in merges for one in merge.experts})
-    sizes = [info.count for merge in merges for info in merge.outputs.values()]
-    piece = min(GRID, max(sizes)) if per is Per.ELEMENT else max(sizes)
-    raw = piece * (experts + 1) * 4
-    wide = (CHUNK if per is Per.ELEMENT else piece) * 4 * (3 * experts + 4)
-    return workers * (raw + wide + piece * 4 * len(merges))
-
-
 def cost(frontier: Frontier, workers: int) -> Cost:
     """What the sweep will still cost. Baselines that are checkpoints as they stand need no merge."""
-    plan, store = frontier.plan, frontier.store
+    plan = frontier.plan
     merges: dict[str, MergePlan] = {}
-    statistics: dict[str, tuple[str, ...]] = {}
     evaluations = items = done = 0
+    frontier.refresh()
     for cell in plan.cells:
         if frontier.trouble(cell):
             continue
@@ -84,28 +105,81 @@ def cost(frontier: Frontier, workers: int) -> Cost:
         done += not wanted
         evaluations += len(wanted)
         items += sum(identity.items for _, identity, _ in wanted)
-        if wanted and cell.merge is not None and store.state(cell.model) is not State.PRESENT:
+        if wanted and cell.merge is not None and frontier.state(cell.model) is not State.PRESENT:
             merges[cell.model.key] = cell.merge
-            for plans in cell.merge.statistics.values():
-                for one in (inner for group in plans for inner in group.with_inputs()):
-                    if not store.is_done(one.step, bytes_needed=True) and not isinstance(one.statistic, DataStatistic):
-                        statistics[one.step.key] = one.experts
-    room = min(frontier.room, len(merges)) or 1
-    passes = -(-len(merges) // room)
-    largest = max((merge.size for merge in merges.values()), default=0)
-    snapshots = {member.id: member.snapshot.size for member in plan.pool.members}
-    pool_bytes = sum(snapshots[one] for one in {one for merge in merges.values() for one in merge.experts})
-    scanned = sum(snapshots[one] + plan.pool.base.size for ids in statistics.values() for one in ids)
-    read = passes * (plan.pool.base.size + pool_bytes) + scanned
-    written = sum(merge.size for merge in merges.values())
+    statistics = {
+        one.step.key: one
+        for merge in merges.values()
+        for one in merge.needed
+        if not isinstance(one.statistic, DataStatistic) and frontier.state(one.step) is not State.PRESENT
+    }
+    memory = memory_budget(plan.spec)
+    passes = passes_of(plan.pool, list(merges.values()), list(statistics.values()), frontier.room, workers, memory)
     an_item = measured_seconds_an_item(frontier)
-    seconds = (items * (an_item or EVALUATION_SECONDS_AN_ITEM) + (read + written) / BYTES_A_SECOND) / workers
-    evaluated = _evaluation_memory(plan)
-    peak = max(block_memory(plan, list(merges.values())[:room], workers), workers * evaluated if evaluations else 0)
+    scoring = items * (an_item or EVALUATION_SECONDS_AN_ITEM) / workers
+    evaluated = workers * _evaluation_memory(plan) if evaluations else 0
     return Cost(
-        len(plan.cells), done, len(statistics), len(merges), evaluations, passes, read, written, peak, room * largest,
-        seconds, an_item is not None,
+        len(plan.cells), done, len(statistics), len(merges), evaluations, passes,
+        max([evaluated, *(one.memory for one in passes)]), sum(one.seconds for one in passes) + scoring, an_item is not None,
     )  # fmt: skip
+
+
+def passes_of(
+    pool: Pool,
+    merges: Sequence[MergePlan],
+    statistics: Sequence[StatisticPlan],
+    room: int,
+    workers: int,
+    memory: int,
+) -> tuple[PassCost, ...]:
+    """The passes that complete these statistics (one per level, for some look at what others found) and merges (`room` at
+    a time). Raises nothing: what does not fit is refused by `check_fit` and by the engine."""
+    waiting, found = {one.step.key: one for one in statistics}, []
+    while waiting:
+        ready = [
+            one
+            for one in waiting.values()
+            if not any(inner.step.key in waiting for group in one.inputs.values() for inner in group)
+        ]
+        experts = {expert for one in ready for expert in one.experts}
+        names = {name for one in ready for name in one.selection}
+        what = f"scan: {len(ready)} statistics of {len(experts)} experts"
+        found.append(_pass_cost(pool, what, experts, names, [], [one.statistic for one in ready], 0, workers, memory))
+        waiting = {key: one for key, one in waiting.items() if one not in ready}
+    for first in range(0, len(merges), max(room, 1)):
+        held = merges[first : first + max(room, 1)]
+        experts = {expert for merge in held for expert in merge.experts}
+        names = {name for merge in held for name in (*merge.layout.merged, *merge.layout.copied)}
+        what = f"merge: {len(held)} model{'s' * (len(held) > 1)} of {len(experts)} experts"
+        if len(held) < len(merges):
+            what += f" ({room} at a time: what the disk holds)"
+        needs = [one.statistic for merge in held for group in merge.statistics.values() for one in group]
+        data = [one for one in needs if isinstance(one, DataStatistic)]
+        written = sum(merge.size for merge in held)
+        methods = [way.method for merge in held for way in merge.ways]
+        found.append(_pass_cost(pool, what, experts, names, methods, data, written, workers, memory))
+    return tuple(found)
+
+
+def _pass_cost(
+    pool: Pool,
+    what: str,
+    experts: set[str],
+    names: set[str],
+    methods: Sequence[Method],
+    statistics: Sequence[Statistic | DataStatistic],
+    written: int,
+    workers: int,
+    memory: int,
+) -> PassCost:
+    members = [member for member in pool.members if member.id in experts]
+    held = tuple(member.snapshot.tensors if member.factors is None else None for member in members)
+    models = Models(pool.base.tensors, held)
+    block = block_bytes(models, methods, statistics)
+    spans = max(1, min(workers, memory // max(block, 1)))
+    adapters = sum(member.snapshot.size for member in members if member.factors is not None)
+    read = read_bytes(models, names, adapters)
+    return PassCost(what, read, written, block, spans, written, (read + written) / BYTES_A_SECOND / spans)
 
 
 def _evaluation_memory(plan: Plan) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,16 @@ def errors() -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo("interrupted; what is finished is kept, run the same command again to go on", err=True)
         sys.exit(130)
+
+
+def process_start(otherwise: float) -> float:
+    """When this process began, in seconds since the epoch; `otherwise` where the system does not say."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    except (OSError, StopIteration):
+        return otherwise
+    return float(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -58,13 +70,22 @@ def main() -> None:
 @click.option("--show", is_flag=True, help="print the recipe in Mergeloom's form; nothing is made")
 @click.option("--durable", is_flag=True, help="fsync every file before OUT appears")
 @click.option("--workers", type=click.IntRange(1), help="threads that merge; default: one a core")
+@click.option("--memory", help="bytes that the blocks in flight may take, 500MB say; default: half of what is free")
+@click.option("--timings", type=click.Path(path_type=Path), help="write how long each stage took as JSON")
 @click.option(
     "--intermediates",
     type=click.Path(path_type=Path),
     help="folder for the named results of a recipe of several documents; default: removed once they are used",
 )
 def merge(
-    recipe: Path, out: Path | None, show: bool, durable: bool, workers: int | None, intermediates: Path | None
+    recipe: Path,
+    out: Path | None,
+    show: bool,
+    durable: bool,
+    workers: int | None,
+    memory: str | None,
+    timings: Path | None,
+    intermediates: Path | None,
 ) -> None:
     """Make one model from RECIPE in the new folder OUT.
 
@@ -72,24 +93,30 @@ def merge(
     loads: weights (safetensors), config, generation config, tokenizer, chat template, a model card with recipe and
     lineage. It is written as OUT.tmp and renamed, so it is there whole or not at all.
     """
+    began = time.time()
     with errors():
-        from flows.budget import cores, readable
+        from flows.budget import cores, readable, sensible_memory
         from flows.overview import recipe_text
         from flows.session import digest_cache, loops, resolver
         from flows.terminal import progress
         from mergecore.merging import InProcess
         from mergecore.single import merge_file
+        from mergecore.spec import size_in_bytes
 
         if show:
             click.echo(recipe_text(recipe, resolver(digest_cache())))
             return
         if out is None:
             raise click.UsageError("OUT is missing: the new folder for the model (or --show to print the recipe)")
+        stages = {"start": time.time() - process_start(began)}
         with progress() as report:
             find, executor = resolver(digest_cache(), report), InProcess(workers or cores())
             done = merge_file(
-                recipe, out, find, executor, report, durable=durable, intermediates=intermediates, library=loops()
-            )
+                recipe, out, find, executor, report, durable=durable, intermediates=intermediates, library=loops(),
+                memory=size_in_bytes(memory) if memory else sensible_memory(),
+            )  # fmt: skip
+        if timings is not None:
+            timings.write_text(json.dumps({**stages, **done[-1].seconds}) + "\n")
         for made in done:
             for warning in made.warnings:
                 click.echo(f"note: {warning}", err=True)
@@ -158,9 +185,10 @@ def report(spec: Path, split: str, lm_eval: Path | None) -> None:
     with errors():
         from flows.conduct import written_report
         from flows.session import open_session
+        from mergecore.collect import collect
 
         session = open_session(spec)
-        text, paths = written_report(session, split)
+        text, paths = written_report(collect(session.frontier), session.results, split)
         click.echo(text)
         if lm_eval is not None:
             from flows.lm_eval_json import exported
@@ -181,9 +209,10 @@ def track(spec: Path, rebuild: bool, uri: str | None) -> None:
     with errors():
         from flows.conduct import projected
         from flows.session import open_session
+        from mergecore.collect import collect
 
         session = open_session(spec)
-        result = projected(session, uri, {}, rebuild=rebuild)
+        result = projected(session, collect(session.frontier), uri, rebuild=rebuild)
         click.echo(f"{result.written} runs written, {result.unchanged} unchanged, {result.retired} retired")
         for name, url in result.urls.items():
             click.echo(f"{name}: {url}")

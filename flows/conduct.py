@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from flows.budget import check_fit, cores, cost
 from flows.session import Session
 from mergecore.collect import collect
 from mergecore.errors import EvaluationError, ServiceError
-from mergecore.frontier import summary
 from mergecore.identity import digest
 from mergecore.merging import InProcess
 from mergecore.method import Event, Report
@@ -51,29 +51,35 @@ def conduct(
     if retry_failed and (count := session.store.forgive()):
         report(Event(f"{count} failed steps will be tried again"))
         session.frontier.refresh()
-    undone = missing(session)
     urls: dict[str, str] = {}
-    if undone:
+    known = sweep = finished(session)
+    if sweep is None:
         check_fit(session.spec, session.store, cost(session.frontier, workers or session.spec.run.workers or cores()))
-        urls = (_alone if in_process else _with_services)(session, report, workers, track)
+        if in_process:
+            _alone(session, report, workers)
+        else:
+            urls = _with_services(session, report, workers, track)
+        sweep = collect(session.frontier)
     else:
         settle(session.frontier)
-        if track and not shown(
-            session
-        ):  # the run that did the work was killed before it came to that, or MLflow was away
-            written_report(session)
-            with _tolerated(report):
-                urls = dict(projected(session, None, {}).urls)
-    return conclusion(session, urls, reused=not undone)
+    # Where it was found finished and yet is not shown, the run that did the work was killed before it came to that, or
+    # MLflow was away. With services the flow has shown it.
+    if track and (in_process or known is not None) and not shown(session, sweep):
+        written_report(sweep, session.results)
+        with _tolerated(report):
+            urls = dict(projected(session, sweep, None).urls)
+    return conclusion(session, sweep, urls, reused=known is not None)
 
 
-def missing(session: Session) -> bool:
-    """Whether anything is to be done."""
-    frontier = session.frontier
-    return bool(frontier.round()) or to_register(frontier, collect(frontier)) is not None
+def finished(session: Session) -> Sweep | None:
+    """The sweep as the store holds it; None where anything is to be done."""
+    if session.frontier.round():
+        return None
+    sweep = collect(session.frontier)
+    return sweep if to_register(session.frontier, sweep) is None else None
 
 
-def _alone(session: Session, report: Report, workers: int | None, track: bool) -> dict[str, str]:
+def _alone(session: Session, report: Report, workers: int | None) -> None:
     place = session.place(InProcess(workers or cores()), report)
 
     def say(done: Done) -> None:
@@ -81,12 +87,6 @@ def _alone(session: Session, report: Report, workers: int | None, track: bool) -
             report(Event(f"failed: {name}: {reason}"))
 
     complete(place, session.frontier, say)
-    if not track:
-        return {}
-    written_report(session)
-    with _tolerated(report):
-        return dict(projected(session, None, {}).urls)
-    return {}
 
 
 def _with_services(session: Session, report: Report, workers: int | None, track: bool) -> dict[str, str]:
@@ -166,33 +166,33 @@ def mlflow_uri(session: Session) -> str | None:
     return session.spec.run.mlflow or os.environ.get("MLFLOW_TRACKING_URI")
 
 
-def projected(session: Session, uri: str | None, links: Mapping[str, str], rebuild: bool = False) -> TrackResult:
-    """The sweep shown in MLflow; a server over the store's own database is started for it where no URI is known."""
+def projected(session: Session, sweep: Sweep, uri: str | None, rebuild: bool = False) -> TrackResult:
+    """The session's sweep shown in MLflow; a server over the store's own database is started for it where no URI is known."""
     from tasks import track
 
     paths = {path.name: path for path in session.results.glob("*") if path.suffix in (".png", ".md", ".parquet")}
     function = track.rebuild if rebuild else track.project
-    sweep, known = collect(session.frontier), uri or mlflow_uri(session)
+    known = uri or mlflow_uri(session)
     _shown_file(session).unlink(missing_ok=True)
     if known:
-        result = function(sweep, known, paths, links, session.store.root / "locks")
+        result = function(sweep, known, paths, {}, session.store.root / "locks")
     else:
         from flows.services import mlflow_server
 
         with mlflow_server(session.store.root) as address:
-            result = function(sweep, address, paths, links, session.store.root / "locks")
+            result = function(sweep, address, paths, {}, session.store.root / "locks")
     _shown_file(session).parent.mkdir(parents=True, exist_ok=True)
     write_json(_shown_file(session), {"sweep": _said(sweep)})
     return result
 
 
-def shown(session: Session) -> bool:
-    """Whether the last projection into MLflow went through and the sweep is still what it was then."""
+def shown(session: Session, sweep: Sweep) -> bool:
+    """Whether the last projection into MLflow went through and the sweep was then what it is now."""
     try:
         held = json.loads(_shown_file(session).read_text())
     except (OSError, ValueError):
         return False
-    return bool(held.get("sweep") == _said(collect(session.frontier)))
+    return bool(held.get("sweep") == _said(sweep))
 
 
 def _shown_file(session: Session) -> Path:
@@ -211,22 +211,22 @@ def _means(cell: CellScores) -> dict[str, dict[str, str]]:
     return {split: {task: repr(found.mean()) for task, found in held.items()} for split, held in cell.items.items()}
 
 
-def written_report(session: Session, split: str = "test") -> tuple[str, list[Path]]:
-    """The report as text, and the files it was written to: tables, report.md and the figure."""
-    found = summarise(collect(session.frontier), split)
-    paths = list(write_tables(found, session.results))
+def written_report(sweep: Sweep, folder: Path, split: str = "test") -> tuple[str, list[Path]]:
+    """The report as text, and the files in `folder` that it was written to: tables, report.md and the figure."""
+    found = summarise(sweep, split)
+    paths = list(write_tables(found, folder))
     if found.curve.num_rows:
         from mergecore.figure import draw
 
-        paths += list(draw(found, session.results / "figure"))
+        paths += list(draw(found, folder / "figure"))
     return markdown(found), paths
 
 
-def conclusion(session: Session, urls: Mapping[str, str], reused: bool) -> Outcome:
+def conclusion(session: Session, sweep: Sweep, urls: Mapping[str, str], reused: bool) -> Outcome:
     """What a sweep that went through tells: the table, where the files are, what failed, where it can be seen."""
-    counts = summary(session.frontier)
+    counts = dict.fromkeys(("done", "pending", "failed", "refused"), 0) | Counter(cell.status for cell in sweep.cells)
     try:
-        text, paths = written_report(session)
+        text, paths = written_report(sweep, session.results)
     except EvaluationError as error:
         text, paths = f"no report: {error}", []
     lines: list[str] = []
@@ -238,8 +238,7 @@ def conclusion(session: Session, urls: Mapping[str, str], reused: bool) -> Outco
     troubled = counts["failed"] + counts["refused"]
     if troubled:
         lines.append(f"{troubled} of {sum(counts.values())} cells failed or were refused (--retry-failed tries again):")
-        named = [(cell, session.frontier.trouble(cell)) for cell in session.plan.cells]
-        lines += [f"  {cell.name}: {reason}" for cell, reason in named if reason][:20]
+        lines += [f"  {cell.name}: {cell.reason}" for cell in sweep.cells if cell.reason][:20]
     return Outcome(text.strip(), tuple(lines), _in_numbers(counts), troubled > 0 or counts["pending"] > 0)
 
 

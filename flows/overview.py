@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from flows.budget import Cost, readable
+from flows.budget import Cost, PassCost, readable
 from flows.session import Session
 from flows.terminal import table
 from mergecore.architectures import layer_of
@@ -19,6 +19,8 @@ from mergecore.pool import Resolver
 from mergecore.recipes import Translator, read_orders
 from mergecore.registry import METHODS
 from mergecore.snapshot import Snapshot
+
+SHOWN_PASSES = 12
 
 
 def plan_text(session: Session, found: Cost, cells: bool) -> str:
@@ -30,7 +32,8 @@ def plan_text(session: Session, found: Cost, cells: bool) -> str:
         f"sweep {session.spec.name}: {found.cells} cells"
         f" ({kinds['merge']} merges by {', '.join(methods)}; {found.cells - kinds['merge']} baselines)",
         f"done: {found.cells_done} cells; still to do: {found.statistics} statistics, {found.merges} merges in "
-        f"{found.passes} passes, {found.evaluations} evaluations",
+        f"{len(found.passes)} passes, {found.evaluations} evaluations",
+        *passes_text(found.passes),
         f"reads {readable(found.bytes_read)}, writes {readable(found.bytes_written)}, at most {readable(found.disk)} of "
         f"models on disk at a time, {readable(found.peak_memory)} of memory at the peak",
         f"expected time: {duration(found.seconds)} ({'from what this store measured' if found.measured else 'a guess'})",
@@ -80,6 +83,17 @@ def _flow(value: Any) -> str:
     value = {key: _short(held) for key, held in value.items()} if isinstance(value, dict) else value
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=sys.maxsize)
     return text.removesuffix("\n").removesuffix("\n...")
+
+
+def passes_text(passes: Sequence[PassCost]) -> list[str]:
+    """A line for each of the first passes."""
+    lines = [
+        f"  {number}. {one.what}: reads {readable(one.read)}, writes {readable(one.written)}, "
+        f"{readable(one.memory)} of memory in {one.spans} blocks, {readable(one.disk)} of disk, {duration(one.seconds)}"
+        for number, one in enumerate(passes, start=1)
+    ]
+    rest = len(lines) - SHOWN_PASSES
+    return lines[:SHOWN_PASSES] + ([f"  … and {rest} more like the last"] if rest > 0 else [])
 
 
 def _state(frontier: Any, cell: Any) -> str:

@@ -20,9 +20,10 @@ from pydantic import Field
 from flows.budget import check_fit, cores, cost
 from flows.cancelling import cancelling
 from flows.cluster import cuda_devices, dask_client
-from flows.conduct import conclusion, missing, mlflow_uri, projected, stays
+from flows.conduct import conclusion, finished, mlflow_uri, projected, stays
 from flows.pages import listed, logged, report_page, run_name, slug
 from flows.session import Session, open_session, session_of
+from mergecore.collect import collect
 from mergecore.errors import ServiceError, SpecError, nearest
 from mergecore.frontier import Round, summary
 from mergecore.merging import InProcess
@@ -111,9 +112,10 @@ def sweep(
                 settle(whole.frontier)
         except Stopped as error:
             return Cancelled(message=str(error))
-    outcome = conclusion(whole, {}, reused=False)
+    found = collect(whole.frontier)
+    outcome = conclusion(whole, found, {}, reused=False)
     if track:
-        projection = Projection(lambda: projected(whole, mlflow_uri(whole), {}))
+        projection = Projection(lambda: projected(whole, found, mlflow_uri(whole)))
         wait_all([show.submit(name=session.spec.name, projection=projection)])
         handed.pages.update(projection.pages)
     create_markdown_artifact(
@@ -154,7 +156,7 @@ def narrowed(path: str, methods: Sequence[str], counts: Sequence[int]) -> Spec:
 def _executor(handed: Handed, workers: int | None, stop: threading.Event) -> Iterator[Executor]:
     """Where the sweep's work is done: a Dask cluster, unless nothing is missing. Raises CapacityError."""
     session, chosen = handed.session, handed.session.spec.run
-    if not (session.frontier.round() if handed.whole else missing(session)):
+    if (not session.frontier.round()) if handed.whole else (finished(session) is not None):
         yield InProcess()
         return
     check_fit(session.spec, session.store, cost(session.frontier, workers or chosen.workers or cores()))
@@ -242,12 +244,11 @@ def reused(session: Session) -> dict[str, int]:
             continue
         seen.add(cell.model.key)
         counts["merged model"] += frontier.done(cell.model)
-        for plans in cell.merge.statistics.values():
-            for one in (inner for group in plans for inner in group.with_inputs()):
-                if one.step.key not in seen:
-                    seen.add(one.step.key)
-                    kind = "task vector" if isinstance(one.statistic, Profile) else "statistic"
-                    counts[kind] += frontier.done(one.step)
+        for one in cell.merge.needed:
+            if one.step.key not in seen:
+                seen.add(one.step.key)
+                kind = "task vector" if isinstance(one.statistic, Profile) else "statistic"
+                counts[kind] += frontier.done(one.step)
     return counts
 
 

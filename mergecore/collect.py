@@ -23,6 +23,7 @@ from mergecore.store import Store
 def collect(frontier: Frontier) -> Sweep:
     """The sweep as the store holds it: scores per item, states and reasons, lineage, and what is registered."""
     plan, store = frontier.plan, frontier.store
+    frontier.refresh()
     cells = tuple(_cell(frontier, cell) for cell in plan.cells)
     register = plan.spec.output.register_
     return Sweep(
@@ -52,8 +53,7 @@ def _cell(frontier: Frontier, cell: Cell) -> CellScores:
             step = plan.evaluation(cell, split, task)
             if frontier.done(step):
                 items.setdefault(split, {})[task] = item_scores(store, step)
-                record = store.record(step)
-                seconds += float(record.made.get("seconds", 0.0)) if record else 0.0
+                seconds += frontier.seconds(step)
     record = store.record(cell.model) if cell.merge else None
     measured = {"eval/seconds": round(seconds, 3)} if seconds else {}
     if record is not None:
@@ -67,8 +67,9 @@ def _cell(frontier: Frontier, cell: Cell) -> CellScores:
 
 def item_scores(store: Store, step: Step) -> NDArray[np.float64]:
     """One score per item of an evaluation, float64."""
-    table = parquet.read_table(store.folder(step) / ITEMS, columns=["score"])
-    return np.asarray(table.column("score").to_numpy(), dtype=np.float64)
+    with parquet.ParquetFile(store.folder(step) / ITEMS, pre_buffer=False) as file:  # a third of `read_table`'s time
+        column = file.read(columns=["score"], use_threads=False).column("score")
+    return np.asarray(column.to_numpy(), dtype=np.float64)
 
 
 def lineage(plan: Plan, cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from mergecore.identity import model_digest, tensor_digest
 from mergecore.method import Event, Report, Rescan
-from mergecore.passes import Executor, PassOutcome, PassPlan, Round, SpanOutcome, SpanTask
+from mergecore.passes import Executor, PassOutcome, PassPlan, Round, SpanOutcome
+from mergecore.projection import at_once
 from mergecore.span import run_span
 
 
@@ -16,18 +17,20 @@ def run_pass(plan: PassPlan, executor: Executor, report: Report) -> PassOutcome:
     outcome = PassOutcome()
     states = {job.key: job.statistic.begin(job.selection, job.statistics) for job in plan.statistics}
     digests: dict[str, dict[str, dict[int, str]]] = {job.key: {} for job in plan.merges}
-    tasks = [SpanTask(number, None) for number in range(len(plan.spans))]
+    numbers, round = list(range(len(plan.spans))), Round(plan, states)
+    workers = at_once(plan, executor.workers, plan.memory)
+    if workers < executor.workers:
+        report(Event(f"memory is for {workers} of {executor.workers} spans at a time"))
     for job in plan.merges:
         job.sink.prepare()
-    while tasks:
-        gathered = _read_round(Round(plan, states), tasks, executor, report)
-        for number in sorted(gathered):
-            for key, held in gathered[number].digests.items():
-                for name, blocks in held.items():
-                    digests[key].setdefault(name, {}).update(blocks)
-        states, names = _finish_round(plan, states, gathered, outcome)
-        tasks = [
-            SpanTask(number, names)
+    while numbers:
+        gathered = _read_round(round, numbers, executor, report, workers)
+        for key, held in gathered.digests.items():
+            digests[key].update(held)
+        states, names = _finish_round(plan, gathered.states, outcome)
+        round = Round(plan, states, names)
+        numbers = [
+            number
             for number, span in enumerate(plan.spans)
             if any(name in names for unit in span for name, _, _ in unit)
         ]
@@ -40,32 +43,35 @@ def run_pass(plan: PassPlan, executor: Executor, report: Report) -> PassOutcome:
     return outcome
 
 
-def _read_round(round: Round, tasks: Sequence[SpanTask], executor: Executor, report: Report) -> dict[int, SpanOutcome]:
-    gathered: dict[int, SpanOutcome] = {}
+def _read_round(round: Round, numbers: Sequence[int], executor: Executor, report: Report, workers: int) -> SpanOutcome:
+    """All spans' digests and states together; states are joined as they come, for one of each is enough to hold."""
+    together = SpanOutcome()
+    statistics = {job.key: job.statistic for job in round.plan.statistics}
     sizes = [sum(stop - start for unit in span for _, start, stop in unit) for span in round.plan.spans]
-    total = sum(sizes[task.number] for task in tasks)
-    done = 0
-    for position, found in executor.each(run_span, round, tasks):
-        gathered[tasks[position].number] = found
-        done += sizes[tasks[position].number]
+    total, done = sum(sizes[number] for number in numbers), 0
+    for position, found in executor.each(run_span, round, numbers, workers):
+        for key, digests in found.digests.items():
+            held = together.digests.setdefault(key, {})
+            for name, blocks in digests.items():
+                held.setdefault(name, {}).update(blocks)
+        for key, state in found.states.items():
+            known = together.states.get(key)
+            together.states[key] = state if known is None else statistics[key].combine(known, state)
+        done += sizes[numbers[position]]
         report(Event("reading", done, total, "elements"))
-    return gathered
+    return together
 
 
 def _finish_round(
-    plan: PassPlan, states: Mapping[str, Any], gathered: Mapping[int, SpanOutcome], outcome: PassOutcome
+    plan: PassPlan, states: Mapping[str, Any], outcome: PassOutcome
 ) -> tuple[dict[str, Any], frozenset[str]]:
-    """Join the spans' states in order; returns the states of statistics that read again, and the tensors they name."""
+    """Finish the statistics; returns the states of those that read again, and the tensors they name."""
     again: dict[str, Any] = {}
     names: set[str] = set()
     for job in plan.statistics:
         if job.key not in states:
             continue
-        parts = [gathered[number].states[job.key] for number in sorted(gathered)]
-        joined = parts[0]
-        for part in parts[1:]:
-            joined = job.statistic.combine(joined, part)
-        finished = job.statistic.finish(joined, job.selection, job.statistics)
+        finished = job.statistic.finish(states[job.key], job.selection, job.statistics)
         if isinstance(finished, Rescan):
             again[job.key] = finished.state
             names |= set(job.selection if finished.tensors is None else finished.tensors)

@@ -45,9 +45,24 @@ class Round:
 
 
 @dataclass
-class Frontier:
-    """The plan held against the store. Steps once seen done are not looked at again.
+class Look:
+    """One look at the store, and what was concluded from it; the next look begins anew.
 
+    there: by kind of step, the names of the folders that were there. A step without one is missing, and nothing needs to
+    be asked about it. winners: what `Frontier.chosen` found for each group.
+    """
+
+    failed: Mapping[str, str] = field(default_factory=dict)
+    there: dict[str, frozenset[str]] = field(default_factory=dict)
+    troubles: dict[str, str] = field(default_factory=dict)
+    winners: dict[tuple[str, int, int], str | None] = field(default_factory=dict)
+
+
+@dataclass
+class Frontier:
+    """The plan held against the store, as it was at the last `refresh`. Steps once seen done are not looked at again.
+
+    Whatever goes over the whole plan (`round`, `droppable`, `summary` …) looks anew before it does.
     room: how many models may lie in the store at once before more are merged.
     """
 
@@ -55,9 +70,9 @@ class Frontier:
     store: Store
     room: int
     _done: set[str] = field(default_factory=set)
-    _failed: dict[str, str] = field(default_factory=dict)
-    _scores: dict[str, float] = field(default_factory=dict)
+    _scores: dict[str, tuple[float, float]] = field(default_factory=dict)
     _groups: dict[tuple[str, int, int], list[Cell]] = field(default_factory=dict)
+    _look: Look = field(default_factory=Look)
 
     def __post_init__(self) -> None:
         for cell in self.plan.cells:
@@ -66,45 +81,64 @@ class Frontier:
 
     # --- what the store knows -----------------------------------------------------------------------------------
 
+    def refresh(self) -> None:
+        """Look anew at what was done, dropped and failed, by this process or another."""
+        self._look = Look(self.store.failures())
+
+    def _there(self, step: Step) -> bool:
+        """Whether the store had a folder for the step: one listing for thousands of questions."""
+        there = self._look.there
+        if step.kind not in there:
+            there[step.kind] = self.store.names(step.kind)
+        return bool(there[step.kind]) and step.name in there[step.kind]
+
+    def state(self, step: Step) -> State:
+        """What the store knows of a step."""
+        return self.store.state(step) if self._there(step) else State.MISSING
+
     def done(self, step: Step) -> bool:
         """Whether the step's result is known (its bytes may have been dropped)."""
-        if step.key not in self._done and self.store.is_done(step):
+        if not self._there(step):
+            return False
+        if step.key not in self._done:
+            state, record = self.store.found(step)
+            if record is None or state not in (State.PRESENT, State.DROPPED):
+                return False
             self._done.add(step.key)
-        return step.key in self._done
+            if step.kind == "evaluation":
+                self._scores[step.key] = float(record.result["score"]), float(record.made.get("seconds", 0.0))
+        return True
 
     def failed(self, step: Step) -> str:
         """Why a step failed, '' where it has not."""
-        return self._failed.get(step.key, "")
-
-    def refresh(self) -> None:
-        """Take note of what failed since the last look."""
-        self._failed = self.store.failures()
+        return self._look.failed.get(step.key, "")
 
     def score(self, cell: Cell, split: Split, task: str) -> float | None:
         """The cell's mean primary metric on a task, None while it is not known."""
         step = self.plan.evaluation(cell, split, task)
-        if step.key not in self._scores:
-            record = self.store.record(step) if self.done(step) else None
-            if record is None:
-                return None
-            self._scores[step.key] = float(record.result["score"])
-        return self._scores[step.key]
+        return self._scores[step.key][0] if self.done(step) else None
+
+    def seconds(self, step: Step) -> float:
+        """How long an evaluation that is done has taken."""
+        return self._scores[step.key][1]
 
     def trouble(self, cell: Cell) -> str:
         """Why the cell cannot be had: refused, or a step of it failed; '' where nothing stands against it."""
-        if cell.refused:
+        if cell.refused or not self._look.failed:
             return cell.refused
+        if cell.id not in self._look.troubles:
+            self._look.troubles[cell.id] = next(filter(None, map(self.failed, self._steps(cell))), "")
+        return self._look.troubles[cell.id]
+
+    def _steps(self, cell: Cell) -> Iterator[Step]:
+        """Every step the cell needs, in the order in which they are done."""
         if cell.merge is not None:
-            for statistic in self._statistics(cell.merge):
-                if reason := self.failed(statistic.step):
-                    return reason
-            if reason := self.failed(cell.model):
-                return reason
+            for statistic in cell.merge.needed:
+                yield statistic.step
+            yield cell.model
         for split in self.plan.splits:
             for task in cell.tasks:
-                if reason := self.failed(self.plan.evaluation(cell, split, task)):
-                    return reason
-        return ""
+                yield self.plan.evaluation(cell, split, task)
 
     # --- choosing -----------------------------------------------------------------------------------------------
 
@@ -129,13 +163,24 @@ class Frontier:
         """Whether the cell's values won its group; None while that is open. Always true without validation items."""
         if "validation" not in self.plan.splits or cell.kind != "merge":
             return True
-        rivals = [other for other in self._groups[cell.group] if not self.trouble(other)]
+        winners = self._look.winners
+        if cell.group not in winners:
+            winners[cell.group] = self._winner(cell.group)
+        winner = winners[cell.group]
+        return None if winner is None else winner in ("", cell.id)
+
+    def _winner(self, group: tuple[str, int, int]) -> str | None:
+        """The cell whose values won, '' where there is nothing to choose from, None while that is open."""
+        rivals = [other for other in self._groups[group] if not self.trouble(other)]
         if len(rivals) <= 1:
-            return True
+            return ""
         if not all(self.measured(other, "validation") for other in rivals):
             return None
-        best = max(rivals, key=lambda other: (self.selection_score(other, "validation"), other.id))
-        return best.id == cell.id
+        return max(rivals, key=self._on_validation).id
+
+    def _on_validation(self, cell: Cell) -> tuple[float, str]:
+        """What cells of a group are ranked by."""
+        return self.selection_score(cell, "validation"), cell.id
 
     def wanted(self, cell: Cell) -> Iterator[tuple[Split, TaskIdentity, Step]]:
         """The scores that are asked for now and not known: validation first, test items for winners only."""
@@ -161,7 +206,7 @@ class Frontier:
                 continue
             if cell.merge is None:
                 scorings.append(Scoring(cell, tasks))
-            elif self.store.state(cell.model) is State.PRESENT:
+            elif self.state(cell.model) is State.PRESENT:
                 scorings.append(Scoring(cell, tasks))
                 present += 1
             else:
@@ -173,7 +218,8 @@ class Frontier:
 
     def making(self, merges: Sequence[MergePlan]) -> Round:
         """What must be done next for these models to be PRESENT."""
-        missing = [merge for merge in merges if self.store.state(merge.step) is not State.PRESENT]
+        self.refresh()
+        missing = [merge for merge in merges if self.state(merge.step) is not State.PRESENT]
         statistics, data, ready = self._ready(missing, len(missing))
         return Round(statistics, data, ready)
 
@@ -181,25 +227,15 @@ class Frontier:
         self, missing: Sequence[MergePlan], room: int
     ) -> tuple[tuple[StatisticPlan, ...], tuple[StatisticPlan, ...], tuple[MergePlan, ...]]:
         """Statistics whose own inputs are known (for all models at once), and the first models that need no more."""
-        streamed: dict[str, StatisticPlan] = {}
-        with_data: dict[str, StatisticPlan] = {}
-        ready = []
-        for merge in missing:
-            open_ones = [plan for plan in self._statistics(merge) if not self._at_hand(plan)]
-            for plan in open_ones:
-                if all(self._at_hand(inner) for group in plan.inputs.values() for inner in group):
-                    (with_data if isinstance(plan.statistic, DataStatistic) else streamed)[plan.step.key] = plan
-            if not open_ones:
-                ready.append(merge)
-        return tuple(streamed.values()), tuple(with_data.values()), tuple(ready[:room])
-
-    def _at_hand(self, plan: StatisticPlan) -> bool:
-        return self.store.is_done(plan.step, bytes_needed=True)
-
-    def _statistics(self, merge: MergePlan) -> Iterator[StatisticPlan]:
-        for plans in merge.statistics.values():
-            for plan in plans:
-                yield from plan.with_inputs()
+        plans = {plan.step.key: plan for merge in missing for plan in merge.needed}
+        open_ones = {key: plan for key, plan in plans.items() if self.state(plan.step) is not State.PRESENT}
+        streamed: list[StatisticPlan] = []
+        with_data: list[StatisticPlan] = []
+        for plan in open_ones.values():
+            if not any(inner.step.key in open_ones for group in plan.inputs.values() for inner in group):
+                (with_data if isinstance(plan.statistic, DataStatistic) else streamed).append(plan)
+        ready = [merge for merge in missing if not any(plan.step.key in open_ones for plan in merge.needed)]
+        return tuple(streamed), tuple(with_data), tuple(ready[:room])
 
     # --- dropping -----------------------------------------------------------------------------------------------
 
@@ -211,22 +247,36 @@ class Frontier:
         keep = self.plan.spec.output.keep
         if keep == "all":
             return []
-        held = [cell for cell in self.plan.cells if cell.merge and self.store.state(cell.model) is State.PRESENT]
+        self.refresh()
+        held = [cell for cell in self.plan.cells if cell.merge and self.state(cell.model) is State.PRESENT]
         found = read_registration(self.store, self.plan.spec.name, {cell.id for cell in self.plan.cells})
         registered = str(found["cell"]) if found else ""
+        best = self._best() if held else set[str]()
         needed: set[str] = set()
         for cell in held:
-            if not self.trouble(cell) and self._still_needed(cell, registered, settled):
+            if not self.trouble(cell) and self._still_needed(cell, registered, settled, best):
                 needed.add(cell.model.key)
         return [cell.merge for cell in held if cell.merge and cell.model.key not in needed]
 
-    def _still_needed(self, cell: Cell, registered: str, settled: bool) -> bool:
+    def _best(self) -> set[str]:
+        """The cells that would be kept if nothing more came: the best of all, or where `keep` says so of each method."""
+        split: Split = self.plan.splits[0]
+        best: dict[str, tuple[float, str]] = {}
+        for cell in self.plan.cells:
+            if cell.kind != "merge" or self.trouble(cell) or not self.chosen(cell) or not self.measured(cell, "test"):
+                continue
+            place = cell.method if self.plan.spec.output.keep == "best" else ""
+            rank = (-round(self.selection_score(cell, split), 12), cell.id)
+            best[place] = min(best.get(place, rank), rank)
+        return {cell for _, cell in best.values()}
+
+    def _still_needed(self, cell: Cell, registered: str, settled: bool, best: set[str]) -> bool:
         if any(True for _ in self.wanted(cell)):
             return True
         chosen = self.chosen(cell)
         if chosen is None:  # its group is still being measured: only the best so far can become the winner
             rivals = [other for other in self._groups[cell.group] if self.measured(other, "validation")]
-            return cell is max(rivals, key=lambda other: (self.selection_score(other, "validation"), other.id))
+            return cell is max(rivals, key=self._on_validation)
         keep = self.plan.spec.output.keep
         if not chosen or cell.kind != "merge" or keep == "none":
             return False
@@ -234,14 +284,7 @@ class Frontier:
             return False
         if keep == "registered" and registered and (settled or cell.id == registered):
             return cell.id == registered
-        rivals = [
-            other
-            for other in self.plan.cells
-            if other.kind == "merge" and not self.trouble(other) and self.chosen(other) and self.measured(other, "test")
-            and (keep == "registered" or other.method == cell.method)
-        ]  # fmt: skip
-        split: Split = self.plan.splits[0]
-        return cell is min(rivals, key=lambda other: (-round(self.selection_score(other, split), 12), other.id))
+        return cell.id in best
 
 
 def registration_file(store: Store, sweep: str) -> Path:
@@ -260,6 +303,7 @@ def read_registration(store: Store, sweep: str, cells: set[str]) -> dict[str, An
 
 def summary(frontier: Frontier) -> Mapping[str, int]:
     """How many cells are done, pending, failed and refused."""
+    frontier.refresh()
     found = {"done": 0, "pending": 0, "failed": 0, "refused": 0}
     for cell in frontier.plan.cells:
         if cell.refused:

@@ -27,15 +27,18 @@ class InProcess:
     def __init__(self, workers: int = 1) -> None:
         self.workers = workers
 
-    def each(self, function: Any, shared: Any, items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    def each(
+        self, function: Any, shared: Any, items: Sequence[Any], at_once: int | None = None
+    ) -> Iterator[tuple[int, Any]]:
         """In order with one worker, else as they complete."""
-        if self.workers == 1 or len(items) == 1:
+        workers = min(self.workers, at_once or self.workers)
+        if workers == 1 or len(items) == 1:
             for position, item in enumerate(items):
                 yield position, function(shared, item)
             return
         from concurrent.futures import as_completed
 
-        with ThreadPoolExecutor(self.workers) as pool:
+        with ThreadPoolExecutor(workers) as pool:
             futures = {pool.submit(function, shared, item): position for position, item in enumerate(items)}
             try:
                 for future in as_completed(futures):

@@ -278,6 +278,9 @@ class Method(Plugin, ABC):
     """A way of merging. An element-wise or per-tensor method writes only `merge`."""
 
     per: ClassVar[Per] = Per.ELEMENT
+    working: ClassVar[float] = 2.0
+    """Memory that `merge` of a method that sees whole tensors needs beyond base, experts and result, in float32 tensors of
+    the largest one's size: what is projected before anything runs."""
     ordered: ClassVar[bool] = False
     """False: a sum without order, experts are folded by ascending id. True: the recipe's order holds."""
     idempotent: ClassVar[bool] = True

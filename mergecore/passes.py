@@ -35,10 +35,14 @@ class Executor(Protocol):
     """How many items run at once."""
 
     def each(
-        self, function: Callable[[Shared, Item], Outcome], shared: Shared, items: Sequence[Item]
+        self,
+        function: Callable[[Shared, Item], Outcome],
+        shared: Shared,
+        items: Sequence[Item],
+        at_once: int | None = None,
     ) -> Iterator[tuple[int, Outcome]]:
         """(position, function(shared, item)) as they complete; the first error ends it. All arguments are picklable,
-        `shared` is sent once."""
+        `shared` is sent once. at_once: how many may run at a time; None: as many as there are workers."""
         ...
 
 
@@ -87,18 +91,13 @@ class PassPlan:
     library: Library | None = None
     """Where fused loops are kept; None: everything runs operation by operation."""
 
+    memory: int | None = None
+    """Bytes that the blocks in flight may take, on all workers together; None: whatever they take."""
+
     @cached_property
     def elements(self) -> int:
         """Of the base, in all spans."""
         return sum(stop - start for span in self.spans for unit in span for _, start, stop in unit)
-
-
-@dataclass(frozen=True)
-class SpanTask:
-    """One span to be done: its number, the statistics' states to start from, and for a rescan which tensors to read."""
-
-    number: int
-    only: frozenset[str] | None
 
 
 @dataclass
@@ -159,10 +158,12 @@ def coarsest(methods: Sequence[Method]) -> Per:
 
 @dataclass(frozen=True)
 class Round:
-    """One reading of the pass: the plan and the states from which every span's statistics start."""
+    """One reading of the pass: the plan, the states from which every span's statistics start, and of a reading that a
+    statistic has asked for which tensors are read. Merges are done in the first one."""
 
     plan: PassPlan
     states: Mapping[str, Any]
+    only: frozenset[str] | None = None
     fused: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     """What this process has worked out about the jobs' functions; never sent."""
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mergecore.errors import MergeloomError, SpecError
 from mergecore.evaluators import Evaluator, Split, TaskIdentity
-from mergecore.identity import Step, digest
+from mergecore.identity import Step, canonical, digest
 from mergecore.layout import Layout, lay_out
 from mergecore.merging import stored_as
 from mergecore.method import DataStatistic, Method, Scope, Statistic, TensorInfo
@@ -63,6 +64,8 @@ class MergePlan:
     layout: Layout
     outputs: Mapping[str, TensorInfo]
     statistics: Mapping[str, tuple[StatisticPlan, ...]]
+    size: int
+    """Bytes of the written model."""
     base: str = ""
     """Id of the expert that stands for the base, from which copies come too; '' for the pool's base."""
     parts: tuple[MergePlan, ...] = ()
@@ -72,10 +75,13 @@ class MergePlan:
         """What is to be done: the parts, or this as a whole."""
         return self.parts or (self,)
 
-    @property
-    def size(self) -> int:
-        """Bytes of the written model."""
-        return sum(info.count * DTYPES[info.dtype].itemsize for info in self.outputs.values())
+    @cached_property
+    def needed(self) -> tuple[StatisticPlan, ...]:
+        """Everything that must be known for it, each once, what others need before them."""
+        found = {
+            one.step.key: one for plans in self.statistics.values() for plan in plans for one in plan.with_inputs()
+        }
+        return tuple(found.values())
 
 
 @dataclass(frozen=True)
@@ -222,9 +228,13 @@ class Planner:
             tasks = everything if own is None else self._tasks_of([member.name])
             yield self._baseline(member, tasks)
         seen: set[str] = set()
+        drawn: set[tuple[str, ...]] = set()
         for count in self.spec.counts:
             for subset in range(self.spec.subsets.per_count):
                 chosen = self.draw(count, subset)
+                if chosen in drawn:
+                    continue  # the same experts, so the same cells
+                drawn.add(chosen)
                 for variant in self.spec.variants:
                     cell = self._cell(variant, count, subset, chosen)
                     if cell.id not in seen:
@@ -269,6 +279,21 @@ class Planner:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Laid:
+    """A layout, the tensors that are written for it, the digest of their names, and how many bytes they are."""
+
+    layout: Layout
+    outputs: Mapping[str, TensorInfo]
+    tensors: str
+    size: int
+
+
+def bytes_of(tensors: Mapping[str, TensorInfo]) -> int:
+    """Bytes of so many tensors."""
+    return sum(info.count * DTYPES[info.dtype].itemsize for info in tensors.values())
+
+
 class MergeBuilder:
     """Turns (method, experts) into steps; layouts and statistics that several merges share are built once.
 
@@ -279,8 +304,9 @@ class MergeBuilder:
         self.pool, self.select, self.data = pool, tuple(select), data
         self.dtype = SAFETENSORS_DTYPE[dtype] if dtype else None
         self.by_id = {member.id: member for member in pool.members}
-        self._layouts: dict[frozenset[str], tuple[Layout, Mapping[str, TensorInfo], str]] = {}
-        self._statistics: dict[str, StatisticPlan] = {}
+        self._layouts: dict[frozenset[str], Laid] = {}
+        self._laid: dict[frozenset[str], Laid] = {}
+        self._statistics: dict[tuple[type, bytes, str, str], dict[tuple[str, ...], StatisticPlan]] = {}
         self._wholes: dict[str, Mapping[str, TensorInfo]] = {}
 
     def build(self, method: Method, members: Sequence[Member]) -> MergePlan:
@@ -293,22 +319,24 @@ class MergeBuilder:
             order.sort(key=lambda position: members[position].id)
         ids = tuple(members[position].id for position in order)
         bound = method.bound(order)
-        layout, outputs, tensors = self._layout([self.by_id[one].carried() for one in ids])
-        statistics = self._statistics_of(bound, ids, layout.merged, tensors)
+        laid = self._layout(frozenset(ids))
+        statistics = self._statistics_of(bound, ids, laid.layout.merged, laid.tensors)
         step = Step(
             "merge",
             bound.name,
             bound.version,
-            {"values": bound.parameters(), "dtype": self.dtype, "tensors": tensors, "engine": ENGINE},
+            {"values": bound.parameters(), "dtype": self.dtype, "tensors": laid.tensors, "engine": ENGINE},
             {
                 "base": self.pool.base.weights,
                 "experts": list(ids),
                 "statistics": {name: [plan.step.key for plan in plans] for name, plans in statistics.items()},
             },
         )
-        if (changed := bound.outputs(layout.merged)) is not layout.merged:
-            outputs = self._outputs({**changed, **layout.copied})
-        return MergePlan(step, bound, ids, layout, outputs, statistics)
+        outputs, size = laid.outputs, laid.size
+        if (changed := bound.outputs(laid.layout.merged)) is not laid.layout.merged:
+            outputs = self._outputs({**changed, **laid.layout.copied})
+            size = bytes_of(outputs)
+        return MergePlan(step, bound, ids, laid.layout, outputs, statistics, size)
 
     def _in_parts(self, method: Method, members: Sequence[Member]) -> MergePlan:
         """The merge whose tensors come about in several ways: one part for each."""
@@ -326,7 +354,7 @@ class MergeBuilder:
         statistics = {
             f"{number} {name}": plans for number, part in enumerate(parts) for name, plans in part.statistics.items()
         }
-        return MergePlan(step, method, ids, layout, outputs, statistics, parts=parts)
+        return MergePlan(step, method, ids, layout, outputs, statistics, bytes_of(outputs), parts=parts)
 
     def _part(self, portion: Portion) -> MergePlan:
         way, layout = portion.way, portion.layout
@@ -350,18 +378,22 @@ class MergeBuilder:
             },
         )
         outputs = self._outputs({**bound.outputs(layout.merged), **layout.copied})
-        return MergePlan(step, bound, ids, layout, outputs, statistics, base)
+        return MergePlan(step, bound, ids, layout, outputs, statistics, bytes_of(outputs), base)
 
     def _outputs(self, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
         return {name: stored_as(info, self.dtype or info.dtype) for name, info in tensors.items()}
 
-    def _layout(self, carried: Sequence[frozenset[str]]) -> tuple[Layout, Mapping[str, TensorInfo], str]:
-        union = frozenset().union(*carried)
-        if union not in self._layouts:
-            layout = lay_out(self.pool.base.tensors, self.pool.base.config, [union], self.select)
-            tensors = digest([sorted(layout.merged), sorted(layout.copied)])
-            self._layouts[union] = (layout, self._outputs({**layout.merged, **layout.copied}), tensors)
-        return self._layouts[union]
+    def _layout(self, ids: frozenset[str]) -> Laid:
+        """What these experts carry between them, laid out; whoever carries the same shares it."""
+        if ids not in self._laid:
+            union = frozenset[str]().union(*(self.by_id[one].carried() for one in ids))
+            if union not in self._layouts:
+                layout = lay_out(self.pool.base.tensors, self.pool.base.config, [union], self.select)
+                outputs = self._outputs({**layout.merged, **layout.copied})
+                tensors = digest([sorted(layout.merged), sorted(layout.copied)])
+                self._layouts[union] = Laid(layout, outputs, tensors, bytes_of(outputs))
+            self._laid[ids] = self._layouts[union]
+        return self._laid[ids]
 
     def _statistics_of(
         self,
@@ -374,17 +406,23 @@ class MergeBuilder:
         found = {}
         for name, statistic in owner.statistics().items():
             groups = [(one,) for one in ids] if statistic.scope is Scope.EXPERT else [ids]
-            found[name] = tuple(
-                self._statistic(
-                    statistic.of_expert(number) if isinstance(statistic, Statistic) else statistic,
-                    group,
-                    selection,
-                    tensors,
-                    base,
-                )
-                for number, group in enumerate(groups)
-            )
+            shared = self._known(statistic, tensors, base)
+            plans = []
+            for number, group in enumerate(groups):
+                kind = statistic.of_expert(number) if isinstance(statistic, Statistic) else statistic
+                known = shared if kind is statistic else self._known(kind, tensors, base)
+                if group not in known:
+                    known[group] = self._statistic(kind, group, selection, tensors, base)
+                plans.append(known[group])
+            found[name] = tuple(plans)
         return found
+
+    def _known(
+        self, statistic: Statistic | DataStatistic, tensors: str, base: str
+    ) -> dict[tuple[str, ...], StatisticPlan]:
+        """Plans of this statistic so far, by its experts."""
+        # By what enters its key, not by equality: 0.0 equals -0.0 and is another key.
+        return self._statistics.setdefault((type(statistic), canonical(statistic.parameters()), tensors, base), {})
 
     def _statistic(
         self,
@@ -409,7 +447,7 @@ class MergeBuilder:
             inputs["statistics"] = {name: [plan.step.key for plan in plans] for name, plans in inner.items()}
         parameters = {"values": statistic.parameters(), "engine": ENGINE}
         step = Step("statistic", statistic.name, statistic.version, parameters, inputs)
-        return self._statistics.setdefault(step.key, StatisticPlan(step, statistic, ids, selection, inner, tasks, base))
+        return StatisticPlan(step, statistic, ids, selection, inner, tasks, base)
 
     def _whole(self, expert: str) -> Mapping[str, TensorInfo]:
         """Every tensor the expert can change, whatever is selected: profiles are shared by all selections."""

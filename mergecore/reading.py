@@ -8,15 +8,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergecore.delta import FullExpert
 from mergecore.kernels.run import Chunk
 from mergecore.method import Block
-from mergecore.passes import PassPlan
-from mergecore.snapshot import DTYPES, check_finite
+from mergecore.passes import PassPlan, Unit
+from mergecore.snapshot import DTYPES, FileTensors, check_finite
 
 KEEP_OUT = (
     "repair the checkpoint, or leave the tensor as the base has it: select: [{{names: '{name}', take: copy}}, {{}}]"
 )
 """What to do about values of a model that are not finite."""
+
+WINDOW = 1 << 18
+"""Elements of every model that are at hand at once: what lies between reading and writing stays in the processor's cache."""
 
 _buffers = threading.local()
 
@@ -33,6 +37,16 @@ def buffer(place: object, count: int, dtype: torch.dtype) -> Tensor:
 def release_buffers() -> None:
     """Give this thread's buffers back."""
     _buffers.__dict__.clear()
+
+
+def expect(plan: PassPlan, unit: Unit) -> None:
+    """Have the system read ahead what the next unit is made of, while this one is worked on."""
+    held = [expert.held for expert in plan.experts if isinstance(expert, FullExpert)]
+    for source in (plan.base, *held):
+        if isinstance(source, FileTensors):
+            for name, start, stop in unit:
+                if name in source.tensors:
+                    source.expect(name, start, stop)
 
 
 class Reading:

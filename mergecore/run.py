@@ -69,6 +69,8 @@ class Place:
     device: str = "cpu"
     library: Library | None = None
     """Where fused loops are kept."""
+    memory: int | None = None
+    """Bytes that the blocks of a pass may take; None: whatever they take."""
 
     @property
     def bench(self) -> Bench:
@@ -241,7 +243,14 @@ def _pass(
     instead = experts[asked[0].base] if asked[0].base else None
     ground = instead.held if isinstance(instead, FullExpert) else base
     return PassPlan(
-        ground, tuple(experts[one] for one in ids), merge_jobs, statistic_jobs, spans, place.device, place.library
+        ground,
+        tuple(experts[one] for one in ids),
+        merge_jobs,
+        statistic_jobs,
+        spans,
+        place.device,
+        place.library,
+        place.memory,
     )
 
 

@@ -8,7 +8,8 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,13 @@ WORK = ".work"
 
 @dataclass(frozen=True)
 class Made:
-    """A written model: where, its content digest, its bytes, and what was said aloud on the way."""
+    """A written model: where, its content digest, its bytes, what was said aloud on the way, and how long each stage took."""
 
     folder: Path
     digest: str
     size: int
     warnings: tuple[str, ...]
+    seconds: Mapping[str, float]
 
 
 def merge_file(
@@ -52,6 +54,7 @@ def merge_file(
     durable: bool = False,
     intermediates: Path | None = None,
     library: Library | None = None,
+    memory: int | None = None,
 ) -> list[Made]:
     """Make what a recipe file asks for, in our form or in mergekit's; of several documents the one without a name is
     `out`, and where all have names each becomes a folder in `out`.
@@ -67,8 +70,9 @@ def merge_file(
             recipe, notes = translator.recipe(order, folders)
             origin = text if is_mergekit(order.held) else None
             one = merge_recipe(
-                recipe, folders[order.name], resolve, executor, report, durable=durable, library=library, origin=origin
-            )
+                recipe, folders[order.name], resolve, executor, report, durable=durable, library=library,
+                memory=memory, origin=origin,
+            )  # fmt: skip
             made.append(dataclasses.replace(one, warnings=(*notes, *one.warnings)))
     return [one for one in made if one.folder.exists()]
 
@@ -105,6 +109,7 @@ def merge_recipe(
     *,
     durable: bool = False,
     library: Library | None = None,
+    memory: int | None = None,
     origin: str | None = None,
 ) -> Made:
     """Make the recipe's model in `out`, by way of `out`.tmp and a rename; durable: fsync before the rename.
@@ -114,6 +119,7 @@ def merge_recipe(
     """
     if os.path.lexists(out):
         raise StoreError(f"{out} exists already; choose another name or remove it")
+    clock = _Clock()
     method = recipe.built()
     names = [expert.name for expert in recipe.experts]
     if recipe.tokenizer is not None and recipe.tokenizer not in names:
@@ -124,10 +130,19 @@ def merge_recipe(
     builder = MergeBuilder(pool, recipe.select, recipe.dtype, _no_data)
     plan = builder.build(method, list(pool.experts.values()))
     with _draft(out) as draft:
-        place = Place(pool, Store(draft / WORK), executor, report, size_in_bytes(recipe.shard_size), library=library)
+        place = Place(
+            pool,
+            Store(draft / WORK),
+            executor,
+            report,
+            size_in_bytes(recipe.shard_size),
+            library=library,
+            memory=memory,
+        )
         for snapshot in snapshots_of(pool):
             fetch(place, snapshot)
-        _finish(run_all(place, plan))
+        clock.ended("checkpoints")
+        _finish(run_all(place, plan, clock))
         for snapshot in snapshots_of(pool):
             if snapshot.source.revision is None:
                 snapshot.source.fetch(report)  # a local file written to meanwhile is none of the digests in the card
@@ -139,7 +154,21 @@ def merge_recipe(
         os.rename(draft, out)
     if durable:
         _sync_entry(out.absolute().parent)
-    return Made(out, made, plan.size, pool.warnings)
+    clock.ended("finish")
+    return Made(out, made, plan.size, pool.warnings, clock.seconds)
+
+
+class _Clock:
+    """Seconds of each stage: checkpoints (found, hashed, checked), scan, merge, finish."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def ended(self, stage: str) -> None:
+        """The stage is over, the next one begins."""
+        now = time.monotonic()
+        self.seconds[stage], self._since = now - self._since, now
 
 
 @contextlib.contextmanager
@@ -201,7 +230,7 @@ def _no_data(member: Member) -> dict[str, Any]:
     )
 
 
-def run_all(place: Place, plan: MergePlan) -> Done:
+def run_all(place: Place, plan: MergePlan, clock: _Clock | None = None) -> Done:
     """The merge and, level by level, what it must know beforehand."""
     done = Done()
     waiting = [one for plans in plan.statistics.values() for group in plans for one in group.with_inputs()]
@@ -210,7 +239,11 @@ def run_all(place: Place, plan: MergePlan) -> Done:
         ready = [one for one in pending.values() if not _open_inputs(one, pending)]
         done = done.note(run_statistics(place, ready))
         pending = {key: one for key, one in pending.items() if place.store.state(one.step) is not State.PRESENT}
-    return done if done.failures else done.note(run_merges(place, [plan]))
+    clock = clock or _Clock()
+    clock.ended("scan")
+    done = done if done.failures else done.note(run_merges(place, [plan]))
+    clock.ended("merge")
+    return done
 
 
 def _open_inputs(plan: StatisticPlan, pending: dict[str, StatisticPlan]) -> bool:

@@ -43,6 +43,31 @@ Location = tuple[str, int]
 """File and offset of a tensor's first byte."""
 
 
+class OpenFiles:
+    """Files opened once per process and closed with this object; sent to another process it opens its own."""
+
+    def __init__(self, flags: int) -> None:
+        self._flags, self._held = flags, dict[str, int]()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OpenFiles, (self._flags,)
+
+    def __del__(self) -> None:
+        for handle in self._held.values():
+            os.close(handle)
+
+    def of(self, path: str) -> int:
+        """The handle of a file. Raises OSError."""
+        handle = self._held.get(path)
+        if handle is None:
+            handle = os.open(path, self._flags)
+            # Two threads may open at once; the second handle is kept nowhere else, so it is closed here.
+            if (kept := self._held.setdefault(path, handle)) != handle:
+                os.close(handle)
+                handle = kept
+        return handle
+
+
 @dataclass(frozen=True)
 class FileTensors:
     """Tensors in safetensors files, read by position. Picklable: a worker opens the files itself."""
@@ -50,14 +75,7 @@ class FileTensors:
     folder: str
     tensors: Mapping[str, TensorInfo]
     locations: Mapping[str, Location]
-    handles: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "handles": {}}
-
-    def __del__(self) -> None:
-        for handle in self.handles.values():
-            os.close(handle)
+    handles: OpenFiles = field(default_factory=lambda: OpenFiles(os.O_RDONLY), compare=False, repr=False)
 
     def read(self, name: str, start: int = 0, stop: int | None = None, space: Tensor | None = None) -> Tensor:
         """Elements start … stop−1 of the flattened tensor, in its own dtype; read into `space` where it is given.
@@ -72,26 +90,25 @@ class FileTensors:
         if stop == start:
             return out
         wanted = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]
-        position, done = offset + start * dtype.itemsize, 0
+        handle, position, done = self._handle(file), offset + start * dtype.itemsize, 0
         while done < len(wanted):
-            size = os.preadv(self._handle(file), [wanted[done:]], position + done)
+            size = os.preadv(handle, [wanted[done:]], position + done)
             if size == 0:
                 raise SourceError(f"{self.folder}/{file} ends inside tensor '{name}': fetch or write the file again")
             done += size
         return out
 
+    def expect(self, name: str, start: int, stop: int) -> None:
+        """Have the system begin to read these elements from the disk, if it has not got them."""
+        file, offset = self.locations[name]
+        size = DTYPES[self.tensors[name].dtype].itemsize
+        os.posix_fadvise(self._handle(file), offset + start * size, (stop - start) * size, os.POSIX_FADV_WILLNEED)
+
     def _handle(self, file: str) -> int:
-        handle = self.handles.get(file)
-        if handle is None:
-            try:
-                handle = os.open(os.path.join(self.folder, file), os.O_RDONLY)
-            except OSError as error:
-                raise SourceError(f"cannot open {self.folder}/{file}: {error.strerror}") from error
-            # Two threads may open at once; the second handle is kept nowhere else, so it is closed here.
-            if (kept := self.handles.setdefault(file, handle)) != handle:
-                os.close(handle)
-                handle = kept
-        return handle
+        try:
+            return self.handles.of(os.path.join(self.folder, file))
+        except OSError as error:
+            raise SourceError(f"cannot open {self.folder}/{file}: {error.strerror}") from error
 
 
 @dataclass(frozen=True)

@@ -17,28 +17,26 @@ from mergecore.identity import GRID, BlockDigests
 from mergecore.journal import read_journal, write_journal
 from mergecore.kernels.run import HALF, Fused, Given, counts_of, empty_bins
 from mergecore.method import Block, Counting, Per, Sparse
-from mergecore.passes import MergeJob, PassPlan, Round, SpanOutcome, SpanTask, StatisticJob
-from mergecore.reading import Reading, buffer
+from mergecore.passes import MergeJob, PassPlan, Round, SpanOutcome, StatisticJob
+from mergecore.reading import WINDOW, Reading, buffer, expect
 from mergecore.snapshot import DTYPES, check_finite
 
-WINDOW = 1 << 18
-"""Elements of every model that are at hand at once: what lies between reading and writing stays in the processor's cache."""
 WORTH_BUILDING = 1 << 24
 """Elements of a pass from which on a fused loop that is not at hand is built."""
 TAME = "its experts are finite, its result is not: choose a smaller scale or a wider dtype"
 """What to do about values of a result that are not finite."""
 
 
-def run_span(round: Round, task: SpanTask) -> SpanOutcome:
+def run_span(round: Round, number: int) -> SpanOutcome:
     """Do one span: every merge that has not journalled it, and every statistic that has a state in this round.
 
     Raises NonFiniteError naming tensor and expert, or tensor and method.
     """
     # Sums differ in their last bits between one thread and two; spans are what runs in parallel.
     torch.set_num_threads(1)
-    plan, span, outcome = round.plan, round.plan.spans[task.number], SpanOutcome()
+    plan, span, outcome = round.plan, round.plan.spans[number], SpanOutcome()
     open_merges = []
-    for job in plan.merges if task.only is None else ():
+    for job in plan.merges if round.only is None else ():
         found = read_journal(job, span)
         outcome.digests[job.key] = found or {}
         if found is None:
@@ -47,8 +45,10 @@ def run_span(round: Round, task: SpanTask) -> SpanOutcome:
     outcome.states = {job.key: copy.deepcopy(round.states[job.key]) for job in observers}
     work = _Work(round, outcome, open_merges, observers)
     with torch.inference_mode():
-        for unit in span:
-            readings = [Reading(plan, *piece) for piece in unit if task.only is None or piece[0] in task.only]
+        for place, unit in enumerate(span):
+            if place + 1 < len(span):
+                expect(plan, span[place + 1])
+            readings = [Reading(plan, *piece) for piece in unit if round.only is None or piece[0] in round.only]
             for reading in readings:
                 work.observe(reading)
                 work.merge(reading)

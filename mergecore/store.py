@@ -35,6 +35,10 @@ TEMPORARY = ("*/*/.record.json.*", "failures/.*.json.*", "sweeps/*/.*.json.*")
 """Where `write_json` is used outside of drafts."""
 
 
+Stamp = tuple[int, int, int]
+"""Inode, mtime in nanoseconds and size of a file."""
+
+
 class State(StrEnum):
     """What the store knows of a step."""
 
@@ -74,6 +78,7 @@ class Store:
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root).absolute()
+        self._tombs: dict[str, Stamp] = {}
 
     def folder(self, step: Step) -> Path:
         """Where the step's files lie once it is done."""
@@ -82,27 +87,47 @@ class Store:
     def record(self, step: Step) -> Record | None:
         """The step's record, or None where there is none that can be read."""
         try:
-            held = json.loads((self.folder(step) / RECORD).read_text())
-            record = Record(**held)
+            with open(f"{self.root}/{step.kind}/{step.name}/{RECORD}", "rb") as file:
+                record = Record(**json.loads(file.read()))
         except (OSError, ValueError, TypeError):
             return None
         return record if record.key == step.key else None
 
+    def names(self, kind: str) -> frozenset[str]:
+        """`Step.name` of whatever has a folder among the steps of a kind: those without one are MISSING."""
+        try:
+            return frozenset(os.listdir(self.root / kind))  # noqa: PTH208 — a hundred thousand names as they are
+        except OSError:
+            return frozenset()
+
     def state(self, step: Step) -> State:
-        """PRESENT, DROPPED, BROKEN or MISSING, from the record and the sizes of the files it names."""
+        """PRESENT, DROPPED, BROKEN or MISSING, from the record and the sizes of the files it names.
+
+        A tombstone once read is known again by its file: a sweep asks for thousands of them after every round.
+        """
+        tomb = _stamp(f"{self.root}/{step.kind}/{step.name}/{RECORD}")
+        if tomb is not None and self._tombs.get(step.key) == tomb:
+            return State.DROPPED
+        state, _ = self.found(step)
+        if state is State.DROPPED and tomb is not None:
+            self._tombs[step.key] = tomb
+        return state
+
+    def found(self, step: Step) -> tuple[State, Record | None]:
+        """The state of a step, and its record where there is one, in one reading."""
         record = self.record(step)
         if record is None:
-            return State.BROKEN if self.folder(step).exists() else State.MISSING
+            return State.BROKEN if self.folder(step).exists() else State.MISSING, None
         if record.dropped:
-            return State.DROPPED
-        folder = self.folder(step)
+            return State.DROPPED, record
+        folder = f"{self.root}/{step.kind}/{step.name}"
         for name, size in record.files.items():
             try:
-                if os.stat(folder / name).st_size != size:
-                    return State.BROKEN
+                if os.stat(f"{folder}/{name}").st_size != size:
+                    return State.BROKEN, record
             except OSError:
-                return State.BROKEN
-        return State.PRESENT
+                return State.BROKEN, record
+        return State.PRESENT, record
 
     def is_done(self, step: Step, bytes_needed: bool = False) -> bool:
         """Whether the step need not be done again; with `bytes_needed` a dropped result does not count."""
@@ -254,6 +279,15 @@ class Store:
         grave.parent.mkdir(parents=True, exist_ok=True)
         os.rename(folder, grave)
         shutil.rmtree(grave, ignore_errors=True)
+
+
+def _stamp(path: str) -> Stamp | None:
+    """What a file is known again by: a record is replaced, never written to. None where there is no file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

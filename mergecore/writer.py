@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergecore.errors import CapacityError
 from mergecore.method import TensorInfo
-from mergecore.snapshot import DTYPES, Location
+from mergecore.snapshot import DTYPES, Location, OpenFiles
 
 INDEX = "model.safetensors.index.json"
 
@@ -65,6 +65,7 @@ class ShardSink(Sink):
     folder: Path
     tensors: Mapping[str, TensorInfo]
     shards: Sequence[Shard]
+    handles: OpenFiles = field(default_factory=lambda: OpenFiles(os.O_WRONLY), compare=False, repr=False)
 
     def complete(self) -> bool:
         """Whether all files are there at their full size."""
@@ -95,15 +96,13 @@ class ShardSink(Sink):
         file, offset = self.locations[name]
         data = memoryview(values.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
         position = offset + start * values.element_size()
-        handle = os.open(self.folder / file, os.O_WRONLY)
+        path = self.folder / file
         try:
-            done = 0
+            handle, done = self.handles.of(str(path)), 0
             while done < len(data):
                 done += os.pwrite(handle, data[done:], position + done)
         except OSError as error:
-            raise no_room(self.folder / file, len(data), error) from error
-        finally:
-            os.close(handle)
+            raise no_room(path, len(data), error) from error
 
     @property
     def locations(self) -> dict[str, Location]:

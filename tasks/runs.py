@@ -74,12 +74,16 @@ class Board:
         for name in run.data.tags:
             if name.startswith("cell.") and name not in tags:
                 self.client.delete_tag(run_id, name)  # the reason of a failure that is none any more
-        # The digest comes with everything else in one request, after the files: a run without it is written again.
+        # The digest comes with everything else in one request, after the files: a run without it is written again. Tags
+        # that stand there already would cost as much as all the rest.
+        changed = {
+            name: text for name, text in {**tags, DIGEST: record.digest}.items() if run.data.tags.get(name) != text
+        }
         self.client.log_batch(
             run_id,
             metrics=[Metric(name, value, now, step) for name, value, step in record.metrics],
             params=[Param(name, text) for name, text in record.params.items() if name not in run.data.params],
-            tags=[RunTag(name, text) for name, text in {**tags, DIGEST: record.digest}.items()],
+            tags=[RunTag(name, text) for name, text in changed.items()],
         )
         if run.info.run_name != record.name:
             self.client.update_run(run_id, name=record.name)

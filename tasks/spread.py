@@ -1,18 +1,22 @@
 """Spreads spans and evaluations over a Dask cluster: the engine's executor, by way of one shared client.
 
 What all items share is pickled once into the store, which every worker sees, as a draft that is locked while it is
-needed; a few hundred bytes an item go through the scheduler. A worker that dies loses nothing that was recorded: its
+needed; results of more than a few hundred bytes come back by way of the same folder, so no more than that goes through
+the scheduler for an item. A worker that dies loses nothing that was recorded: its
 items are done again elsewhere.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import pickle
+import shutil
 import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,9 @@ PRIORITIES = {"run_span": 20, "find_on_data": 10}
 SLOT = {"slot": 1}
 POLL_SECONDS = 1.0
 FETCH_SECONDS = 30.0
+SHARED = "shared"
+THROUGH_SCHEDULER = 400
+"""Bytes of a result that may go through the scheduler."""
 KEPT = 4
 """How many shared objects a worker process keeps."""
 
@@ -61,39 +68,49 @@ class OnDask:
         self.client, self.store, self.stop = client, Store(folder), stop or threading.Event()
         self.workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
 
-    def each(self, function: Callable[[Any, Any], Any], shared: Any, items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    def each(
+        self, function: Callable[[Any, Any], Any], shared: Any, items: Sequence[Any], at_once: int | None = None
+    ) -> Iterator[tuple[int, Any]]:
         """(position, function(shared, item)) as they complete. Raises what an item raised, ServiceError where workers
         die again and again, Stopped where the flow was cancelled; the rest is called off then."""
         name = f"pass-{uuid.uuid4().hex}"
         priority = PRIORITIES.get(function.__name__, 0)
         with self._lent(name, shared) as path:
-            futures = {
-                self.client.submit(
-                    call, str(path), function, item, key=f"{function.__name__}-{path.name.removeprefix('pass-')}-{position}",
-                    resources=SLOT, priority=priority, pure=False,
-                ): position
-                for position, item in enumerate(items)
-            }  # fmt: skip
+
+            def begun(position: int) -> Any:
+                key = f"{function.__name__}-{path.name.removeprefix('pass-')}-{position}"
+                return self.client.submit(
+                    call, str(path), function, items[position], key=key, resources=SLOT, priority=priority, pure=False
+                )
+
+            futures: dict[Any, int] = {}
+            left = iter(range(len(items)))
             try:
-                yield from self._completed(futures)
+                for position in itertools.islice(left, len(items) if at_once in (None, self.workers) else at_once):
+                    futures[begun(position)] = position
+                for position, found in self._completed(futures):
+                    if (following := next(left, None)) is not None:
+                        futures[begun(following)] = following
+                    yield position, found
             finally:
                 self.client.cancel(list(futures), force=True)
 
     @contextlib.contextmanager
     def _lent(self, name: str, shared: Any) -> Iterator[Path]:
-        """A file that holds `shared`, gone at the end; locked, so that `Store.clean` removes those of killed processes."""
+        """A folder that holds `shared`, gone at the end; locked, so that `Store.clean` removes those of killed processes."""
         path = self.store.root / "drafts" / name
         with self.store.lock(name):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
             try:
-                path.write_bytes(pickle.dumps(shared, protocol=pickle.HIGHEST_PROTOCOL))
+                (path / SHARED).write_bytes(pickle.dumps(shared, protocol=pickle.HIGHEST_PROTOCOL))
                 yield path
             finally:
-                path.unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
                 (self.store.root / "locks" / name).unlink(missing_ok=True)
 
     def _completed(self, futures: dict[Any, int]) -> Iterator[tuple[int, Any]]:
-        waiting = dict(futures)
+        """`futures` may grow meanwhile; those that are done leave it."""
+        waiting = futures
         while waiting:
             if self.stop.is_set():
                 raise Stopped(STOPPED)
@@ -113,13 +130,33 @@ class OnDask:
                         raise
                     waiting[future] = position  # its worker died with the result in hand: it is done once more
                     continue
-                yield position, found
+                yield position, found.taken() if isinstance(found, Left) else found
+
+
+@dataclass(frozen=True)
+class Left:
+    """A result that lies in a file."""
+
+    path: str
+
+    def taken(self) -> Any:
+        """The result; its file is gone then."""
+        path = Path(self.path)
+        found = pickle.loads(path.read_bytes())
+        path.unlink(missing_ok=True)
+        return found
 
 
 def call(path: str, function: Callable[[Any, Any], Any], item: Any) -> Any:
     """Runs in a worker: `function(shared, item)`, the shared object read once per process."""
     if path not in _shared:
-        _shared[path] = pickle.loads(Path(path).read_bytes())
+        _shared[path] = pickle.loads((Path(path) / SHARED).read_bytes())
         while len(_shared) > KEPT:
             _shared.popitem(last=False)
-    return function(_shared[path], item)
+    found = function(_shared[path], item)
+    data = pickle.dumps(found, protocol=pickle.HIGHEST_PROTOCOL)
+    if len(data) <= THROUGH_SCHEDULER:
+        return found
+    left = Path(path) / uuid.uuid4().hex
+    left.write_bytes(data)
+    return Left(str(left))

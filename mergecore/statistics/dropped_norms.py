@@ -24,7 +24,8 @@ class DroppedNorms(Statistic):
 
     def of_expert(self, position: int) -> DroppedNorms:
         """With the expert's own rate."""
-        return self.model_copy(update={"drop": self.drop.of_expert(position)})
+        own = self.drop.of_expert(position)
+        return self if own is self.drop else self.model_copy(update={"drop": own})
 
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> State:
         """No block seen yet."""

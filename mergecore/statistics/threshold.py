@@ -84,6 +84,8 @@ class Threshold(Statistic):
 
     def of_expert(self, position: int) -> Threshold:
         """With the expert's own density and rate."""
+        if not isinstance(self.density, tuple) and (self.drop is None or self.drop.of_expert(position) is self.drop):
+            return self
         density = self.density[position] if isinstance(self.density, tuple) else self.density
         return self.model_copy(update={"density": density, "drop": self.drop and self.drop.of_expert(position)})
 
@@ -123,8 +125,8 @@ class Threshold(Statistic):
         return Counting(magnitudes, arguments, 1, ((order.bin,),) if order.rank else ())
 
     def counted(self, state: ThresholdState, tensor: str, counts: Sequence[Sparse]) -> ThresholdState:
-        """The group's counts, by tensor."""
-        state.group_of(tensor).order.counted(tensor, counts[0])
+        """The group's counts; by tensor only where the one that holds the cut will be looked for."""
+        state.group_of(tensor).order.counted(tensor if self.count == "exact" else "", counts[0])
         return state
 
     def add(self, state: ThresholdState, block: Block, statistics: Statistics) -> ThresholdState:

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mergecore import engine, merge
+from mergecore import merge, passes, span
 from mergecore.delta import ROWS, AdapterExpert
 from mergecore.errors import MismatchError, SourceError
 from mergecore.method import silent
@@ -223,11 +223,11 @@ def test_the_same_bytes_for_any_span_and_grid(
     base, adapter = llama
     recipe = {"method": "ties", "density": 0.4, "base": base, "experts": [adapter]}
     first = made(recipe, tmp_path / "first")
-    monkeypatch.setattr(engine, "SPAN_BYTES", 1)
-    monkeypatch.setattr(engine.plan_spans, "__defaults__", (1,))
-    monkeypatch.setattr(engine, "CHUNK", 17)
+    monkeypatch.setattr(passes.plan_spans, "__defaults__", (1,))
+    monkeypatch.setattr(span, "WINDOW", 17)
     assert made(recipe, tmp_path / "second").digest == first.digest
-    monkeypatch.setattr(engine, "GRID", 100)
+    for module in (passes, span):
+        monkeypatch.setattr(module, "GRID", 100)
     made(recipe, tmp_path / "third")
     assert (tmp_path / "third/model.safetensors").read_bytes() == (tmp_path / "first/model.safetensors").read_bytes()
 

@@ -67,7 +67,7 @@ def undisturbed(tier: DigitsTier, tmp_path_factory: pytest.TempPathFactory) -> d
 MOMENTS = [
     ("mergecore.sources.local:LocalSource.fetch", 3, False),  # the third checkpoint
     ("mergecore.run:commit_result", 2, False),  # the second of the statistics that one reading gave
-    ("mergecore.statistics.profile:Profile.add", 7, False),  # in the middle of a scan
+    ("mergecore.statistics.profile:Profile.counted", 7, False),  # in the middle of a scan
     ("mergecore.statistics.fisher:DiagonalFisher.compute", 2, False),
     ("mergecore.span:write_journal", 9, False),  # in the middle of a merge
     ("mergecore.writer:ShardSink.write", 40, False),

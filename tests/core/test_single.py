@@ -436,9 +436,11 @@ def test_a_file_that_shrinks_while_it_is_read(models: tuple[Path, list[Path]], t
         expert = write_expert(base, tmp_path / "expert", 9)
 
         class Meanwhile(InProcess):
-            def each(self, function: Any, shared: Any, items: Any) -> Iterator[tuple[int, Any]]:
+            def each(
+                self, function: Any, shared: Any, items: Any, at_once: int | None = None
+            ) -> Iterator[tuple[int, Any]]:
                 spoil(expert / "model.safetensors")
-                return super().each(function, shared, items)
+                return super().each(function, shared, items, at_once)
 
         from mergecore.single import merge_recipe
         from mergecore.spec import parse_recipe

@@ -1,0 +1,103 @@
+"""What a pass will take, known before anything runs: bytes read and written, and the memory of the blocks in flight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mergecore.errors import CapacityError
+from mergecore.identity import GRID
+from mergecore.kernels.run import EAGER
+from mergecore.kernels.source import BINS, COPIES, stride
+from mergecore.method import DataStatistic, Method, Per, Scope, Statistic, TensorInfo
+from mergecore.passes import PassPlan, coarsest
+from mergecore.reading import WINDOW
+from mergecore.snapshot import DTYPES
+
+FLOAT = 4
+"""Bytes of a float32."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is read: the base's tensors, and per expert its tensors, None where it is an adapter (formed in float32)."""
+
+    base: Mapping[str, TensorInfo]
+    experts: tuple[Mapping[str, TensorInfo] | None, ...]
+
+    def bytes_of(self, elements: int) -> int:
+        """The widest that so many elements of every full checkpoint are."""
+        return elements * sum(_widest(held) for held in (self.base, *self.experts) if held is not None)
+
+    @property
+    def adapters(self) -> int:
+        """How many experts are adapters."""
+        return sum(held is None for held in self.experts)
+
+
+def block_bytes(models: Models, methods: Sequence[Method], statistics: Sequence[Statistic | DataStatistic]) -> int:
+    """Memory of one span in flight: what is read of every model, worked with, and written.
+
+    Element-wise methods hold windows, adapters the deltas of a block of the grid; other methods whole tensors (or layers),
+    in float32, and what they say they work with.
+    """
+    largest = max((info.count for info in models.base.values()), default=0)
+    window, block = min(WINDOW, largest), min(GRID, largest)
+    count = len(models.experts)
+    bytes_held = models.bytes_of(window) + FLOAT * window
+    if models.adapters:
+        bytes_held += FLOAT * block * (models.adapters + 3)
+    plain = FLOAT * min(EAGER, largest) * (3 * count + 8)
+    bytes_held += plain + FLOAT * window * count * any(isinstance(one, DataStatistic) for one in statistics)
+    bytes_held += _scanned(models, [one for one in statistics if isinstance(one, Statistic)], block, count)
+    whole = [method for method in methods if method.per is not Per.ELEMENT]
+    if whole:
+        seen = largest if coarsest(whole) is Per.TENSOR else sum(info.count for info in models.base.values())
+        working = max(method.working for method in whole)
+        bytes_held += models.bytes_of(seen) + int(FLOAT * seen * (count + 2 + working))
+    return bytes_held
+
+
+def _scanned(models: Models, statistics: Sequence[Statistic], block: int, count: int) -> int:
+    """Bins of counts, for as many results as experts at least; and what other sums see of a block of the grid."""
+    if not statistics:
+        return 0
+    results = sum(count if one.scope is Scope.POOL else 1 for one in statistics)
+    sums = any(type(one).counting is Statistic.counting for one in statistics)
+    return results * FLOAT * (COPIES * stride(1) + BINS) + FLOAT * block * (2 * count + 4) * sums
+
+
+def pass_models(plan: PassPlan) -> Models:
+    """What a planned pass reads."""
+    return Models(
+        plan.base.tensors,
+        tuple(expert.sources()[0].tensors if expert.complete else None for expert in plan.experts),
+    )
+
+
+def at_once(plan: PassPlan, workers: int, memory: int | None) -> int:
+    """How many spans may be in flight. Raises CapacityError where `memory` does not hold one."""
+    if memory is None:
+        return workers
+    methods = [job.method for job in plan.merges]
+    needed = block_bytes(pass_models(plan), methods, [job.statistic for job in plan.statistics])
+    if needed > memory:
+        held = ", ".join(sorted({method.name for method in methods})) or "its scan"
+        raise CapacityError(
+            f"one block of {held} over {len(plan.experts)} experts takes {needed:,} bytes of memory and {memory:,} may be "
+            f"used ({needed - memory:,} too few); allow more, or merge fewer experts at a time"
+        )
+    return max(1, min(workers, memory // max(needed, 1)))
+
+
+def read_bytes(models: Models, names: Iterable[str], adapters: int = 0) -> int:
+    """Bytes of one reading of these tensors in the base and every full checkpoint, and of the adapters' files once."""
+    wanted = set(names)
+    held = [held for held in (models.base, *models.experts) if held is not None]
+    return adapters + sum(
+        info.count * DTYPES[info.dtype].itemsize for one in held for name, info in one.items() if name in wanted
+    )
+
+
+def _widest(tensors: Mapping[str, TensorInfo]) -> int:
+    return max((DTYPES[info.dtype].itemsize for info in tensors.values()), default=0)
