@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mergecore import methods
 from mergecore.errors import MergeloomError
+from mergecore.layout import SelectRule
 from mergecore.merging import merge
 from mergecore.single import Made
 from tests.recipes import made
@@ -233,3 +234,67 @@ def test_an_adapter_on_a_model_of_its_own(models: dict[str, Path], tmp_path: Pat
         half = ground[name] + 0.5 * (a[name] - ground[name])
         torch.testing.assert_close(expert[name], half, rtol=0, atol=1e-5)
         torch.testing.assert_close(base[name], half, rtol=0, atol=1e-5)
+
+
+# --- killed, and started again ------------------------------------------------------------------------------------
+
+
+def test_a_merge_in_parts_goes_on_where_it_was(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted between its passes (one for each base): the second run reads what is missing, the bytes are the same."""
+    import mergecore.run
+    import mergecore.span
+    from mergecore.merging import InProcess
+    from mergecore.method import silent
+    from mergecore.plan import MergeBuilder
+    from mergecore.pool import resolve_pool
+    from mergecore.run import Place, fetch, run_merges, snapshots_of
+    from mergecore.spec import BaseSpec, ExpertSpec
+    from mergecore.store import Store
+    from tests.recipes import find
+
+    experts = tuple(ExpertSpec(source=str(models[name]), name=name) for name in ("a", "b"))
+    pool = resolve_pool(BaseSpec(source=str(models["ground"])), experts, None, find, silent)
+    rules = [
+        SelectRule(layers=(0, 1), take="copy", of="b"),
+        SelectRule(layers=(2, 2), weights=(1.0, 3.0)),
+        SelectRule(),
+    ]
+    plan = MergeBuilder(pool, rules, None, None).build(methods.Average(), list(pool.experts.values()))
+    assert len(plan.parts) == 3
+    passes: list[Any] = []
+    real = mergecore.run.run_pass
+
+    def counted(planned: Any, *rest: Any) -> Any:
+        passes.append(planned)
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+        return real(planned, *rest)
+
+    noted: list[str] = []
+    journalled = mergecore.span.write_journal
+
+    def noting(job: Any, *rest: Any) -> None:
+        noted.append(job.key)
+        journalled(job, *rest)
+
+    monkeypatch.setattr(mergecore.run, "run_pass", counted)
+    monkeypatch.setattr(mergecore.span, "write_journal", noting)
+    digests, spans = [], []
+    for root, interrupted in ((tmp_path / "whole", False), (tmp_path / "again", True)):
+        passes[:], noted[:] = [] if interrupted else [None, None], []
+        place = Place(pool, Store(root), InProcess(), silent, 1 << 30)
+        for snapshot in snapshots_of(pool):
+            fetch(place, snapshot)
+        if interrupted:
+            with pytest.raises(KeyboardInterrupt):
+                run_merges(place, [plan])
+            assert noted, "the first pass is noted"
+        run_merges(place, [plan])
+        record = place.store.record(plan.step)
+        assert record is not None
+        digests.append(record.digest)
+        spans.append(sorted(noted))
+    assert digests[0] == digests[1]
+    assert spans[0] == spans[1], "and nothing of it is done again"
