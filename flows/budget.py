@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergecore.adapters import AdapterMethod
 from mergecore.errors import CapacityError, StoreError
 from mergecore.frontier import Frontier
-from mergecore.method import DataStatistic, Method, Statistic
+from mergecore.method import DataStatistic, Link, Method, Statistic
 from mergecore.plan import MergePlan, Plan, StatisticPlan
 from mergecore.pool import Pool
 from mergecore.projection import Models, block_bytes, read_bytes
@@ -110,8 +111,8 @@ def cost(frontier: Frontier, workers: int) -> Cost:
     statistics = {
         one.step.key: one
         for merge in merges.values()
-        for one in merge.needed
-        if not isinstance(one.statistic, DataStatistic) and frontier.state(one.step) is not State.PRESENT
+        for one in merge.missing(frontier.at_hand)
+        if not isinstance(one.statistic, DataStatistic)
     }
     memory = memory_budget(plan.spec)
     passes = passes_of(plan.pool, list(merges.values()), list(statistics.values()), frontier.room, workers, memory)
@@ -142,9 +143,14 @@ def passes_of(
             if not any(inner.step.key in waiting for group in one.inputs.values() for inner in group)
         ]
         experts = {expert for one in ready for expert in one.experts}
-        names = {name for one in ready for name in one.selection}
+        names = {name for one in ready if not isinstance(one.statistic, AdapterMethod) for name in one.selection}
         what = f"scan: {len(ready)} statistics of {len(experts)} experts"
-        found.append(_pass_cost(pool, what, experts, names, [], [one.statistic for one in ready], 0, workers, memory))
+        scans = [one.statistic for one in ready if isinstance(one.statistic, Statistic)]
+        links = [one.written() for one in ready if isinstance(one.statistic, Link)]
+        written = sum(link.size for link in links)
+        methods = [link.method for link in links]
+        # While a chain goes on the link before lies beside the one that is written.
+        found.append(_pass_cost(pool, what, experts, names, methods, scans, written, 2 * written, workers, memory))
         waiting = {key: one for key, one in waiting.items() if one not in ready}
     for first in range(0, len(merges), max(room, 1)):
         held = merges[first : first + max(room, 1)]
@@ -157,7 +163,15 @@ def passes_of(
         data = [one for one in needs if isinstance(one, DataStatistic)]
         written = sum(merge.size for merge in held)
         methods = [way.method for merge in held for way in merge.ways]
-        found.append(_pass_cost(pool, what, experts, names, methods, data, written, workers, memory))
+        chains = {
+            one.step.key: one.written().size
+            for merge in held
+            for group in merge.statistics.values()
+            for one in group
+            if isinstance(one.statistic, Link)
+        }
+        disk = written + sum(chains.values())
+        found.append(_pass_cost(pool, what, experts, names, methods, data, written, disk, workers, memory))
     return tuple(found)
 
 
@@ -166,9 +180,10 @@ def _pass_cost(
     what: str,
     experts: set[str],
     names: set[str],
-    methods: Sequence[Method],
+    methods: Sequence[Method | Link],
     statistics: Sequence[Statistic | DataStatistic],
     written: int,
+    disk: int,
     workers: int,
     memory: int,
 ) -> PassCost:
@@ -179,7 +194,7 @@ def _pass_cost(
     spans = max(1, min(workers, memory // max(block, 1)))
     adapters = sum(member.snapshot.size for member in members if member.factors is not None)
     read = read_bytes(models, names, adapters)
-    return PassCost(what, read, written, block, spans, written, (read + written) / BYTES_A_SECOND / spans)
+    return PassCost(what, read, written, block, spans, disk, (read + written) / BYTES_A_SECOND / spans)
 
 
 def _evaluation_memory(plan: Plan) -> int:

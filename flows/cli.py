@@ -9,10 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from mergecore.errors import MergeloomError
+
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 FAILED_CELLS = 3
 """Exit code of a sweep that went through but has failed or refused cells."""
@@ -48,6 +51,7 @@ def main() -> None:
     \b
     mergeloom methods                 what can be merged how, and with which parameters
     mergeloom merge RECIPE OUT        one model, in this process, in seconds
+    mergeloom extract-lora EXPERT OUT an adapter of a full checkpoint, and what it loses
     mergeloom plan SPEC               what a sweep would do, cost and reuse
     mergeloom sweep SPEC              do it; the same command resumes and extends it
     mergeloom report SPEC             tables and figure of what is known so far
@@ -73,6 +77,9 @@ def main() -> None:
 @click.option("--memory", help="bytes that the blocks in flight may take, 500MB say; default: half of what is free")
 @click.option("--timings", type=click.Path(path_type=Path), help="write how long each stage took as JSON")
 @click.option(
+    "--store", type=click.Path(path_type=Path), help="folder that keeps what is worked out on the way, for later merges"
+)
+@click.option(
     "--intermediates",
     type=click.Path(path_type=Path),
     help="folder for the named results of a recipe of several documents; default: removed once they are used",
@@ -85,13 +92,15 @@ def merge(
     workers: int | None,
     memory: str | None,
     timings: Path | None,
+    store: Path | None,
     intermediates: Path | None,
 ) -> None:
     """Make one model from RECIPE in the new folder OUT.
 
     RECIPE is a few lines of YAML, or a recipe of mergekit's as it is (docs/mergekit.md). OUT holds what `transformers`
     loads: weights (safetensors), config, generation config, tokenizer, chat template, a model card with recipe and
-    lineage. It is written as OUT.tmp and renamed, so it is there whole or not at all.
+    lineage. It is written as OUT.tmp and renamed, so it is there whole or not at all. With --store the chain of a
+    continual method (opcm) stays: the same recipe with one more expert costs one more step.
     """
     began = time.time()
     with errors():
@@ -100,7 +109,7 @@ def merge(
         from flows.session import digest_cache, loops, resolver
         from flows.terminal import progress
         from mergecore.merging import InProcess
-        from mergecore.single import merge_file
+        from mergecore.recipe_files import merge_file
         from mergecore.spec import size_in_bytes
 
         if show:
@@ -113,7 +122,7 @@ def merge(
             find, executor = resolver(digest_cache(), report), InProcess(workers or cores())
             done = merge_file(
                 recipe, out, find, executor, report, durable=durable, intermediates=intermediates, library=loops(),
-                memory=size_in_bytes(memory) if memory else sensible_memory(),
+                memory=size_in_bytes(memory) if memory else sensible_memory(), store=store,
             )  # fmt: skip
         if timings is not None:
             timings.write_text(json.dumps({**stages, **done[-1].seconds}) + "\n")
@@ -121,6 +130,51 @@ def merge(
             for warning in made.warnings:
                 click.echo(f"note: {warning}", err=True)
             click.echo(f"{made.folder}  {readable(made.size)}  digest {made.digest[:16]}")
+
+
+@main.command(name="extract-lora")
+@click.argument("expert")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base", required=True, help="what the expert was trained from: a directory or hub id")
+@click.option("--rank", "-r", required=True, type=click.IntRange(1), help="rank of every layer's update, at most")
+@click.option("--modules", "-m", multiple=True, help="layers to take: a name, its last part or a shell pattern; default: all linear ones")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
+@click.option("--durable", is_flag=True, help="fsync every file before OUT appears")
+@click.option("--workers", type=click.IntRange(1), help="threads, each with one tensor in memory; default: one a core")
+def extract_lora(
+    expert: str,
+    out: Path,
+    base: str,
+    rank: int,
+    modules: tuple[str, ...],
+    dtype: Dtype,
+    durable: bool,
+    workers: int | None,
+) -> None:
+    """Turn the full checkpoint EXPERT into a LoRA adapter in the new folder OUT, and say what that loses.
+
+    In every linear layer the change from the base is replaced by the nearest matrix of the given rank. OUT is what PEFT
+    loads, with every tensor's error in extraction.json. Changes of embeddings, norms and biases are left out, and counted.
+    """
+    with errors():
+        from flows.budget import cores, readable
+        from flows.overview import extraction_text
+        from flows.session import digest_cache, resolver
+        from flows.terminal import progress
+        from mergecore.extraction import extract_lora as extract
+        from mergecore.merging import InProcess
+        from mergecore.spec import BaseSpec, ExpertSpec
+
+        with progress() as report:
+            find = resolver(digest_cache(), report)
+            found = extract(
+                ExpertSpec.model_validate(expert), BaseSpec(source=base), out, find, InProcess(workers or cores()), report,
+                rank=rank, modules=modules, dtype=dtype, durable=durable,
+            )  # fmt: skip
+        for warning in found.warnings:
+            click.echo(f"note: {warning}", err=True)
+        click.echo(extraction_text(found))
+        click.echo(f"{found.folder}  {readable(found.size)}  digest {found.digest[:16]}")
 
 
 @main.command()

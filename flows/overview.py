@@ -13,8 +13,10 @@ import yaml
 from flows.budget import Cost, PassCost, readable
 from flows.session import Session
 from flows.terminal import table
+from mergecore.adapters import AdapterMethod
 from mergecore.architectures import layer_of
 from mergecore.errors import SpecError, nearest
+from mergecore.extraction import Extracted
 from mergecore.pool import Resolver
 from mergecore.recipes import Translator, read_orders
 from mergecore.registry import METHODS
@@ -132,11 +134,26 @@ def method_text(name: str) -> str:
         default = "must be given" if info.is_required() else repr(info.default)
         rows.append([field, default, (info.description or "") + (f" [{', '.join(limits)}]" if limits else "")])
     needs = "base and experts" if kind.model_construct().needs_base else "experts only"
+    if issubclass(kind, AdapterMethod):
+        needs = "experts that are LoRA adapters, and the base they are on; makes an adapter"
     statistics = ", ".join(kind.model_construct().statistics()) or "nothing"
     head = f"{name} ({kind.__name__})\n{(kind.__doc__ or '').strip()}\n{(module.__doc__ or '').strip()}"
     return f"{head}\nneeds: {needs}; worked out beforehand: {statistics}\n\n" + table(
         ["parameter", "default", "meaning"], rows
     )
+
+
+def extraction_text(found: Extracted) -> str:
+    """What an extraction lost, per tensor and in total."""
+    rows = [[row.tensor, str(row.rank), f"{row.norm:.4g}", f"{row.error:.3%}"] for row in found.rows]
+    lines = [table(["tensor", "rank", "norm of its change", "lost"], rows), ""]
+    lines.append(f"lost of the change in these {len(found.rows)} layers: {found.error:.3%}")
+    if found.left_out:
+        largest = sorted(found.left_out, key=lambda row: -row.norm)[:3]
+        names = ", ".join(row.tensor for row in largest)
+        lines.append(f"left out: {len(found.left_out)} tensors that changed and are no layers taken here ({names} …)")
+    lines.append(f"lost of the whole change: {found.total_error:.3%}")
+    return "\n".join(lines)
 
 
 def inspect_text(snapshot: Snapshot) -> str:

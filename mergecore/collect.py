@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import parquet
 
+from mergecore.adapters import AdapterMethod
 from mergecore.folded import FoldedSnapshot
 from mergecore.frontier import Frontier, read_registration
 from mergecore.identity import Step
@@ -102,7 +103,7 @@ def recipe_of(plan: Plan, cell: Cell) -> dict[str, Any]:
         "base": _place(plan.pool.base) if isinstance(plan.pool.base, FoldedSnapshot) else plan.pool.base.source.uri,
         "experts": [{"name": name, **_place(plan.pool.experts[name].snapshot)} for name in cell.experts],
     }
-    if spec.output.dtype:
+    if spec.output.dtype and not isinstance(cell.merge.method, AdapterMethod):  # there it is the dense model's
         recipe["dtype"] = spec.output.dtype
     if spec.select:
         recipe["select"] = [rule.model_dump(mode="json", exclude_defaults=True) for rule in spec.select]

@@ -15,7 +15,7 @@ from typing import Any
 
 from mergecore.evaluators import Split, TaskIdentity
 from mergecore.identity import Step
-from mergecore.method import DataStatistic
+from mergecore.method import BEFORE, DataStatistic, Link
 from mergecore.plan import Cell, MergePlan, Plan, StatisticPlan
 from mergecore.store import State, Store
 
@@ -56,6 +56,7 @@ class Look:
     there: dict[str, frozenset[str]] = field(default_factory=dict)
     troubles: dict[str, str] = field(default_factory=dict)
     winners: dict[tuple[str, int, int], str | None] = field(default_factory=dict)
+    at_hand: dict[str, bool] = field(default_factory=dict)
 
 
 @dataclass
@@ -227,20 +228,27 @@ class Frontier:
         self, missing: Sequence[MergePlan], room: int
     ) -> tuple[tuple[StatisticPlan, ...], tuple[StatisticPlan, ...], tuple[MergePlan, ...]]:
         """Statistics whose own inputs are known (for all models at once), and the first models that need no more."""
-        plans = {plan.step.key: plan for merge in missing for plan in merge.needed}
-        open_ones = {key: plan for key, plan in plans.items() if self.state(plan.step) is not State.PRESENT}
+        open_ones = {plan.step.key: plan for merge in missing for plan in merge.missing(self.at_hand)}
         streamed: list[StatisticPlan] = []
         with_data: list[StatisticPlan] = []
         for plan in open_ones.values():
             if not any(inner.step.key in open_ones for group in plan.inputs.values() for inner in group):
                 (with_data if isinstance(plan.statistic, DataStatistic) else streamed).append(plan)
-        ready = [merge for merge in missing if not any(plan.step.key in open_ones for plan in merge.needed)]
+        ready = [merge for merge in missing if not any(True for _ in merge.missing(self.at_hand))]
         return tuple(streamed), tuple(with_data), tuple(ready[:room])
+
+    def at_hand(self, plan: StatisticPlan) -> bool:
+        """Whether a statistic's bytes are there to be read."""
+        known = self._look.at_hand
+        if plan.step.key not in known:
+            known[plan.step.key] = self.state(plan.step) is State.PRESENT
+        return known[plan.step.key]
 
     # --- dropping -----------------------------------------------------------------------------------------------
 
-    def droppable(self, settled: bool = False) -> list[MergePlan]:
-        """Models in the store that nothing can ask for any more: measured, and beaten or not to be kept.
+    def droppable(self, settled: bool = False) -> list[MergePlan | StatisticPlan]:
+        """Models in the store that nothing can ask for any more: measured, and beaten or not to be kept; and links of
+        chains that have gone on, which no model that is still to be made asks for.
 
         settled: the winner is registered, so that only it, and no runner-up by another average, is the registered one.
         """
@@ -256,7 +264,26 @@ class Frontier:
         for cell in held:
             if not self.trouble(cell) and self._still_needed(cell, registered, settled, best):
                 needed.add(cell.model.key)
-        return [cell.merge for cell in held if cell.merge and cell.model.key not in needed]
+        return [*(cell.merge for cell in held if cell.merge and cell.model.key not in needed), *self._passed_links()]
+
+    def _passed_links(self) -> list[StatisticPlan]:
+        """Links at hand behind which the chain has gone on. Its last link stays: an expert who comes later joins there."""
+        passed: dict[str, StatisticPlan] = {}
+        asked: set[str] = set()
+        for cell in self.plan.cells:
+            if cell.merge is None:
+                continue
+            links = [plan for plan in cell.merge.needed if isinstance(plan.statistic, Link)]
+            for plan in links:
+                if self.done(plan.step):
+                    passed.update((before.step.key, before) for before in plan.inputs[BEFORE])
+            if not links or self.trouble(cell) or not any(True for _ in self.wanted(cell)):
+                continue
+            if self.state(cell.model) is not State.PRESENT:
+                asked.update(plan.step.key for plans in cell.merge.statistics.values() for plan in plans)
+                for missing in cell.merge.missing(self.at_hand):
+                    asked.update(plan.step.key for plan in missing.inputs.get(BEFORE, ()))
+        return [plan for key, plan in passed.items() if key not in asked and self.at_hand(plan)]
 
     def _best(self) -> set[str]:
         """The cells that would be kept if nothing more came: the best of all, or where `keep` says so of each method."""

@@ -67,6 +67,14 @@ def blocks(tensors: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
         yield part, [values[part].to(torch.float64) for values in flat]
 
 
+def squared_norm(tensor: Tensor) -> float:
+    """Σ v² in float64 over the fixed grid of blocks, folded in order."""
+    total = 0.0
+    for _, (values,) in blocks([tensor]):
+        total += float((values * values).sum())
+    return total
+
+
 def combination(coefficients: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
     """Σ c_i x_i in the tensors' shape: folded left in float64, rounded once to float32."""
     result = torch.empty(tensors[0].numel(), dtype=torch.float32, device=tensors[0].device)
@@ -105,6 +113,24 @@ def decomposition(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U (m×r), σ (r, descending) and Vᵀ (r×n) with matrix = U diag(σ) Vᵀ and r = min(m, n)."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     return left, values, right
+
+
+def nearest_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(up m×rank, down rank×n) whose product is nearest to the matrix in the Frobenius norm, ‖up_i‖ = ‖down_i‖ = √σ_i.
+
+    From the eigenvectors of the Gram matrix of the shorter side, a tenth of a decomposition's time. The other factor is the
+    matrix itself in that basis, so the product is a projection of it whatever the eigenvectors' last bits: at full rank
+    nothing is lost, and a direction is missed for another only where both are below 1e-8 of the largest.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        down, up = nearest_low_rank(matrix.mT, rank)
+        return up.mT, down.mT
+    vectors = torch.linalg.eigh(matrix @ matrix.mT)[1].flip(1)[:, :rank]
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    vectors = vectors * torch.sign(largest)  # either sign is right: the same on every machine
+    inner = vectors.mT @ matrix
+    root = inner.norm(dim=1).sqrt()
+    return vectors * root, inner / torch.where(root > 0, root, torch.ones_like(root))[:, None]
 
 
 def rank_of(values: Tensor, size: float, rank: Rank) -> int:

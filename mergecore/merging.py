@@ -9,13 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergecore.adapters import AdapterMethod
 from mergecore.delta import Expert, FullExpert
 from mergecore.engine import run_pass
 from mergecore.errors import SpecError
-from mergecore.identity import GRID
 from mergecore.kernels.library import Library
 from mergecore.layout import SelectRule, check_fit, lay_out
-from mergecore.method import DataStatistic, Found, Method, Report, Scope, Statistic, Statistics, TensorInfo, silent
+from mergecore.linear_algebra import squared_norm
+from mergecore.method import (
+    BEFORE,
+    DataStatistic,
+    Found,
+    Link,
+    Method,
+    Report,
+    Scope,
+    Statistic,
+    Statistics,
+    TensorInfo,
+    silent,
+)
 from mergecore.passes import MergeJob, PassPlan, StatisticJob, coarsest, plan_spans
 from mergecore.snapshot import MERGED, NAMES, MemoryTensors
 from mergecore.writer import MemorySink
@@ -93,9 +106,7 @@ def _merged(
     for position, expert in enumerate(experts):
         check_fit(shapes.tensors, MemoryTensors(expert).tensors, f"expert {position}", tied=False)
     layout = lay_out(shapes.tensors, {}, [tuple(expert) for expert in experts], select)
-    order = list(range(len(experts)))
-    if ids is not None and not method.ordered:
-        order.sort(key=lambda position: ids[position])
+    order = method.arranged([""] * len(experts) if ids is None else ids)
     named = [str(position) for position in order] if ids is None else [ids[position] for position in order]
     pool = tuple(
         FullExpert(name, f"{position}", MemoryTensors(experts[position]))
@@ -108,7 +119,8 @@ def _merged(
     if dtype is not None:
         outputs = {name: stored_as(info, NAMES[dtype]) for name, info in outputs.items()}
     sink = MemorySink(outputs)
-    job = MergeJob("merge", bound, tuple(range(len(pool))), frozenset(layout.merged), outputs, found, sink)
+    shown = tuple(range(len(pool))) if bound.needs_experts else ()
+    job = MergeJob("merge", bound, shown, frozenset(layout.merged), outputs, found, sink)
     spans = plan_spans({**layout.merged, **layout.copied}, bound.per)
     run_pass(PassPlan(shapes, pool, (job,), (), spans, library=library), InProcess(), report)
     return {name: sink.held[name] for name in first if name in sink.held} | sink.held
@@ -128,6 +140,11 @@ def _check(
     if not experts:
         raise SpecError("no experts given: a merge needs at least one")
     method.validate_count(len(experts))
+    if isinstance(method, AdapterMethod):
+        raise SpecError(
+            f"method '{method.name}' makes an adapter of adapters, which are folders: give a recipe of them to "
+            "`mergeloom merge`, or to mergecore.single.merge_recipe"
+        )
     if base is None and method.needs_base:
         raise SpecError(f"method '{method.name}' works on task vectors; give the base they start from")
     if ids is not None and (len(ids) != len(experts) or len(set(ids)) != len(ids)):
@@ -155,6 +172,8 @@ def find_statistics(
                 f"method '{method.name}' needs '{name}', which takes data: give statistics={{'{name}': "
                 "[one mapping per expert]}, or run it from a spec with tasks"
             )
+        elif isinstance(statistic, Link):
+            found[name] = [_chained(statistic, base, pool, selection, report)]
         else:
             each = statistic.scope is Scope.EXPERT
             groups = [(p,) for p in range(len(pool))] if each else [tuple(range(len(pool)))]
@@ -181,18 +200,23 @@ def _find(
     return Found(MemoryTensors(result.tensors), result.numbers)
 
 
+def _chained(
+    link: Link, base: MemoryTensors, pool: Sequence[Expert], selection: Mapping[str, TensorInfo], report: Report
+) -> Found:
+    """The last link over these experts; at most two links are held at a time."""
+    known: dict[str, Sequence[Found]] = {BEFORE: []}
+    for expert in pool:
+        outputs = link.outputs(selection)
+        sink = MemorySink(outputs)
+        job = MergeJob("link", link, (0,), frozenset(selection), outputs, known, sink)
+        run_pass(PassPlan(base, (expert,), (job,), (), plan_spans(selection, link.per)), InProcess(), report)
+        written = MemoryTensors(sink.held)
+        known = {BEFORE: [Found(written, link.numbers(written, selection, known))]}
+    return known[BEFORE][0]
+
+
 def _given(values: Mapping[str, Tensor], selection: Mapping[str, TensorInfo]) -> Found:
     missing = sorted(set(selection) - set(values))
     if missing:
         raise SpecError(f"statistics: nothing given for tensor '{missing[0]}' and {len(missing) - 1} more")
     return Found(MemoryTensors(values), {"squared_norm": {name: squared_norm(values[name]) for name in selection}})
-
-
-def squared_norm(values: Tensor) -> float:
-    """Σ v² in float64 over the fixed grid of blocks, folded in order."""
-    total = 0.0
-    flat = values.reshape(-1)
-    for start in range(0, flat.numel(), GRID):
-        wide = flat[start : start + GRID].to(torch.float64)
-        total += float((wide * wide).sum())
-    return total

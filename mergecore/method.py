@@ -6,6 +6,7 @@ fields are all that enters a step's key, so whatever can change the numbers is a
     Method     turns a base and experts into tensors of one model     merge(base, experts, …)
     Statistic  looks at models once and writes a few tensors          streamed: begin · add · combine · finish
                                                                       with data: compute(model, data)
+    Link       what a chain of experts has come to, model-sized       merge_block · numbers
     Evaluator  scores one model on one task                           (mergecore/evaluators)
 """
 
@@ -113,6 +114,8 @@ class Scope(StrEnum):
     """One expert: shared by every cell that uses it."""
     POOL = "pool"
     """All experts of a merge together."""
+    PREFIX = "prefix"
+    """The experts so far, in the order they are folded: a chain whose links see one more expert each."""
 
 
 class Plugin(BaseModel):
@@ -258,6 +261,40 @@ class DataStatistic(Plugin, ABC):
         """The result for `model` (float32, eval mode) on `data`, for the tensors of the selection."""
 
 
+BEFORE = "before"
+"""The name under which a link is handed the link before it."""
+
+
+class Link(Plugin, ABC):
+    """What the experts so far have come to, as large as a model: a chain of cached steps, one link for each expert.
+
+    A link sees the base, one expert (the newest, as a delta) and the link before it, never the earlier experts: what an
+    arrival costs does not grow with how many there were. Its tensors are written one by one, as a model's are.
+    """
+
+    scope: ClassVar[Scope] = Scope.PREFIX
+    per: ClassVar[Per] = Per.TENSOR
+    working: ClassVar[float] = 20.0
+    """As `Method.working`: two matrices and the decomposition of one in float64, and the link before."""
+    on: ClassVar[str] = "deltas"
+    needs_base: ClassVar[bool] = False
+    needs_experts: ClassVar[bool] = True
+
+    @abstractmethod
+    def outputs(self, selection: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+        """Names, dtypes and shapes of what is written for the tensors that the experts so far carry."""
+
+    @abstractmethod
+    def merge_block(self, block: Block, statistics: Statistics) -> dict[str, Tensor]:
+        """What is written for one tensor; `statistics[BEFORE]` holds the link before, nothing for the first expert."""
+
+    @abstractmethod
+    def numbers(
+        self, written: TensorSource, selection: Mapping[str, TensorInfo], statistics: Statistics
+    ) -> dict[str, Any]:
+        """What is known once every tensor is written: numbers of the whole model that fit into JSON."""
+
+
 class Calibration(Protocol):
     """Items on which a model's own output distribution can be asked for."""
 
@@ -289,7 +326,7 @@ class Method(Plugin, ABC):
     @property
     @abstractmethod
     def on(self) -> str:
-        """'weights' (θ_t, no base needed) or 'deltas' (τ_t = θ_t − θ_0)."""
+        """'weights' (θ_t, no base needed), 'deltas' (τ_t = θ_t − θ_0) or 'state' (what its statistics hold of them)."""
 
     @property
     def needs_base(self) -> bool:
@@ -297,16 +334,26 @@ class Method(Plugin, ABC):
         return self.on == "deltas"
 
     @property
+    def needs_experts(self) -> bool:
+        """Whether blocks show the experts. Where the statistics hold all of them that counts they are not read again."""
+        return self.on != "state"
+
+    @property
     def needs_ids(self) -> bool:
         """Whether the numbers depend on who the experts are: random numbers are drawn by expert id."""
         return getattr(self, "drop", None) is not None
 
-    def statistics(self) -> Mapping[str, Statistic | DataStatistic]:
+    def statistics(self) -> Mapping[str, Statistic | DataStatistic | Link]:
         """What the method must know beforehand, by the name it is handed under."""
         return {}
 
     def validate_count(self, count: int) -> None:
         """Raise SpecError where the parameters (weights, say) do not fit `count` experts."""
+
+    def arranged(self, ids: Sequence[str]) -> list[int]:
+        """Positions of the experts in the order in which they are folded: by ascending id, or as the recipe has them."""
+        order = list(range(len(ids)))
+        return order if self.ordered else sorted(order, key=lambda position: ids[position])
 
     def bound(self, order: Sequence[int]) -> Method:
         """The same method with per-expert parameters (weights, say) moved along when experts are reordered."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mergecore.adapters import AdapterMethod
 from mergecore.errors import SpecError, nearest
 from mergecore.identity import digest
 from mergecore.layout import Layout, SelectRule, check_rules, is_weight, tied_names
-from mergecore.method import Method
+from mergecore.method import Link, Method
 from mergecore.methods.average import Average
 from mergecore.pool import Member, Pool
 from mergecore.spec import method_of
@@ -56,6 +57,12 @@ def way_of(rule: SelectRule, method: Method, members: Mapping[str, Member], wher
     if base is not None and base.factors is not None:
         raise SpecError(f"{where}.base: '{base.name}' is an adapter; changes are counted from a full checkpoint")
     chosen_method = method_of(rule, method, where)
+    if isinstance(chosen_method, AdapterMethod):
+        raise SpecError(f"{where}: '{chosen_method.name}' makes an adapter, which no single tensors can be made by")
+    if base is not None and any(isinstance(one, Link) for one in chosen_method.statistics().values()):
+        raise SpecError(
+            f"{where}.base: '{chosen_method.name}' goes on from what it made of the base before; leave it out"
+        )
     chosen_method.validate_count(len(experts))
     return Way(chosen_method, experts, base)
 

@@ -16,7 +16,7 @@ from mergecore.architectures import layer_of
 from mergecore.delta import Expert
 from mergecore.identity import GRID
 from mergecore.kernels.library import Library
-from mergecore.method import Method, Per, Result, Statistic, Statistics, TensorInfo, TensorSource
+from mergecore.method import Link, Method, Per, Result, Statistic, Statistics, TensorInfo, TensorSource
 from mergecore.snapshot import DTYPES
 from mergecore.writer import Sink
 
@@ -51,7 +51,7 @@ class MergeJob:
     """One model to be made: `outputs` are its tensors, of which `merged` are the method's and the rest are copied."""
 
     key: str
-    method: Method
+    method: Method | Link
     experts: tuple[int, ...]
     merged: frozenset[str]
     outputs: Mapping[str, TensorInfo]
@@ -93,6 +93,9 @@ class PassPlan:
 
     memory: int | None = None
     """Bytes that the blocks in flight may take, on all workers together; None: whatever they take."""
+
+    base_id: str = ""
+    """Digest of the base's weights: with the experts' ids it says whose windows stay on a device; '': none stay."""
 
     @cached_property
     def elements(self) -> int:
@@ -150,7 +153,7 @@ def _units(tensors: Mapping[str, TensorInfo], per: Per) -> Iterator[Unit]:
         yield tuple(pieces)
 
 
-def coarsest(methods: Sequence[Method]) -> Per:
+def coarsest(methods: Sequence[Method | Link]) -> Per:
     """What the most demanding of the methods must see at once."""
     order = list(Per)
     return max((method.per for method in methods), key=order.index, default=Per.ELEMENT)

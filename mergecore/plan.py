@@ -5,18 +5,19 @@ A cell is one model to be made and measured. Planning touches no weights: equal 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mergecore.adapters import ADAPTER, AdapterMethod, is_transposed, ranks_made
 from mergecore.errors import MergeloomError, SpecError
 from mergecore.evaluators import Evaluator, Split, TaskIdentity
 from mergecore.identity import Step, canonical, digest
 from mergecore.layout import Layout, lay_out
 from mergecore.merging import stored_as
-from mergecore.method import DataStatistic, Method, Scope, Statistic, TensorInfo
+from mergecore.method import BEFORE, DataStatistic, Link, Method, Scope, Statistic, TensorInfo
 from mergecore.methods.average import Average
 from mergecore.parts import Portion, portions
 from mergecore.pool import Member, Pool, snapshot_step
@@ -31,10 +32,13 @@ ENGINE = 1
 
 @dataclass(frozen=True)
 class StatisticPlan:
-    """One statistic of some experts over a selection. `experts` are ids in fold order."""
+    """One statistic of some experts over a selection, or the adapter that a method makes of adapters.
+
+    experts: ids in fold order; of a link, the newest alone.
+    """
 
     step: Step
-    statistic: Statistic | DataStatistic
+    statistic: Statistic | DataStatistic | Link | AdapterMethod
     experts: tuple[str, ...]
     selection: Mapping[str, TensorInfo]
     inputs: Mapping[str, tuple[StatisticPlan, ...]]
@@ -49,6 +53,21 @@ class StatisticPlan:
                 yield from plan.with_inputs()
         yield self
 
+    def missing(self, at_hand: Callable[[StatisticPlan], bool]) -> Iterator[StatisticPlan]:
+        """What must be worked out to have it, deepest first, itself last; behind one that is at hand nobody looks."""
+        if not at_hand(self):
+            for plans in self.inputs.values():
+                for plan in plans:
+                    yield from plan.missing(at_hand)
+            yield self
+
+    def written(self) -> MergePlan:
+        """A link of a chain as what it is to the engine: tensors made from tensors, written like a model's."""
+        assert isinstance(self.statistic, Link)
+        outputs = self.statistic.outputs(self.selection)
+        layout = Layout(self.selection, {}, {})
+        return MergePlan(self.step, self.statistic, self.experts, layout, outputs, self.inputs, bytes_of(outputs))
+
 
 @dataclass(frozen=True)
 class MergePlan:
@@ -59,7 +78,7 @@ class MergePlan:
     """
 
     step: Step
-    method: Method
+    method: Method | Link
     experts: tuple[str, ...]
     layout: Layout
     outputs: Mapping[str, TensorInfo]
@@ -74,6 +93,12 @@ class MergePlan:
     def ways(self) -> tuple[MergePlan, ...]:
         """What is to be done: the parts, or this as a whole."""
         return self.parts or (self,)
+
+    def missing(self, at_hand: Callable[[StatisticPlan], bool]) -> Iterator[StatisticPlan]:
+        """What must still be worked out for it, what others need before them; some may be named twice."""
+        for plans in self.statistics.values():
+            for plan in plans:
+                yield from plan.missing(at_hand)
 
     @cached_property
     def needed(self) -> tuple[StatisticPlan, ...]:
@@ -307,6 +332,7 @@ class MergeBuilder:
         self._layouts: dict[frozenset[str], Laid] = {}
         self._laid: dict[frozenset[str], Laid] = {}
         self._statistics: dict[tuple[type, bytes, str, str], dict[tuple[str, ...], StatisticPlan]] = {}
+        self._links: dict[str, StatisticPlan] = {}
         self._wholes: dict[str, Mapping[str, TensorInfo]] = {}
 
     def build(self, method: Method, members: Sequence[Member]) -> MergePlan:
@@ -314,13 +340,15 @@ class MergeBuilder:
         if not all(rule.plain for rule in self.select):
             return self._in_parts(method, members)
         method.validate_count(len(members))
-        order = list(range(len(members)))
-        if not method.ordered:
-            order.sort(key=lambda position: members[position].id)
+        order = method.arranged([member.id for member in members])
         ids = tuple(members[position].id for position in order)
         bound = method.bound(order)
         laid = self._layout(frozenset(ids))
-        statistics = self._statistics_of(bound, ids, laid.layout.merged, laid.tensors)
+        statistics: Mapping[str, tuple[StatisticPlan, ...]]
+        if isinstance(bound, AdapterMethod):
+            statistics = {ADAPTER: (self._adapter(bound, [self.by_id[one] for one in ids], laid.layout.merged),)}
+        else:
+            statistics = self._statistics_of(bound, ids, laid.layout.merged, laid.tensors)
         step = Step(
             "merge",
             bound.name,
@@ -359,9 +387,7 @@ class MergeBuilder:
     def _part(self, portion: Portion) -> MergePlan:
         way, layout = portion.way, portion.layout
         base = way.base.id if way.base else ""
-        order = list(range(len(way.experts)))
-        if not way.method.ordered:
-            order.sort(key=lambda position: way.experts[position].id)
+        order = way.method.arranged([member.id for member in way.experts])
         ids = tuple(way.experts[position].id for position in order)
         bound = way.method.bound(order) if layout.merged else way.method
         tensors = digest([sorted(layout.merged), sorted(layout.copied)])
@@ -403,8 +429,11 @@ class MergeBuilder:
         tensors: str,
         base: str = "",
     ) -> dict[str, tuple[StatisticPlan, ...]]:
-        found = {}
+        found: dict[str, tuple[StatisticPlan, ...]] = {}
         for name, statistic in owner.statistics().items():
+            if isinstance(statistic, Link):
+                found[name] = (self._chain(statistic, ids, selection),)
+                continue
             groups = [(one,) for one in ids] if statistic.scope is Scope.EXPERT else [ids]
             shared = self._known(statistic, tensors, base)
             plans = []
@@ -448,6 +477,49 @@ class MergeBuilder:
         parameters = {"values": statistic.parameters(), "engine": ENGINE}
         step = Step("statistic", statistic.name, statistic.version, parameters, inputs)
         return StatisticPlan(step, statistic, ids, selection, inner, tasks, base)
+
+    def _chain(self, statistic: Link, ids: tuple[str, ...], selection: Mapping[str, TensorInfo]) -> StatisticPlan:
+        """The last link of a chain over these experts, in this order.
+
+        A link's key holds its own expert, the link before it and the selected tensors that the experts so far carry:
+        nothing of those to come, so that chains which begin alike share their beginning.
+        """
+        carried: set[str] = set()
+        before: tuple[StatisticPlan, ...] = ()
+        for one in ids:
+            carried |= self.by_id[one].carried()
+            # An expert all of whose tensors `select` leaves out still stands in the chain, with a delta of zero.
+            held = {name: info for name, info in selection.items() if name in carried} or selection
+            inputs = {
+                "base": self.pool.base.weights,
+                "experts": [one],
+                "tensors": digest(sorted(held)),
+                "statistics": {BEFORE: [plan.step.key for plan in before]},
+            }
+            parameters = {"values": statistic.parameters(), "engine": ENGINE}
+            step = Step("statistic", statistic.name, statistic.version, parameters, inputs)
+            plan = StatisticPlan(step, statistic, (one,), held, {BEFORE: before})
+            before = (self._links.setdefault(step.key, plan),)
+        return before[0]
+
+    def _adapter(
+        self, method: AdapterMethod, members: Sequence[Member], selection: Mapping[str, TensorInfo]
+    ) -> StatisticPlan:
+        """The adapter made of these. Raises SpecError where one is none, and where a value does not fit their ranks."""
+        for member in members:
+            if member.factors is None:
+                raise SpecError(
+                    f"method '{method.name}' merges adapters, and expert '{member.name}' is a full checkpoint; take an "
+                    "adapter from it first: `mergeloom extract-lora`"
+                )
+        experts = [member.adapter(Path(), self.pool.base.tensors) for member in members]
+        is_transposed(experts)
+        ranks_made(method, experts, selection)
+        ids = tuple(member.id for member in members)
+        inputs = {"base": self.pool.base.weights, "experts": list(ids), "tensors": digest(sorted(selection))}
+        parameters = {"values": method.parameters(), "engine": ENGINE}
+        step = Step("adapter", method.name, method.version, parameters, inputs)
+        return StatisticPlan(step, method, ids, selection, {})
 
     def _whole(self, expert: str) -> Mapping[str, TensorInfo]:
         """Every tensor the expert can change, whatever is selected: profiles are shared by all selections."""

@@ -44,11 +44,15 @@ class Member:
 
     def open(self, folder: Path, base: Mapping[str, TensorInfo]) -> Expert:
         """The expert as the engine reads it, from the folder its files lie in."""
-        held = self.snapshot.open(folder)
         if self.factors is None:
-            return FullExpert(self.id, self.name, held)
+            return FullExpert(self.id, self.name, self.snapshot.open(folder))
+        return self.adapter(folder, base)
+
+    def adapter(self, folder: Path, base: Mapping[str, TensorInfo]) -> AdapterExpert:
+        """An adapter likewise; of a folder that has yet to be filled only headers can be asked for."""
+        assert self.factors is not None
         shapes = {name: (base[name].shape[0], base[name].shape[1]) for name in self.factors}
-        return AdapterExpert(self.id, self.name, held, dict(self.factors), shapes)
+        return AdapterExpert(self.id, self.name, self.snapshot.open(folder), dict(self.factors), shapes)
 
 
 @dataclass(frozen=True)

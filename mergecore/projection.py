@@ -9,7 +9,7 @@ from mergecore.errors import CapacityError
 from mergecore.identity import GRID
 from mergecore.kernels.run import EAGER
 from mergecore.kernels.source import BINS, COPIES, stride
-from mergecore.method import DataStatistic, Method, Per, Scope, Statistic, TensorInfo
+from mergecore.method import DataStatistic, Link, Method, Per, Scope, Statistic, TensorInfo
 from mergecore.passes import PassPlan, coarsest
 from mergecore.reading import WINDOW
 from mergecore.snapshot import DTYPES
@@ -35,7 +35,9 @@ class Models:
         return sum(held is None for held in self.experts)
 
 
-def block_bytes(models: Models, methods: Sequence[Method], statistics: Sequence[Statistic | DataStatistic]) -> int:
+def block_bytes(
+    models: Models, methods: Sequence[Method | Link], statistics: Sequence[Statistic | DataStatistic]
+) -> int:
     """Memory of one span in flight: what is read of every model, worked with, and written.
 
     Element-wise methods hold windows, adapters the deltas of a block of the grid; other methods whole tensors (or layers),

@@ -96,6 +96,8 @@ def model_card(recipe: Mapping[str, Any], origin: Mapping[str, Any], scores: Map
     if origin.get("kept_density"):
         kept = ", ".join(f"{name} {share:.4%}" for name, share in origin["kept_density"].items())
         lines += ["", f"Share of each task vector that the threshold kept: {kept}."]
+    if "error" in origin:
+        lines += ["", f"Relative error of the cut to the rank, in the Frobenius norm: {origin['error']:.4%}."]
     if scores:
         lines += ["", "| score | value |", "|---|---|"]
         lines += [f"| {name} | {value:.4f} |" for name, value in scores.items()]

@@ -25,12 +25,15 @@ WINDOW = 1 << 18
 _buffers = threading.local()
 
 
-def buffer(place: object, count: int, dtype: torch.dtype) -> Tensor:
-    """A flat tensor of `count` elements for this thread and place, its content left from before; the same memory each time."""
+def buffer(place: object, count: int, dtype: torch.dtype, pinned: bool = False) -> Tensor:
+    """A flat tensor of `count` elements for this thread and place, its content left from before; the same memory each time.
+
+    pinned: from which a CUDA device can copy while other work goes on.
+    """
     held: dict[tuple[object, torch.dtype], Tensor] = _buffers.__dict__.setdefault("held", {})
     found = held.get((place, dtype))
     if found is None or found.numel() < count:
-        found = held[place, dtype] = torch.empty(count, dtype=dtype)
+        found = held[place, dtype] = torch.empty(count, dtype=dtype, pin_memory=pinned)
     return found[:count]
 
 
@@ -57,15 +60,16 @@ class Reading:
         self.shape = tuple(plan.base.tensors[name].shape)
         self.reuse = True
         """Whether what is read lies in this thread's buffers, where the next reading will overwrite it."""
-        self._low, self._high = start, stop
+        self._low, self._high, self._slot = start, stop, 0
         self._raw: dict[int, Tensor] = {}
         self._wide: dict[tuple[str, int], Tensor] = {}
         self._deltas: dict[int, Tensor] = {}
 
-    def window(self, start: int, stop: int) -> None:
-        """Have elements start … stop−1 at hand from now on."""
-        if (start, stop) != (self._low, self._high):
-            self._low, self._high = start, stop
+    def window(self, start: int, stop: int, slot: int = 0) -> None:
+        """Have elements start … stop−1 at hand from now on. slot: one of several sets of buffers, for windows of which
+        some are still being copied from."""
+        if (start, stop, slot) != (self._low, self._high, self._slot):
+            self._low, self._high, self._slot = start, stop, slot
             self._raw.clear()
             self._wide.clear()
 
@@ -92,7 +96,9 @@ class Reading:
         return self._raw[position]
 
     def _space(self, position: int, dtype: torch.dtype) -> Tensor | None:
-        return buffer(position, self._high - self._low, dtype) if self.reuse else None
+        if not self.reuse:
+            return None
+        return buffer((position, self._slot), self._high - self._low, dtype, self.plan.device.startswith("cuda"))
 
     def chunk(self, positions: Sequence[int], with_base: bool) -> Chunk:
         """The window as it is stored."""

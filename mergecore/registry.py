@@ -11,12 +11,13 @@ from pydantic import ValidationError
 from mergecore import methods
 from mergecore.errors import SpecError, nearest
 from mergecore.evaluators import Evaluator
-from mergecore.method import DataStatistic, Method, Plugin, Statistic
+from mergecore.method import DataStatistic, Link, Method, Plugin, Statistic
 from mergecore.statistics.balance_cut import BalanceCut
 from mergecore.statistics.dropped_norms import DroppedNorms
 from mergecore.statistics.fisher import DiagonalFisher
 from mergecore.statistics.magnitude_quantiles import MagnitudeQuantiles
 from mergecore.statistics.profile import Profile
+from mergecore.statistics.projected_sum import ProjectedSum
 from mergecore.statistics.sign_majority import SignMajority
 from mergecore.statistics.softmax_means import SoftmaxMeans
 from mergecore.statistics.threshold import Threshold
@@ -42,9 +43,12 @@ METHODS: dict[str, type[Method]] = {
         methods.Della,
         methods.Pcb,
         methods.Consensus,
+        methods.Opcm,
+        methods.LoraArithmetic,
+        methods.LoraLego,
     )
 }
-STATISTICS: dict[str, type[Statistic] | type[DataStatistic]] = {
+STATISTICS: dict[str, type[Statistic] | type[DataStatistic] | type[Link]] = {
     statistic.name: statistic
     for statistic in (
         DroppedNorms,
@@ -55,6 +59,7 @@ STATISTICS: dict[str, type[Statistic] | type[DataStatistic]] = {
         MagnitudeQuantiles,
         BalanceCut,
         SoftmaxMeans,
+        ProjectedSum,
     )
 }
 EVALUATORS: dict[str, str] = {

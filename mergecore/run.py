@@ -23,7 +23,9 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from mergecore.delta import Expert, FullExpert
+from mergecore.adapter_files import write_config, write_made
+from mergecore.adapters import AdapterMethod, adapter_config
+from mergecore.delta import AdapterExpert, Expert, FullExpert
 from mergecore.engine import run_pass
 from mergecore.errors import EvaluationError, MergeloomError, ServiceError
 from mergecore.evaluators import Evaluator, Resident, Split, TaskIdentity
@@ -31,8 +33,19 @@ from mergecore.folded import FoldedSnapshot
 from mergecore.frontier import Scoring
 from mergecore.identity import Step, block_digests, model_digest, tensor_digest
 from mergecore.kernels.library import Library
-from mergecore.method import DataStatistic, Event, Found, Report, Result, TensorInfo, TensorSource, silent
-from mergecore.passes import Executor, MergeJob, PassPlan, StatisticJob, coarsest, plan_spans
+from mergecore.method import (
+    DataStatistic,
+    Event,
+    Found,
+    Link,
+    Report,
+    Result,
+    Statistic,
+    TensorInfo,
+    TensorSource,
+    silent,
+)
+from mergecore.passes import Executor, MergeJob, PassOutcome, PassPlan, StatisticJob, coarsest, plan_spans
 from mergecore.plan import MergePlan, StatisticPlan
 from mergecore.pool import Pool, opened, snapshot_step
 from mergecore.snapshot import NAMES, FileTensors, MemoryTensors, Snapshot, open_file, open_files
@@ -112,7 +125,8 @@ def fetch(place: Place, snapshot: Snapshot) -> Done:
 
 
 def run_statistics(place: Place, plans: Sequence[StatisticPlan]) -> Done:
-    """Complete streamed statistics in one reading of the models; where one fails they are tried one by one."""
+    """Complete streamed statistics in one reading of the models, and links of chains in another; where one fails they are
+    tried one by one. Adapters are made one by one, spread over all workers."""
 
     def attempt(held: Sequence[StatisticPlan]) -> list[str]:
         began = time.monotonic()
@@ -124,26 +138,43 @@ def run_statistics(place: Place, plans: Sequence[StatisticPlan]) -> Done:
                     commit_result(place.store, drafts[plan.step], outcome.results[plan.step.key], made_with(began))
         return [plan.step.name for plan in wanted]
 
-    return _each_or_alone(place, plans, attempt)
+    links = [plan for plan in plans if isinstance(plan.statistic, Link)]
+    adapters = [plan for plan in plans if isinstance(plan.statistic, AdapterMethod)]
+    streamed = [plan for plan in plans if isinstance(plan.statistic, Statistic)]
+    done = _each_or_alone(place, streamed, attempt) if streamed else Done()
+    if links:
+        done = done.note(_write(place, [link.written() for link in links], _commit_link))
+    return done.note(run_adapters(place, adapters)) if adapters else done
 
 
 def run_merges(place: Place, plans: Sequence[MergePlan]) -> Done:
     """Complete merges in one reading of the models; what spans an earlier try has finished are not done again."""
+    return _write(place, plans, _commit_model)
 
+
+Commit = Callable[[Place, MergePlan, Draft, PassOutcome, Mapping[str, Any]], None]
+"""Records what a pass has written of one plan."""
+
+
+def _write(place: Place, plans: Sequence[MergePlan], commit: Commit) -> Done:
     def attempt(held: Sequence[MergePlan]) -> list[str]:
         began = time.monotonic()
         with _drafts(place.store, [plan.step for plan in held], resume=True) as drafts:
             wanted = [plan for plan in held if plan.step in drafts]
             ways = [way for plan in wanted for way in _ways(place, plan, drafts[plan.step])]
-            tensors: dict[str, dict[str, str]] = {}
+            written = PassOutcome()
             for group in _by_base(ways, lambda way: way.plan.base):
                 outcome = run_pass(_pass(place, [], [way.plan for way in group], group), place.executor, place.report)
                 for way in group:
-                    tensors.setdefault(way.model, {}).update(outcome.tensors[way.plan.step.key])
+                    written.tensors.setdefault(way.model, {}).update(outcome.tensors[way.plan.step.key])
             for way in ways:
                 shutil.rmtree(way.journals, ignore_errors=True)
             for plan in wanted:
-                _commit_model(place, plan, drafts[plan.step], tensors[plan.step.key], made_with(began))
+                held_here = written.tensors[plan.step.key]
+                written.models[plan.step.key] = model_digest(
+                    {name: (info.dtype, info.shape, held_here[name]) for name, info in plan.outputs.items()}
+                )
+                commit(place, plan, drafts[plan.step], written, made_with(began))
         return [plan.step.name for plan in wanted]
 
     return _each_or_alone(place, plans, attempt)
@@ -193,7 +224,13 @@ class _Way:
 
 def _ways(place: Place, plan: MergePlan, draft: Draft) -> list[_Way]:
     """The parts of a model, over one sink; what an earlier try has written for other shards is removed."""
-    sink = ShardSink(draft.path, dict(plan.outputs), plan_shards(plan.outputs, place.shard_size))
+    link = isinstance(plan.method, Link)
+    shards = (
+        plan_shards(plan.outputs, sys.maxsize, Path(TENSORS).stem)
+        if link
+        else plan_shards(plan.outputs, place.shard_size)
+    )
+    sink = ShardSink(draft.path, dict(plan.outputs), shards)
     held = list(draft.path.glob("journal-*"))
     if len(held) != 1 or not sink.complete():
         for path in draft.path.iterdir():  # files too: they may be those of another shard size
@@ -231,7 +268,7 @@ def _pass(
             read_inputs(place.store, plan.inputs),
         )
         for plan in statistics
-        if not isinstance(plan.statistic, DataStatistic)
+        if isinstance(plan.statistic, Statistic)
     )
     merge_jobs = tuple(_merge_job(place, way, position) for way in ways)
     read = dict[str, TensorInfo]()
@@ -251,6 +288,7 @@ def _pass(
         place.device,
         place.library,
         place.memory,
+        place.pool.base.weights,
     )
 
 
@@ -259,7 +297,7 @@ def _merge_job(place: Place, way: _Way, position: Mapping[str, int]) -> MergeJob
     return MergeJob(
         plan.step.key,
         plan.method,
-        tuple(position[one] for one in plan.experts),
+        tuple(position[one] for one in plan.experts) if plan.method.needs_experts else (),
         frozenset(plan.layout.merged),
         dict(plan.outputs),
         read_inputs(place.store, plan.statistics),
@@ -268,18 +306,23 @@ def _merge_job(place: Place, way: _Way, position: Mapping[str, int]) -> MergeJob
     )
 
 
-def _commit_model(
-    place: Place, plan: MergePlan, draft: Draft, tensors: Mapping[str, str], made: Mapping[str, Any]
-) -> None:
-    earlier = place.store.record(plan.step)
+def _commit_model(place: Place, plan: MergePlan, draft: Draft, outcome: PassOutcome, made: Mapping[str, Any]) -> None:
+    key = plan.step.key
+    earlier, tensors = place.store.record(plan.step), outcome.tensors[key]
     held = {name: [info.dtype, list(info.shape), tensors[name]] for name, info in sorted(plan.outputs.items())}
-    model = model_digest({name: (info.dtype, info.shape, tensors[name]) for name, info in plan.outputs.items()})
     result = {"tensors": held, "bytes": plan.size, "dropped": dict(plan.layout.dropped), **_kept(place.store, plan)}
-    place.store.commit(draft, model, result, made)
-    if earlier is not None and earlier.digest != model:
+    place.store.commit(draft, outcome.models[key], result, made)
+    if earlier is not None and earlier.digest != outcome.models[key]:
         place.report(
             Event(f"{plan.step.name} was made again and differs from what is on record (other library or device?)")
         )
+
+
+def _commit_link(place: Place, plan: MergePlan, draft: Draft, outcome: PassOutcome, made: Mapping[str, Any]) -> None:
+    assert isinstance(plan.method, Link)
+    known = read_inputs(place.store, plan.statistics)
+    numbers = plan.method.numbers(open_file(draft.path / TENSORS), plan.layout.merged, known)
+    place.store.commit(draft, outcome.models[plan.step.key], numbers, made)
 
 
 def _kept(store: Store, plan: MergePlan) -> dict[str, Any]:
@@ -326,9 +369,61 @@ def read_found(store: Store, plan: StatisticPlan) -> Found:
     record = store.record(plan.step)
     if record is None:
         raise MergeloomError(f"statistic {plan.step.name} is asked for before it was worked out")
-    path = store.folder(plan.step) / TENSORS
-    tensors: TensorSource = open_file(path) if TENSORS in record.files else MemoryTensors({})
+    held = next((name for name in record.files if name.endswith(".safetensors")), None)
+    tensors: TensorSource = MemoryTensors({}) if held is None else open_file(store.folder(plan.step) / held)
     return Found(tensors, record.result)
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdapterTask:
+    """An adapter to be made; base and configs are what its own configuration is written from."""
+
+    plan: StatisticPlan
+    experts: tuple[AdapterExpert, ...]
+    base: Mapping[str, TensorInfo]
+    configs: tuple[Mapping[str, Any], ...]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What is to be completed."""
+        return (self.plan.step,)
+
+
+def run_adapters(place: Place, plans: Sequence[StatisticPlan]) -> Done:
+    """Make adapters of adapters."""
+    members, base = {member.id: member for member in place.pool.members}, place.pool.base.tensors
+    tasks = [
+        AdapterTask(
+            plan,
+            tuple(members[one].adapter(place.folders[one], base) for one in plan.experts),
+            base,
+            tuple(members[one].snapshot.config for one in plan.experts),
+        )
+        for plan in plans
+    ]
+    return _gather(place, make_adapter, place.store.root, tasks, [plan.step.name for plan in plans], "adapters made")
+
+
+def make_adapter(root: Path, task: AdapterTask) -> Done:
+    """Make one adapter in the process it is called in: its two files, written module by module."""
+    store, plan, began = Store(root), task.plan, time.monotonic()
+    torch.set_num_threads(1)
+    try:
+        with store.draft(plan.step) as draft:
+            if store.is_done(plan.step, bytes_needed=True):
+                return Done()
+            assert isinstance(plan.statistic, AdapterMethod)
+            digest, numbers = write_made(draft.path, plan.statistic, task.experts, plan.selection)
+            write_config(
+                draft.path, adapter_config(numbers["ranks"], task.base, task.configs, numbers["fan_in_fan_out"])
+            )
+            store.commit(draft, digest, numbers, made_with(began))
+    except RECORDED as error:
+        return _failed(store, task.steps, error)
+    return Done([plan.step.name], {}, time.monotonic() - began)
 
 
 # --- models on data -----------------------------------------------------------------------------------------------
@@ -430,8 +525,8 @@ def run_data_statistics(place: Place, plans: Sequence[StatisticPlan]) -> Done:
 
 def _gather(
     place: Place,
-    function: Callable[[Bench, Any], Done],
-    bench: Bench,
+    function: Callable[[Any, Any], Done],
+    bench: Bench | Path,
     tasks: Sequence[Any],
     names: Sequence[str],
     what: str,
@@ -556,8 +651,8 @@ def made_with(began: float) -> dict[str, Any]:
     }
 
 
-def drop_models(place: Place, plans: Sequence[MergePlan]) -> None:
-    """Free the bytes of models that nothing can ask for any more."""
+def drop_models(place: Place, plans: Sequence[MergePlan | StatisticPlan]) -> None:
+    """Free the bytes of models, and of links of chains, that nothing can ask for any more."""
     for plan in plans:
         place.store.drop(plan.step)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +16,12 @@ from torch import Tensor
 from mergecore.errors import NonFiniteError
 from mergecore.identity import GRID, BlockDigests
 from mergecore.journal import read_journal, write_journal
-from mergecore.kernels.run import HALF, Fused, Given, counts_of, empty_bins
-from mergecore.method import Block, Counting, Per, Sparse
+from mergecore.kernels.run import HALF, Chunk, Fused, Given, counts_of, empty_bins
+from mergecore.method import Block, Counting, Method, Per, Sparse
 from mergecore.passes import MergeJob, PassPlan, Round, SpanOutcome, StatisticJob
 from mergecore.reading import WINDOW, Reading, buffer, expect
 from mergecore.snapshot import DTYPES, check_finite
+from mergecore.staging import Launched, Stage, in_smaller_windows
 
 WORTH_BUILDING = 1 << 24
 """Elements of a pass from which on a fused loop that is not at hand is built."""
@@ -176,27 +178,93 @@ class _Work:
         merging = [job for job in self.merges if job.method.per is Per.ELEMENT and reading.name in job.merged]
         given = {job.key: self._given(job, reading) for job in merging}
         digests = {job.key: BlockDigests(reading.start) for job in (*copying, *merging)}
-        for start, stop in _cut(reading, WINDOW) if digests else ():
+        for start, stop in _cut(reading, WINDOW) if copying else ():
             reading.window(start, stop)
             for job in copying:
                 target = self._target(job, reading.name, stop - start).copy_(reading.raw_base())
                 self._emit(job, reading.name, start, target, digests[job.key])
-            for job in merging:
-                target = self._target(job, reading.name, stop - start)
-                chunk = reading.chunk(job.experts, job.method.needs_base)
-                read, made = given[job.key].store(chunk, target)
-                if read:
-                    reading.block(
-                        job.method.on, job.method.needs_base, job.experts, flat=True
-                    )  # which says what and where
-                if made:
-                    check_finite(target, reading.name, f"method '{job.method.name}'", TAME)
-                self._emit(job, reading.name, start, target, digests[job.key])
+        if merging and self.plan.device == "cpu":
+            for start, stop in _cut(reading, WINDOW):
+                reading.window(start, stop)
+                for job in merging:
+                    target = self._target(job, reading.name, stop - start)
+                    chunk = reading.chunk(job.experts, job.method.needs_base)
+                    self._settle(job, reading, *given[job.key].store(chunk, target), target)
+                    self._emit(job, reading.name, start, target, digests[job.key])
+        elif merging:
+            stage = self._stage()
+            in_smaller_windows(
+                lambda size: self._merge_staged(merging, reading, given, digests, stage, size), GRID, stage
+            )
         for key, found in digests.items():
             self.outcome.digests[key].setdefault(reading.name, {}).update(found.finished())
 
+    def _settle(self, job: MergeJob, reading: Reading, read: bool, made: bool, values: Tensor) -> None:
+        """Raise NonFiniteError where a model or the result is not finite, saying which and where."""
+        if read:
+            reading.block(job.method.on, job.method.needs_base, job.experts, flat=True)
+        if made:
+            check_finite(values, reading.name, f"method '{job.method.name}'", TAME)
+
+    def _stage(self) -> Stage:
+        device = torch.device(self.plan.device)
+        found: Stage = _stages.__dict__.setdefault(str(device), Stage(device))
+        return found
+
+    def _merge_staged(
+        self,
+        jobs: Sequence[MergeJob],
+        reading: Reading,
+        given: Mapping[str, Given],
+        digests: dict[str, BlockDigests],
+        stage: Stage,
+        size: int,
+    ) -> None:
+        """The piece on a device, window by window: one is written here while the next is worked out there."""
+        for job in jobs:  # a try in larger windows may have begun
+            digests[job.key] = BlockDigests(reading.start)
+        under_way: list[tuple[MergeJob, int, int, Launched]] = []
+        for number, (start, stop) in enumerate(_cut(reading, size)):
+            slot = number % 2
+            reading.window(start, stop, slot)
+            begun = []
+            for job in jobs:
+                chunk = self._on_device(job, reading, stage, start, stop)
+                dtype = DTYPES[job.outputs[reading.name].dtype]
+                host = buffer((job.key, slot), stop - start, dtype, stage.device.type == "cuda")
+                begun.append((job, start, stop, stage.launch(given[job.key], chunk, dtype, host)))
+            self._land(under_way, reading, digests)
+            under_way = begun
+        self._land(under_way, reading, digests)
+
+    def _on_device(self, job: MergeJob, reading: Reading, stage: Stage, start: int, stop: int) -> Chunk:
+        keep, experts = self.plan.base_id, self.plan.experts
+
+        def held(model: str, read: Callable[[], Tensor]) -> Tensor:
+            return stage.held((keep, model, reading.name, start) if keep else None, stop - start, read)
+
+        deltas = tuple(not experts[one].complete for one in job.experts)
+        needed = job.method.needs_base or any(deltas)
+        base = held("base", reading.raw_base) if needed else None
+        moved = [held(experts[one].id, lambda one=one: reading.raw_expert(one)) for one in job.experts]  # type: ignore[misc]
+        return Chunk(base, tuple(moved), deltas, start)
+
+    def _land(
+        self,
+        under_way: Sequence[tuple[MergeJob, int, int, Launched]],
+        reading: Reading,
+        digests: Mapping[str, BlockDigests],
+    ) -> None:
+        for job, start, stop, launched in under_way:
+            values, read, made = launched.ready()
+            if read or made:
+                reading.window(start, stop, 2)
+            self._settle(job, reading, read, made, values)
+            self._emit(job, reading.name, start, values, digests[job.key])
+
     def _given(self, job: MergeJob, reading: Reading) -> Given:
         method, dtype = job.method, DTYPES[job.outputs[reading.name].dtype]
+        assert isinstance(method, Method)  # a link sees whole tensors
         fused = self._fused(("merge", job.key, dtype), method.merge, method.on, dtype)
         return fused.given(method.arguments(reading.place(job.experts), job.statistics))
 
@@ -235,6 +303,10 @@ class _Work:
             self.round.fused[key] = Fused(function, on, out, self.plan.library, build, windows=windows)
         found: Fused = self.round.fused[key]
         return found
+
+
+_stages = threading.local()
+"""Per thread its way to a device."""
 
 
 def _together(scans: Sequence[tuple[Counting, list[int]]]) -> Callable[..., list[Tensor]]:

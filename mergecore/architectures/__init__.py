@@ -18,6 +18,17 @@ TIED: tuple[tuple[str, str], ...] = (
 )
 """(owner, name that is the same tensor where the config ties word embeddings)."""
 
+EMBEDDINGS: tuple[str, ...] = (
+    "*embedding*", "*embed_tokens*", "*embed_in*", "*embed_positions*", "*wte*", "*wpe*", "*shared.weight",
+    "*relative_attention_bias*",
+)  # fmt: skip
+"""Shell patterns of tables that are looked up by row: two dimensions, but no linear layer (GPT-NeoX's embed_out is one)."""
+
+TRANSPOSED: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("gpt2", "openai-gpt", "imagegpt", "decision_transformer"),
+    ("*c_attn.weight", "*c_proj.weight", "*c_fc.weight", "*q_attn.weight"),
+)
+"""Model types whose linear layers are kept as (in, out), and shell patterns of these (transformers' Conv1D)."""
 
 BUFFER = re.compile(
     r"(?:^|\.)(?:rotary_emb\.inv_freq|attn\.(?:masked_)?bias|attention\.(?:masked_)?bias|position_ids)$"

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergecore.kernels.library import Function, Library
+from mergecore.kernels.library import Function, Library, device_function
 from mergecore.kernels.source import BINS, COPIES, STORED, Loop, Stored, stride
 from mergecore.kernels.trace import NotTraceableError, form, leaves, mapped, trace
 from mergecore.method import Beside, Index
@@ -25,6 +25,8 @@ CHECKED = 1 << 12
 EAGER = 1 << 16
 """Elements at once where there is no loop: base, eight experts and temporaries stay in the processor's cache."""
 HALF = BINS // 2
+THREADS = 256
+"""Threads of a block on a CUDA device, one per element."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,29 @@ class Given:
         flags = self._called(ready, chunk, target.data_ptr())
         return bool(flags & 1), bool(flags & 2)
 
+    def launch(self, chunk: Chunk, target: Tensor) -> Tensor:
+        """Write the function's result to `target`, on whose device the chunk is. Returns two int32 there: whether an input,
+        and whether a result is not finite. Nothing here waits for the device."""
+        flags = torch.zeros(2, dtype=torch.int32, device=target.device)
+        loop = self.fused.loop(chunk, self) if target.is_cuda and self.fused.library is not None else None
+        call = device_function(loop.text) if loop is not None else None
+        held = materialised({"beside": list(self.beside)}, chunk.start, chunk.count, target.device)["beside"]
+        if loop is None or call is None:
+            base, experts, _ = formed(chunk, self.fused.on, check=False)
+            made = materialised(self.arguments, chunk.start, chunk.count, target.device)
+            target.copy_(self.fused.function(base, experts, **made))
+            for place, values in ((0, [one for one in (base, *experts) if one is not None]), (1, [target])):
+                for one in values:
+                    flags[place].logical_or_((~torch.isfinite(one)).any())
+            return flags
+        reals = torch.tensor([*loop.trace.literals, *self.reals, 0.0], dtype=torch.float64)
+        whole = torch.tensor([chunk.start, chunk.count, *self.wholes], dtype=torch.int64)
+        arrays = [*([] if chunk.base is None else [chunk.base]), *chunk.experts, *held, target]
+        more = [reals.to(target.device), whole.to(target.device), flags]
+        blocks = (chunk.count + THREADS - 1) // THREADS
+        call(grid=(blocks, 1, 1), block=(THREADS, 1, 1), args=[*arrays, *more])
+        return flags
+
     def count(self, chunk: Chunk, windows: Any, bins: NDArray[np.uint32]) -> bool:
         """Add to `bins` (made by `empty_bins`). windows: per result its high half-words, one after the other. Returns
         whether an input is not finite; nothing is added then."""
@@ -262,8 +287,8 @@ def _counts(numbers: Tensor) -> NDArray[np.uint32]:
     return torch.bincount(numbers, minlength=BINS).cpu().numpy().astype(np.uint32)
 
 
-def formed(chunk: Chunk, on: str) -> tuple[Tensor | None, list[Tensor], bool]:
-    """Base and experts in float32, the experts' weights or deltas, and whether one of the values is not finite."""
+def formed(chunk: Chunk, on: str, check: bool = True) -> tuple[Tensor | None, list[Tensor], bool]:
+    """Base and experts in float32, the experts' weights or deltas, and (asked to check) whether one is not finite."""
     base = None if chunk.base is None else chunk.base.to(torch.float32)
     experts = []
     for stored, delta in zip(chunk.experts, chunk.deltas, strict=True):
@@ -276,7 +301,7 @@ def formed(chunk: Chunk, on: str) -> tuple[Tensor | None, list[Tensor], bool]:
             wide = base + wide
         experts.append(wide)
     held = [one for one in (base, *experts) if one is not None]
-    return base, experts, any(not bool(torch.isfinite(one).all()) for one in held)
+    return base, experts, check and any(not bool(torch.isfinite(one).all()) for one in held)
 
 
 def materialised(arguments: Mapping[str, Any], start: int, count: int, device: torch.device | str) -> dict[str, Any]:

@@ -245,8 +245,10 @@ def _store(loop: Loop, body: str) -> str:
     )
     return f"""
 #ifdef __CUDACC_RTC__
-extern "C" __global__ void run({head}, {kind}* __restrict out, const double* reals, const int64_t* wholes,
-                               int64_t start, int64_t count, int32_t* flags) {{
+extern "C" __global__ void run({head}, {kind}* __restrict out, const double* reals, const int64_t* numbers,
+                               int32_t* flags) {{
+const int64_t start = numbers[0], count = numbers[1];
+const int64_t* const wholes = numbers + 2;
 {_unpacked(loop)}
 const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
 if (i >= count) return;

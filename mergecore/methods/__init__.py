@@ -8,7 +8,10 @@ from mergecore.methods.fisher import Fisher
 from mergecore.methods.iso_c import IsoC
 from mergecore.methods.iso_cts import IsoCts
 from mergecore.methods.karcher import Karcher
+from mergecore.methods.lora_arithmetic import LoraArithmetic
+from mergecore.methods.lora_lego import LoraLego
 from mergecore.methods.model_stock import ModelStock
+from mergecore.methods.opcm import Opcm
 from mergecore.methods.pcb import Pcb
 from mergecore.methods.sce import Sce
 from mergecore.methods.slerp import Slerp
@@ -27,7 +30,10 @@ __all__ = [
     "IsoC",
     "IsoCts",
     "Karcher",
+    "LoraArithmetic",
+    "LoraLego",
     "ModelStock",
+    "Opcm",
     "Pcb",
     "RandomDrop",
     "Sce",

@@ -356,7 +356,9 @@ class Deadly(InProcess):
         super().__init__()
         self.model, self.deaths = model, 0
 
-    def each(self, function: Any, shared: Any, items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    def each(
+        self, function: Any, shared: Any, items: Sequence[Any], at_once: int | None = None
+    ) -> Iterator[tuple[int, Any]]:
         for position, item in enumerate(items):
             if isinstance(item, ScoreTask) and self.model in str(item.weights):
                 self.deaths += 1

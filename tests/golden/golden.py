@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from mergecore import merge
+from mergecore.adapters import AdapterMethod, made
 from mergecore.delta import AdapterExpert, Factor
 from mergecore.identity import model_digest, random_key, random_words, tensor_digest
-from mergecore.method import DataStatistic, Method, Per
+from mergecore.method import DataStatistic, Link, Method, Per, TensorInfo
 from mergecore.registry import METHODS
 from mergecore.snapshot import NAMES, MemoryTensors
 
@@ -57,6 +58,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"scale": 1.0, "mask_scale": [0.2, 0.6, 0.4], "multi_task": "ties", "minimum_tasks": 1},
         {"scale": 0.7, "multi_task": "ties_published", "density": 0.4},
     ],
+    "lora_arithmetic": [{}, {"weights": [0.5, 1, -2], "rank": 3}],
+    "lora_lego": [{"rank": 4}, {"gauge": "canonical", "reweight": "max", "output": "none"}],
+    "opcm": [{}, {"share": 1.0, "projection": "strict", "order": [2, 0, 1]}],
     "slerp": [{"t": 0.3}],
     "sce": [{}, {"density": 0.3}],
     "iso_c": [{}, {"rank": "full", "convolutions": "flatten"}],
@@ -95,8 +99,25 @@ def models() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     return base, [made(f"expert {number}", 8, base) for number in range(3)]
 
 
+def adapters() -> list[AdapterExpert]:
+    """Three adapters of ranks 2, 3 and 2 on two modules, of which the last has only one."""
+    found = []
+    for number, rank in enumerate((2, 3, 2)):
+        held, factors = {}, {}
+        for target, (rows, columns) in (("a.weight", (9, 7)), ("b.weight", (5, 8)))[: 2 if number < 2 else 1]:
+            held[f"{target}.down"] = drawn(f"{number} {target} down", (rank, columns))
+            held[f"{target}.up"] = drawn(f"{number} {target} up", (rows, rank))
+            factors[target] = Factor(f"{target}.down", f"{target}.up", 0.5 + number, False)
+        shapes = {"a.weight": (9, 7), "b.weight": (5, 8)}
+        found.append(AdapterExpert(f"{number}", f"{number}", MemoryTensors(held), factors, shapes))
+    return found
+
+
 def result(method: Method) -> dict[str, Tensor]:
-    """The method's merge of the tiny models; Fisher information and the like is made up."""
+    """The method's merge of the tiny models; Fisher information and the like is made up. Of adapters: what they change."""
+    if isinstance(method, AdapterMethod):
+        selection = {"a.weight": TensorInfo("F32", (9, 7)), "b.weight": TensorInfo("F32", (5, 8))}
+        return {target: combined.up @ combined.down for target, combined in made(method, adapters(), selection)}
     base, experts = models()
     experts = experts[:2] if method.name in TWO else experts
     given = {}
@@ -161,7 +182,8 @@ def variants() -> dict[str, Method]:
 def golden_of(method: Method) -> Golden:
     """A digest for what is element-wise, a few numbers for the rest."""
     found = result(method)
-    return digest_of(found) if method.per is Per.ELEMENT else summary_of(found)
+    chained = any(isinstance(statistic, Link) for statistic in method.statistics().values())
+    return digest_of(found) if method.per is Per.ELEMENT and not chained else summary_of(found)
 
 
 def stored() -> dict[str, Golden]:

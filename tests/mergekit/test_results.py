@@ -18,8 +18,8 @@ from torch import Tensor
 from mergecore.mergekit.methods import COUNTERPARTS, MERGEKIT_METHODS
 from mergecore.merging import InProcess
 from mergecore.method import silent
+from mergecore.recipe_files import merge_file
 from mergecore.registry import METHODS
-from mergecore.single import merge_file
 from tests.mergekit.make_results import RESULTS, recipes
 from tests.mergekit.models import HIDDEN, VOCABULARY, shapes, weights, write_models
 from tests.recipes import find

@@ -1,0 +1,70 @@
+"""Sums of LoRA adapters, exact: their ranks side by side, or the nearest adapter of a chosen rank (Hu et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from mergecore.adapters import AdapterMethod, Combined, LowRank, padded, relative_error
+from mergecore.errors import SpecError
+from mergecore.linear_algebra import decomposition
+from mergecore.method import Method, check_weights, moved
+
+
+class LoraArithmetic(AdapterMethod):
+    """An adapter whose update is the weighted sum of the experts' updates; ranks add up, or are cut by SVD."""
+
+    name: ClassVar[str] = "lora_arithmetic"
+
+    weights: Annotated[tuple[float, ...] | None, Field(description="one per expert; none: 1 each")] = None
+    aggregate: Annotated[
+        Literal["sum", "mean"],
+        Field(description="'mean' divides by the sum of all weights, also for a module that some experts do not have"),
+    ] = "sum"
+    scale: Annotated[float, Field(description="λ, the factor of the result; negative forgets")] = 1.0
+    rank: Annotated[
+        int | None,
+        Field(ge=1, description="rank of the result, nearest in the Frobenius norm; none: all ranks, nothing is lost"),
+    ] = None
+
+    def validate_count(self, count: int) -> None:
+        """Raise SpecError where there is not one weight per expert, or where they cannot be a mean's."""
+        if self.aggregate == "mean":
+            check_weights(self.weights, count)
+        elif self.weights is not None and len(self.weights) != count:
+            raise SpecError(f"weights: {len(self.weights)} given for {count} experts; give one per expert, or none")
+
+    def bound(self, order: Sequence[int]) -> Method:
+        """Weights move along with their experts."""
+        return self if self.weights is None else self.model_copy(update={"weights": moved(self.weights, order)})
+
+    def rank_made(self, module: str, ranks: Sequence[int], shape: tuple[int, int]) -> int:
+        """All ranks together, or at most what was asked for; a matrix has no more than min(out, in)."""
+        return sum(ranks) if self.rank is None else min(self.rank, sum(ranks), *shape)
+
+    def combined(self, module: str, updates: Sequence[LowRank | None]) -> Combined:
+        """[down_1; down_2; …] and [c_1 up_1, c_2 up_2, …]: their product is Σ c_i ΔW_i."""
+        weights = self.weights or (1.0,) * len(updates)
+        whole = self.scale / (sum(weights) if self.aggregate == "mean" else 1.0)
+        held = [(update, weight) for update, weight in zip(updates, weights, strict=True) if update is not None]
+        down = torch.cat([update.down for update, _ in held])
+        up = torch.cat([update.up * (update.scaling * weight * whole) for update, weight in held], 1)
+        if self.rank is None:
+            return Combined(down, up, {})
+        # The sum's singular values are those of the small matrix between two orthonormal bases.
+        outer, left = torch.linalg.qr(up)
+        inner, right = torch.linalg.qr(down.mT)
+        rotated, values, turned = decomposition(left @ right.mT)
+        shape = (up.shape[0], down.shape[1])
+        kept = self.rank_made(module, [update.rank for update, _ in held], shape)
+        root = values[:kept].sqrt()
+        down, up = padded(root[:, None] * (turned[:kept] @ inner.mT), outer @ rotated[:, :kept] * root, kept)
+        squares = values * values
+        return Combined(down, up, {"lost": float(squares[kept:].sum()), "whole": float(squares.sum())})
+
+    def total(self, modules: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """The relative error of the cut: what was lost of the sum, in the Frobenius norm."""
+        return {} if self.rank is None else {"error": relative_error(modules)}

@@ -1,0 +1,145 @@
+"""LoRA-LEGO: rank-one units of all adapters, clustered, one unit for each cluster (Zhao et al. 2024, arXiv 2409.16167)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mergecore.adapters import AdapterMethod, Combined, LowRank, padded
+from mergecore.errors import SpecError
+from mergecore.identity import canonical
+from mergecore.linear_algebra import ROUNDING
+
+SWEEPS = 100
+"""At most so often all signs are looked at; each change raises a bounded sum, so it ends by itself."""
+
+
+class LoraLego(AdapterMethod):
+    """An adapter of a chosen rank whose rank-one units are the centroids of clusters of the experts' units."""
+
+    name: ClassVar[str] = "lora_lego"
+
+    rank: Annotated[
+        int | None, Field(ge=1, description="k, clusters in each module; none: the largest of the experts' ranks there")
+    ] = None
+    gauge: Annotated[
+        Literal["as_given", "canonical"],
+        Field(
+            description="(c·b, a/c) and (−b, −a) are the same unit as (b, a): 'as_given' clusters the factors as they are "
+            "(the paper), 'canonical' balances their norms and aligns their signs first"
+        ),
+    ] = "as_given"
+    reweight: Annotated[
+        Literal["l2", "max", "none"],
+        Field(
+            description="a centroid is given the mean of its units' norms: l2 norms (the paper), largest magnitudes (the "
+            "only published code, not the authors'), or it is left as it is"
+        ),
+    ] = "l2"
+    output: Annotated[
+        Literal["rank", "none"],
+        Field(
+            description="'rank': the update times √(r/k), r the mean rank of the experts (the paper); 'none': as it is"
+        ),
+    ] = "rank"
+    restarts: Annotated[
+        int, Field(ge=1, description="starts of k-means, of which the tightest clustering is taken")
+    ] = 10
+    seed: Annotated[int, Field(ge=0, description="of k-means, together with the module's name")] = 0
+
+    def rank_made(self, module: str, ranks: Sequence[int], shape: tuple[int, int]) -> int:
+        """k. Raises SpecError where the module has fewer units than clusters are asked for."""
+        if self.rank is not None and self.rank > sum(ranks):
+            raise SpecError(
+                f"lora_lego: rank {self.rank} is more than the {sum(ranks)} units that the experts have for '{module}' "
+                f"together; choose a rank of at most {sum(ranks)}, or leave the module out with `select`"
+            )
+        return self.rank or max(ranks)
+
+    def combined(self, module: str, updates: Sequence[LowRank | None]) -> Combined:
+        """One unit per cluster: the centroid, given its cluster's norm, and √(r/k) on top."""
+        held = [update for update in updates if update is not None]
+        clusters = self.rank_made(module, [update.rank for update in held], (0, 0))
+        down, up = balanced_scaling(held)
+        if self.gauge == "canonical":
+            down, up = canonical_units(down, up)
+        units = torch.cat([down, up.mT], 1)
+        sizes = down.norm(dim=1) * up.norm(dim=0)
+        # A unit one half of which is zero changes nothing, but what its other half holds would bend the centroids.
+        units = units[sizes > ROUNDING * sizes.max()]
+        labels = self.labels(module, units, clusters)
+        centroids = [self._centroid(units[labels == label]) for label in range(len(set(labels.tolist())))]
+        made = torch.stack(centroids) if centroids else units.new_zeros(0, units.shape[1])
+        factor = 1.0 if self.output == "none" else sum(update.rank for update in held) / len(held) / clusters
+        # √(r/k) of the product is the fourth root on each side, so that norms stay balanced.
+        made = made * factor**0.25
+        columns = down.shape[1]
+        narrow, tall = padded(made[:, :columns], made[:, columns:].mT, clusters)
+        return Combined(narrow, tall, {"units": float(len(units)), "clusters": float(len(centroids))})
+
+    def labels(self, module: str, units: Tensor, clusters: int) -> Tensor:
+        """The cluster of every unit, numbered by first member; each its own where there are no more than clusters."""
+        if len(units) <= clusters:
+            return torch.arange(len(units))
+        from sklearn.cluster import KMeans
+        from threadpoolctl import threadpool_limits
+
+        state = int.from_bytes(sha256(canonical([self.seed, module])).digest()[:4], "big")
+        with threadpool_limits(1), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fewer distinct units than clusters: the empty ones become zeros
+            means = KMeans(clusters, n_init=self.restarts, max_iter=300, random_state=state)
+            found = [int(label) for label in means.fit(units.numpy()).labels_]
+        order = {label: number for number, label in enumerate(dict.fromkeys(found))}
+        return torch.tensor([order[label] for label in found])
+
+    def _centroid(self, members: Tensor) -> Tensor:
+        centroid = members.mean(0)
+        order = 2.0 if self.reweight == "l2" else float("inf")
+        norm = float(torch.linalg.vector_norm(centroid, order))
+        if self.reweight == "none" or norm == 0:
+            return centroid
+        return centroid * (float(torch.linalg.vector_norm(members, order, dim=1).mean()) / norm)
+
+
+def balanced_scaling(updates: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
+    """All units under each other, (P × in) and (out × P), √|s| of each adapter's scaling on either side."""
+    roots = [abs(update.scaling) ** 0.5 for update in updates]
+    down = torch.cat([update.down * root for update, root in zip(updates, roots, strict=True)])
+    signed = [root if update.scaling >= 0 else -root for update, root in zip(updates, roots, strict=True)]
+    return down, torch.cat([update.up * root for update, root in zip(updates, signed, strict=True)], 1)
+
+
+def canonical_units(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rank-one updates, ‖a‖ = ‖b‖, signs such that units point the same way as those they are like.
+
+    First each is aligned with the pool's leading direction, which no change of signs moves. A unit at right angles to
+    that could go either way, so then each is turned that agrees better with all others when turned, until none does.
+    """
+    narrow, tall = down.norm(dim=1), up.norm(dim=0)
+    ratio = torch.where((narrow > 0) & (tall > 0), (tall / narrow).sqrt(), torch.ones_like(narrow))
+    units = torch.cat([down * ratio[:, None], (up / ratio).mT], 1)
+    direction = torch.linalg.svd(units, full_matrices=False)[2][0]
+    direction = direction * torch.sign(direction[direction.abs().argmax()])
+    first = units.gather(1, (units != 0).to(torch.int8).argmax(1, keepdim=True))[:, 0]
+    # Sums of products row by row, not a matrix product: u and −u must give x and −x to the last bit.
+    along = (units * direction).sum(1)
+    signs = torch.sign(torch.where(along != 0, along, first))
+    units = units * torch.where(signs == 0, torch.ones_like(signs), signs)[:, None]
+    similar = units @ units.mT
+    similar.fill_diagonal_(0)
+    signs = torch.ones(len(units), dtype=units.dtype)
+    for _ in range(SWEEPS):
+        before = signs.clone()
+        for number in range(len(units)):
+            if float((similar[number] * signs).sum() * signs[number]) < 0:
+                signs[number] = -signs[number]
+        if torch.equal(before, signs):
+            break
+    units = units * signs[:, None]
+    return units[:, : down.shape[1]], units[:, down.shape[1] :].mT
