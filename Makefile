@@ -31,7 +31,7 @@ export DO_NOT_TRACK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: setup demo serve deploy worker test check docs bench lock clean
+.PHONY: setup demo serve deploy worker test check docs bench mergekit-results lock clean
 
 setup: $(VENV)/.ready
 
@@ -83,6 +83,11 @@ docs: setup
 
 bench: setup
 	$(BIN)/python benchmarks/merge.py --size 0.1
+
+# What mergekit makes of the recipes in tests/mergekit, anew. MERGEKIT: the Python of an environment that has it.
+mergekit-results: setup
+	@test -n "$(MERGEKIT)" || { echo "say MERGEKIT=environment/bin/python (docs/mergekit.md)"; exit 1; }
+	$(BIN)/python tests/mergekit/make_results.py $(MERGEKIT)
 
 lock: setup
 	@test -n "$(UV)" || { echo "make lock needs uv"; exit 1; }

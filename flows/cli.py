@@ -71,7 +71,8 @@ def main() -> None:
 
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.option("--show", is_flag=True, help="print the recipe in Mergeloom's form; nothing is made")
 @click.option("--durable", is_flag=True, help="fsync every file before OUT appears")
 @click.option("--workers", type=click.IntRange(1), help="threads that merge; default: one a core")
 @click.option("--memory", help="bytes that the blocks in flight may take, 500MB say; default: half of what is free")
@@ -79,47 +80,62 @@ def main() -> None:
 @click.option(
     "--store", type=click.Path(path_type=Path), help="folder that keeps what is worked out on the way, for later merges"
 )
+@click.option(
+    "--intermediates",
+    type=click.Path(path_type=Path),
+    help="folder for the named results of a recipe of several documents; default: removed once they are used",
+)
 def merge(
     recipe: Path,
-    out: Path,
+    out: Path | None,
+    show: bool,
     durable: bool,
     workers: int | None,
     memory: str | None,
     timings: Path | None,
     store: Path | None,
+    intermediates: Path | None,
 ) -> None:
     """Make one model from RECIPE in the new folder OUT.
 
-    OUT holds what `transformers` loads: weights (safetensors), config, generation config, tokenizer, chat template, a
-    model card with recipe and lineage. It is written as OUT.tmp and renamed, so it is there whole or not at all.
-    With --store the chain of a continual method (opcm) stays: the same recipe with one more expert costs one more step.
+    RECIPE is a few lines of YAML, or a recipe of mergekit's as it is (docs/mergekit.md). OUT holds what `transformers`
+    loads: weights (safetensors), config, generation config, tokenizer, chat template, a model card with recipe and
+    lineage. It is written as OUT.tmp and renamed, so it is there whole or not at all. With --store the chain of a
+    continual method (opcm) stays: the same recipe with one more expert costs one more step.
     """
     began = time.time()
     with errors():
         from flows.budget import cores, readable, sensible_memory
+        from flows.overview import recipe_text
         from flows.session import digest_cache, loops, resolver
         from flows.terminal import progress
         from mergecore.merging import InProcess
         from mergecore.product import PRODUCT, open_product
-        from mergecore.single import merge_recipe
-        from mergecore.spec import parse_recipe, read_yaml, size_in_bytes
+        from mergecore.recipe_files import merge_file
+        from mergecore.spec import size_in_bytes
 
-        parsed = parse_recipe(read_yaml(recipe), recipe.name)
+        if show:
+            click.echo(recipe_text(recipe, resolver(digest_cache())))
+            return
+        if out is None:
+            raise click.UsageError("OUT is missing: the new folder for the model (or --show to print the recipe)")
         stages = {"start": time.time() - process_start(began)}
         with progress() as report:
-            find = resolver(digest_cache(), report)
-            made = merge_recipe(
-                parsed, out, find, InProcess(workers or cores()), report, durable=durable, library=loops(),
+            find, executor = resolver(digest_cache(), report), InProcess(workers or cores())
+            done = merge_file(
+                recipe, out, find, executor, report, durable=durable, intermediates=intermediates, library=loops(),
                 memory=size_in_bytes(memory) if memory else sensible_memory(), store=store,
             )  # fmt: skip
         if timings is not None:
-            timings.write_text(json.dumps({**stages, **made.seconds}) + "\n")
-        for warning in made.warnings:
-            click.echo(f"note: {warning}", err=True)
-        click.echo(f"{made.folder}  {readable(made.size)}  digest {made.digest[:16]}")
-        if (made.folder / PRODUCT).exists():
-            record = open_product(made.folder).record
-            click.echo(f"a product of masks for {', '.join(task.name for task in record.tasks)}: {record.bytes.text}")
+            timings.write_text(json.dumps({**stages, **done[-1].seconds}) + "\n")
+        for made in done:
+            for warning in made.warnings:
+                click.echo(f"note: {warning}", err=True)
+            click.echo(f"{made.folder}  {readable(made.size)}  digest {made.digest[:16]}")
+            if (made.folder / PRODUCT).exists():
+                record = open_product(made.folder).record
+                tasks = ", ".join(task.name for task in record.tasks)
+                click.echo(f"a product of masks for {tasks}: {record.bytes.text}")
 
 
 @main.command()

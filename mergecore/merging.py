@@ -81,6 +81,8 @@ def merge(
     Raises SpecError, MismatchError and NonFiniteError.
     """
     _check(method, base, experts, ids)
+    if not all(rule.plain for rule in select):
+        raise SpecError("select: rules with a method, values or whom to copy from are for recipes (`mergeloom merge`)")
     threads = torch.get_num_threads()
     try:
         return _merged(method, base, experts, ids, statistics, select, dtype, report, library)
@@ -174,9 +176,12 @@ def find_statistics(
         elif isinstance(statistic, Link):
             found[name] = [_chained(statistic, base, pool, selection, report)]
         else:
-            groups = [(p,) for p in range(len(pool))] if statistic.scope is Scope.EXPERT else [tuple(range(len(pool)))]
+            each = statistic.scope is Scope.EXPERT
+            groups = [(p,) for p in range(len(pool))] if each else [tuple(range(len(pool)))]
+            kinds = [statistic.of_expert(p) for p in range(len(pool))] if each else [statistic]
             found[name] = [
-                _find(statistic, base, [pool[p] for p in group], selection, report, library) for group in groups
+                _find(kind, base, [pool[p] for p in group], selection, report, library)
+                for kind, group in zip(kinds, groups, strict=True)
             ]
     return found
 

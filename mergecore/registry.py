@@ -123,7 +123,7 @@ def explained(error: ValidationError, model: type[Any], where: str, beside: Iter
     """A pydantic error as sentences: the place, what is wrong with it, and for an unknown key the nearest one."""
     said = []
     for found in error.errors(include_url=False):
-        place = ".".join([where, *(str(part) for part in found["loc"])])
+        place = ".".join([where, *(str(part) for part in found["loc"] if part not in ("(one)", "(each)"))])
         if found["type"] == "extra_forbidden":
             parent, key = list(found["loc"][:-1]), str(found["loc"][-1])
             said.append(f"{place}: unknown key; {nearest(key, {*_keys(model, parent), *(() if parent else beside)})}")

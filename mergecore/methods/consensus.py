@@ -9,8 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mergecore.coefficients import check_coefficients, reordered, spread
-from mergecore.method import Block, Method, Statistic, Statistics
+from mergecore.method import Block, Method, Statistic, Statistics, check_each, each, moved
 from mergecore.multi_task import (
     MaskScale,
     MultiTask,
@@ -63,11 +62,11 @@ class Consensus(Method):
 
     def validate_count(self, count: int) -> None:
         """One λ, or one per expert."""
-        check_coefficients("mask_scale", self.mask_scale, count)
+        check_each("mask_scale", self.mask_scale, count)
 
     def bound(self, order: Sequence[int]) -> Consensus:
         """Each λ_t moved along with its expert."""
-        return self.model_copy(update={"mask_scale": reordered(self.mask_scale, order)})
+        return self.model_copy(update={"mask_scale": moved(self.mask_scale, order)})
 
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
         """For TIES where each expert is cut, and the sign that stands where the trimmed values cancel exactly."""
@@ -77,6 +76,6 @@ class Consensus(Method):
         """θ_0 + α τ_m where at least k masks agree, θ_0 elsewhere."""
         assert base is not None
         together = multi_task_vector(experts, arguments)
-        scales = spread(self.mask_scale, len(experts))
+        scales = each(self.mask_scale, len(experts))
         masks = [torch.where(mask, 1.0, 0.0) for mask in task_masks(experts, together, scales)]
         return base + torch.where(folded_sum(masks) >= self.minimum_tasks, together, 0.0) * self.scale

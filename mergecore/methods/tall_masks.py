@@ -8,9 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mergecore.coefficients import check_coefficients, reordered, spread
 from mergecore.masks import DTYPE_NAMES, mask_block, mask_outputs
-from mergecore.method import Block, Method, Per, Statistic, Statistics, TensorInfo
+from mergecore.method import Block, Method, Per, Statistic, Statistics, TensorInfo, check_each, each, moved
 from mergecore.multi_task import (
     MaskScale,
     MultiTask,
@@ -65,11 +64,11 @@ class TallMasks(Method):
 
     def validate_count(self, count: int) -> None:
         """One λ, or one per expert."""
-        check_coefficients("mask_scale", self.mask_scale, count)
+        check_each("mask_scale", self.mask_scale, count)
 
     def bound(self, order: Sequence[int]) -> TallMasks:
         """Each λ_t moved along with its expert."""
-        return self.model_copy(update={"mask_scale": reordered(self.mask_scale, order)})
+        return self.model_copy(update={"mask_scale": moved(self.mask_scale, order)})
 
     def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
         """Base, shared vector and masks."""
@@ -87,5 +86,5 @@ class TallMasks(Method):
         """Base, shared vector and masks of one tensor."""
         assert block.base is not None
         shared = self.merge(block.base, block.experts, **self.arguments(block, statistics))
-        masks = task_masks(block.experts, shared, spread(self.mask_scale, len(block.experts)))
+        masks = task_masks(block.experts, shared, each(self.mask_scale, len(block.experts)))
         return mask_block(block.name, block.base, shared, masks, None)

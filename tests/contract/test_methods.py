@@ -27,9 +27,11 @@ DROP = {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 3}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("average", {}),
     ("average", {"weights": [3, 1, 2]}),
+    ("average", {"weights": [3, -1, 2], "drop": {**DROP, "rate": [0.4, 0.1, 0.6]}}),
     ("average", {"drop": DROP}),
     ("task_arithmetic", {"scale": 0.7}),
-    ("task_arithmetic", {"scale": [0.7, -0.2, 1.1], "drop": DROP}),
+    ("task_arithmetic", {"scale": 0.7, "weights": [1, -0.3, 1.6], "drop": {**DROP, "rate": [0.4, 0.1, 0.6]}}),
+    ("task_arithmetic", {"scale": 0.7, "weights": [1, 0.3, 1.6], "aggregate": "mean"}),
     ("task_arithmetic", {"scale": -0.3, "drop": {**DROP, "rescale": "inverse"}}),
     *(
         ("ties", {"density": 0.3, "scale": 0.8, "scope": scope, "aggregate": aggregate, "count": count})
@@ -37,6 +39,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
             ("global", "tensor"), ("mean", "sum", "max"), ("at_least", "exact", "published")
         )
     ),
+    ("ties", {"density": [0.2, 0.5, 0.7], "weights": [1, -0.5, 2], "least": 1, "scope": "tensor", "count": "exact"}),
+    ("ties", {"density": [0.2, 0.5, 0.7], "weights": [1, 0.5, 2], "drop": {**DROP, "rate": [0.4, 0.1, 0.6]}}),
     ("ties", {"density": 0.5, "drop": DROP, "count": "exact", "zero_sign": "majority"}),
     ("fisher", {}),
     ("fisher", {"weights": [1, 0, 2], "normalize": False, "floor": 1e-3}),
@@ -65,7 +69,21 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("wudi", {"variant": "closed", "ridge": 0.1, "others": "mean", "excluded": ["conv"]}),
     ("breadcrumbs", {"scale": 0.4}),
     ("breadcrumbs", {"scale": -0.5, "density": 0.5, "outliers": 0.25, "scope": "row"}),
+    (
+        "breadcrumbs",
+        {
+            "scale": 1,
+            "density": [0.5, 0.9, 0.2],
+            "outliers": [0.1, 0.2, 0],
+            "crowded": "fewer",
+            "weights": [1, -2, 3],
+            "elect": "mass",
+            "aggregate": "mean",
+            "rescale": "l1",
+        },
+    ),
     ("della", {"density": 0.5, "window": 0.2, "scale": 0.9}),
+    ("della", {"density": [0.5, 0.7, 1], "window": [0.2, 0.1, 0], "weights": [1, -2, 3]}),
     ("della", {"rescale": "l1", "elect": "none", "aggregate": "sum", "seed": 7}),
     ("della", {"rescale": "none", "elect": "none", "density": 1.0, "window": 0}),
     *(("pcb", {"form": form, "density": 0.3, "scale": 1.2}) for form in ("es", "vision", "nlp", "paper")),

@@ -1,5 +1,5 @@
 """Fusing (Choshen et al. 2022): an average of bodies without the tasks' heads, to fine-tune from; and task arithmetic by
-analogy, with a scale per expert."""
+analogy, with weights of either sign."""
 
 from __future__ import annotations
 
@@ -98,6 +98,41 @@ def test_a_rule_drops_in_memory() -> None:
         )
 
 
+def test_heads_are_dropped_where_layers_are_made_in_other_ways(
+    classifiers: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    """A rule that drops beside one with values of its own, one that copies from an expert, and one for the rest."""
+    base, experts = classifiers
+    select = [
+        {"names": "classifier.*", "take": "drop"}, {"layers": [0, 0], "weights": [1, 2, 1]},
+        {"layers": [1, 1], "take": "copy", "of": "e1"}, {},
+    ]  # fmt: skip
+    named = [{"name": expert.name, "source": str(expert)} for expert in experts]
+    result = command(tmp_path, {"method": "average", "base": base, "experts": named, "select": select})
+    assert result.exit_code == 0, result.output
+    held, bodies = weights(tmp_path / "out"), [weights(expert) for expert in experts]
+    assert set(held) == {name for name in weights(base) if not name.startswith("classifier")}
+    for name, value in held.items():
+        first, second, third = (body[name] for body in bodies)
+        wanted = (first + 2 * second + third) / 4 if ".layer.0." in name else (first + second + third) / 3
+        torch.testing.assert_close(value, second if ".layer.1." in name else wanted, rtol=1e-6, atol=1e-7)
+    for strange, said in (({"t": 1}, "'take: drop' not to"), ({"of": "e1"}, "'of' says whom to copy from")):
+        select[0] = {"names": "classifier.*", "take": "drop", **strange}
+        result = command(tmp_path, {"method": "average", "base": base, "experts": named, "select": select})
+        assert result.exit_code == 1 and said in result.output
+
+
+def test_a_product_is_not_made_by_rules(classifiers: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, experts = classifiers
+    for recipe in (
+        {"method": "average", "select": [{"layers": [0, 0], "method": "emr"}, {}]},
+        {"method": "emr", "select": [{"layers": [0, 0], "take": "copy", "of": experts[0].name}]},
+    ):
+        recipe |= {"base": base, "experts": experts[:1]}
+        result = command(tmp_path, recipe)
+        assert result.exit_code == 1 and "'emr' makes a product of masks" in result.output, result.output
+
+
 def test_a_sweep_does_not_measure_models_without_heads() -> None:
     spec = {
         "name": "s", "base": "b", "experts": ["a"], "methods": [], "counts": [1], "select": FUSING,
@@ -115,22 +150,16 @@ def test_analogy_and_negation() -> None:
     draw = torch.Generator().manual_seed(3)
     base, domain, task = (torch.randn(50, generator=draw) for _ in range(3))
     one, two, three = {"w": base}, {"w": base + task}, {"w": base + domain}
-    by_analogy = methods.TaskArithmetic(scale=(1, 1, -1))
+    by_analogy = methods.TaskArithmetic(scale=1, weights=(1, 1, -1))
     experts = [{"w": base + domain + 0.5}, {"w": base + task + 0.5}, {"w": base + 0.5}]
     found = merge(by_analogy, base=one, experts=experts)["w"]
     torch.testing.assert_close(found, base + domain + task + 0.5)
     ids = ["c", "b", "a"]
     assert torch.equal(
         merge(by_analogy, base=one, experts=experts, ids=ids)["w"],
-        merge(methods.TaskArithmetic(scale=(-1, 1, 1)), base=one, experts=experts[::-1], ids=ids[::-1])["w"],
-    ), "scales go along"
+        merge(methods.TaskArithmetic(scale=1, weights=(-1, 1, 1)), base=one, experts=experts[::-1], ids=ids[::-1])["w"],
+    ), "weights go along"
     forgotten = merge(methods.TaskArithmetic(scale=-1), base=one, experts=[two])["w"]
     torch.testing.assert_close(forgotten, base - task)
-    mixed = merge(methods.TaskArithmetic(scale=(1, -0.5)), base=one, experts=[three, two])["w"]
+    mixed = merge(methods.TaskArithmetic(scale=0.5, weights=(2, -1)), base=one, experts=[three, two])["w"]
     torch.testing.assert_close(mixed, base + domain - 0.5 * task)
-
-
-def test_a_scale_per_expert_must_fit_their_number() -> None:
-    base = {"w": torch.zeros(2)}
-    with pytest.raises(SpecError, match="scale: 2 given for 1 experts"):
-        merge(methods.TaskArithmetic(scale=(1, 1)), base=base, experts=[base])

@@ -35,10 +35,18 @@ TOLERANCE = 1e-4
 L1 = {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 3}
 INVERSE = {"kind": "random", "rate": 0.75, "seed": 11}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "average": [{}, {"weights": [3, 1, 2]}, {"weights": [0.1, 0.2, 0.4]}, {"drop": L1}, {"drop": INVERSE}],
+    "average": [
+        {},
+        {"weights": [3, 1, 2]},
+        {"weights": [0.1, 0.2, 0.4]},
+        {"weights": [0.5, -0.25, 1.5], "aggregate": "sum"},
+        {"drop": L1},
+        {"drop": INVERSE},
+    ],
     "task_arithmetic": [
         {"scale": 0.7},
-        {"scale": [0.5, -0.25, 1.5]},
+        {"scale": 1.0, "weights": [0.5, -0.25, 1.5]},
+        {"scale": 0.7, "weights": [0.5, -0.25, 1.5], "aggregate": "mean"},
         {"scale": -0.3},
         {"scale": 0.5, "drop": INVERSE},
         {"scale": 1.0, "drop": L1},
@@ -49,6 +57,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"density": 0.3, "aggregate": "sum", "count": "exact"},
         {"density": 0.3, "aggregate": "max", "count": "published"},
         {"density": 0.7, "zero_sign": "positive"},
+        {"density": [0.2, 0.5, 0.7], "weights": [0.5, -0.25, 1.5], "least": 1, "scope": "tensor", "count": "exact"},
         {"density": 0.4, "zero_sign": "majority", "scope": "tensor", "count": "exact"},
         {"density": 0.5, "drop": L1},
         {"density": 0.5, "drop": INVERSE, "count": "exact"},
