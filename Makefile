@@ -5,7 +5,7 @@
 #   make serve     Prefect and MLflow over the data of the demo, on fixed ports
 #   make deploy    while it runs: sweeps and merges as forms on Prefect's page      make worker   does what they ask for
 #   make test      the test suite           make check   linters, types, import contracts
-#   make bench     side by side with other tools
+#   make bench     side by side with other tools    make docs    docs/methods.md anew from the classes
 #   make lock      constraints.txt anew from pyproject.toml
 #
 # TORCH is the one setting for another torch build: any requirement that pip takes, or the path of a wheel, as in
@@ -31,7 +31,7 @@ export DO_NOT_TRACK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: setup demo serve deploy worker test check bench lock clean
+.PHONY: setup demo serve deploy worker test check docs bench mergekit-results lock clean
 
 setup: $(VENV)/.ready
 
@@ -78,8 +78,16 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: setup
+	$(BIN)/mergeloom methods --markdown > docs/methods.md
+
 bench: setup
 	$(BIN)/python benchmarks/merge.py --size 0.1
+
+# What mergekit makes of the recipes in tests/mergekit, anew. MERGEKIT: the Python of an environment that has it.
+mergekit-results: setup
+	@test -n "$(MERGEKIT)" || { echo "say MERGEKIT=environment/bin/python (docs/mergekit.md)"; exit 1; }
+	$(BIN)/python tests/mergekit/make_results.py $(MERGEKIT)
 
 lock: setup
 	@test -n "$(UV)" || { echo "make lock needs uv"; exit 1; }

@@ -162,7 +162,7 @@ def passes_of(
         needs = [one.statistic for merge in held for group in merge.statistics.values() for one in group]
         data = [one for one in needs if isinstance(one, DataStatistic)]
         written = sum(merge.size for merge in held)
-        methods = [merge.method for merge in held]
+        methods = [way.method for merge in held for way in merge.ways]
         chains = {
             one.step.key: one.written().size
             for merge in held

@@ -52,6 +52,7 @@ def main() -> None:
     mergeloom methods                 what can be merged how, and with which parameters
     mergeloom merge RECIPE OUT        one model, in this process, in seconds
     mergeloom extract-lora EXPERT OUT an adapter of a full checkpoint, and what it loses
+    mergeloom unpack PRODUCT TASK OUT the model of one task from a product of masks
     mergeloom plan SPEC               what a sweep would do, cost and reuse
     mergeloom sweep SPEC              do it; the same command resumes and extends it
     mergeloom report SPEC             tables and figure of what is known so far
@@ -70,7 +71,8 @@ def main() -> None:
 
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.option("--show", is_flag=True, help="print the recipe in Mergeloom's form; nothing is made")
 @click.option("--durable", is_flag=True, help="fsync every file before OUT appears")
 @click.option("--workers", type=click.IntRange(1), help="threads that merge; default: one a core")
 @click.option("--memory", help="bytes that the blocks in flight may take, 500MB say; default: half of what is free")
@@ -78,43 +80,85 @@ def main() -> None:
 @click.option(
     "--store", type=click.Path(path_type=Path), help="folder that keeps what is worked out on the way, for later merges"
 )
+@click.option(
+    "--intermediates",
+    type=click.Path(path_type=Path),
+    help="folder for the named results of a recipe of several documents; default: removed once they are used",
+)
 def merge(
     recipe: Path,
-    out: Path,
+    out: Path | None,
+    show: bool,
     durable: bool,
     workers: int | None,
     memory: str | None,
     timings: Path | None,
     store: Path | None,
+    intermediates: Path | None,
 ) -> None:
     """Make one model from RECIPE in the new folder OUT.
 
-    OUT holds what `transformers` loads: weights (safetensors), config, generation config, tokenizer, chat template, a
-    model card with recipe and lineage. It is written as OUT.tmp and renamed, so it is there whole or not at all.
-    With --store the chain of a continual method (opcm) stays: the same recipe with one more expert costs one more step.
+    RECIPE is a few lines of YAML, or a recipe of mergekit's as it is (docs/mergekit.md). OUT holds what `transformers`
+    loads: weights (safetensors), config, generation config, tokenizer, chat template, a model card with recipe and
+    lineage. It is written as OUT.tmp and renamed, so it is there whole or not at all. With --store the chain of a
+    continual method (opcm) stays: the same recipe with one more expert costs one more step.
     """
     began = time.time()
     with errors():
         from flows.budget import cores, readable, sensible_memory
+        from flows.overview import recipe_text
         from flows.session import digest_cache, loops, resolver
         from flows.terminal import progress
         from mergecore.merging import InProcess
-        from mergecore.single import merge_recipe
-        from mergecore.spec import parse_recipe, read_yaml, size_in_bytes
+        from mergecore.product import PRODUCT, open_product
+        from mergecore.recipe_files import merge_file
+        from mergecore.spec import size_in_bytes
 
-        parsed = parse_recipe(read_yaml(recipe), recipe.name)
+        if show:
+            click.echo(recipe_text(recipe, resolver(digest_cache())))
+            return
+        if out is None:
+            raise click.UsageError("OUT is missing: the new folder for the model (or --show to print the recipe)")
         stages = {"start": time.time() - process_start(began)}
         with progress() as report:
-            find = resolver(digest_cache(), report)
-            made = merge_recipe(
-                parsed, out, find, InProcess(workers or cores()), report, durable=durable, library=loops(),
+            find, executor = resolver(digest_cache(), report), InProcess(workers or cores())
+            done = merge_file(
+                recipe, out, find, executor, report, durable=durable, intermediates=intermediates, library=loops(),
                 memory=size_in_bytes(memory) if memory else sensible_memory(), store=store,
             )  # fmt: skip
         if timings is not None:
-            timings.write_text(json.dumps({**stages, **made.seconds}) + "\n")
-        for warning in made.warnings:
-            click.echo(f"note: {warning}", err=True)
-        click.echo(f"{made.folder}  {readable(made.size)}  digest {made.digest[:16]}")
+            timings.write_text(json.dumps({**stages, **done[-1].seconds}) + "\n")
+        for made in done:
+            for warning in made.warnings:
+                click.echo(f"note: {warning}", err=True)
+            click.echo(f"{made.folder}  {readable(made.size)}  digest {made.digest[:16]}")
+            if (made.folder / PRODUCT).exists():
+                record = open_product(made.folder).record
+                tasks = ", ".join(task.name for task in record.tasks)
+                click.echo(f"a product of masks for {tasks}: {record.bytes.text}")
+
+
+@main.command()
+@click.argument("product", type=click.Path(path_type=Path))
+@click.argument("task")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="default: as the recipe says")
+@click.option("--shard-size", default="5GB", show_default=True, help="at most so many bytes in a file")
+@click.option("--durable", is_flag=True, help="fsync every file before OUT appears")
+def unpack(product: Path, task: str, out: Path, dtype: str | None, shard_size: str, durable: bool) -> None:
+    """Make the model of TASK from PRODUCT, what `merge` writes by tall_masks or emr, in the new folder OUT.
+
+    TASK is the name of an expert in the product's recipe. OUT holds what `transformers` loads.
+    """
+    with errors():
+        from flows.terminal import progress
+        from mergecore.product import unpack as write_model
+        from mergecore.spec import SAFETENSORS_DTYPE, size_in_bytes
+
+        kind = SAFETENSORS_DTYPE[dtype] if dtype else None
+        with progress() as report:
+            digest = write_model(product, task, out, size_in_bytes(shard_size), report, dtype=kind, durable=durable)
+        click.echo(f"{out}  digest {digest[:16]}")
 
 
 @main.command(name="extract-lora")
@@ -259,9 +303,15 @@ def track(spec: Path, rebuild: bool, uri: str | None) -> None:
 
 @main.command()
 @click.argument("name", required=False)
-def methods(name: str | None) -> None:
+@click.option("--markdown", is_flag=True, help="all of them as docs/methods.md")
+def methods(name: str | None, markdown: bool) -> None:
     """List the merge methods, or one method's parameters with defaults and ranges."""
     with errors():
+        if markdown:
+            from flows.catalogue import methods_page
+
+            click.echo(methods_page(), nl=False)
+            return
         from flows.overview import method_text, methods_text
 
         click.echo(method_text(name) if name else methods_text())

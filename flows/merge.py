@@ -18,8 +18,9 @@ from flows.cancelling import cancelling
 from flows.cluster import dask_client
 from flows.pages import logged, run_name, slug
 from flows.session import digest_cache, loops, resolver
+from mergecore.recipes import read_recipe
 from mergecore.single import Made
-from mergecore.spec import Recipe, as_yaml, parse_recipe, read_yaml
+from mergecore.spec import Recipe, as_yaml
 from tasks.merge import Order, merge_recipe
 from tasks.spread import OnDask, Stopped
 
@@ -43,8 +44,8 @@ def merge(
         workers: Worker processes; none given: one a core.
         durable: Have every file on the disk (fsync) before the folder appears.
     """
-    parsed, folder = parse_recipe(read_yaml(Path(recipe)), Path(recipe).name), Path(out).absolute()
     stop, report = threading.Event(), logged()
+    parsed, folder = read_recipe(Path(recipe), resolver(digest_cache(), report)), Path(out).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside,

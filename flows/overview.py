@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from flows.budget import Cost, PassCost, readable
 from flows.session import Session
 from flows.terminal import table
-from mergecore.adapters import AdapterMethod
 from mergecore.architectures import layer_of
 from mergecore.errors import SpecError, nearest
 from mergecore.extraction import Extracted
+from mergecore.pool import Resolver
+from mergecore.recipes import Translator, read_orders
 from mergecore.registry import METHODS
 from mergecore.snapshot import Snapshot
 
@@ -41,6 +46,44 @@ def plan_text(session: Session, found: Cost, cells: bool) -> str:
         rows = [[cell.id, cell.kind, cell.name, _state(frontier, cell), ", ".join(cell.experts)] for cell in plan.cells]
         lines += ["", table(["cell", "kind", "name", "state", "experts"], rows)]
     return "\n".join(lines)
+
+
+def recipe_text(path: Path, resolve: Resolver) -> str:
+    """What a recipe file asks for as recipes of ours, one document for each model; notes stand before as comments."""
+    translator = Translator(resolve)
+    orders = read_orders(path)
+    folders = {order.name: Path(order.name) for order in orders if order.name}
+    found = []
+    for order in orders:
+        translation = translator.translation(order, folders)
+        head = [f"# {order.name}"] if order.name else []
+        found.append(
+            "\n".join([*head, *(f"# note: {note}" for note in translation.notes), _recipe(translation.recipe)])
+        )
+    return "\n---\n".join(found)
+
+
+def _recipe(held: Mapping[str, Any]) -> str:
+    """A recipe as YAML: a line for each key, and for each entry of the lists that grow long."""
+    lines = []
+    for key, value in held.items():
+        if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+            lines += [f"{key}:", *(f"  - {_flow(entry)}" for entry in value)]
+        else:
+            lines.append(f"{key}: {_flow(_short(value))}")
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> Any:
+    plain = isinstance(value, dict) and set(value) in ({"source"}, {"source", "revision"})
+    return "@".join(value.values()) if plain else value
+
+
+def _flow(value: Any) -> str:
+    """A value in one line, a checkpoint as `path@revision`."""
+    value = {key: _short(held) for key, held in value.items()} if isinstance(value, dict) else value
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=sys.maxsize)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def passes_text(passes: Sequence[PassCost]) -> list[str]:
@@ -90,7 +133,7 @@ def method_text(name: str) -> str:
         default = "must be given" if info.is_required() else repr(info.default)
         rows.append([field, default, (info.description or "") + (f" [{', '.join(limits)}]" if limits else "")])
     needs = "base and experts" if kind.model_construct().needs_base else "experts only"
-    if issubclass(kind, AdapterMethod):
+    if kind.makes == "adapter":
         needs = "experts that are LoRA adapters, and the base they are on; makes an adapter"
     statistics = ", ".join(kind.model_construct().statistics()) or "nothing"
     head = f"{name} ({kind.__name__})\n{(kind.__doc__ or '').strip()}\n{(module.__doc__ or '').strip()}"

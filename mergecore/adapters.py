@@ -58,6 +58,7 @@ class AdapterMethod(Method, ABC):
     A recipe writes the adapter. Where a model is asked for (a sweep measures models) it is the base plus that adapter.
     """
 
+    makes = "adapter"
     per: ClassVar[Per] = Per.TENSOR
     idempotent: ClassVar[bool] = False
 

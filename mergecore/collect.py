@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from mergecore.adapters import AdapterMethod
+from mergecore.folded import FoldedSnapshot
 from mergecore.frontier import Frontier, read_registration
 from mergecore.identity import Step
 from mergecore.plan import Cell, Plan
 from mergecore.run import ITEMS
 from mergecore.scores import CellScores, Status, Sweep
+from mergecore.snapshot import Snapshot
 from mergecore.spec import as_yaml
 from mergecore.store import Store
 
@@ -98,11 +99,17 @@ def recipe_of(plan: Plan, cell: Cell) -> dict[str, Any]:
     recipe = {
         "method": cell.merge.method.name,
         **values,
-        "base": plan.pool.base.source.uri,
-        "experts": [{"name": name, "source": plan.pool.experts[name].snapshot.source.uri} for name in cell.experts],
+        "base": _place(plan.pool.base) if isinstance(plan.pool.base, FoldedSnapshot) else plan.pool.base.source.uri,
+        "experts": [{"name": name, **_place(plan.pool.experts[name].snapshot)} for name in cell.experts],
     }
-    if spec.output.dtype and not isinstance(cell.merge.method, AdapterMethod):  # there it is the dense model's
+    if spec.output.dtype and cell.merge.method.makes != "adapter":  # there it is the dense model's
         recipe["dtype"] = spec.output.dtype
     if spec.select:
         recipe["select"] = [rule.model_dump(mode="json", exclude_defaults=True) for rule in spec.select]
     return recipe
+
+
+def _place(snapshot: Snapshot) -> dict[str, str]:
+    """Where a checkpoint comes from, and the adapter that is folded into it."""
+    adapter = {"adapter": snapshot.adapter.source.uri} if isinstance(snapshot, FoldedSnapshot) else {}
+    return {"source": snapshot.source.uri, **adapter}

@@ -21,13 +21,13 @@ from mergecore.errors import SpecError, nearest
 from mergecore.identity import GRID
 from mergecore.layout import lay_out
 from mergecore.linear_algebra import nearest_low_rank, squared_norm
-from mergecore.method import Event, Report, TensorInfo
+from mergecore.method import Event, Report, TensorInfo, TensorSource
 from mergecore.output import whole_directory
 from mergecore.passes import Executor
 from mergecore.plan import ENGINE
 from mergecore.pool import Pool, Resolver, opened, resolve_pool
 from mergecore.reading import KEEP_OUT
-from mergecore.snapshot import FileTensors, check_finite
+from mergecore.snapshot import check_finite
 from mergecore.spec import SAFETENSORS_DTYPE, BaseSpec, Dtype, ExpertSpec, as_yaml
 
 RECORD = "extraction.json"
@@ -154,7 +154,7 @@ def _is_named(module: str, wanted: str) -> bool:
 class Shared:
     """What the work on every tensor shares. ranks: of the tensors that the adapter has."""
 
-    base: FileTensors
+    base: TensorSource
     expert: Expert
     file: AdapterFile
     ranks: Mapping[str, int]

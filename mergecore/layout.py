@@ -8,22 +8,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mergecore.architectures import BUFFER, TIED, layer_of
-from mergecore.errors import MismatchError, SpecError
+from mergecore.errors import MismatchError, SpecError, nearest
 from mergecore.method import TensorInfo
 from mergecore.snapshot import MERGED
 
 
 class SelectRule(BaseModel):
-    """One rule of `select`; of several rules the first that matches a tensor decides."""
+    """One rule of `select`; of several rules the first that matches a tensor decides.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Every key besides these is a value of the method, for the tensors the rule speaks of.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     names: str = Field("*", description="shell pattern over tensor names, or a regular expression between slashes")
     layers: tuple[int, int] | None = Field(None, description="first and last layer (counted from 0), both included")
-    take: Literal["merge", "copy"] = Field("merge", description="merge the tensor, or copy it from the base")
+    take: Literal["merge", "copy", "drop"] = Field(
+        "merge", description="merge the tensor, copy it, or leave it out of the result (a task's head)"
+    )
+    of: str | None = Field(None, description="the expert it is copied from; none: the base")
+    method: str | None = Field(None, description="the method that merges it; none: the recipe's")
+    experts: tuple[str, ...] | None = Field(None, description="names of the experts that take part; none: all")
+    base: str | None = Field(None, description="the expert whose weights the changes are counted from; none: the base")
 
     @field_validator("names")
     @classmethod
@@ -35,6 +44,31 @@ class SelectRule(BaseModel):
                 raise ValueError(f"not a regular expression: {error}") from None
         return names
 
+    @model_validator(mode="after")
+    def _fit_together(self) -> SelectRule:
+        given = [key for key in ("method", "experts", "base") if getattr(self, key) is not None] + list(self.values)
+        if self.take != "merge" and given:
+            unknown = given[0] not in SelectRule.model_fields
+            hint = nearest(given[0], SelectRule.model_fields) if unknown else "leave one of them out"
+            raise ValueError(f"'{given[0]}' says how to merge, 'take: {self.take}' not to; {hint}")
+        if self.take != "copy" and self.of is not None:
+            raise ValueError(f"'of' says whom to copy from; write {{take: copy, of: {self.of}}}")
+        if self.experts is not None and not self.experts:
+            raise ValueError("'experts' is empty; name at least one, or write take: copy")
+        return self
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Values of the method that hold for these tensors."""
+        return dict(self.model_extra or {})
+
+    @property
+    def plain(self) -> bool:
+        """Whether the rule says no more than what is merged, what is copied from the base and what is left out."""
+        return (
+            not self.values and self.of is None and self.method is None and self.experts is None and self.base is None
+        )
+
     def matches(self, name: str) -> bool:
         """Whether the rule speaks of this tensor."""
         if self.layers is not None:
@@ -44,6 +78,9 @@ class SelectRule(BaseModel):
         if _is_expression(self.names):
             return re.search(self.names[1:-1], name) is not None
         return fnmatch.fnmatchcase(name, self.names)
+
+
+LEFT_OUT = "left out by select"
 
 
 def _is_expression(names: str) -> bool:
@@ -78,15 +115,12 @@ def lay_out(
     for name in sorted(base):
         if name in dropped:
             continue
-        mergeable = name in held and base[name].dtype in MERGED and not _is_buffer(name, base[name])
-        wanted = mergeable and _take(name, rules) == "merge"
+        if left_out(name, rules):
+            dropped[name] = LEFT_OUT
+            continue
+        wanted = name in held and is_weight(name, base[name]) and _take(name, rules) == "merge"
         (merged if wanted else copied)[name] = base[name]
-    for rule in rules:
-        if not any(rule.matches(name) for name in base):
-            raise SpecError(
-                f"select: the rule {rule.model_dump(exclude_defaults=True)} matches no tensor of the base; its tensors "
-                f"are named like {_few(sorted(base))} (`mergeloom inspect` tells more of it)"
-            )
+    check_rules(base, rules)
     if not merged:
         raise SpecError(
             "select leaves no tensor to merge: no floating-point tensor that an expert carries is taken; add a rule, "
@@ -95,10 +129,41 @@ def lay_out(
     return Layout(merged, copied, dropped)
 
 
+def check_rules(base: Iterable[str], rules: Sequence[SelectRule]) -> None:
+    """Raise SpecError for a rule that matches none of these names; what is dropped may be an expert's alone."""
+    for rule in rules:
+        if rule.take != "drop" and not any(rule.matches(name) for name in base):
+            raise SpecError(
+                f"select: the rule {rule.model_dump(exclude_defaults=True)} matches no tensor of the base; its tensors "
+                f"are named like {_few(sorted(base))} (`mergeloom inspect` tells more of it)"
+            )
+
+
+def is_weight(name: str, info: TensorInfo) -> bool:
+    """Whether a tensor can be merged: floating-point and no constant that is saved along."""
+    return info.dtype in MERGED and not _is_buffer(name, info)
+
+
 def tied_names(base: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, str]:
     """{name: owner} of the names that stand for another tensor of the base, whether its files hold them or not."""
     tied = bool(config.get("tie_word_embeddings"))
     return {name: owner for owner, name in TIED if tied and owner in base}
+
+
+def left_out(name: str, rules: Sequence[SelectRule]) -> bool:
+    """Whether `select` drops the tensor, wherever it stands."""
+    return bool(rules) and _take(name, rules) == "drop"
+
+
+def check_left_out(rules: Sequence[SelectRule], models: Sequence[Iterable[str]]) -> None:
+    """Raise SpecError for a rule that drops nothing of any model: what it was to drop would be merged."""
+    known = {name for names in models for name in names}
+    for rule in rules:
+        if rule.take == "drop" and not any(rule.matches(name) for name in known):
+            raise SpecError(
+                f"select: the rule {rule.model_dump(exclude_defaults=True)} drops no tensor of the base or of an expert; "
+                f"they are named like {_few(sorted(known))}"
+            )
 
 
 def _take(name: str, rules: Sequence[SelectRule]) -> str:
@@ -112,9 +177,19 @@ def _is_buffer(name: str, info: TensorInfo) -> bool:
     return BUFFER.search(name) is not None and (len(info.shape) != 1 or not name.endswith("bias"))
 
 
-def check_fit(base: Mapping[str, TensorInfo], expert: Mapping[str, TensorInfo], where: str, tied: bool) -> None:
-    """Raise MismatchError where a full checkpoint's names or shapes are not those of the base, naming the first few."""
+def check_fit(
+    base: Mapping[str, TensorInfo],
+    expert: Mapping[str, TensorInfo],
+    where: str,
+    tied: bool,
+    rules: Sequence[SelectRule] = (),
+) -> None:
+    """Raise MismatchError where a full checkpoint's names or shapes are not those of the base, naming the first few.
+
+    What the rules leave out of the result need not fit.
+    """
     ignored = {name for _, name in TIED} if tied else set()
+    ignored |= {name for held in (base, expert) for name in held if left_out(name, rules)}
     ignored |= {name for held in (base, expert) for name in held if _is_buffer(name, held[name])}
     missing = sorted(set(base) - set(expert) - ignored)
     unknown = sorted(set(expert) - set(base) - ignored)

@@ -86,6 +86,20 @@ def combination(coefficients: Sequence[float], tensors: Sequence[Tensor]) -> Ten
     return result.reshape(tensors[0].shape)
 
 
+def row_combination(coefficients: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Row by row Σ c_i x_i along the last axis, in the tensors' shape; coefficients: (tensors, rows), float64."""
+    rows = [tensor.reshape(coefficients.shape[1], -1) for tensor in tensors]
+    result = torch.empty(rows[0].shape, dtype=torch.float32, device=rows[0].device)
+    step = max(1, GRID // max(rows[0].shape[1], 1))
+    for start in range(0, len(rows[0]), step):
+        part = slice(start, start + step)
+        total = torch.zeros(rows[0][part].shape, dtype=torch.float64, device=result.device)
+        for held, shares in zip(rows, coefficients.to(result.device), strict=True):
+            total = total + held[part].to(torch.float64) * shares[part, None]
+        result[part] = total
+    return result.reshape(tensors[0].shape)
+
+
 def base_and_mean(base: Tensor, deltas: Sequence[Tensor], scale: float) -> Tensor:
     """θ_0 + scale · mean of the τ_t: what spectral methods do with everything that is not a matrix."""
     return combination([1.0] + [scale / len(deltas)] * len(deltas), [base, *deltas])

@@ -14,7 +14,7 @@ from mergecore.delta import Expert, FullExpert
 from mergecore.engine import run_pass
 from mergecore.errors import SpecError
 from mergecore.kernels.library import Library
-from mergecore.layout import SelectRule, check_fit, lay_out
+from mergecore.layout import SelectRule, check_fit, check_left_out, lay_out
 from mergecore.linear_algebra import squared_norm
 from mergecore.method import (
     BEFORE,
@@ -81,6 +81,8 @@ def merge(
     Raises SpecError, MismatchError and NonFiniteError.
     """
     _check(method, base, experts, ids)
+    if not all(rule.plain for rule in select):
+        raise SpecError("select: rules with a method, values or whom to copy from are for recipes (`mergeloom merge`)")
     threads = torch.get_num_threads()
     try:
         return _merged(method, base, experts, ids, statistics, select, dtype, report, library)
@@ -102,7 +104,8 @@ def _merged(
     first = base if base is not None else experts[0]
     shapes = MemoryTensors(first)
     for position, expert in enumerate(experts):
-        check_fit(shapes.tensors, MemoryTensors(expert).tensors, f"expert {position}", tied=False)
+        check_fit(shapes.tensors, MemoryTensors(expert).tensors, f"expert {position}", False, select)
+    check_left_out(select, [first, *experts])
     layout = lay_out(shapes.tensors, {}, [tuple(expert) for expert in experts], select)
     order = method.arranged([""] * len(experts) if ids is None else ids)
     named = [str(position) for position in order] if ids is None else [ids[position] for position in order]
@@ -113,8 +116,8 @@ def _merged(
     given = {name: [values[position] for position in order] for name, values in (statistics or {}).items()}
     bound = method.bound(order)
     found = find_statistics(bound, shapes, pool, layout.merged, given, report, library)
-    outputs = {**bound.outputs(layout.merged), **layout.copied}
-    if dtype is not None:
+    outputs = {**bound.outputs(layout.merged, len(pool)), **layout.copied}
+    if dtype is not None and bound.makes != "masks":
         outputs = {name: stored_as(info, NAMES[dtype]) for name, info in outputs.items()}
     sink = MemorySink(outputs)
     shown = tuple(range(len(pool))) if bound.needs_experts else ()
@@ -173,9 +176,12 @@ def find_statistics(
         elif isinstance(statistic, Link):
             found[name] = [_chained(statistic, base, pool, selection, report)]
         else:
-            groups = [(p,) for p in range(len(pool))] if statistic.scope is Scope.EXPERT else [tuple(range(len(pool)))]
+            each = statistic.scope is Scope.EXPERT
+            groups = [(p,) for p in range(len(pool))] if each else [tuple(range(len(pool)))]
+            kinds = [statistic.of_expert(p) for p in range(len(pool))] if each else [statistic]
             found[name] = [
-                _find(statistic, base, [pool[p] for p in group], selection, report, library) for group in groups
+                _find(kind, base, [pool[p] for p in group], selection, report, library)
+                for kind, group in zip(kinds, groups, strict=True)
             ]
     return found
 

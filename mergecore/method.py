@@ -16,12 +16,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag
 from torch import Tensor
 
 from mergecore.errors import SpecError
@@ -196,9 +196,18 @@ class Statistic(Plugin, ABC):
     whole: ClassVar[bool] = False
     """True: looks at all tensors an expert carries, whatever the selection, so that selections share it."""
 
+    @property
+    def readings(self) -> int:
+        """How often it reads the models, counting its wishes to read again, which may be for a few tensors only."""
+        return 1
+
     def statistics(self) -> Mapping[str, Statistic]:
         """What this statistic must know beforehand, by the name it is handed under."""
         return {}
+
+    def of_expert(self, position: int) -> Statistic:
+        """For scope EXPERT: the statistic of the expert at this place, where parameters are one value per expert."""
+        return self
 
     @abstractmethod
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Any:
@@ -272,6 +281,7 @@ class Link(Plugin, ABC):
     per: ClassVar[Per] = Per.TENSOR
     working: ClassVar[float] = 20.0
     """As `Method.working`: two matrices and the decomposition of one in float64, and the link before."""
+    makes: ClassVar[Literal["state"]] = "state"
     on: ClassVar[str] = "deltas"
     needs_base: ClassVar[bool] = False
     needs_experts: ClassVar[bool] = True
@@ -318,6 +328,13 @@ class Method(Plugin, ABC):
     """False: a sum without order, experts are folded by ascending id. True: the recipe's order holds."""
     idempotent: ClassVar[bool] = True
     """Experts that are all equal to e give e (with the method's neutral values)."""
+    makes: ClassVar[Literal["model", "adapter", "masks"]] = "model"
+    """'model'; 'adapter', of adapters (mergecore/adapters.py): a sweep measures the base plus it; or 'masks', a product from
+    which the model of a task is read (mergecore/masks.py)."""
+    paper: ClassVar[str] = ""
+    """The source, with its arXiv number where it has one."""
+    published: ClassVar[tuple[str, ...]] = ()
+    """Which values do as which published code, for docs/methods.md; the defaults where an entry names no values."""
 
     @property
     @abstractmethod
@@ -355,8 +372,9 @@ class Method(Plugin, ABC):
         """The same method with per-expert parameters (weights, say) moved along when experts are reordered."""
         return self
 
-    def outputs(self, selection: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
-        """Names and shapes of what is made from the merged tensors; the same unless the method changes widths."""
+    def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
+        """Names and shapes of what is made from the merged tensors of `count` experts; the same unless the method changes
+        widths, or makes no model."""
         return selection
 
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
@@ -380,6 +398,22 @@ class Method(Plugin, ABC):
         return {block.name: self.merge(block.base, block.experts, **self.arguments(block, statistics))}
 
 
+ONE, EACH = Tag("(one)"), Tag("(each)")
+ONE_OR_EACH = Discriminator(lambda value: "(each)" if isinstance(value, list | tuple) else "(one)")
+"""For a parameter that is one value for all experts, or a list of one per expert; the tags stay out of error messages."""
+
+
+def check_each(name: str, values: Any, count: int) -> None:
+    """Raise SpecError where a parameter that may be one value per expert has not one for each."""
+    if isinstance(values, tuple) and len(values) != count:
+        raise SpecError(f"{name}: {len(values)} given for {count} experts; give one per expert, or one value for all")
+
+
+def each(values: float | tuple[float, ...], count: int) -> tuple[float, ...]:
+    """One value per expert."""
+    return values if isinstance(values, tuple) else (values,) * count
+
+
 def check_weights(weights: tuple[float, ...] | None, count: int) -> None:
     """Raise SpecError where there is not one weight per expert, or where all of them are 0."""
     if weights is None:
@@ -392,6 +426,9 @@ def check_weights(weights: tuple[float, ...] | None, count: int) -> None:
         raise SpecError("weights: all are 0; give at least one expert a weight above 0")
 
 
-def moved(weights: tuple[float, ...], order: Sequence[int]) -> tuple[float, ...]:
-    """Weights in the order in which the experts are folded."""
-    return tuple(weights[position] for position in order)
+Values = TypeVar("Values")
+
+
+def moved(values: Values, order: Sequence[int]) -> Values:
+    """One value per expert in the order in which the experts are folded; what is one value for all stays as it is."""
+    return type(values)(values[position] for position in order) if isinstance(values, tuple) else values

@@ -19,6 +19,7 @@ from mergecore.layout import Layout, lay_out
 from mergecore.merging import stored_as
 from mergecore.method import BEFORE, DataStatistic, Link, Method, Scope, Statistic, TensorInfo
 from mergecore.methods.average import Average
+from mergecore.parts import Portion, portions
 from mergecore.pool import Member, Pool, snapshot_step
 from mergecore.registry import evaluator_from
 from mergecore.scores import Kind, Suite, values_label
@@ -42,6 +43,8 @@ class StatisticPlan:
     selection: Mapping[str, TensorInfo]
     inputs: Mapping[str, tuple[StatisticPlan, ...]]
     tasks: tuple[str, ...] = ()
+    base: str = ""
+    """Id of the expert whose weights the changes are counted from; '' for the pool's base."""
 
     def with_inputs(self) -> Iterator[StatisticPlan]:
         """Everything that must be known for it, deepest first, itself last."""
@@ -68,7 +71,11 @@ class StatisticPlan:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """One model: the method with its parameters in fold order, and what it must know beforehand."""
+    """One model: the method with its parameters in fold order, and what it must know beforehand.
+
+    Where rules of `select` have tensors made in other ways, `parts` says how each of them comes about, `method` is the
+    recipe's, and layout, outputs and statistics are those of all parts together.
+    """
 
     step: Step
     method: Method | Link
@@ -78,6 +85,14 @@ class MergePlan:
     statistics: Mapping[str, tuple[StatisticPlan, ...]]
     size: int
     """Bytes of the written model."""
+    base: str = ""
+    """Id of the expert that stands for the base, from which copies come too; '' for the pool's base."""
+    parts: tuple[MergePlan, ...] = ()
+
+    @property
+    def ways(self) -> tuple[MergePlan, ...]:
+        """What is to be done: the parts, or this as a whole."""
+        return self.parts or (self,)
 
     def missing(self, at_hand: Callable[[StatisticPlan], bool]) -> Iterator[StatisticPlan]:
         """What must still be worked out for it, what others need before them; some may be named twice."""
@@ -114,6 +129,8 @@ class Cell:
     member: Member | None
     tasks: tuple[str, ...]
     refused: str = ""
+    loads: Mapping[str, str] = field(default_factory=dict)
+    """Of a product: task → id of the expert whose model is loaded for it."""
 
     @property
     def group(self) -> tuple[str, int, int]:
@@ -153,7 +170,11 @@ class Plan:
             evaluator.name,
             evaluator.version,
             {"task": task, "identity": self._digests[known], "settings": self._digests[split]},
-            {"model": cell.model.key, "companions": self.companions(cell).companions},
+            {
+                "model": cell.model.key,
+                "companions": self.companions(cell).companions,
+                **({"expert": cell.loads[task]} if cell.loads else {}),
+            },
         )
 
     def companions(self, cell: Cell) -> Any:
@@ -276,17 +297,32 @@ class Planner:
     def _cell(self, variant: Variant, count: int, subset: int, chosen: tuple[str, ...]) -> Cell:
         values = values_label(variant.values)
         name = f"{variant.label}({values}) n{count} s{subset}" if values else f"{variant.label} n{count} s{subset}"
-        merge, refused, tasks = None, "", self._tasks_of(chosen)
+        merge, refused, tasks, loads = None, "", self._tasks_of(chosen), dict[str, str]()
         try:
             merge = self.builder.build(variant.method, [self.pool.experts[expert] for expert in chosen])
             model = merge.step
+            if merge.method.makes == "masks":
+                loads = self._loads(chosen)
+                tasks = tuple(loads)
         except MergeloomError as error:
             model = Step("merge", variant.method.name, 0, variant.method.parameters(), {"experts": list(chosen)})
             refused, tasks = str(error), ()
         label, given = variant.label, dict(variant.values)
         return Cell(
-            model.key[:16], "merge", name, label, given, count, subset, chosen, model, merge, None, tasks, refused
+            model.key[:16], "merge", name, label, given, count, subset, chosen, model, merge, None, tasks, refused, loads
         )  # fmt: skip
+
+    def _loads(self, chosen: Sequence[str]) -> dict[str, str]:
+        """A product has a model for the tasks of its own experts, and none for what no expert saw."""
+        found: dict[str, str] = {}
+        for member in sorted((self.pool.experts[name] for name in chosen), key=lambda member: member.id):
+            for task in member.tasks:
+                found.setdefault(task, member.id)
+        if not found:
+            raise SpecError(
+                "a product of masks is measured on its experts' own tasks, and the spec names none for them"
+            )
+        return {task: found[task] for task in self._tasks_of(chosen) if task in found}
 
 
 @dataclass(frozen=True)
@@ -316,12 +352,14 @@ class MergeBuilder:
         self.by_id = {member.id: member for member in pool.members}
         self._layouts: dict[frozenset[str], Laid] = {}
         self._laid: dict[frozenset[str], Laid] = {}
-        self._statistics: dict[tuple[type, bytes, str], dict[tuple[str, ...], StatisticPlan]] = {}
+        self._statistics: dict[tuple[type, bytes, str, str], dict[tuple[str, ...], StatisticPlan]] = {}
         self._links: dict[str, StatisticPlan] = {}
         self._wholes: dict[str, Mapping[str, TensorInfo]] = {}
 
     def build(self, method: Method, members: Sequence[Member]) -> MergePlan:
         """The merge of these experts by this method. Raises SpecError where the values do not fit."""
+        if not all(rule.plain for rule in self.select):
+            return self._in_parts(method, members)
         method.validate_count(len(members))
         order = method.arranged([member.id for member in members])
         ids = tuple(members[position].id for position in order)
@@ -344,10 +382,51 @@ class MergeBuilder:
             },
         )
         outputs, size = laid.outputs, laid.size
-        if (changed := bound.outputs(laid.layout.merged)) is not laid.layout.merged:
-            outputs = self._outputs({**changed, **laid.layout.copied})
+        if (changed := bound.outputs(laid.layout.merged, len(ids))) is not laid.layout.merged:
+            held = {**changed, **laid.layout.copied}
+            outputs = self._outputs(held) if bound.makes != "masks" else held
             size = bytes_of(outputs)
         return MergePlan(step, bound, ids, laid.layout, outputs, statistics, size)
+
+    def _in_parts(self, method: Method, members: Sequence[Member]) -> MergePlan:
+        """The merge whose tensors come about in several ways: one part for each."""
+        layout, found = portions(self.pool, members, method, self.select)
+        parts = tuple(self._part(portion) for portion in found)
+        ids = tuple(sorted({one for part in parts for one in (*part.experts, part.base) if one}))
+        step = Step(
+            "merge",
+            method.name,
+            method.version,
+            {"values": method.parameters(), "dtype": self.dtype, "engine": ENGINE},
+            {"base": self.pool.base.weights, "experts": list(ids), "parts": sorted(part.step.key for part in parts)},
+        )
+        outputs = {name: info for part in parts for name, info in part.outputs.items()}
+        statistics = {
+            f"{number} {name}": plans for number, part in enumerate(parts) for name, plans in part.statistics.items()
+        }
+        return MergePlan(step, method, ids, layout, outputs, statistics, bytes_of(outputs), parts=parts)
+
+    def _part(self, portion: Portion) -> MergePlan:
+        way, layout = portion.way, portion.layout
+        base = way.base.id if way.base else ""
+        order = way.method.arranged([member.id for member in way.experts])
+        ids = tuple(way.experts[position].id for position in order)
+        bound = way.method.bound(order) if layout.merged else way.method
+        tensors = digest([sorted(layout.merged), sorted(layout.copied)])
+        statistics = self._statistics_of(bound, ids, layout.merged, tensors, base) if layout.merged else {}
+        step = Step(
+            "part",
+            bound.name,
+            bound.version,
+            {"values": bound.parameters(), "dtype": self.dtype, "tensors": tensors, "engine": ENGINE},
+            {
+                "base": base or self.pool.base.weights,
+                "experts": list(ids),
+                "statistics": {name: [plan.step.key for plan in plans] for name, plans in statistics.items()},
+            },
+        )
+        outputs = self._outputs({**bound.outputs(layout.merged, len(ids)), **layout.copied})
+        return MergePlan(step, bound, ids, layout, outputs, statistics, bytes_of(outputs), base)
 
     def _outputs(self, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
         return {name: stored_as(info, self.dtype or info.dtype) for name, info in tensors.items()}
@@ -365,7 +444,12 @@ class MergeBuilder:
         return self._laid[ids]
 
     def _statistics_of(
-        self, owner: Method | Statistic, ids: tuple[str, ...], selection: Mapping[str, TensorInfo], tensors: str
+        self,
+        owner: Method | Statistic,
+        ids: tuple[str, ...],
+        selection: Mapping[str, TensorInfo],
+        tensors: str,
+        base: str = "",
     ) -> dict[str, tuple[StatisticPlan, ...]]:
         found: dict[str, tuple[StatisticPlan, ...]] = {}
         for name, statistic in owner.statistics().items():
@@ -373,13 +457,23 @@ class MergeBuilder:
                 found[name] = (self._chain(statistic, ids, selection),)
                 continue
             groups = [(one,) for one in ids] if statistic.scope is Scope.EXPERT else [ids]
-            # By what enters its key, not by equality: 0.0 equals -0.0 and is another key.
-            known = self._statistics.setdefault((type(statistic), canonical(statistic.parameters()), tensors), {})
-            for group in groups:
+            shared = self._known(statistic, tensors, base)
+            plans = []
+            for number, group in enumerate(groups):
+                kind = statistic.of_expert(number) if isinstance(statistic, Statistic) else statistic
+                known = shared if kind is statistic else self._known(kind, tensors, base)
                 if group not in known:
-                    known[group] = self._statistic(statistic, group, selection, tensors)
-            found[name] = tuple(known[group] for group in groups)
+                    known[group] = self._statistic(kind, group, selection, tensors, base)
+                plans.append(known[group])
+            found[name] = tuple(plans)
         return found
+
+    def _known(
+        self, statistic: Statistic | DataStatistic, tensors: str, base: str
+    ) -> dict[tuple[str, ...], StatisticPlan]:
+        """Plans of this statistic so far, by its experts."""
+        # By what enters its key, not by equality: 0.0 equals -0.0 and is another key.
+        return self._statistics.setdefault((type(statistic), canonical(statistic.parameters()), tensors, base), {})
 
     def _statistic(
         self,
@@ -387,9 +481,10 @@ class MergeBuilder:
         ids: tuple[str, ...],
         selection: Mapping[str, TensorInfo],
         tensors: str,
+        base: str,
     ) -> StatisticPlan:
         inner: dict[str, tuple[StatisticPlan, ...]] = {}
-        inputs: dict[str, Any] = {"base": self.pool.base.weights, "experts": list(ids)}
+        inputs: dict[str, Any] = {"base": base or self.pool.base.weights, "experts": list(ids)}
         tasks: tuple[str, ...] = ()
         if isinstance(statistic, Statistic) and statistic.whole:
             selection = self._whole(ids[0])
@@ -399,11 +494,11 @@ class MergeBuilder:
             inputs["data"] = self.data(self.by_id[ids[0]])
             tasks = tuple(inputs["data"]["tasks"])
         else:
-            inner = self._statistics_of(statistic, ids, selection, tensors)
+            inner = self._statistics_of(statistic, ids, selection, tensors, base)
             inputs["statistics"] = {name: [plan.step.key for plan in plans] for name, plans in inner.items()}
         parameters = {"values": statistic.parameters(), "engine": ENGINE}
         step = Step("statistic", statistic.name, statistic.version, parameters, inputs)
-        return StatisticPlan(step, statistic, ids, selection, inner, tasks)
+        return StatisticPlan(step, statistic, ids, selection, inner, tasks, base)
 
     def _chain(self, statistic: Link, ids: tuple[str, ...], selection: Mapping[str, TensorInfo]) -> StatisticPlan:
         """The last link of a chain over these experts, in this order.

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergecore.architectures import layer_of
 from mergecore.delta import AdapterExpert, Expert, Factor, FullExpert, adapter_factors
 from mergecore.errors import MismatchError, SourceError, SpecError
-from mergecore.identity import Step
-from mergecore.layout import check_fit, tied_names
-from mergecore.method import Event, Report, TensorInfo
-from mergecore.snapshot import FileTensors, Snapshot, read_json, read_snapshot
+from mergecore.folded import folded
+from mergecore.identity import Step, digest
+from mergecore.layout import SelectRule, check_fit, check_left_out, tied_names
+from mergecore.method import Event, Report, TensorInfo, TensorSource
+from mergecore.snapshot import Snapshot, read_json, read_snapshot
 from mergecore.sources import Source
 from mergecore.spec import BaseSpec, ExpertSpec, SourceSpec
+from mergecore.stack import BASE, StackRule, layers_of, renamed, restacked
 
 Resolver = Callable[[SourceSpec], Source]
 """Finds the source a spec names; the caller decides about caches, tokens and being offline."""
@@ -76,19 +80,29 @@ def snapshot_step(snapshot: Snapshot) -> Step:
     return Step("snapshot", snapshot.kind, 1, {}, {"weights": snapshot.weights, "companions": snapshot.companions})
 
 
+def read_source(source: SourceSpec, resolve: Resolver, where: str) -> Snapshot:
+    """The checkpoint or adapter that a spec names, with an adapter folded in where it says so."""
+    found = read_snapshot(resolve(SourceSpec(source=source.source, revision=source.revision)))
+    return found if source.adapter is None else folded(found, read_snapshot(resolve(source.adapter)), where)
+
+
 def resolve_pool(
     base: BaseSpec,
     experts: Sequence[ExpertSpec],
     multitask: SourceSpec | None,
     resolve: Resolver,
     report: Report,
+    select: Sequence[SelectRule] = (),
+    stack: Sequence[StackRule] = (),
 ) -> Pool:
-    """Resolve and check every checkpoint; reads headers and small files only.
+    """Resolve and check every checkpoint; reads headers and small files only. What `select` drops need not fit.
+    stack: the layers of the result.
 
     Raises SourceError for what cannot be had and MismatchError for what does not fit the base: architecture, shapes,
     vocabulary.
     """
-    ground = read_snapshot(resolve(base))
+    found = read_source(base, resolve, "base")
+    ground = restacked(found, stack, BASE)
     report(Event(f"base {ground.source.uri}"))
     if ground.kind != "full":
         raise SpecError(f"base: {ground.source.uri} is an adapter; give the checkpoint it was trained on")
@@ -100,11 +114,13 @@ def resolve_pool(
         report(Event(f"expert {expert.name}", position + 1, len(experts), "experts"))
         if expert.name in members:
             raise SpecError(f"experts: two are called '{expert.name}'; give each its own name")
-        member = _member(expert.name, expert.tasks, read_snapshot(resolve(expert)), ground, warnings)
+        held = read_source(expert, resolve, f"expert '{expert.name}'")
+        member = _stacked(expert, held, found, ground, select, stack, warnings)
         same = next((other.name for other in members.values() if other.id == member.id), None)
         if same is not None:
             raise SpecError(f"experts: '{expert.name}' and '{same}' have the same weights; list each checkpoint once")
         members[expert.name] = member
+    check_left_out(select, [ground.tensors, *(member.snapshot.tensors for member in members.values())])
     several = None
     if multitask is not None:
         several = _member("multitask", (), read_snapshot(resolve(multitask)), ground, warnings)
@@ -120,7 +136,39 @@ def resolve_pool(
     return Pool(ground, members, several, tuple(warnings))
 
 
-def _member(name: str, tasks: tuple[str, ...], found: Snapshot, base: Snapshot, warnings: list[str]) -> Member:
+def _stacked(
+    expert: ExpertSpec,
+    held: Snapshot,
+    base: Snapshot,
+    ground: Snapshot,
+    select: Sequence[SelectRule],
+    stack: Sequence[StackRule],
+    warnings: list[str],
+) -> Member:
+    """The expert as the result's layers have it. base: as it lies in its files; ground: with the result's layers."""
+    if held.kind == "full":
+        moved = restacked(held, stack, expert.name)
+        if stack:  # it may have no part in some of the layers
+            present = {None, *map(layer_of, moved.tensors)}
+            tensors = {tensor: info for tensor, info in ground.tensors.items() if layer_of(tensor) in present}
+            ground = dataclasses.replace(ground, tensors=tensors)
+        return _member(expert.name, expert.tasks, moved, ground, warnings, select)
+    member = _member(expert.name, expert.tasks, held, base, warnings)
+    if not stack or member.factors is None:
+        return member
+    layers = layers_of(stack, expert.name)
+    snapshot = dataclasses.replace(held, weights=digest(["stack", held.weights, layers]))
+    return dataclasses.replace(member, snapshot=snapshot, factors=renamed(member.factors, layers))
+
+
+def _member(
+    name: str,
+    tasks: tuple[str, ...],
+    found: Snapshot,
+    base: Snapshot,
+    warnings: list[str],
+    select: Sequence[SelectRule] = (),
+) -> Member:
     where = f"expert '{name}' ({found.source.uri})"
     if found.kind == "adapter":
         factors = adapter_factors(
@@ -132,7 +180,7 @@ def _member(name: str, tasks: tuple[str, ...], found: Snapshot, base: Snapshot, 
         ours, theirs = base.config.get(key), found.config.get(key)
         if ours is not None and theirs is not None and ours != theirs:
             raise MismatchError(f"{where} has {key} {theirs}, the base has {ours}: they are no versions of one model")
-    check_fit(base.tensors, found.tensors, where, bool(base.config.get("tie_word_embeddings")))
+    check_fit(base.tensors, found.tensors, where, bool(base.config.get("tie_word_embeddings")), select)
     _check_tokenizer(where, found, base, warnings)
     return Member(name, tasks, found, None)
 
@@ -180,7 +228,7 @@ def _vocabulary(tokenizer: Mapping[str, Any], where: str) -> dict[str, int]:
         raise SourceError(f"{where} is no tokenizer that can be read ({error}); fetch it again") from error
 
 
-def opened(pool: Pool, folders: Mapping[str, Path]) -> tuple[FileTensors, dict[str, Expert]]:
+def opened(pool: Pool, folders: Mapping[str, Path]) -> tuple[TensorSource, dict[str, Expert]]:
     """The base and the experts (by id) as the engine reads them. folders: weights digest → where the files lie."""
     base = pool.base.open(folders[pool.base.weights])
     experts = {

@@ -15,6 +15,7 @@ from mergecore.errors import StoreError
 from mergecore.frontier import Frontier, registration_file
 from mergecore.identity import Step
 from mergecore.plan import Cell
+from mergecore.product import describe, published_name
 from mergecore.run import Done, Place, made_with
 from mergecore.snapshot import Snapshot
 from mergecore.spec import as_yaml
@@ -41,6 +42,34 @@ def write_companions(folder: Path, snapshot: Snapshot, at: Path, dtypes: Sequenc
             target.write_text(json.dumps(config, indent=2) + "\n")
         else:
             shutil.copyfile(at / name, target)
+
+
+TOKENIZER = ("token", "vocab", "merges", "special_tokens", "chat_template", "additional_chat_templates/", "spiece")
+"""How the names of files that belong to a tokenizer begin, or what they hold."""
+
+
+def write_tokenizer(folder: Path, snapshot: Snapshot, at: Path) -> None:
+    """Have the tokenizer of `snapshot` (lying in `at`) in `folder`, instead of the one that is there."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        if _of_tokenizer(str(path.relative_to(folder))):
+            path.unlink()
+    for name in filter(_of_tokenizer, snapshot.source.files):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(at / name, folder / name)
+
+
+def _of_tokenizer(name: str) -> bool:
+    return any(part in name for part in TOKENIZER) and not name.endswith((".safetensors", ".yaml"))
+
+
+def write_chat_template(folder: Path, text: str) -> None:
+    """Have `text` as the chat template, in the file of its own where transformers looks first."""
+    (folder / "chat_template.jinja").write_text(text)
+    config = folder / "tokenizer_config.json"
+    if config.exists():
+        held = json.loads(config.read_text())
+        if held.pop("chat_template", None) is not None:
+            config.write_text(json.dumps(held, indent=2, ensure_ascii=False) + "\n")
 
 
 def model_card(recipe: Mapping[str, Any], origin: Mapping[str, Any], scores: Mapping[str, float] | None = None) -> str:
@@ -70,6 +99,12 @@ def model_card(recipe: Mapping[str, Any], origin: Mapping[str, Any], scores: Map
         lines += ["", f"Share of each task vector that the threshold kept: {kept}."]
     if "error" in origin:
         lines += ["", f"Relative error of the cut to the rank, in the Frobenius norm: {origin['error']:.4%}."]
+    if "saved" in origin:
+        lines += [
+            "",
+            "This is no model but a product of masks: `mergeloom unpack` makes the model of one task from it.",
+        ]
+        lines += [f"It takes {origin['saved']}."]
     if scores:
         lines += ["", "| score | value |", "|---|---|"]
         lines += [f"| {name} | {value:.4f} |" for name, value in scores.items()]
@@ -93,9 +128,12 @@ def register(place: Place, frontier: Frontier, cell: Cell, chosen_on: str, score
     if not store.is_done(step, bytes_needed=True):
         with store.draft(step) as draft:
             for name in record.files:
-                os.link(store.folder(cell.model) / name, draft.path / name)
+                if (published := published_name(cell.merge, name)) is not None:
+                    os.link(store.folder(cell.model) / name, draft.path / published)
             dtypes = sorted({info[0] for info in record.result["tensors"].values() if info[0] in TORCH_NAMES})
             write_companions(draft.path, plan.pool.base, place.folders[plan.pool.base.weights], dtypes)
+            if cell.merge.method.makes == "masks":
+                origin["saved"] = describe(cell.merge, plan.pool, draft.path)
             (draft.path / "README.md").write_text(model_card(origin["recipe"], origin, scores))
             store.commit(draft, record.digest, {"cell": cell.name}, made_with(began))
     path = registration_file(store, plan.spec.name)

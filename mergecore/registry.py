@@ -16,11 +16,13 @@ from mergecore.statistics.balance_cut import BalanceCut
 from mergecore.statistics.dropped_norms import DroppedNorms
 from mergecore.statistics.fisher import DiagonalFisher
 from mergecore.statistics.magnitude_quantiles import MagnitudeQuantiles
+from mergecore.statistics.overlap_counts import OverlapCounts
 from mergecore.statistics.profile import Profile
 from mergecore.statistics.projected_sum import ProjectedSum
 from mergecore.statistics.sign_majority import SignMajority
 from mergecore.statistics.softmax_means import SoftmaxMeans
 from mergecore.statistics.threshold import Threshold
+from mergecore.statistics.unified_norms import UnifiedNorms
 
 Kind = TypeVar("Kind", bound=Plugin)
 
@@ -46,6 +48,13 @@ METHODS: dict[str, type[Method]] = {
         methods.Opcm,
         methods.LoraArithmetic,
         methods.LoraLego,
+        methods.Nearswap,
+        methods.Ram,
+        methods.ArceeFusion,
+        methods.Nuslerp,
+        methods.Multislerp,
+        methods.TallMasks,
+        methods.Emr,
     )
 }
 STATISTICS: dict[str, type[Statistic] | type[DataStatistic] | type[Link]] = {
@@ -60,6 +69,8 @@ STATISTICS: dict[str, type[Statistic] | type[DataStatistic] | type[Link]] = {
         BalanceCut,
         SoftmaxMeans,
         ProjectedSum,
+        OverlapCounts,
+        UnifiedNorms,
     )
 }
 EVALUATORS: dict[str, str] = {
@@ -112,7 +123,7 @@ def explained(error: ValidationError, model: type[Any], where: str, beside: Iter
     """A pydantic error as sentences: the place, what is wrong with it, and for an unknown key the nearest one."""
     said = []
     for found in error.errors(include_url=False):
-        place = ".".join([where, *(str(part) for part in found["loc"])])
+        place = ".".join([where, *(str(part) for part in found["loc"] if part not in ("(one)", "(each)"))])
         if found["type"] == "extra_forbidden":
             parent, key = list(found["loc"][:-1]), str(found["loc"][-1])
             said.append(f"{place}: unknown key; {nearest(key, {*_keys(model, parent), *(() if parent else beside)})}")

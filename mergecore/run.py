@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pyarrow import parquet
@@ -25,10 +25,11 @@ from torch import Tensor
 
 from mergecore.adapter_files import write_config, write_made
 from mergecore.adapters import AdapterMethod, adapter_config
-from mergecore.delta import AdapterExpert, Expert
+from mergecore.delta import AdapterExpert, Expert, FullExpert
 from mergecore.engine import run_pass
 from mergecore.errors import EvaluationError, MergeloomError, ServiceError
 from mergecore.evaluators import Evaluator, Resident, Split, TaskIdentity
+from mergecore.folded import FoldedSnapshot
 from mergecore.frontier import Scoring
 from mergecore.identity import Step, block_digests, model_digest, tensor_digest
 from mergecore.kernels.library import Library
@@ -47,11 +48,13 @@ from mergecore.method import (
 from mergecore.passes import Executor, MergeJob, PassOutcome, PassPlan, StatisticJob, coarsest, plan_spans
 from mergecore.plan import MergePlan, StatisticPlan
 from mergecore.pool import Pool, opened, snapshot_step
+from mergecore.product import task_model
 from mergecore.snapshot import NAMES, FileTensors, MemoryTensors, Snapshot, open_file, open_files
 from mergecore.store import Draft, State, Store
 from mergecore.writer import ShardSink, plan_shards
 
 TENSORS = "tensors.safetensors"
+Planned = TypeVar("Planned", bound=Any)
 ITEMS = "items.parquet"
 RECORDED = (MergeloomError, ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 """What is recorded as the failure of a step, and does not stop the others: our own errors, and those that a plug-in or
@@ -109,6 +112,8 @@ def fetch(place: Place, snapshot: Snapshot) -> Done:
     """Have a checkpoint's files at hand, and record what it is."""
     began = time.monotonic()
     folder = snapshot.source.fetch(place.report)
+    if isinstance(snapshot, FoldedSnapshot):
+        snapshot.adapter.source.fetch(place.report)
     place.folders[snapshot.weights] = folder
     step = snapshot_step(snapshot)
     if place.store.is_done(step):
@@ -128,9 +133,9 @@ def run_statistics(place: Place, plans: Sequence[StatisticPlan]) -> Done:
         began = time.monotonic()
         with _drafts(place.store, [plan.step for plan in held]) as drafts:
             wanted = [plan for plan in held if plan.step in drafts]
-            if wanted:
-                outcome = run_pass(_pass(place, wanted, [], drafts), place.executor, place.report)
-                for plan in wanted:
+            for group in _by_base(wanted):
+                outcome = run_pass(_pass(place, group, [], []), place.executor, place.report)
+                for plan in group:
                     commit_result(place.store, drafts[plan.step], outcome.results[plan.step.key], made_with(began))
         return [plan.step.name for plan in wanted]
 
@@ -157,13 +162,20 @@ def _write(place: Place, plans: Sequence[MergePlan], commit: Commit) -> Done:
         began = time.monotonic()
         with _drafts(place.store, [plan.step for plan in held], resume=True) as drafts:
             wanted = [plan for plan in held if plan.step in drafts]
-            if wanted:
-                planned = _pass(place, [], wanted, drafts)
-                outcome = run_pass(planned, place.executor, place.report)
-                for plan, job in zip(wanted, planned.merges, strict=True):
-                    assert job.journal is not None
-                    shutil.rmtree(job.journal)
-                    commit(place, plan, drafts[plan.step], outcome, made_with(began))
+            ways = [way for plan in wanted for way in _ways(place, plan, drafts[plan.step])]
+            written = PassOutcome()
+            for group in _by_base(ways, lambda way: way.plan.base):
+                outcome = run_pass(_pass(place, [], [way.plan for way in group], group), place.executor, place.report)
+                for way in group:
+                    written.tensors.setdefault(way.model, {}).update(outcome.tensors[way.plan.step.key])
+            for way in ways:
+                shutil.rmtree(way.journals, ignore_errors=True)
+            for plan in wanted:
+                held_here = written.tensors[plan.step.key]
+                written.models[plan.step.key] = model_digest(
+                    {name: (info.dtype, info.shape, held_here[name]) for name, info in plan.outputs.items()}
+                )
+                commit(place, plan, drafts[plan.step], written, made_with(began))
         return [plan.step.name for plan in wanted]
 
     return _each_or_alone(place, plans, attempt)
@@ -196,10 +208,54 @@ def _drafts(store: Store, steps: Sequence[Step], resume: bool = False) -> Iterat
         yield held
 
 
+@dataclass(frozen=True)
+class _Way:
+    """One part of a model that is being made: its plan, the key of the model, and what all of its parts write into."""
+
+    plan: MergePlan
+    model: str
+    sink: ShardSink
+    journals: Path
+
+    @property
+    def journal(self) -> Path:
+        """Where its own spans are noted."""
+        return self.journals / self.plan.step.key[:24] if self.plan.step.key != self.model else self.journals
+
+
+def _ways(place: Place, plan: MergePlan, draft: Draft) -> list[_Way]:
+    """The parts of a model, over one sink; what an earlier try has written for other shards is removed."""
+    link = isinstance(plan.method, Link)
+    shards = (
+        plan_shards(plan.outputs, sys.maxsize, Path(TENSORS).stem)
+        if link
+        else plan_shards(plan.outputs, place.shard_size)
+    )
+    sink = ShardSink(draft.path, dict(plan.outputs), shards)
+    held = list(draft.path.glob("journal-*"))
+    if len(held) != 1 or not sink.complete():
+        for path in draft.path.iterdir():  # files too: they may be those of another shard size
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # A name of its own: a worker still busy with a pass that was called off can then not take this one's word.
+        held = [draft.path / f"journal-{uuid.uuid4().hex[:12]}"]
+    found = [_Way(way, plan.step.key, sink, held[0]) for way in plan.ways]
+    for way in found:
+        way.journal.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def _by_base(plans: Sequence[Planned], base: Callable[[Planned], str] = lambda plan: plan.base) -> list[list[Planned]]:
+    """The plans that count changes from one base, together: a pass has one."""
+    groups: dict[str, list[Planned]] = {}
+    for plan in plans:
+        groups.setdefault(base(plan), []).append(plan)
+    return list(groups.values())
+
+
 def _pass(
-    place: Place, statistics: Sequence[StatisticPlan], merges: Sequence[MergePlan], drafts: Mapping[Step, Draft]
+    place: Place, statistics: Sequence[StatisticPlan], merges: Sequence[MergePlan], ways: Sequence[_Way]
 ) -> PassPlan:
-    """What the engine needs: the pool's experts once each, every job's share of them, and the spans."""
+    """What the engine needs: the pool's experts once each, every job's share of them, and the spans. All have one base."""
     base, experts = opened(place.pool, place.folders)
     asked: list[StatisticPlan | MergePlan] = [*statistics, *merges]
     ids = sorted({one for plan in asked for one in plan.experts})
@@ -215,15 +271,17 @@ def _pass(
         for plan in statistics
         if isinstance(plan.statistic, Statistic)
     )
-    merge_jobs = tuple(_merge_job(place, plan, drafts[plan.step], position) for plan in merges)
+    merge_jobs = tuple(_merge_job(place, way, position) for way in ways)
     read = dict[str, TensorInfo]()
     for job in statistic_jobs:
         read.update(job.selection)
     for merge in merges:
         read.update({**merge.layout.merged, **merge.layout.copied})
     spans = plan_spans(read, coarsest([plan.method for plan in merges]))
+    instead = experts[asked[0].base] if asked[0].base else None
+    ground = instead.held if isinstance(instead, FullExpert) else base
     return PassPlan(
-        base,
+        ground,
         tuple(experts[one] for one in ids),
         merge_jobs,
         statistic_jobs,
@@ -235,21 +293,8 @@ def _pass(
     )
 
 
-def _merge_job(place: Place, plan: MergePlan, draft: Draft, position: Mapping[str, int]) -> MergeJob:
-    link = isinstance(plan.method, Link)
-    shards = (
-        plan_shards(plan.outputs, sys.maxsize, Path(TENSORS).stem)
-        if link
-        else plan_shards(plan.outputs, place.shard_size)
-    )
-    sink = ShardSink(draft.path, dict(plan.outputs), shards)
-    held = list(draft.path.glob("journal-*"))
-    if len(held) != 1 or not sink.complete():
-        for path in draft.path.iterdir():  # files too: they may be those of another shard size
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        # A name of its own: a worker still busy with a pass that was called off can then not take this one's word.
-        held = [draft.path / f"journal-{uuid.uuid4().hex[:12]}"]
-        held[0].mkdir()
+def _merge_job(place: Place, way: _Way, position: Mapping[str, int]) -> MergeJob:
+    plan = way.plan
     return MergeJob(
         plan.step.key,
         plan.method,
@@ -257,8 +302,8 @@ def _merge_job(place: Place, plan: MergePlan, draft: Draft, position: Mapping[st
         frozenset(plan.layout.merged),
         dict(plan.outputs),
         read_inputs(place.store, plan.statistics),
-        sink,
-        held[0],
+        way.sink,
+        way.journal,
     )
 
 
@@ -284,7 +329,7 @@ def _commit_link(place: Place, plan: MergePlan, draft: Draft, outcome: PassOutco
 def _kept(store: Store, plan: MergePlan) -> dict[str, Any]:
     """The share of each task vector that its threshold really keeps, by expert."""
     kept = {}
-    for found in plan.statistics.get("threshold", ()):
+    for found in () if plan.parts else plan.statistics.get("threshold", ()):
         record = store.record(found.step)
         if record is not None:
             kept[found.experts[0]] = record.result["density"]
@@ -402,7 +447,7 @@ class Bench:
 class ScoreTask:
     """One model and the tasks on which it is to be scored."""
 
-    weights: FileTensors
+    weights: TensorSource
     companions: Path
     companions_digest: str
     tasks: tuple[tuple[Split, TaskIdentity, Step], ...]
@@ -418,7 +463,7 @@ class DataTask:
     """One expert and the statistic that is to be worked out on its training items."""
 
     plan: StatisticPlan
-    base: FileTensors
+    base: TensorSource
     expert: Expert
     companions: Path
     companions_digest: str
@@ -433,7 +478,7 @@ class DataTask:
 class Folded:
     """An expert as a model: its weights in float32, an adapter folded into the base."""
 
-    base: FileTensors
+    base: TensorSource
     expert: Expert
 
     @property
@@ -454,9 +499,15 @@ class Folded:
 
 def run_scorings(place: Place, scorings: Sequence[Scoring]) -> Done:
     """Score models, one after another on each worker; a model's tasks stay together."""
-    tasks = []
+    tasks, names = [], []
     for scoring in scorings:
         companions = place.pool.base
+        weights: TensorSource
+        if scoring.cell.loads:
+            found = _product_tasks(place, scoring)
+            tasks += found
+            names += [scoring.cell.name] * len(found)
+            continue
         if scoring.cell.merge is not None:
             weights = open_model(place.store, scoring.cell.model)
         else:
@@ -464,7 +515,24 @@ def run_scorings(place: Place, scorings: Sequence[Scoring]) -> Done:
                 companions = scoring.cell.member.snapshot
             weights = companions.open(place.folders[companions.weights])
         tasks.append(ScoreTask(weights, place.folders[companions.weights], companions.companions, scoring.tasks))
-    return _gather(place, score_model, place.bench, tasks, [scoring.cell.name for scoring in scorings], "models scored")
+        names.append(scoring.cell.name)
+    return _gather(place, score_model, place.bench, tasks, names, "models scored")
+
+
+def _product_tasks(place: Place, scoring: Scoring) -> list[ScoreTask]:
+    """A product's scorings, one for each expert whose model is loaded from it."""
+    merge, base = scoring.cell.merge, place.pool.base
+    assert merge is not None
+    weights, loads = open_model(place.store, merge.step), scoring.cell.loads
+    return [
+        ScoreTask(
+            task_model(merge, weights, expert),
+            place.folders[base.weights],
+            base.companions,
+            tuple(one for one in scoring.tasks if loads[one[1].task] == expert),
+        )
+        for expert in dict.fromkeys(loads[identity.task] for _, identity, _ in scoring.tasks)
+    ]
 
 
 def run_data_statistics(place: Place, plans: Sequence[StatisticPlan]) -> Done:

@@ -8,11 +8,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mergecore.adapter_files import write_config, write_copy
 from mergecore.adapters import ADAPTER, AdapterMethod, adapter_config
-from mergecore.errors import MergeloomError, SpecError, StoreError
+from mergecore.errors import MergeloomError, SpecError, StoreError, nearest
+from mergecore.folded import FoldedSnapshot
 from mergecore.identity import Step
 from mergecore.kernels.library import Library
 from mergecore.method import BEFORE, Report
@@ -20,9 +22,10 @@ from mergecore.output import WORK, whole_directory
 from mergecore.passes import Executor
 from mergecore.plan import MergeBuilder, MergePlan, StatisticPlan
 from mergecore.pool import Member, Pool, Resolver, resolve_pool
-from mergecore.publish import TORCH_NAMES, model_card, write_companions
+from mergecore.product import describe, published_name
+from mergecore.publish import TORCH_NAMES, model_card, write_chat_template, write_companions, write_tokenizer
 from mergecore.run import Done, Place, drop_models, fetch, read_found, run_merges, run_statistics, snapshots_of
-from mergecore.spec import SAFETENSORS_DTYPE, BaseSpec, Recipe, as_yaml, size_in_bytes
+from mergecore.spec import SAFETENSORS_DTYPE, BaseSpec, Recipe, as_yaml, method_of, size_in_bytes
 from mergecore.store import Store
 
 
@@ -48,11 +51,12 @@ def merge_recipe(
     library: Library | None = None,
     memory: int | None = None,
     store: Path | None = None,
+    origin: str | None = None,
 ) -> Made:
     """Make the recipe's model in `out`, by way of `out`.tmp and a rename; durable: fsync before the rename.
 
     store: where what is worked out beforehand stays for later merges (a chain that an expert will join, say); none: it
-    goes with the draft.
+    goes with the draft. origin: the text of mergekit's form that the recipe was read from; it is kept beside the model.
 
     Raises a MergeloomError for what cannot be made; nothing is left at `out` or beside it then.
     """
@@ -60,7 +64,12 @@ def merge_recipe(
         raise StoreError(f"{out} exists already; choose another name or remove it")
     clock = _Clock()
     method = recipe.built()
-    pool = resolve_pool(_base(recipe), recipe.experts, None, resolve, report)
+    names = [expert.name for expert in recipe.experts]
+    if recipe.tokenizer is not None and recipe.tokenizer not in names:
+        raise SpecError(
+            f"recipe.tokenizer: no expert is called '{recipe.tokenizer}'; {nearest(recipe.tokenizer, names)}"
+        )
+    pool = resolve_pool(_base(recipe), recipe.experts, None, resolve, report, recipe.select, recipe.stack)
     builder = MergeBuilder(pool, recipe.select, recipe.dtype, _no_data)
     plan = builder.build(method, list(pool.experts.values()))
     with whole_directory(out, durable) as draft:
@@ -89,6 +98,8 @@ def merge_recipe(
         digest, size, said = (
             _settle_adapter(place, adapter, recipe, draft) if adapter else _settle(place, plan, recipe, draft)
         )
+        if origin is not None:
+            (draft / "mergekit.yml").write_text(origin)
     clock.ended("finish")
     return Made(out, digest, size, (*pool.warnings, *said), clock.seconds)
 
@@ -112,10 +123,12 @@ def _base(recipe: Recipe) -> BaseSpec:
         return recipe.base
     if not recipe.experts:
         raise SpecError("recipe.experts: at least one expert is needed")
-    if recipe.built().needs_base:
+    method = recipe.built()
+    methods = [method_of(rule, method, "recipe.select") for rule in recipe.select if rule.take == "merge"]
+    if any(one.needs_base for one in methods or [method]):
         raise SpecError(f"recipe.base: method '{recipe.method}' works on task vectors; give the base they start from")
     first = recipe.experts[0]
-    return BaseSpec(source=first.source, revision=first.revision)
+    return BaseSpec(source=first.source, revision=first.revision, adapter=first.adapter)
 
 
 def _no_data(member: Member) -> dict[str, Any]:
@@ -159,12 +172,19 @@ def _settle(place: Place, plan: MergePlan, recipe: Recipe, draft: Path) -> Settl
     record = place.store.record(plan.step)
     assert record is not None
     for name in record.files:
-        _link_or_copy(place.store.folder(plan.step) / name, draft / name)
+        if (published := published_name(plan, name)) is not None:
+            _link_or_copy(place.store.folder(plan.step) / name, draft / published)
     place.store.drop(plan.step)
     dtypes = sorted({info.dtype for info in plan.outputs.values() if info.dtype in TORCH_NAMES})
     base = place.pool.base
     write_companions(draft, base, place.folders[base.weights], dtypes)
-    _write_card(draft, place.pool, recipe, plan.step, record.result)
+    if recipe.tokenizer is not None:
+        owner = place.pool.experts[recipe.tokenizer].snapshot
+        write_tokenizer(draft, owner, place.folders[owner.weights])
+    if recipe.chat_template is not None:
+        write_chat_template(draft, recipe.chat_template)
+    saved = {"saved": describe(plan, place.pool, draft)} if plan.method.makes == "masks" else {}
+    _write_card(draft, place.pool, recipe, plan.step, record.result, saved)
     return record.digest, plan.size, ()
 
 
@@ -182,9 +202,11 @@ def _settle_adapter(place: Place, plan: StatisticPlan, recipe: Recipe, draft: Pa
     return file.digest, file.size, () if error is None else (f"of the sum {error:.3%} was lost by the cut to the rank",)
 
 
-def _write_card(draft: Path, pool: Pool, recipe: Recipe, step: Step, result: Any) -> None:
+def _write_card(
+    draft: Path, pool: Pool, recipe: Recipe, step: Step, result: Any, more: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     held = _pinned(recipe, pool)
-    (draft / "README.md").write_text(model_card(held, _origin(pool, step, result), None))
+    (draft / "README.md").write_text(model_card(held, {**_origin(pool, step, result), **more}, None))
     (draft / "mergeloom.yaml").write_text(as_yaml(held))
 
 
@@ -199,12 +221,11 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def _pinned(recipe: Recipe, pool: Pool) -> dict[str, Any]:
     """The recipe as it can be run again: hub revisions are the commits they stood for."""
     held: dict[str, Any] = recipe.model_dump(mode="json", exclude_defaults=True)
-    sources = [one.snapshot.source for one in pool.experts.values()]
-    told = [
-        *zip(held["experts"], sources, strict=True),
-        *([(held["base"], pool.base.source)] if "base" in held else []),
-    ]
-    for entry, source in told:
+    snapshots = [one.snapshot for one in pool.experts.values()]
+    told = [*zip(held["experts"], snapshots, strict=True), *([(held["base"], pool.base)] if "base" in held else [])]
+    sources = [(entry, snapshot.source) for entry, snapshot in told]
+    sources += [(entry["adapter"], one.adapter.source) for entry, one in told if isinstance(one, FoldedSnapshot)]
+    for entry, source in sources:
         if source.revision is not None:
             entry.update(source=str(entry["source"]).partition("@")[0], revision=source.revision)
     return held

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergecore.errors import NonFiniteError, SourceError
 from mergecore.identity import digest
-from mergecore.method import TensorInfo
+from mergecore.method import TensorInfo, TensorSource
 from mergecore.sources import Source
 
 DTYPES: dict[str, torch.dtype] = {
@@ -153,7 +153,7 @@ class Snapshot:
         """Bytes of all tensors."""
         return sum(info.count * DTYPES[info.dtype].itemsize for info in self.tensors.values())
 
-    def open(self, folder: Path) -> FileTensors:
+    def open(self, folder: Path) -> TensorSource:
         """The tensors as read from `folder`, where `source.fetch` has put the files."""
         return FileTensors(str(folder), dict(self.tensors), dict(self.locations))
 

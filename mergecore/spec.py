@@ -18,6 +18,7 @@ from mergecore.identity import digest
 from mergecore.layout import SelectRule
 from mergecore.method import Method
 from mergecore.registry import METHODS, explained, method_from
+from mergecore.stack import StackRule
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 SAFETENSORS_DTYPE: dict[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -46,6 +47,7 @@ class SourceSpec(Part):
 
     source: str = Field(description="a directory, or a hub id with an optional @revision")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    adapter: SourceSpec | None = Field(None, description="a LoRA adapter to be folded into the checkpoint")
 
     @model_validator(mode="before")
     @classmethod
@@ -175,6 +177,10 @@ class Spec(Part):
     def _fits(self) -> Spec:
         if not self.counts:
             raise ValueError("counts: at least one number of experts is needed, as in counts: [2]")
+        if any(rule.take == "drop" for rule in self.select):
+            raise ValueError(
+                "select: a model that lacks tensors cannot be measured; 'take: drop' is for `mergeloom merge`"
+            )
         for count in self.counts:
             if count > len(self.experts):
                 raise ValueError(f"counts: {count} experts are asked for, the pool has {len(self.experts)}")
@@ -213,6 +219,9 @@ class Recipe(Part):
     experts: tuple[ExpertSpec, ...]
     dtype: Dtype | None = None
     select: tuple[SelectRule, ...] = ()
+    stack: tuple[StackRule, ...] = Field((), description="the layers of the result, from the first; none: the base's")
+    tokenizer: str | None = Field(None, description="the expert whose tokenizer files are written; none: the base")
+    chat_template: str | None = Field(None, description="Jinja text of the chat template; none: the tokenizer's own")
     shard_size: Size = "5GB"
 
     @field_validator("experts")
@@ -235,6 +244,20 @@ class Recipe(Part):
     def built(self) -> Method:
         """The method with its parameters."""
         return method_from(self.method, dict(self.model_extra or {}), "recipe", Recipe.model_fields)
+
+
+def method_of(rule: SelectRule, method: Method, where: str) -> Method:
+    """The method of a rule: the recipe's, the recipe's with other values, or another. Raises SpecError."""
+    if rule.method is None and not rule.values:
+        return method
+    name = rule.method or method.name
+    kind = METHODS.get(name)
+    known = {*SelectRule.model_fields, *(kind.model_fields if kind else ())}
+    strange = [key for key in rule.values if kind is not None and key not in known]
+    if strange:
+        raise SpecError("; ".join(f"{where}.{key}: unknown key; {nearest(key, known)}" for key in strange))
+    given = method.model_dump(mode="json", exclude_unset=True) if rule.method is None else {}
+    return method_from(name, {**given, **rule.values}, where, SelectRule.model_fields)
 
 
 def expanded(value: Any, where: str) -> Iterator[Any]:
@@ -272,8 +295,18 @@ def size_in_bytes(text: str) -> int:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping a YAML file holds. Raises SpecError with line and column where it is not YAML."""
+    held = read_documents(path)
+    if len(held) > 1:
+        raise SpecError(
+            f"{path} holds {len(held)} documents (between lines of ---); only mergekit's form may have several"
+        )
+    return held[0]
+
+
+def read_documents(path: Path) -> tuple[dict[str, Any], ...]:
+    """The mappings of a YAML file's documents, at least one. Raises SpecError with line and column."""
     try:
-        held = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        held = list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=_Loader))
     except FileNotFoundError:
         beside = sorted(other.name for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         raise SpecError(f"{path} does not exist" + (f"; there is {', '.join(beside[:5])}" if beside else "")) from None
@@ -285,10 +318,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise SpecError(f"{path}{place}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise SpecError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(held, dict):
-        kind = "is empty" if held is None else f"holds a {type(held).__name__}"
-        raise SpecError(f"{path} {kind}; a spec or recipe is a mapping of keys, as in `method: average`")
-    return held
+    found = [document for document in held if document is not None]  # a file may begin or end with ---
+    for document in found or [None]:
+        if not isinstance(document, dict):
+            kind = "is empty" if document is None else f"holds a {type(document).__name__}"
+            raise SpecError(f"{path} {kind}; a spec or recipe is a mapping of keys, as in `method: average`")
+    return tuple(found)
 
 
 class _Loader(yaml.SafeLoader):
@@ -313,16 +348,21 @@ def parse_spec(held: Mapping[str, Any], where: str) -> Spec:
         spec = Spec.model_validate(dict(held))
     except ValidationError as error:
         raise SpecError(explained(error, Spec, where)) from None
-    _ = spec.variants
+    for variant in spec.variants:
+        for number, rule in enumerate(spec.select):
+            if rule.values and rule.method is None:
+                raise SpecError(
+                    f"{where}.select.{number}: '{next(iter(rule.values))}' is not a key of a rule; "
+                    f"{nearest(next(iter(rule.values)), SelectRule.model_fields)} Values of a method stand beside its name"
+                )
+            method_of(rule, variant.method, f"{where}.select.{number}")
     return spec
 
 
 def parse_recipe(held: Mapping[str, Any], where: str) -> Recipe:
     """A checked recipe. Raises SpecError."""
     if "merge_method" in held or "slices" in held:
-        raise SpecError(
-            f"{where} is in mergekit's form, which cannot be read yet; write `method:`, `base:` and `experts:`"
-        )
+        raise SpecError(f"{where} is in mergekit's form; `mergeloom merge` takes it, and --show prints it in ours")
     kind = METHODS.get(str(held.get("method")))
     if kind is not None:
         known = {*Recipe.model_fields, *kind.model_fields}
@@ -333,7 +373,9 @@ def parse_recipe(held: Mapping[str, Any], where: str) -> Recipe:
         recipe = Recipe.model_validate(dict(held))
     except ValidationError as error:
         raise SpecError(explained(error, Recipe, where)) from None
-    recipe.built()
+    method = recipe.built()
+    for number, rule in enumerate(recipe.select):
+        method_of(rule, method, f"{where}.select.{number}")
     return recipe
 
 

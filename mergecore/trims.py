@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import fsum
 from typing import Annotated, Any, Literal
 
 import torch
@@ -10,7 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from mergecore.identity import GRID, drop_limit, random_key, word_key, words_at
-from mergecore.method import Block, Index
+from mergecore.method import EACH, ONE, ONE_OR_EACH, Block, Index, each, moved
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Shares = Annotated[Annotated[Share, ONE] | Annotated[tuple[Share, ...], EACH], ONE_OR_EACH]
+"""One share for all experts, or one per expert in the order of the recipe."""
+Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class RandomDrop(BaseModel):
@@ -23,18 +29,32 @@ class RandomDrop(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["random"] = "random"
-    rate: Annotated[float, Field(ge=0, lt=1, description="probability of being dropped, 0 ≤ rate < 1")]
+    rate: Annotated[
+        Annotated[Annotated[Rate, ONE] | Annotated[tuple[Rate, ...], EACH], ONE_OR_EACH],
+        Field(description="probability of being dropped, 0 ≤ rate < 1, or one per expert in the order of the recipe"),
+    ]
     rescale: Annotated[
-        Literal["inverse", "l1"],
-        Field(description="'inverse': by 1/(1−rate), the paper's; 'l1': so that each tensor keeps its l1 norm"),
+        Literal["inverse", "l1", "none"],
+        Field(
+            description="'inverse': by 1/(1−rate), the paper's; 'l1': so that each tensor keeps its l1 norm; 'none': as it is"
+        ),
     ] = "inverse"
     seed: Annotated[int, Field(ge=0, description="seed of the masks")] = 0
 
+    def of_expert(self, position: int) -> RandomDrop:
+        """The drop of the expert at this place."""
+        return self.model_copy(update={"rate": self.rate[position]}) if isinstance(self.rate, tuple) else self
+
+    def bound(self, order: Sequence[int]) -> RandomDrop:
+        """The same drop with rates moved along with their experts."""
+        return self.model_copy(update={"rate": moved(self.rate, order)})
+
     def drawn(self, block: Block, factors: Sequence[float] | None) -> dict[str, Any]:
-        """What `dropped` needs for a block. factors: per expert what is left counts, None for 1/(1−rate)."""
+        """What `dropped` needs for a block. factors: per expert what is left counts, None for the drop's own."""
         keys = [word_key(random_key(self.seed, one, block.name), block.start) for one in block.ids]
-        chosen = list(factors or [1.0 / (1.0 - self.rate)] * len(block.ids))
-        return {"index": Index(), "keys": keys, "limit": drop_limit(self.rate), "factors": chosen}
+        rates = each(self.rate, len(keys))
+        chosen = list(factors or [1.0 / (1.0 - rate) if self.rescale == "inverse" else 1.0 for rate in rates])
+        return {"index": Index(), "keys": keys, "limits": [drop_limit(rate) for rate in rates], "factors": chosen}
 
 
 def dropped(deltas: Sequence[Tensor], drawn: Mapping[str, Any] | None) -> list[Tensor]:
@@ -42,8 +62,10 @@ def dropped(deltas: Sequence[Tensor], drawn: Mapping[str, Any] | None) -> list[T
     if drawn is None:
         return list(deltas)
     return [
-        torch.where(words_at(drawn["index"], first, second) >= drawn["limit"], delta * factor, 0.0)
-        for delta, (first, second), factor in zip(deltas, drawn["keys"], drawn["factors"], strict=True)
+        torch.where(words_at(drawn["index"], first, second) >= limit, delta * factor, 0.0)
+        for delta, (first, second), limit, factor in zip(
+            deltas, drawn["keys"], drawn["limits"], drawn["factors"], strict=True
+        )
     ]
 
 
@@ -83,6 +105,42 @@ def disjoint_mean(deltas: Sequence[Tensor]) -> Tensor:
     """Per coordinate the mean of the deltas that are not 0 there (TIES, §3.3)."""
     count = folded_sum([torch.where(delta != 0, 1.0, 0.0) for delta in deltas])
     return folded_sum(deltas) / count.clamp(min=1.0)
+
+
+def weighted(deltas: Sequence[Tensor], weights: Sequence[float] | None) -> list[Tensor]:
+    """The deltas times their weights; as they are where there are none."""
+    return list(deltas) if weights is None else [delta * weight for delta, weight in zip(deltas, weights, strict=True)]
+
+
+def weighted_mean(deltas: Sequence[Tensor], weights: Sequence[float] | None) -> Tensor:
+    """Per coordinate the sum of deltas that are weighted already, by the weights of those that are not 0 there.
+
+    Where these weights cancel (some are negative) the sum stands undivided, as in mergekit.
+    """
+    if weights is None:
+        return disjoint_mean(deltas)
+    below = folded_sum([torch.where(delta != 0, weight, 0.0) for delta, weight in zip(deltas, weights, strict=True)])
+    return folded_sum(deltas) / torch.where(below == 0, 1.0, below)
+
+
+def sum_of_weights(weights: Sequence[float] | None, count: int) -> float:
+    """What a weighted sum is divided by; 1 where the weights cancel."""
+    total = float(count) if weights is None else fsum(weights)
+    return total if abs(total) >= 1e-8 else 1.0
+
+
+def joined(
+    deltas: Sequence[Tensor],
+    weights: Sequence[float] | None,
+    elect: Literal["none", "mass"],
+    aggregate: Literal["sum", "mean"],
+) -> Tensor:
+    """Deltas, weighted already, as one: all of them or those of the elected sign; their sum, or that by their weights."""
+    if elect == "mass":
+        agreed = agreeing(deltas, elected_sign(deltas, 1.0))
+        return folded_sum(agreed) if aggregate == "sum" else weighted_mean(agreed, weights)
+    total = folded_sum(deltas)
+    return total if aggregate == "sum" else divided(total, sum_of_weights(weights, len(deltas)))
 
 
 def absolute_sum(values: Tensor) -> float:

@@ -4,25 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import fsum
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.method import Block, Method, Statistic, Statistics, check_weights, moved
+from mergecore.errors import SpecError
+from mergecore.method import Block, Method, Statistic, Statistics, check_each, moved
 from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
-from mergecore.trims import RandomDrop, divided, dropped, folded_sum
+from mergecore.trims import RandomDrop, divided, dropped, folded_sum, weighted
 
 
 class Average(Method):
-    """The (weighted) mean of the experts' weights. The base is used only where a drop needs deltas."""
+    """The (weighted) mean of the experts' weights. The base is used only where a drop needs deltas.
+
+    With aggregate 'sum' it is the weighted sum itself: one expert with weight 0.5 is that expert, halved.
+    """
 
     name: ClassVar[str] = "average"
+    paper: ClassVar[str] = (
+        "Wortsman et al. 2022, Model soups: averaging weights of multiple fine-tuned models improves "
+        "accuracy without increasing inference time, arXiv:2203.05482; drop: Yu et al. 2024, "
+        "arXiv:2311.03099"
+    )
+    published: ClassVar[tuple[str, ...]] = (
+        "mergekit's `linear` (float32 sums instead of the checkpoint's dtype)",
+        "`aggregate: sum` its `normalize: false`",
+    )
 
     weights: Annotated[
-        tuple[Annotated[float, Field(ge=0)], ...] | None,
-        Field(description="one weight ≥ 0 per expert, in the order of the recipe; divided by their sum; none: uniform"),
+        tuple[float, ...] | None,
+        Field(description="one weight per expert, in the order of the recipe; divided by their sum; none: uniform"),
     ] = None
+    aggregate: Annotated[
+        Literal["mean", "sum"], Field(description="divide by the sum of the weights, or take them as they are")
+    ] = "mean"
     drop: Annotated[RandomDrop | None, Field(description="random drop of deltas before the mean (DARE)")] = None
 
     @property
@@ -35,12 +51,19 @@ class Average(Method):
         return drop_statistics(self.drop)
 
     def validate_count(self, count: int) -> None:
-        """One weight per expert, not all zero."""
-        check_weights(self.weights, count)
+        """One weight per expert; a sum that is divided by must not be 0."""
+        check_each("weights", self.weights, count)
+        check_each("drop.rate", self.drop and self.drop.rate, count)
+        if self.weights is not None and self.aggregate == "mean" and abs(fsum(self.weights)) < 1e-8:
+            what = (
+                "all are 0; give at least one expert another" if not any(self.weights) else "they add up to 0; change"
+            )
+            raise SpecError(f"weights: {what} weight, or set aggregate to 'sum', which does not divide by them")
 
     def bound(self, order: Sequence[int]) -> Average:
         """Weights moved along with their experts."""
-        return self if self.weights is None else self.model_copy(update={"weights": moved(self.weights, order)})
+        drop = self.drop and self.drop.bound(order)
+        return self.model_copy(update={"weights": moved(self.weights, order), "drop": drop})
 
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
         """What the drop draws."""
@@ -49,9 +72,7 @@ class Average(Method):
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """Σ w_t x_t / Σ w_t, of weights, or of dropped deltas and then added to the base."""
         values = dropped(experts, arguments["drawn"])
-        if self.weights is None:
-            mean = divided(folded_sum(values), len(values))
-        else:
-            mean = folded_sum([value * weight for value, weight in zip(values, self.weights, strict=True)])
-            mean = divided(mean, fsum(self.weights))
-        return mean if self.drop is None or base is None else base + mean
+        joined = folded_sum(weighted(values, self.weights))
+        if self.aggregate == "mean":
+            joined = divided(joined, len(values) if self.weights is None else fsum(self.weights))
+        return joined if self.drop is None or base is None else base + joined

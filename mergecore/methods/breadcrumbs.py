@@ -11,8 +11,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mergecore.method import Method, Per
-from mergecore.trims import folded_sum
+from mergecore.method import Method, Per, check_each, each, moved
+from mergecore.trims import Shares, absolute_sum, joined, weighted
 
 
 class Breadcrumbs(Method):
@@ -23,12 +23,42 @@ class Breadcrumbs(Method):
     """
 
     name: ClassVar[str] = "breadcrumbs"
+    paper: ClassVar[str] = (
+        "Davari & Belilovsky 2024, Model Breadcrumbs: scaling multi-task model merging with sparse masks, "
+        "arXiv:2312.06795"
+    )
+    published: ClassVar[tuple[str, ...]] = (
+        "`scope: row` the authors' code",
+        "mergekit's `breadcrumbs`, of shares that add up to 1 at most; `crowded: fewer` also of others",
+        "with `elect: mass` its `breadcrumbs_ties`",
+    )
     per: ClassVar[Per] = Per.TENSOR
     idempotent: ClassVar[bool] = False
 
     scale: Annotated[float, Field(description="α, the factor of the summed task vectors")]
-    density: Annotated[float, Field(ge=0, le=1, description="β, the share that is kept, below the outliers")] = 0.2
-    outliers: Annotated[float, Field(ge=0, le=1, description="γ, the share of largest changes that is removed")] = 0.1
+    density: Annotated[
+        Shares, Field(description="β, the share that is kept, below the outliers; or one per expert")
+    ] = 0.2
+    outliers: Annotated[
+        Shares,
+        Field(description="γ, the share of largest changes that is removed; or one per expert"),
+    ] = 0.1
+    crowded: Annotated[
+        Literal["refuse", "fewer"],
+        Field(description="where both add up to more than 1: an error, or fewer outliers are removed (mergekit)"),
+    ] = "refuse"
+    rescale: Annotated[
+        Literal["none", "l1"], Field(description="leave what is kept as it is, or give each tensor its l1 norm back")
+    ] = "none"
+    weights: Annotated[
+        tuple[float, ...] | None, Field(description="one factor per expert, in the order of the recipe; none: 1 each")
+    ] = None
+    elect: Annotated[
+        Literal["none", "mass"], Field(description="join all, or only what has the sign of the sum (0 counts as +)")
+    ] = "none"
+    aggregate: Annotated[
+        Literal["sum", "mean"], Field(description="the sum of what is joined, or that divided by its weights")
+    ] = "sum"
     scope: Annotated[
         Literal["tensor", "row"],
         Field(
@@ -39,27 +69,44 @@ class Breadcrumbs(Method):
 
     @model_validator(mode="after")
     def _shares_fit(self) -> Breadcrumbs:
-        if Fraction(str(self.density)) + Fraction(str(self.outliers)) > 1:
+        count = max(len(one) if isinstance(one, tuple) else 1 for one in (self.density, self.outliers))
+        pairs = zip(each(self.density, count), each(self.outliers, count), strict=False)
+        if self.crowded == "refuse" and any(Fraction(str(kept)) + Fraction(str(gone)) > 1 for kept, gone in pairs):
             raise ValueError("density and outliers add up to more than 1: what is removed cannot be kept")
         return self
+
+    def validate_count(self, count: int) -> None:
+        """One value per expert, where there are several."""
+        for name in ("density", "outliers", "weights"):
+            check_each(name, getattr(self, name), count)
+
+    def bound(self, order: Sequence[int]) -> Breadcrumbs:
+        """Values moved along with their experts."""
+        names = ("density", "outliers", "weights")
+        return self.model_copy(update={name: moved(getattr(self, name), order) for name in names})
 
     @property
     def on(self) -> str:
         """Deltas."""
         return "deltas"
 
-    def masked(self, delta: Tensor) -> Tensor:
-        """The task vector of one tensor, in its shape, with both tails at 0."""
+    def masked(self, delta: Tensor, expert: int = 0) -> Tensor:
+        """The task vector of one tensor, in its shape, with both tails at 0. expert: its place among the experts."""
         if delta.ndim == 0 or delta.numel() == 0:
             return delta
         rows = delta.abs().reshape(-1, delta.shape[-1] if self.scope == "row" else delta.numel())
-        first = floor(Fraction(str(self.outliers)) * rows.shape[1])
-        last = first + floor(Fraction(str(self.density)) * rows.shape[1])
+        density, outliers = (one[expert] if isinstance(one, tuple) else one for one in (self.density, self.outliers))
+        kept = floor(Fraction(str(density)) * rows.shape[1])
+        first = min(floor(Fraction(str(outliers)) * rows.shape[1]), rows.shape[1] - kept)
+        last = first + kept
         order = rows.sort(dim=1, descending=True, stable=True).indices
         keep = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, order[:, first:last], True)
-        return torch.where(keep.view(delta.shape), delta, 0.0)
+        found = torch.where(keep.view(delta.shape), delta, 0.0)
+        left = absolute_sum(found) if self.rescale == "l1" else 0.0
+        return found * (absolute_sum(delta) / left) if left else found
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """θ_0 + α Σ_t of the masked τ_t, formed left over the experts."""
         assert base is not None
-        return base + folded_sum([self.masked(delta) for delta in experts]) * self.scale
+        deltas = weighted([self.masked(delta, place) for place, delta in enumerate(experts)], self.weights)
+        return base + joined(deltas, self.weights, self.elect, self.aggregate) * self.scale

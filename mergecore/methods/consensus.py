@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mergecore.coefficients import check_coefficients, reordered, spread
-from mergecore.method import Block, Method, Statistic, Statistics
-from mergecore.statistics.sign_majority import SignMajority, trimmed_deltas, trims
-from mergecore.statistics.threshold import Threshold
-from mergecore.trims import agreeing, elected_sign, folded_sum
-
-DENSITY = 0.2
-"""The share that the authors let TIES keep."""
+from mergecore.method import Block, Method, Statistic, Statistics, check_each, each, moved
+from mergecore.multi_task import (
+    MaskScale,
+    MultiTask,
+    TrimDensity,
+    check_density,
+    multi_task_arguments,
+    multi_task_statistics,
+    multi_task_vector,
+    task_masks,
+)
+from mergecore.trims import folded_sum
 
 
 class Consensus(Method):
@@ -27,29 +31,24 @@ class Consensus(Method):
     """
 
     name: ClassVar[str] = "consensus"
+    paper: ClassVar[str] = (
+        "Wang et al. 2024, Localizing task information for improved model merging and compression, arXiv:2405.07813"
+    )
+    published: ClassVar[tuple[str, ...]] = (
+        "the authors' code, of `multi_task: sum`",
+        "`multi_task: ties_published` its Consensus TIES",
+    )
     idempotent: ClassVar[bool] = False
 
     scale: Annotated[float, Field(description="α, the factor of the masked multi-task vector")]
     minimum_tasks: Annotated[int, Field(ge=0, description="k, how many masks must hold a coordinate")] = 2
-    mask_scale: Annotated[
-        tuple[Annotated[float, Field(ge=0)], ...] | Annotated[float, Field(ge=0)],
-        Field(description="λ, or one λ_t per expert in the order of the recipe; larger: sparser masks"),
-    ] = 0.4
-    multi_task: Annotated[
-        Literal["sum", "ties", "ties_published"],
-        Field(
-            description="τ_m: 'sum' of task vectors; 'ties': trimmed model-wide, sign elected, those that agree summed; "
-            "'ties_published': the same as the authors' code trims and settles exact cancellations"
-        ),
-    ] = "sum"
-    density: Annotated[
-        float | None, Field(ge=0, le=1, description="share of each task vector that TIES keeps; none: 0.2")
-    ] = None
+    mask_scale: MaskScale = 0.4
+    multi_task: MultiTask = "sum"
+    density: TrimDensity = None
 
     @model_validator(mode="after")
     def _only_ties_trims(self) -> Consensus:
-        if self.multi_task == "sum" and self.density is not None:
-            raise ValueError("density is what 'ties' keeps: leave it out with multi_task 'sum'")
+        check_density(self.multi_task, self.density)
         return self
 
     @property
@@ -57,43 +56,26 @@ class Consensus(Method):
         """Deltas."""
         return "deltas"
 
-    @property
-    def threshold(self) -> Threshold:
-        """The trim of TIES as a statistic."""
-        density = DENSITY if self.density is None else self.density
-        return Threshold(density=density, count="published" if self.multi_task == "ties_published" else "at_least")
-
     def statistics(self) -> Mapping[str, Statistic]:
-        """Nothing for the sum; for TIES each expert's threshold, and the majority sign where it decides something."""
-        if self.multi_task == "sum":
-            return {}
-        majority = {"majority": SignMajority(threshold=self.threshold)} if self.multi_task == "ties_published" else {}
-        return {"threshold": self.threshold, **majority}
+        """What TIES must know beforehand."""
+        return multi_task_statistics(self.multi_task, self.density)
 
     def validate_count(self, count: int) -> None:
         """One λ, or one per expert."""
-        check_coefficients("mask_scale", self.mask_scale, count)
+        check_each("mask_scale", self.mask_scale, count)
 
     def bound(self, order: Sequence[int]) -> Consensus:
         """Each λ_t moved along with its expert."""
-        return self.model_copy(update={"mask_scale": reordered(self.mask_scale, order)})
+        return self.model_copy(update={"mask_scale": moved(self.mask_scale, order)})
 
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
         """For TIES where each expert is cut, and the sign that stands where the trimmed values cancel exactly."""
-        if self.multi_task == "sum":
-            return {}
-        zero = float(statistics["majority"][0].numbers["sign"]) or -1.0 if "majority" in statistics else None
-        return {"trims": trims(self.threshold, block, statistics), "zero": zero}
+        return multi_task_arguments(self.multi_task, self.density, block, statistics)
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """θ_0 + α τ_m where at least k masks agree, θ_0 elsewhere."""
         assert base is not None
-        together = folded_sum(experts)
-        if self.multi_task != "sum":
-            deltas = trimmed_deltas(experts, arguments["trims"])
-            together = folded_sum(agreeing(deltas, elected_sign(deltas, arguments["zero"])))
-        masks = [
-            torch.where(delta.abs() > (together - delta).abs() * scale, 1.0, 0.0)
-            for delta, scale in zip(experts, spread(self.mask_scale, len(experts)), strict=True)
-        ]
+        together = multi_task_vector(experts, arguments)
+        scales = each(self.mask_scale, len(experts))
+        masks = [torch.where(mask, 1.0, 0.0) for mask in task_masks(experts, together, scales)]
         return base + torch.where(folded_sum(masks) >= self.minimum_tasks, together, 0.0) * self.scale

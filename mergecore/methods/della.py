@@ -11,8 +11,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mergecore.identity import GRID, random_key, random_words
-from mergecore.method import Block, Method, Per, Statistics
-from mergecore.trims import absolute_sum, agreeing, disjoint_mean, divided, elected_sign, folded_sum
+from mergecore.method import EACH, ONE, ONE_OR_EACH, Block, Method, Per, Statistics, check_each, each, moved
+from mergecore.trims import absolute_sum, joined, weighted
+
+Kept = Annotated[float, Field(gt=0, le=1)]
+Window = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Della(Method):
@@ -25,14 +28,31 @@ class Della(Method):
     """
 
     name: ClassVar[str] = "della"
+    paper: ClassVar[str] = (
+        "Deep et al. 2024, DELLA-Merging: reducing interference in model merging through magnitude-based "
+        "sampling, arXiv:2406.11617"
+    )
+    published: ClassVar[tuple[str, ...]] = (
+        "the authors' code, of other random masks",
+        "`rescale: l1` mergekit's `della` (its epsilon is half of `window`)",
+        "with `elect: none, aggregate: sum` its `della_linear`",
+    )
     per: ClassVar[Per] = Per.TENSOR
     idempotent: ClassVar[bool] = False
 
-    density: Annotated[float, Field(gt=0, le=1, description="mean probability of being kept, 1 − the drop rate")] = 0.7
+    density: Annotated[
+        Annotated[Annotated[Kept, ONE] | Annotated[tuple[Kept, ...], EACH], ONE_OR_EACH],
+        Field(description="mean probability of being kept, 1 − the drop rate; or one per expert"),
+    ] = 0.7
     window: Annotated[
-        float, Field(ge=0, lt=1, description="ε, highest minus lowest probability: density ± window/2; 0: DARE")
+        Annotated[Annotated[Window, ONE] | Annotated[tuple[Window, ...], EACH], ONE_OR_EACH],
+        Field(description="ε, highest minus lowest probability: density ± window/2; 0: DARE; or one per expert"),
     ] = 0.14
     scale: Annotated[float, Field(description="λ, the factor of the joined task vector")] = 1.0
+    weights: Annotated[
+        tuple[float, ...] | None,
+        Field(description="one factor per expert for its pruned changes, before signs are elected; none: 1 each"),
+    ] = None
     rescale: Annotated[
         Literal["inverse", "l1", "none"],
         Field(
@@ -49,10 +69,22 @@ class Della(Method):
 
     @model_validator(mode="after")
     def _probabilities_fit(self) -> Della:
-        half, mean = Fraction(str(self.window)) / 2, Fraction(str(self.density))
-        if mean - half <= 0 or mean + half > 1:
-            raise ValueError("density ± window/2 are probabilities: they must lie above 0 and not above 1")
+        count = max(len(one) if isinstance(one, tuple) else 1 for one in (self.density, self.window))
+        for mean, window in zip(each(self.density, count), each(self.window, count), strict=False):
+            half = Fraction(str(window)) / 2
+            if Fraction(str(mean)) - half <= 0 or Fraction(str(mean)) + half > 1:
+                raise ValueError("density ± window/2 are probabilities: they must lie above 0 and not above 1")
         return self
+
+    def validate_count(self, count: int) -> None:
+        """One value per expert, where there are several."""
+        for name in ("density", "window", "weights"):
+            check_each(name, getattr(self, name), count)
+
+    def bound(self, order: Sequence[int]) -> Della:
+        """Values moved along with their experts."""
+        names = ("density", "window", "weights")
+        return self.model_copy(update={name: moved(getattr(self, name), order) for name in names})
 
     @property
     def on(self) -> str:
@@ -64,20 +96,24 @@ class Della(Method):
         """Masks are drawn by expert id."""
         return True
 
-    def probabilities(self, length: int) -> Tensor:
-        """The probability of being kept by rank (0 the smallest |τ|) in a row of `length`, float64 on the CPU."""
-        if length == 1:
-            return torch.tensor([self.density], dtype=torch.float64)
-        rank = torch.arange(length, dtype=torch.float64)
-        return (rank * (self.window / (length - 1)) + (self.density - self.window / 2)).clamp(max=1.0)
+    def probabilities(self, length: int, expert: int = 0) -> Tensor:
+        """The probability of being kept by rank (0 the smallest |τ|) in a row of `length`, float64 on the CPU.
 
-    def pruned(self, delta: Tensor, expert: str, tensor: str) -> Tensor:
-        """One expert's task vector of one tensor, in its shape, dropped and rescaled."""
+        expert: its place among the experts.
+        """
+        density, window = (one[expert] if isinstance(one, tuple) else one for one in (self.density, self.window))
+        if length == 1:
+            return torch.tensor([density], dtype=torch.float64)
+        rank = torch.arange(length, dtype=torch.float64)
+        return (rank * (window / (length - 1)) + (density - window / 2)).clamp(max=1.0)
+
+    def pruned(self, delta: Tensor, expert: str, tensor: str, position: int = 0) -> Tensor:
+        """One expert's task vector of one tensor, in its shape, dropped and rescaled. position: its place."""
         if delta.numel() == 0:
             return delta
         rows = delta.reshape(delta.shape[0] if delta.ndim > 1 else 1, -1)
         length, key = rows.shape[1], random_key(self.seed, expert, tensor)
-        kept = self.probabilities(length)
+        kept = self.probabilities(length, position)
         unsigned = ((1.0 - kept) * (1 << 32)).round().clamp(0, (1 << 32) - 1)
         limit = (unsigned.to(torch.int64) - (1 << 31)).to(torch.int32).to(delta.device)
         divisor = kept.to(torch.float32).to(delta.device)
@@ -99,16 +135,10 @@ class Della(Method):
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
         """The pruned task vectors."""
         held = zip(block.experts, block.ids, strict=True)
-        return {"deltas": [self.pruned(delta, expert, block.name) for delta, expert in held]}
+        return {"deltas": [self.pruned(delta, one, block.name, place) for place, (delta, one) in enumerate(held)]}
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """θ_0 + λ · (mean or sum of what takes part)."""
         assert base is not None
-        deltas: Sequence[Tensor] = arguments["deltas"]
-        if self.elect == "mass":
-            deltas = agreeing(deltas, elected_sign(deltas, 1))
-        if self.aggregate == "sum":
-            joined = folded_sum(deltas)
-        else:
-            joined = disjoint_mean(deltas) if self.elect == "mass" else divided(folded_sum(deltas), len(deltas))
-        return base + joined * self.scale
+        deltas = weighted(arguments["deltas"], self.weights)
+        return base + joined(deltas, self.weights, self.elect, self.aggregate) * self.scale

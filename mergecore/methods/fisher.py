@@ -23,6 +23,8 @@ class Fisher(Method):
     """The mean of the experts' weights, each coordinate weighted by how sharply the expert's output depends on it."""
 
     name: ClassVar[str] = "fisher"
+    paper: ClassVar[str] = "Matena & Raffel 2022, Merging models with Fisher-weighted averaging, arXiv:2111.09832"
+    published: ClassVar[tuple[str, ...]] = ("the authors' code, of Fisher information that is estimated per item",)
 
     weights: Annotated[
         tuple[Annotated[float, Field(ge=0)], ...] | None,

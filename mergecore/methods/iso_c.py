@@ -27,6 +27,11 @@ class IsoC(Method):
     """The base plus σ̄ U Vᵀ of the summed task vectors; whatever is not a matrix gets the mean task vector."""
 
     name: ClassVar[str] = "iso_c"
+    paper: ClassVar[str] = (
+        "Marczak et al. 2025, No task left behind: isotropic model merging with common and task-specific "
+        "subspaces, arXiv:2502.04959"
+    )
+    published: ClassVar[tuple[str, ...]] = ("`rank: full` the authors' code",)
     per: ClassVar[Per] = Per.TENSOR
     idempotent: ClassVar[bool] = False
 

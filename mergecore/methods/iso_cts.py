@@ -31,6 +31,11 @@ class IsoCts(Method):
     """σ̄ times orthonormal bases made of the sum's main directions and of each task's own; not matrices: the mean."""
 
     name: ClassVar[str] = "iso_cts"
+    paper: ClassVar[str] = (
+        "Marczak et al. 2025, No task left behind: isotropic model merging with common and task-specific "
+        "subspaces, arXiv:2502.04959"
+    )
+    published: ClassVar[tuple[str, ...]] = ("`rank: full` the authors' code",)
     per: ClassVar[Per] = Per.TENSOR
     idempotent: ClassVar[bool] = False
 

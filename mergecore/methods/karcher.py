@@ -18,6 +18,8 @@ class Karcher(Method):
     """The point of least squared arc length to all experts, times the mean of their norms."""
 
     name: ClassVar[str] = "karcher"
+    paper: ClassVar[str] = "Karcher 1977, Riemannian center of mass and mollifier smoothing"
+    published: ClassVar[tuple[str, ...]] = ("mergekit's `karcher`, without its absolute guards",)
     per: ClassVar[Per] = Per.TENSOR
 
     iterations: Annotated[int, Field(ge=0, description="at most this many steps; 0: the mean of the directions")] = 10

@@ -18,6 +18,7 @@ class LoraArithmetic(AdapterMethod):
     """An adapter whose update is the weighted sum of the experts' updates; ranks add up, or are cut by SVD."""
 
     name: ClassVar[str] = "lora_arithmetic"
+    paper: ClassVar[str] = "Hu et al. 2022, LoRA: low-rank adaptation of large language models, arXiv:2106.09685"
 
     weights: Annotated[tuple[float, ...] | None, Field(description="one per expert; none: 1 each")] = None
     aggregate: Annotated[

@@ -24,6 +24,10 @@ class LoraLego(AdapterMethod):
     """An adapter of a chosen rank whose rank-one units are the centroids of clusters of the experts' units."""
 
     name: ClassVar[str] = "lora_lego"
+    paper: ClassVar[str] = (
+        "Zhao et al. 2024, Merging LoRAs like playing LEGO: pushing the modularity of LoRA to extremes through rank-wise "
+        "clustering, arXiv:2409.16167"
+    )
 
     rank: Annotated[
         int | None, Field(ge=1, description="k, clusters in each module; none: the largest of the experts' ranks there")

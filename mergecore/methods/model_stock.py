@@ -18,6 +18,13 @@ class ModelStock(Method):
     """θ = t · mean(θ_t) + (1 − t) · θ_0 per tensor, with t = N cos Ω / (1 + (N − 1) cos Ω)."""
 
     name: ClassVar[str] = "model_stock"
+    paper: ClassVar[str] = (
+        "Jang et al. 2024, Model Stock: all we need is just a few fine-tuned models, arXiv:2403.19522"
+    )
+    published: ClassVar[tuple[str, ...]] = (
+        "`negative: extrapolate` mergekit's `model_stock`, `group: filter` its `filter_wise`, without its absolute guards",
+        "`angle: mean_angle` fusion_bench's",
+    )
     per: ClassVar[Per] = Per.TENSOR
 
     angle: Annotated[

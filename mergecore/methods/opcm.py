@@ -28,6 +28,14 @@ class Opcm(Method):
     """The base plus a sum of task vectors, each orthogonal to those before it, scaled to the mean of their norms."""
 
     name: ClassVar[str] = "opcm"
+    paper: ClassVar[str] = (
+        "Tang et al. 2025, Merging models on the fly without retraining: a sequential approach to scalable continual model "
+        "merging, arXiv:2501.09522"
+    )
+    published: ClassVar[tuple[str, ...]] = (
+        "the authors' code",
+        "`projection: strict` the sum as the paper prints it",
+    )
     ordered: ClassVar[bool] = True
     idempotent: ClassVar[bool] = False
 

@@ -9,12 +9,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mergecore.coefficients import Coefficients, check_coefficients, reordered, spread
-from mergecore.method import Block, Method, Statistic, Statistics
+from mergecore.method import EACH, ONE, ONE_OR_EACH, Block, Method, Statistic, Statistics, check_each, each, moved
 from mergecore.statistics.balance_cut import BalanceCut
 from mergecore.statistics.balance_scores import Form, balancing, scores
 from mergecore.trims import divided, folded_sum
 
+Coefficients = Annotated[Annotated[float, ONE] | Annotated[tuple[float, ...], EACH], ONE_OR_EACH]
 CLIP = 0.01
 """What the authors' code clips at either end (pcb-merging.py: 0.0001)."""
 LEAST = 1e-12
@@ -31,6 +31,10 @@ class Pcb(Method):
     """
 
     name: ClassVar[str] = "pcb"
+    paper: ClassVar[str] = "Du et al. 2024, Parameter competition balancing for model merging, arXiv:2410.02396"
+    published: ClassVar[tuple[str, ...]] = (
+        "`form: es`, `vision`, `nlp` the authors' three scripts, of which es is nearest to the paper",
+    )
     idempotent: ClassVar[bool] = False
 
     density: Annotated[float, Field(gt=0, le=1, description="r, the share of each expert's scores that survives")] = 0.2
@@ -70,11 +74,11 @@ class Pcb(Method):
 
     def validate_count(self, count: int) -> None:
         """One λ, or one per expert."""
-        check_coefficients("scale", self.scale, count)
+        check_each("scale", self.scale, count)
 
     def bound(self, order: Sequence[int]) -> Pcb:
         """Each λ_i moved along with its expert."""
-        return self.model_copy(update={"scale": reordered(self.scale, order)})
+        return self.model_copy(update={"scale": moved(self.scale, order)})
 
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
         """What scores are normalised by, and between which of them each expert's weights run from 0 to 1."""
@@ -105,6 +109,6 @@ class Pcb(Method):
                 torch.sign(delta) * delta.abs().clamp(end["low"], end["high"])
                 for delta, end in zip(experts, ends, strict=True)
             ]
-        scales = spread(self.scale, len(deltas))
+        scales = each(self.scale, len(deltas))
         total = folded_sum([w * (delta * scale) for w, delta, scale in zip(weights, deltas, scales, strict=True)])
         return base + total / folded_sum(weights).clamp(min=LEAST)

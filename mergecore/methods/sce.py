@@ -19,6 +19,10 @@ class Sce(Method):
     """Keeps the coordinates in which the experts differ most, weighs each expert's tensor by what it changes there."""
 
     name: ClassVar[str] = "sce"
+    paper: ClassVar[str] = "Wan et al. 2024, FuseChat: knowledge fusion of chat models, arXiv:2408.07990"
+    published: ClassVar[tuple[str, ...]] = (
+        "mergekit's `sce` (density is its `select_topk`), without its absolute guards",
+    )
     per: ClassVar[Per] = Per.TENSOR
 
     density: Annotated[

@@ -18,6 +18,8 @@ class Slerp(Method):
     """Goes from one model to another along the arc between the directions of their tensors."""
 
     name: ClassVar[str] = "slerp"
+    paper: ClassVar[str] = "Shoemake 1985, Animating rotation with quaternion curves"
+    published: ClassVar[tuple[str, ...]] = ("`start: base` mergekit's `slerp`",)
     per: ClassVar[Per] = Per.TENSOR
     ordered: ClassVar[bool] = True
 

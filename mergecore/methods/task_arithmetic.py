@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.method import Block, Method, Statistic, Statistics
+from mergecore.method import Block, Method, Statistic, Statistics, check_each, moved
 from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
-from mergecore.trims import RandomDrop, dropped, folded_sum
+from mergecore.trims import RandomDrop, divided, dropped, folded_sum, sum_of_weights, weighted
 
 
 class TaskArithmetic(Method):
-    """The base plus the scaled sum of the task vectors; a negative scale forgets (negation)."""
+    """The base plus the scaled sum of the task vectors; a negative scale forgets (negation).
+
+    With weights it is any arithmetic: `[1, 1, −1]` on experts C, B, A is the analogy C + (B − A).
+    """
 
     name: ClassVar[str] = "task_arithmetic"
+    paper: ClassVar[str] = (
+        "Ilharco et al. 2023, Editing models with task arithmetic, arXiv:2212.04089; drop: Yu et al. "
+        "2024, Language models are super Mario, arXiv:2311.03099"
+    )
+    published: ClassVar[tuple[str, ...]] = (
+        "the authors' code, with integer buffers copied",
+        "with `weights` mergekit's `task_arithmetic`; its `normalize: true` is `aggregate: mean`",
+        "`drop: {rescale: l1}` its `dare_linear`, of other random masks",
+    )
     idempotent: ClassVar[bool] = False
 
     scale: Annotated[float, Field(description="λ, the factor of the summed task vectors; 1/T gives the average")]
+    weights: Annotated[
+        tuple[float, ...] | None,
+        Field(description="one factor per expert, in the order of the recipe, negative to forget; none: 1 each"),
+    ] = None
+    aggregate: Annotated[
+        Literal["sum", "mean"], Field(description="the sum of the weighted task vectors, or that divided by Σ weights")
+    ] = "sum"
     drop: Annotated[RandomDrop | None, Field(description="random drop of deltas before the sum (DARE)")] = None
 
     @property
@@ -31,11 +50,24 @@ class TaskArithmetic(Method):
         """The l1 factors of the drop, where it has them."""
         return drop_statistics(self.drop)
 
+    def validate_count(self, count: int) -> None:
+        """One weight and one rate per expert, where there are several."""
+        check_each("weights", self.weights, count)
+        check_each("drop.rate", self.drop and self.drop.rate, count)
+
+    def bound(self, order: Sequence[int]) -> TaskArithmetic:
+        """Weights and rates moved along with their experts."""
+        drop = self.drop and self.drop.bound(order)
+        return self.model_copy(update={"weights": moved(self.weights, order), "drop": drop})
+
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
         """What the drop draws."""
         return {"drawn": drawn_for(self.drop, block, statistics)}
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """θ_0 + λ Σ τ_t, formed left over the experts."""
+        """θ_0 + λ Σ w_t τ_t, formed left over the experts."""
         assert base is not None
-        return base + folded_sum(dropped(experts, arguments["drawn"])) * self.scale
+        total = folded_sum(weighted(dropped(experts, arguments["drawn"]), self.weights))
+        if self.aggregate == "mean":
+            total = divided(total, sum_of_weights(self.weights, len(experts)))
+        return base + total * self.scale

@@ -9,20 +9,36 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.method import Block, Method, Statistic, Statistics
+from mergecore.errors import SpecError
+from mergecore.method import Block, Method, Statistic, Statistics, check_each, moved
 from mergecore.statistics.sign_majority import SignMajority, trimmed_deltas, trims
 from mergecore.statistics.threshold import Count, Threshold
-from mergecore.trims import RandomDrop, agreeing, disjoint_mean, elected_sign, folded_sum
+from mergecore.trims import RandomDrop, Shares, agreeing, elected_sign, folded_sum, weighted, weighted_mean
 
 
 class Ties(Method):
     """Keeps each expert's largest changes, elects a sign per coordinate by total mass and joins those that agree."""
 
     name: ClassVar[str] = "ties"
+    paper: ClassVar[str] = (
+        "Yadav et al. 2023, TIES-Merging: resolving interference when merging models, arXiv:2306.01708"
+    )
+    published: ClassVar[tuple[str, ...]] = (
+        "`count: published` the authors' code, with `aggregate` as its mean, sum or max",
+        "`scope: tensor, count: exact, least: 1, zero_sign: positive` mergekit's `ties`",
+        "with `drop: {rescale: l1}` and density 1 its `dare_ties`, of other random masks",
+    )
     idempotent: ClassVar[bool] = False
 
-    density: Annotated[float, Field(ge=0, le=1, description="share of each task vector that is kept")] = 0.2
+    density: Annotated[
+        Shares,
+        Field(description="share of each task vector that is kept, or one share per expert in the order of the recipe"),
+    ] = 0.2
     scale: Annotated[float, Field(description="λ, the factor of the joined task vector")] = 1.0
+    weights: Annotated[
+        tuple[float, ...] | None,
+        Field(description="one factor per expert for its trimmed changes, before signs are elected; none: 1 each"),
+    ] = None
     scope: Annotated[
         Literal["global", "tensor"],
         Field(description="rank magnitudes over the whole selection (the paper) or within each tensor (mergekit)"),
@@ -37,6 +53,9 @@ class Ties(Method):
             "'published' does as the authors' code"
         ),
     ] = "at_least"
+    least: Annotated[
+        int, Field(ge=0, description="elements that are kept of each ranking in any case (mergekit: 1, of each tensor)")
+    ] = 0
     zero_sign: Annotated[
         Literal["drop", "positive", "majority"] | None,
         Field(description="where trimmed values cancel exactly; none: 'drop', or 'majority' with count 'published'"),
@@ -51,7 +70,7 @@ class Ties(Method):
     @property
     def threshold(self) -> Threshold:
         """The trim as a statistic."""
-        return Threshold(density=self.density, ranked=self.scope, count=self.count, drop=self.drop)
+        return Threshold(density=self.density, ranked=self.scope, count=self.count, least=self.least, drop=self.drop)
 
     @property
     def by_majority(self) -> bool:
@@ -63,6 +82,22 @@ class Ties(Method):
         needed = SignMajority(threshold=self.threshold).statistics()
         needed.pop("profile", None)
         return {**needed, **({"majority": SignMajority(threshold=self.threshold)} if self.by_majority else {})}
+
+    def validate_count(self, count: int) -> None:
+        """One value per expert, where there are several."""
+        for name, values in (("density", self.density), ("weights", self.weights)):
+            check_each(name, values, count)
+        check_each("drop.rate", self.drop and self.drop.rate, count)
+        if self.weights is not None and self.by_majority:
+            raise SpecError(
+                "ties: weights and a majority sign for exact cancellations cannot be combined; "
+                "set zero_sign to 'drop' or 'positive'"
+            )
+
+    def bound(self, order: Sequence[int]) -> Ties:
+        """Densities, weights and rates moved along with their experts."""
+        changes = {"density": moved(self.density, order), "weights": moved(self.weights, order)}
+        return self.model_copy(update={**changes, "drop": self.drop and self.drop.bound(order)})
 
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
         """Where each expert is cut, and the sign that stands where the trimmed values cancel exactly."""
@@ -77,7 +112,7 @@ class Ties(Method):
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """θ_0 + λ · (mean, sum or largest of the τ̂_t that agree with the elected sign)."""
         assert base is not None
-        deltas = trimmed_deltas(experts, arguments["trims"])
+        deltas = weighted(trimmed_deltas(experts, arguments["trims"]), self.weights)
         sign = elected_sign(deltas, arguments["zero"])
         return base + self._joined(agreeing(deltas, sign), sign) * self.scale
 
@@ -87,4 +122,4 @@ class Ties(Method):
             for delta in deltas[1:]:
                 largest = torch.maximum(largest, delta.abs())
             return largest * sign
-        return folded_sum(deltas) if self.aggregate == "sum" else disjoint_mean(deltas)
+        return folded_sum(deltas) if self.aggregate == "sum" else weighted_mean(deltas, self.weights)

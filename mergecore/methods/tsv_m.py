@@ -28,6 +28,10 @@ class TsvM(Method):
     """The base plus P(Û) Σ̂ P(V̂)ᵀ of the tasks' top singular triplets; whatever is not a matrix gets the mean."""
 
     name: ClassVar[str] = "tsv_m"
+    paper: ClassVar[str] = (
+        "Gargiulo et al. 2025, Task singular vectors: reducing task interference in model merging, arXiv:2412.00081"
+    )
+    published: ClassVar[tuple[str, ...]] = ("`rank: full, crowded: zero` the authors' code",)
     per: ClassVar[Per] = Per.TENSOR
     idempotent: ClassVar[bool] = False
 

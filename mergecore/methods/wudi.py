@@ -24,6 +24,14 @@ class Wudi(Method):
     """Minimises Σ ‖(X − τ_t) τ_tᵀ‖² / ‖τ_t‖² over X, starting from Σ τ_t, for each linear weight."""
 
     name: ClassVar[str] = "wudi"
+    paper: ClassVar[str] = (
+        "Cheng et al. 2025, Whoever started the interference should end it: guiding data-free model "
+        "merging via task vectors, arXiv:2503.08099"
+    )
+    published: ClassVar[tuple[str, ...]] = (
+        "the authors' code",
+        "`others: mean, steps: 400` fusion_bench's",
+    )
     per: ClassVar[Per] = Per.TENSOR
     idempotent: ClassVar[bool] = False
 

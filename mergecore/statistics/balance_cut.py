@@ -46,6 +46,11 @@ class BalanceCut(Statistic):
             return {"softmax": SoftmaxMeans()}
         return {"quantiles": MagnitudeQuantiles(tail=self.clip)}
 
+    @property
+    def readings(self) -> int:
+        """High half-words, then low ones."""
+        return 2
+
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> CutState:
         """Nothing counted."""
         return CutState([])

@@ -22,6 +22,11 @@ class DroppedNorms(Statistic):
 
     drop: RandomDrop
 
+    def of_expert(self, position: int) -> DroppedNorms:
+        """With the expert's own rate."""
+        own = self.drop.of_expert(position)
+        return self if own is self.drop else self.model_copy(update={"drop": own})
+
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> State:
         """No block seen yet."""
         return []
@@ -53,7 +58,7 @@ def drawn_for(drop: RandomDrop | None, block: Block, statistics: Statistics) -> 
     """What `trims.dropped` needs for a block, with the l1 factors where the drop rescales by them; None without a drop."""
     if drop is None:
         return None
-    if drop.rescale == "inverse":
+    if drop.rescale != "l1":
         return drop.drawn(block, None)
     return drop.drawn(block, [float(found.numbers["factor"].get(block.name, 1.0)) for found in statistics["drop"]])
 

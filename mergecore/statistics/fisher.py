@@ -35,11 +35,16 @@ class DiagonalFisher(DataStatistic):
 
     name: ClassVar[str] = "fisher"
 
-    estimator: Literal["sampled", "exact", "empirical"] = "sampled"
-    samples: Annotated[int, Field(ge=1)] = 64
-    seed: Annotated[int, Field(ge=0)] = 0
-    batch: Literal["item", "batch"] = "item"
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    estimator: Annotated[
+        Literal["sampled", "exact", "empirical"],
+        Field(description="labels: drawn from the model, all classes weighted by the model, or the true ones"),
+    ] = "sampled"
+    samples: Annotated[int, Field(ge=1, description="training items that are looked at")] = 64
+    seed: Annotated[int, Field(ge=0, description="of items and drawn labels")] = 0
+    batch: Annotated[
+        Literal["item", "batch"], Field(description="what a squared gradient is of: one item, or `batch_size` of them")
+    ] = "item"
+    batch_size: Annotated[int, Field(ge=1, description="items in a backward pass with batch 'batch'")] = 8
 
     @model_validator(mode="after")
     def _unbiased(self) -> DiagonalFisher:

@@ -40,6 +40,11 @@ class SoftmaxMeans(Statistic):
     name: ClassVar[str] = "softmax_means"
     scope: ClassVar[Scope] = Scope.POOL
 
+    @property
+    def readings(self) -> int:
+        """Extremes, then means."""
+        return 2
+
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> SoftmaxState:
         """Nothing seen."""
         return SoftmaxState([])

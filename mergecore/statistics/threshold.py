@@ -30,7 +30,7 @@ from mergecore.method import (
 from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
 from mergecore.statistics.profile import Profile, high_counts, magnitudes
 from mergecore.statistics.radix import OrderStatistic, value_of
-from mergecore.trims import RandomDrop
+from mergecore.trims import RandomDrop, Shares
 
 Count = Literal["at_least", "exact", "published"]
 ANY = 1 << 62
@@ -75,20 +75,36 @@ class Threshold(Statistic):
     name: ClassVar[str] = "threshold"
     scope: ClassVar[Scope] = Scope.EXPERT
 
-    density: Annotated[float, Field(ge=0, le=1)]
+    density: Shares
     ranked: Literal["global", "tensor"] = "global"
     count: Count = "at_least"
+    least: Annotated[int, Field(ge=0)] = 0
+    """At least so many elements of each ranking are wanted, where the density is above 0."""
     drop: RandomDrop | None = None
+
+    def of_expert(self, position: int) -> Threshold:
+        """With the expert's own density and rate."""
+        if not isinstance(self.density, tuple) and (self.drop is None or self.drop.of_expert(position) is self.drop):
+            return self
+        density = self.density[position] if isinstance(self.density, tuple) else self.density
+        return self.model_copy(update={"density": density, "drop": self.drop and self.drop.of_expert(position)})
 
     def statistics(self) -> dict[str, Statistic]:
         """The profile of the same delta."""
         return {"profile": Profile(drop=self.drop), **drop_statistics(self.drop)}
 
+    @property
+    def readings(self) -> int:
+        """Once; twice more for the few tensors in which the last element to keep is to be found."""
+        return 3 if self.count == "exact" else 1
+
     def rank(self, total: int) -> int:
         """How many of `total` elements are wanted."""
+        assert not isinstance(self.density, tuple)
         if self.count == "published":
             return min(int(total * self.density) + 1, total)
-        return floor(Fraction(str(self.density)) * total)
+        wanted = floor(Fraction(str(self.density)) * total)
+        return max(wanted, min(self.least, total)) if self.density > 0 else wanted
 
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> ThresholdState:
         """Find each group's bin from the profile."""

@@ -27,8 +27,11 @@ DROP = {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 3}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("average", {}),
     ("average", {"weights": [3, 1, 2]}),
+    ("average", {"weights": [3, -1, 2], "drop": {**DROP, "rate": [0.4, 0.1, 0.6]}}),
     ("average", {"drop": DROP}),
     ("task_arithmetic", {"scale": 0.7}),
+    ("task_arithmetic", {"scale": 0.7, "weights": [1, -0.3, 1.6], "drop": {**DROP, "rate": [0.4, 0.1, 0.6]}}),
+    ("task_arithmetic", {"scale": 0.7, "weights": [1, 0.3, 1.6], "aggregate": "mean"}),
     ("task_arithmetic", {"scale": -0.3, "drop": {**DROP, "rescale": "inverse"}}),
     *(
         ("ties", {"density": 0.3, "scale": 0.8, "scope": scope, "aggregate": aggregate, "count": count})
@@ -36,6 +39,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
             ("global", "tensor"), ("mean", "sum", "max"), ("at_least", "exact", "published")
         )
     ),
+    ("ties", {"density": [0.2, 0.5, 0.7], "weights": [1, -0.5, 2], "least": 1, "scope": "tensor", "count": "exact"}),
+    ("ties", {"density": [0.2, 0.5, 0.7], "weights": [1, 0.5, 2], "drop": {**DROP, "rate": [0.4, 0.1, 0.6]}}),
     ("ties", {"density": 0.5, "drop": DROP, "count": "exact", "zero_sign": "majority"}),
     ("fisher", {}),
     ("fisher", {"weights": [1, 0, 2], "normalize": False, "floor": 1e-3}),
@@ -64,7 +69,21 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("wudi", {"variant": "closed", "ridge": 0.1, "others": "mean", "excluded": ["conv"]}),
     ("breadcrumbs", {"scale": 0.4}),
     ("breadcrumbs", {"scale": -0.5, "density": 0.5, "outliers": 0.25, "scope": "row"}),
+    (
+        "breadcrumbs",
+        {
+            "scale": 1,
+            "density": [0.5, 0.9, 0.2],
+            "outliers": [0.1, 0.2, 0],
+            "crowded": "fewer",
+            "weights": [1, -2, 3],
+            "elect": "mass",
+            "aggregate": "mean",
+            "rescale": "l1",
+        },
+    ),
     ("della", {"density": 0.5, "window": 0.2, "scale": 0.9}),
+    ("della", {"density": [0.5, 0.7, 1], "window": [0.2, 0.1, 0], "weights": [1, -2, 3]}),
     ("della", {"rescale": "l1", "elect": "none", "aggregate": "sum", "seed": 7}),
     ("della", {"rescale": "none", "elect": "none", "density": 1.0, "window": 0}),
     *(("pcb", {"form": form, "density": 0.3, "scale": 1.2}) for form in ("es", "vision", "nlp", "paper")),
@@ -74,6 +93,25 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("consensus", {"scale": 1.0, "multi_task": "ties_published", "minimum_tasks": 1}),
     ("opcm", {}),
     ("opcm", {"share": 1.0, "projection": "strict", "order": [2, 0, 1], "excluded": ["m"]}),
+    ("nearswap", {"t": 0.05}),
+    ("ram", {}),
+    ("ram", {"epsilon": 0.05, "boost": {"rate": 0.5, "most": 3, "scope": "global"}}),
+    ("ram", {"epsilon": 0.1, "boost": {"rate": 0.5, "most": 3, "scope": "tensor"}}),
+    ("arcee_fusion", {}),
+    ("arcee_fusion", {"fence": 0, "smoothing": 0}),
+    *(
+        ("nuslerp", {"weights": [3, 1], "of": of, "along": along})
+        for of, along in itertools.product(("weights", "deltas"), ("tensor", "rows", "columns"))
+    ),
+    ("multislerp", {}),
+    ("tall_masks", {}),
+    (
+        "tall_masks",
+        {"mask_scale": [0.2, 0.6, 0.4], "multi_task": "ties_published", "density": 0.4, "vector": "bfloat16"},
+    ),
+    ("emr", {}),
+    ("emr", {"rescale": "tensors", "zero_sign": "negative", "vector": "float16"}),
+    ("multislerp", {"weights": [3, 1, -2], "divide": "none", "of": "deltas"}),
 ]
 IDS = ["c", "a", "b"]
 inprocess = merging.InProcess
@@ -148,7 +186,8 @@ def test_shapes_dtypes_and_inputs_are_kept(method: Method, dtype: torch.dtype) -
     base, experts = models(dtype)
     before = [{n: t.clone() for n, t in held.items()} for held in (base, *experts)]
     found = merged(method, base, experts)
-    assert {n: (t.shape, t.dtype) for n, t in found.items()} == {n: (t.shape, t.dtype) for n, t in base.items()}
+    written = {n: (t.shape, t.dtype) for n, t in found.items() if method.makes == "model" or n in base}
+    assert written == {n: (t.shape, t.dtype) for n, t in base.items()}
     assert all(same(old, new) for old, new in zip(before, (base, *experts), strict=True))
     assert torch.equal(found["count"], base["count"])
 
@@ -166,7 +205,7 @@ def test_same_bytes_twice_for_any_chunk_and_order(method: Method, monkeypatch: p
     if method.ordered:
         assert same(first, merged(method, base, experts, ["z", "y", "x"]))
         return
-    order = [2, 0, 1]
+    order = [position for position in (2, 0, 1) if position < accepted(method)]
     assert same(first, merged(method.bound(order), base, [experts[p] for p in order], [IDS[p] for p in order]))
 
 
@@ -194,7 +233,10 @@ def test_blocks_of_the_grid_do_not_matter(method: Method, monkeypatch: pytest.Mo
 DECLARED = [
     method
     for method in (METHODS[name].model_validate(values) for name, values in VARIANTS)
-    if method.idempotent and getattr(method, "drop", None) is None and getattr(method, "start", "expert") == "expert"
+    if method.idempotent
+    and getattr(method, "drop", None) is None
+    and getattr(method, "start", "expert") == "expert"
+    and getattr(method, "divide", "sum") == "sum"
 ]
 
 

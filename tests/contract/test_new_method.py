@@ -68,7 +68,7 @@ class Joined(Method):
         """Weights."""
         return "weights"
 
-    def outputs(self, selection: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+    def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
         """One stacked matrix a layer."""
         found: dict[str, TensorInfo] = {}
         for name, info in selection.items():

@@ -20,7 +20,7 @@ from mergecore.identity import Step
 from mergecore.journal import read_journal, write_journal
 from mergecore.method import Event
 from mergecore.plan import MergePlan
-from mergecore.run import Done, _merge_job, run_merges, run_statistics
+from mergecore.run import Done, _merge_job, _ways, run_merges, run_statistics
 from mergecore.store import RECORD, State, Store, write_json
 from tests.processes import CONTEXT, Started, kill_at, killed_here, ran, was_killed
 from tests.small_pool import files_below, merge_plan, open_pool, place_in, write_pool
@@ -397,10 +397,10 @@ def test_a_worker_of_a_pass_that_was_called_off_cannot_speak_for_the_next(pool_f
     position = {one: number for number, one in enumerate(sorted(plan.experts))}
     span = passes.plan_spans(plan.layout.merged, plan.method.per)[0]
     with pytest.raises(MergeloomError), place.store.draft(plan.step, resume=True) as draft:
-        old = _merge_job(place, plan, draft, position)
+        old = _merge_job(place, _ways(place, plan, draft)[0], position)
         raise MergeloomError("an expert holds a NaN, say")
     with place.store.draft(plan.step, resume=True) as draft:
-        new = _merge_job(place, plan, draft, position)
+        new = _merge_job(place, _ways(place, plan, draft)[0], position)
         with pytest.raises(FileNotFoundError):
             write_journal(old, span, {})
         assert read_journal(new, span) is None

@@ -35,14 +35,29 @@ TOLERANCE = 1e-4
 L1 = {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 3}
 INVERSE = {"kind": "random", "rate": 0.75, "seed": 11}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "average": [{}, {"weights": [3, 1, 2]}, {"weights": [0.1, 0.2, 0.4]}, {"drop": L1}, {"drop": INVERSE}],
-    "task_arithmetic": [{"scale": 0.7}, {"scale": -0.3}, {"scale": 0.5, "drop": INVERSE}, {"scale": 1.0, "drop": L1}],
+    "average": [
+        {},
+        {"weights": [3, 1, 2]},
+        {"weights": [0.1, 0.2, 0.4]},
+        {"weights": [0.5, -0.25, 1.5], "aggregate": "sum"},
+        {"drop": L1},
+        {"drop": INVERSE},
+    ],
+    "task_arithmetic": [
+        {"scale": 0.7},
+        {"scale": 1.0, "weights": [0.5, -0.25, 1.5]},
+        {"scale": 0.7, "weights": [0.5, -0.25, 1.5], "aggregate": "mean"},
+        {"scale": -0.3},
+        {"scale": 0.5, "drop": INVERSE},
+        {"scale": 1.0, "drop": L1},
+    ],
     "ties": [
         {},
         {"density": 0.5, "scale": 0.8, "scope": "tensor"},
         {"density": 0.3, "aggregate": "sum", "count": "exact"},
         {"density": 0.3, "aggregate": "max", "count": "published"},
         {"density": 0.7, "zero_sign": "positive"},
+        {"density": [0.2, 0.5, 0.7], "weights": [0.5, -0.25, 1.5], "least": 1, "scope": "tensor", "count": "exact"},
         {"density": 0.4, "zero_sign": "majority", "scope": "tensor", "count": "exact"},
         {"density": 0.5, "drop": L1},
         {"density": 0.5, "drop": INVERSE, "count": "exact"},
@@ -62,14 +77,24 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "lora_lego": [{"rank": 4}, {"gauge": "canonical", "reweight": "max", "output": "none"}],
     "opcm": [{}, {"share": 1.0, "projection": "strict", "order": [2, 0, 1]}],
     "slerp": [{"t": 0.3}],
+    "nearswap": [{"t": 0.03125}],
+    "ram": [
+        {},
+        {"epsilon": 0.03125, "boost": {"scope": "tensor"}},
+        {"epsilon": 0.03125, "boost": {"most": 4, "rate": 0.5}},
+    ],
+    "nuslerp": [{"weights": [3, 1]}, {"weights": [1, 3], "of": "deltas", "along": "columns"}],
+    "tall_masks": [{}, {"multi_task": "ties", "density": 0.4, "mask_scale": [0.2, 0.6, 0.4]}],
+    "emr": [{}, {"rescale": "tensors", "zero_sign": "negative"}],
+    "multislerp": [{}, {"weights": [3, 1, 2], "of": "deltas"}],
     "sce": [{}, {"density": 0.3}],
     "iso_c": [{}, {"rank": "full", "convolutions": "flatten"}],
     "iso_cts": [{"common": 0.5}],
     "wudi": [{"steps": 20}, {"variant": "closed"}],
 }
 """Per method the values it is tried with; a method without an entry here is tried with its defaults."""
-TWO = {"slerp"}
-"""Methods of exactly two models."""
+COUNTS = {"slerp": 2, "nuslerp": 2, "nearswap": 1, "arcee_fusion": 1}
+"""Methods that take so many experts and no more."""
 
 Golden = str | dict[str, list[float]]
 
@@ -119,7 +144,7 @@ def result(method: Method) -> dict[str, Tensor]:
         selection = {"a.weight": TensorInfo("F32", (9, 7)), "b.weight": TensorInfo("F32", (5, 8))}
         return {target: combined.up @ combined.down for target, combined in made(method, adapters(), selection)}
     base, experts = models()
-    experts = experts[:2] if method.name in TWO else experts
+    experts = experts[: COUNTS.get(method.name, len(experts))]
     given = {}
     for name, statistic in method.statistics().items():
         if isinstance(statistic, DataStatistic):
@@ -183,7 +208,8 @@ def golden_of(method: Method) -> Golden:
     """A digest for what is element-wise, a few numbers for the rest."""
     found = result(method)
     chained = any(isinstance(statistic, Link) for statistic in method.statistics().values())
-    return digest_of(found) if method.per is Per.ELEMENT and not chained else summary_of(found)
+    exact = (method.per is Per.ELEMENT and not chained) or method.makes == "masks"
+    return digest_of(found) if exact else summary_of(found)
 
 
 def stored() -> dict[str, Golden]:

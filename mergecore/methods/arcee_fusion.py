@@ -1,0 +1,85 @@
+"""Arcee fusion: an expert's weights where its changes stand out, the base's elsewhere (Arcee 2024; as in mergekit)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mergecore.errors import SpecError
+from mergecore.identity import GRID
+from mergecore.method import Method, Per
+
+
+class ArceeFusion(Method):
+    """Scores each weight by |θ_1 − θ_0| times the divergence of its row's softmax, and takes the outliers of a tensor.
+
+    A row runs along the last axis. An outlier scores at least median + fence × (third − first quartile), of quartiles
+    that are elements of the tensor, at ⌊q(n − 1)⌋ in ascending order: found exactly, of any number of elements, where
+    mergekit draws a million. Softmax and divergence are in float64: in float32 the divergence of a small change is noise.
+    """
+
+    name: ClassVar[str] = "arcee_fusion"
+    paper: ClassVar[str] = "none; Arcee 2024, described by mergekit's code alone"
+    per: ClassVar[Per] = Per.TENSOR
+    idempotent: ClassVar[bool] = False
+    published: ClassVar[tuple[str, ...]] = (
+        "mergekit's `arcee_fusion`, with exact quartiles and in float64, so that its choice of single weights differs",
+    )
+
+    fence: Annotated[
+        float, Field(ge=0, description="interquartile ranges above the median at which outliers begin")
+    ] = 1.5
+    smoothing: Annotated[
+        float, Field(ge=0, le=1e-3, description="added to every probability before the divergence is taken")
+    ] = 1e-8
+
+    @property
+    def on(self) -> str:
+        """Weights: those of the expert are taken as they are."""
+        return "weights"
+
+    @property
+    def needs_base(self) -> bool:
+        """It is one of the two."""
+        return True
+
+    def validate_count(self, count: int) -> None:
+        """Exactly one expert."""
+        if count != 1:
+            raise SpecError(f"arcee_fusion fuses the base with one expert, {count} experts are given")
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """θ_1 where its importance reaches the threshold, θ_0 elsewhere."""
+        assert base is not None
+        if base.numel() == 0:
+            return base
+        scores = self.importance(base, experts[0])
+        first, median, third = (
+            float(scores.kthvalue(quarter * (scores.numel() - 1) // 4 + 1).values) for quarter in (1, 2, 3)
+        )
+        chosen = (scores >= median + self.fence * (third - first)).reshape(base.shape).to(base.device)
+        return torch.where(chosen, experts[0], base)
+
+    def importance(self, base: Tensor, expert: Tensor) -> Tensor:
+        """|θ_1 − θ_0| · KL(softmax of the expert's row ‖ that of the base's row), flat, float64."""
+        found = torch.empty(base.numel(), dtype=torch.float64)
+        for part, origin, changed in _rows(base, expert):
+            before = origin.softmax(1) + self.smoothing
+            after = changed.softmax(1) + self.smoothing
+            divergence = (after * (after.log() - before.log())).sum(1, keepdim=True).clamp(min=0.0)
+            found[part] = ((changed - origin).abs() * divergence).reshape(-1)
+        return found
+
+
+def _rows(base: Tensor, expert: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Both tensors in float64, some rows at a time, with their place in the flat tensor."""
+    length = base.shape[-1] if base.ndim else 1
+    pair = [tensor.reshape(-1, length) for tensor in (base, expert)]
+    step = max(1, GRID // length)
+    for start in range(0, len(pair[0]), step):
+        first, second = (rows[start : start + step].to("cpu", torch.float64) for rows in pair)
+        yield slice(start * length, start * length + first.numel()), first, second

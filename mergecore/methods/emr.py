@@ -1,0 +1,65 @@
+"""EMR-Merging: elect one unified vector, mask it for each task, rescale it for each task (Huang et al. 2024, §4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from mergecore.masks import DTYPE_NAMES, mask_block, mask_outputs
+from mergecore.method import Block, Method, Per, Statistic, Statistics, TensorInfo
+from mergecore.statistics.unified_norms import UnifiedNorms, ZeroSign, unified
+
+
+class Emr(Method):
+    """Keeps of every expert one bit a weight and one number: the model of task t is θ_0 + ρ_t M_t ⊙ τ_uni.
+
+    τ_uni has the sign of Σ τ_t and the largest magnitude among the experts with that sign; M_t is where τ_t has it too,
+    and ρ_t gives the task back as much change as it had. What is written is a product of masks (mergecore/masks.py).
+    """
+
+    name: ClassVar[str] = "emr"
+    paper: ClassVar[str] = (
+        "Huang et al. 2024, EMR-Merging: tuning-free high-performance model merging, arXiv:2405.17461"
+    )
+    per: ClassVar[Per] = Per.TENSOR
+    makes = "masks"
+    idempotent: ClassVar[bool] = False
+    published: ClassVar[tuple[str, ...]] = ("`rescale: tensors, zero_sign: negative` the authors' code",)
+
+    rescale: Annotated[
+        Literal["elements", "tensors"],
+        Field(
+            description="ρ_t = Σ|τ_t| / Σ|M_t ⊙ τ_uni| over all elements (the paper), or of each tensor's means, so that "
+            "every tensor weighs the same (the authors' code)"
+        ),
+    ] = "elements"
+    zero_sign: ZeroSign = "drop"
+    vector: Annotated[
+        Literal["float32", "bfloat16", "float16"], Field(description="dtype in which the unified vector is kept")
+    ] = "float32"
+
+    @property
+    def on(self) -> str:
+        """Deltas."""
+        return "deltas"
+
+    def statistics(self) -> Mapping[str, Statistic]:
+        """The tasks' factors."""
+        return {"norms": UnifiedNorms(zero_sign=self.zero_sign)}
+
+    def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
+        """Base, unified vector, masks and factors."""
+        return mask_outputs(selection, count, DTYPE_NAMES[self.vector], scaled=True)
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """τ_uni, the vector that all tasks share."""
+        return unified(experts, self.zero_sign)[0]
+
+    def merge_block(self, block: Block, statistics: Statistics) -> dict[str, Tensor]:
+        """Base, unified vector, masks and factors of one tensor."""
+        assert block.base is not None
+        shared, masks = unified(block.experts, self.zero_sign)
+        return mask_block(block.name, block.base, shared, masks, statistics["norms"][0].numbers[self.rescale])

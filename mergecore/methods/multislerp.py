@@ -1,0 +1,83 @@
+"""Multi-SLERP: the weighted mean direction of many experts, at their mean length (Goddard 2024; as in mergekit)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mergecore.errors import SpecError
+from mergecore.linear_algebra import combination, gram
+from mergecore.method import Method, Per, moved
+
+PARALLEL = 1e-7
+"""Directions whose weighted mean is shorter than this, relative to their weights, cancel."""
+
+
+class Multislerp(Method):
+    """Per tensor the direction of Σ w_t θ_t/‖θ_t‖, times Σ w_t ‖θ_t‖; of changes of the base likewise.
+
+    The published procedure goes on from there: into the tangent space at that direction, and back. But the weighted sum
+    of the experts' tangents there is 0, as the mean leaves nothing beside itself, so that step adds its rounding errors
+    only and is left out. Directions that cancel have no mean: the straight line Σ w_t θ_t is taken then.
+    """
+
+    name: ClassVar[str] = "multislerp"
+    paper: ClassVar[str] = "none; Goddard 2024, a note on barycentric interpolation on the sphere"
+    per: ClassVar[Per] = Per.TENSOR
+    published: ClassVar[tuple[str, ...]] = (
+        "mergekit's `multislerp` without a base",
+        "`of: deltas` with one",
+        "`divide: none` its `normalize_weights: false`",
+    )
+
+    weights: Annotated[
+        tuple[float, ...] | None,
+        Field(description="one weight per expert, in the order of the recipe; none: equal ones"),
+    ] = None
+    divide: Annotated[
+        Literal["sum", "none"], Field(description="divide the weights by their sum, or take them as they are")
+    ] = "sum"
+    of: Annotated[
+        Literal["weights", "deltas"], Field(description="join the experts' weights, or their changes of the base")
+    ] = "weights"
+
+    @property
+    def on(self) -> str:
+        """What is joined."""
+        return self.of
+
+    def validate_count(self, count: int) -> None:
+        """One weight per expert, that do not cancel where they are divided by their sum."""
+        if self.weights is None:
+            return
+        if len(self.weights) != count:
+            raise SpecError(f"weights: {len(self.weights)} given for {count} experts; give one per expert, or none")
+        if self.divide == "sum" and sum(self.weights) == 0:
+            raise SpecError("weights: they add up to 0 and cannot be divided by it; take `divide: none`")
+
+    def bound(self, order: Sequence[int]) -> Multislerp:
+        """Each weight moved along with its expert."""
+        return self if self.weights is None else self.model_copy(update={"weights": moved(self.weights, order)})
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """(Σ w_t ‖θ_t‖) · m / ‖m‖ with m = Σ w_t θ_t/‖θ_t‖; a single expert is itself, whatever its weight."""
+        held = list(experts) if base is None or self.of == "weights" else [*experts, base]
+        shares = [1.0] if len(experts) == 1 else self._shares(gram(experts)[0])
+        return combination([*shares, *[1.0] * (len(held) - len(experts))], held)
+
+    def _shares(self, products: Tensor) -> list[float]:
+        """How much of each expert, from their inner products: the result lies in their span."""
+        count = len(products)
+        given = torch.tensor(self.weights or [1.0] * count, dtype=torch.float64)
+        weights = given / given.sum() if self.divide == "sum" else given
+        norms = products.diagonal().sqrt()
+        units = torch.where(norms > 0, weights / norms, 0.0)
+        length = sqrt(max(float(units @ products @ units), 0.0))
+        if length <= PARALLEL * float(weights.abs().sum()):
+            return weights.tolist()
+        return (units * (float(weights @ norms) / length)).tolist()

@@ -1,0 +1,90 @@
+"""NuSLERP: two experts joined along an arc, of their weights or of their changes, by weight (as mergekit's `nuslerp`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from mergecore.errors import SpecError
+from mergecore.linear_algebra import combination, gram, row_combination
+from mergecore.method import Method, Per, moved
+
+
+class Nuslerp(Method):
+    """Goes from the first of two experts to the second along the arc between their directions, as far as weights say.
+
+    t = w_2 / (w_1 + w_2); beyond 0 … 1, with a negative weight, the arc is prolonged. Directions are those of whole
+    tensors, or of each row or column alone. Vectors of no length, and parallel or opposite ones, take the straight line.
+    """
+
+    name: ClassVar[str] = "nuslerp"
+    paper: ClassVar[str] = "none; mergekit's code. The arc is Shoemake's (1985)"
+    per: ClassVar[Per] = Per.TENSOR
+    published: ClassVar[tuple[str, ...]] = (
+        "mergekit's `nuslerp` without a base",
+        "`of: deltas` with one",
+        "`along: rows` its `nuslerp_flatten: false`",
+        "`along: columns` its `nuslerp_flatten: false, nuslerp_row_wise: true`, which goes along the first axis",
+    )
+
+    weights: Annotated[
+        tuple[float, float],
+        Field(description="how much of each expert, in the order of the recipe; their ratio counts"),
+    ] = (1.0, 1.0)
+    of: Annotated[
+        Literal["weights", "deltas"], Field(description="join the experts' weights, or their changes of the base")
+    ] = "weights"
+    along: Annotated[
+        Literal["tensor", "rows", "columns"],
+        Field(description="what has a direction: a whole tensor, each vector along its last axis, or along its first"),
+    ] = "tensor"
+
+    @field_validator("weights")
+    @classmethod
+    def _add_up(cls, weights: tuple[float, float]) -> tuple[float, float]:
+        if sum(weights) == 0:
+            raise ValueError("the weights add up to 0: there is no ratio between them")
+        return weights
+
+    @property
+    def on(self) -> str:
+        """What is joined."""
+        return self.of
+
+    def validate_count(self, count: int) -> None:
+        """Exactly two experts."""
+        if count != 2:
+            raise SpecError(f"nuslerp joins two experts, {count} are given; use multislerp or karcher for more")
+
+    def bound(self, order: Sequence[int]) -> Nuslerp:
+        """Each weight moved along with its expert."""
+        return self.model_copy(update={"weights": moved(self.weights, order)}) if len(order) == 2 else self
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """(sin((1−t)Ω) a + sin(tΩ) b) / sin Ω, on top of the base where it is changes that are joined."""
+        held = list(experts) if base is None or self.of == "weights" else [*experts, base]
+        turned = [tensor.movedim(0, -1) if self.along == "columns" and tensor.ndim > 1 else tensor for tensor in held]
+        rows = 1
+        if self.along != "tensor" and turned[0].ndim > 1 and turned[0].numel():
+            rows = turned[0].numel() // turned[0].shape[-1]
+        first, second = self._shares(gram(turned[:2], rows))
+        ones = [torch.ones_like(first)] * (len(held) - 2)
+        if rows == 1:
+            return combination([float(share) for share in (first, second, *ones)], held)
+        joined = row_combination(torch.stack([first, second, *ones]), turned)
+        return joined.movedim(-1, 0) if turned[0] is not held[0] else joined
+
+    def _shares(self, products: Tensor) -> tuple[Tensor, Tensor]:
+        """Per row how much of either vector, from the inner products (rows, 2, 2)."""
+        t = self.weights[1] / sum(self.weights)
+        norms = products.diagonal(dim1=1, dim2=2).sqrt()
+        length = norms[:, 0] * norms[:, 1]
+        angle = torch.where(length > 0, products[:, 0, 1] / length, 1.0).clamp(-1.0, 1.0).acos()
+        straight = angle.sin() < 1e-7
+        below = torch.where(straight, 1.0, angle.sin())
+        first = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / below)
+        return first, torch.where(straight, t, (t * angle).sin() / below)

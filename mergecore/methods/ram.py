@@ -1,0 +1,87 @@
+"""RAM, reinforced agent merging: shared changes averaged, an expert's own kept whole or boosted (Yuan et al. 2026)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from mergecore.method import Block, Method, Statistic, Statistics
+from mergecore.statistics.overlap_counts import SHARED, UNIQUE, OverlapCounts
+from mergecore.trims import folded_sum
+
+
+class Boost(BaseModel):
+    """RAM+: an expert's own changes times 1 + rate · min(shared / unique, most), for what averaging took from the shared.
+
+    shared, unique: how many of its changed coordinates another expert changes too, and how many none does. Where an
+    expert has none of its own there is nothing to boost.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rate: Annotated[float, Field(ge=0, description="r, how strongly the ratio counts")] = 0.1
+    most: Annotated[float, Field(ge=0, description="α, the ratio from which on it counts no more")] = 0.2
+    scope: Annotated[
+        Literal["global", "tensor"],
+        Field(description="count over the whole selection (the paper) or within each tensor (mergekit's `ramplus_tl`)"),
+    ] = "global"
+
+    def factors(self, shared: Sequence[int], unique: Sequence[int]) -> list[float]:
+        """Per expert what its own changes are multiplied by."""
+        return [
+            1.0 + self.rate * min(common / own, self.most) if own else 1.0
+            for common, own in zip(shared, unique, strict=True)
+        ]
+
+
+class Ram(Method):
+    """Averages a coordinate over the experts that change it, and takes an expert's own change whole: θ_0 + Σ τ_t / n.
+
+    Reinforcement learning changes few weights, and different ones for different tasks; a mean over all experts would
+    dilute what one alone has learned. With `boost` it is RAM+.
+    """
+
+    name: ClassVar[str] = "ram"
+    paper: ClassVar[str] = "Yuan et al. 2026, Behavior knowledge merge in reinforced agentic models, arXiv:2601.13572"
+    idempotent: ClassVar[bool] = False
+    published: ClassVar[tuple[str, ...]] = (
+        "mergekit's `ram`",
+        "`boost: {scope: tensor}` mergekit's `ramplus_tl`",
+    )
+
+    epsilon: Annotated[float, Field(ge=0, description="changes of at most this size count as none")] = 1e-5
+    boost: Annotated[Boost | None, Field(description="boost of what one expert alone changes (RAM+)")] = None
+
+    @property
+    def on(self) -> str:
+        """Deltas."""
+        return "deltas"
+
+    def statistics(self) -> Mapping[str, Statistic]:
+        """For RAM+ how much each expert shares."""
+        return {} if self.boost is None else {"overlap": OverlapCounts(epsilon=self.epsilon)}
+
+    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
+        """For RAM+ each expert's factor."""
+        if self.boost is None:
+            return {"factors": None}
+        found = statistics["overlap"][0]
+        if self.boost.scope == "global":
+            return {"factors": self.boost.factors(found.numbers["shared"], found.numbers["unique"])}
+        counts = found.tensors.read(block.name).reshape(2, -1).tolist() if block.name in found.tensors.tensors else None
+        return {"factors": self.boost.factors(counts[SHARED], counts[UNIQUE]) if counts else [1.0] * len(block.ids)}
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """θ_0 + the mean of the changes where several experts have one, the one there is (times its factor) elsewhere."""
+        assert base is not None
+        changes = [torch.where(delta.abs() > self.epsilon, delta, 0.0) for delta in experts]
+        count = folded_sum([torch.where(delta.abs() > self.epsilon, 1.0, 0.0) for delta in experts])
+        joined = folded_sum(changes) / count.clamp(min=1.0)
+        if arguments["factors"] is not None:
+            boosted = [change * factor for change, factor in zip(changes, arguments["factors"], strict=True)]
+            joined = torch.where(count == 1.0, folded_sum(boosted), joined)
+        return base + joined

@@ -1,0 +1,73 @@
+"""The multi-task vector of several experts, and which of its coordinates a task wants (Wang et al. 2024, §3–4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from mergecore.method import Block, Statistic, Statistics
+from mergecore.statistics.sign_majority import SignMajority, trimmed_deltas, trims
+from mergecore.statistics.threshold import Threshold
+from mergecore.trims import agreeing, elected_sign, folded_sum
+
+DENSITY = 0.2
+"""The share that the authors let TIES keep."""
+
+MultiTask = Annotated[
+    Literal["sum", "ties", "ties_published"],
+    Field(
+        description="τ_m: 'sum' of task vectors; 'ties': trimmed model-wide, sign elected, those that agree summed; "
+        "'ties_published': the same as the authors' code trims and settles exact cancellations"
+    ),
+]
+TrimDensity = Annotated[
+    float | None, Field(ge=0, le=1, description="share of each task vector that TIES keeps; none: 0.2")
+]
+MaskScale = Annotated[
+    tuple[Annotated[float, Field(ge=0)], ...] | Annotated[float, Field(ge=0)],
+    Field(description="λ, or one λ_t per expert in the order of the recipe; larger: sparser masks"),
+]
+
+
+def check_density(kind: str, density: float | None) -> None:
+    """Raise ValueError where a density is given and nothing is trimmed."""
+    if kind == "sum" and density is not None:
+        raise ValueError("density is what 'ties' keeps: leave it out with multi_task 'sum'")
+
+
+def _threshold(kind: str, density: float | None) -> Threshold:
+    kept = DENSITY if density is None else density
+    return Threshold(density=kept, count="published" if kind == "ties_published" else "at_least")
+
+
+def multi_task_statistics(kind: str, density: float | None) -> dict[str, Statistic]:
+    """Nothing for the sum; for TIES each expert's threshold, and the majority sign where it decides something."""
+    if kind == "sum":
+        return {}
+    threshold = _threshold(kind, density)
+    majority = {"majority": SignMajority(threshold=threshold)} if kind == "ties_published" else {}
+    return {"threshold": threshold, **majority}
+
+
+def multi_task_arguments(kind: str, density: float | None, block: Block, statistics: Statistics) -> dict[str, Any]:
+    """For TIES where each expert is cut, and the sign that stands where the trimmed values cancel exactly."""
+    if kind == "sum":
+        return {"trims": None, "zero": None}
+    zero = float(statistics["majority"][0].numbers["sign"]) or -1.0 if "majority" in statistics else None
+    return {"trims": trims(_threshold(kind, density), block, statistics), "zero": zero}
+
+
+def multi_task_vector(deltas: Sequence[Tensor], arguments: Mapping[str, Any]) -> Tensor:
+    """τ_m of one block, from the experts' τ_t."""
+    if arguments["trims"] is None:
+        return folded_sum(deltas)
+    trimmed = trimmed_deltas(deltas, arguments["trims"])
+    return folded_sum(agreeing(trimmed, elected_sign(trimmed, arguments["zero"])))
+
+
+def task_masks(deltas: Sequence[Tensor], together: Tensor, scales: Sequence[float]) -> list[Tensor]:
+    """M_t = |τ_t| > λ_t |τ_m − τ_t|, strictly as in the authors' code: what nobody changes is in no mask."""
+    return [delta.abs() > (together - delta).abs() * scale for delta, scale in zip(deltas, scales, strict=True)]

@@ -1,0 +1,76 @@
+"""What a recipe file asks for, made: one model, or several of which later ones are made of earlier ones."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from mergecore.errors import SpecError
+from mergecore.kernels.library import Library
+from mergecore.mergekit.document import is_mergekit
+from mergecore.method import Report
+from mergecore.passes import Executor
+from mergecore.pool import Resolver
+from mergecore.recipes import Order, Translator, read_orders
+from mergecore.single import Made, merge_recipe
+
+
+def merge_file(
+    path: Path,
+    out: Path,
+    resolve: Resolver,
+    executor: Executor,
+    report: Report,
+    *,
+    durable: bool = False,
+    intermediates: Path | None = None,
+    library: Library | None = None,
+    memory: int | None = None,
+    store: Path | None = None,
+) -> list[Made]:
+    """Make what a recipe file asks for, in our form or in mergekit's; of several documents the one without a name is
+    `out`, and where all have names each becomes a folder in `out`.
+
+    intermediates: where results that others are made of stay; none: they are removed. Raises a MergeloomError.
+    """
+    orders = read_orders(path)
+    translator, text = Translator(resolve), path.read_text(encoding="utf-8")
+    with contextlib.ExitStack() as stack:
+        folders = _folders(orders, out, intermediates, stack)
+        made = []
+        for order in orders:
+            recipe, notes = translator.recipe(order, folders)
+            origin = text if is_mergekit(order.held) else None
+            one = merge_recipe(
+                recipe, folders[order.name], resolve, executor, report, durable=durable, library=library,
+                memory=memory, store=store, origin=origin,
+            )  # fmt: skip
+            made.append(dataclasses.replace(one, warnings=(*notes, *one.warnings)))
+    return [one for one in made if one.folder.exists()]
+
+
+def _folders(
+    orders: Sequence[Order], out: Path, intermediates: Path | None, stack: contextlib.ExitStack
+) -> dict[str, Path]:
+    """Where each result goes. Raises SpecError where one would be made for nobody."""
+    if len(orders) == 1:
+        return {orders[0].name: out}
+    needed = {name for order in orders for name in order.needs}
+    if intermediates is None and all(order.name for order in orders):
+        intermediates = out
+    for order in orders:
+        if intermediates is None and order.name and order.name not in needed:
+            raise SpecError(
+                f"{order.where}: no other document is made of '{order.name}'; give --intermediates FOLDER to keep it there"
+            )
+    if intermediates is None:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        made = tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent)
+        stack.callback(shutil.rmtree, made, ignore_errors=True)
+        intermediates = Path(made)
+    intermediates.mkdir(parents=True, exist_ok=True)
+    return {order.name: intermediates / order.name if order.name else out for order in orders}

@@ -1,0 +1,93 @@
+"""By what a task's share of the unified vector must be multiplied to change as much as the task did (EMR, 2024, §4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mergecore.method import Block, Result, Scope, Statistic, Statistics, TensorInfo
+from mergecore.trims import agreeing, elected_sign
+
+ZeroSign = Annotated[
+    Literal["drop", "negative"],
+    Field(
+        description="where the changes cancel exactly: nothing is shared (sgn 0 = 0), or the negative ones (the code)"
+    ),
+]
+State = list[tuple[str, int, list[float], list[float]]]
+
+
+class UnifiedNorms(Statistic):
+    """'elements': per expert Σ|τ_t| / Σ|M_t ⊙ τ_uni| over the whole selection; 'tensors': of the means of each tensor, summed,
+    so that every tensor weighs the same. Float64 sums over the fixed grid; 1 where a task has no share in the vector."""
+
+    name: ClassVar[str] = "unified_norms"
+    scope: ClassVar[Scope] = Scope.POOL
+
+    zero_sign: ZeroSign = "drop"
+
+    def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> State:
+        """No block seen yet."""
+        return []
+
+    def add(self, state: State, block: Block, statistics: Statistics) -> State:
+        """Both l1 norms of every expert on one more block."""
+        shared, masks = unified(block.experts, self.zero_sign)
+        whole = [_l1(delta) for delta in block.experts]
+        kept = [_l1(torch.where(mask, shared, 0.0)) for mask in masks]
+        return [*state, (block.name, block.start, whole, kept)]
+
+    def combine(self, left: State, right: State) -> State:
+        """Both lists."""
+        return left + right
+
+    def finish(self, state: State, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
+        """The factors, blocks folded in order."""
+        whole: dict[str, list[float]] = {}
+        kept: dict[str, list[float]] = {}
+        for name, _, first, second in sorted(state):
+            whole[name] = _added(whole.get(name), first)
+            kept[name] = _added(kept.get(name), second)
+        counts = {name: max(selection[name].count, 1) for name in whole}
+        return Result(
+            {},
+            {
+                "elements": _ratios(whole, kept, dict.fromkeys(whole, 1)),
+                "tensors": _ratios(whole, kept, counts),
+            },
+        )
+
+
+def unified(deltas: Sequence[Tensor], zero_sign: str) -> tuple[Tensor, list[Tensor]]:
+    """The largest |τ_t| among those with the sign of Σ τ_t, with that sign; and per task where it has that sign."""
+    sign = elected_sign(deltas, -1.0 if zero_sign == "negative" else None)
+    alike = agreeing(deltas, sign)
+    largest = alike[0].abs()
+    for delta in alike[1:]:
+        largest = torch.maximum(largest, delta.abs())
+    return largest * sign, [delta != 0 for delta in alike]
+
+
+def _l1(values: Tensor) -> float:
+    return float(values.abs().sum(dtype=torch.float64))
+
+
+def _added(before: Sequence[float] | None, more: Sequence[float]) -> list[float]:
+    return list(more) if before is None else [one + other for one, other in zip(before, more, strict=True)]
+
+
+def _ratios(
+    whole: Mapping[str, Sequence[float]], kept: Mapping[str, Sequence[float]], counts: Mapping[str, int]
+) -> list[float]:
+    totals = [
+        [
+            sum(held[name][expert] / counts[name] for name in sorted(held))
+            for expert in range(len(next(iter(held.values()))))
+        ]
+        for held in (whole, kept)
+    ]
+    return [above / below if below > 0 else 1.0 for above, below in zip(*totals, strict=True)]

@@ -1,0 +1,239 @@
+"""The edges that every method must stand, from the registry: a new method is tested by being listed there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mergecore import merge
+from mergecore.masks import MaskedModel
+from mergecore.method import DataStatistic, Method
+from mergecore.registry import METHODS
+from mergecore.snapshot import MemoryTensors
+from tests.contract.test_methods import IDS, VARIANTS, accepted, same
+from tests.recipes import made
+
+Model = dict[str, Tensor]
+AT_MOST = 3
+"""Variants of a method that are tried here: all of them would take minutes and meet the same edges."""
+
+
+def _chosen() -> list[tuple[str, Method]]:
+    """Of each method the first variant, the last, and one between."""
+    found = []
+    for name in (name for name, kind in METHODS.items() if kind.makes != "adapter"):
+        held = [values for other, values in VARIANTS if other == name]
+        places = sorted({round(place * (len(held) - 1) / (AT_MOST - 1)) for place in range(AT_MOST)})
+        for values in (held[place] for place in places):
+            found.append((f"{name}-{json.dumps(values)}", METHODS[name].model_validate(values)))
+    return found
+
+
+METHOD_VARIANTS = _chosen()
+SHAPES: dict[str, tuple[int, ...]] = {
+    "layers.0.matrix": (6, 5), "layers.1.matrix": (6, 5), "conv": (3, 2, 3, 3), "vector": (9,), "scalar": (),
+    "row": (1, 7), "column": (7, 1), "single": (1,), "empty": (0, 3),
+}  # fmt: skip
+
+
+@pytest.fixture(params=[method for _, method in METHOD_VARIANTS], ids=[name for name, _ in METHOD_VARIANTS])
+def method(request: pytest.FixtureRequest) -> Method:
+    found: Method = request.param
+    return found
+
+
+def drawn(seed: int, scale: float, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> Model:
+    draw = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=draw) * scale for name, shape in shapes.items()}
+
+
+def models(
+    dtype: torch.dtype = torch.bfloat16, shapes: Mapping[str, tuple[int, ...]] = SHAPES
+) -> tuple[Model, list[Model]]:
+    base = {name: value.to(dtype) for name, value in drawn(0, 1.0, shapes).items()}
+    changes = [drawn(seed, 0.1, shapes) for seed in (1, 2, 3)]
+    return base, [{name: (base[name] + change[name]).to(dtype) for name in base} for change in changes]
+
+
+def merged(method: Method, base: Model, experts: Sequence[Model]) -> Model:
+    held = list(experts)[: accepted(method)]
+    given = None
+    if any(isinstance(statistic, DataStatistic) for statistic in method.statistics().values()):
+        given = {"fisher": [{name: (value.float() * 3).cos() ** 2 for name, value in one.items()} for one in held]}
+    return merge(method, base=base, experts=held, ids=IDS[: len(held)], statistics=given)
+
+
+def outcomes(method: Method, found: Model, base: Model) -> list[Model]:
+    """The merged model, or of a product every task's."""
+    if method.makes == "model":
+        return [found]
+    source = MemoryTensors(found)
+    infos = {name: source.tensors[name] for name in base}
+    rows = range(next(value.shape[0] for name, value in found.items() if name.startswith("mask/")))
+    return [{name: MaskedModel(source, row, infos).read(name).view(base[name].shape) for name in base} for row in rows]
+
+
+def finite(model: Model) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in model.values() if value.is_floating_point())
+
+
+# --- task vectors that are equal, or nothing ------------------------------------------------------------------------
+
+
+def test_experts_that_changed_nothing_give_the_base(method: Method) -> None:
+    base, _ = models()
+    for found in outcomes(method, merged(method, base, [base] * 3), base):
+        assert same(found, base)
+
+
+def test_identical_experts(method: Method) -> None:
+    base, experts = models()
+    for found in outcomes(method, merged(method, base, [experts[0]] * 3), base):
+        assert finite(found)
+
+
+def test_frozen_tensors_stay(method: Method) -> None:
+    """A whole tensor, and a row of another, that no expert changes."""
+    base, experts = models()
+    for expert in experts:
+        expert["layers.0.matrix"] = base["layers.0.matrix"]
+        expert["vector"] = base["vector"]
+        expert["layers.1.matrix"] = torch.cat([base["layers.1.matrix"][:1], expert["layers.1.matrix"][1:]])
+    for found in outcomes(method, merged(method, base, experts), base):
+        assert torch.equal(found["layers.0.matrix"], base["layers.0.matrix"])
+        assert torch.equal(found["vector"], base["vector"])
+        assert finite(found)
+
+
+def test_one_expert_that_changed_nothing_among_others(method: Method) -> None:
+    base, experts = models()
+    for found in outcomes(method, merged(method, base, [base, *experts[1:]]), base):
+        assert finite(found)
+
+
+# --- shares of nothing and of everything ----------------------------------------------------------------------------
+
+TRIMMING = sorted({name for name, _ in VARIANTS if "density" in METHODS[name].model_fields})
+
+
+@pytest.mark.parametrize("name", TRIMMING)
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_nothing_is_kept_or_everything(name: str, density: float) -> None:
+    kind = METHODS[name]
+    needed: dict[str, Any] = {field: 1.0 for field, info in kind.model_fields.items() if info.is_required()}
+    extra = {
+        "breadcrumbs": {"outliers": 0}, "della": {"window": 0}, "consensus": {"multi_task": "ties", "minimum_tasks": 1},
+        "tall_masks": {"multi_task": "ties"}, "pcb": {"form": "paper"},
+    }.get(name, {})  # fmt: skip
+    values = {**needed, **extra, "density": density}
+    try:
+        method = kind.model_validate(values)
+    except ValueError as error:
+        assert density == 0 and "greater than 0" in str(error)
+        return
+    shapes = {tensor: shape for tensor, shape in SHAPES.items() if shape}
+    base, experts = models(shapes=shapes)
+    for found in outcomes(method, merged(method, base, experts if density == 0 else experts[:1]), base):
+        assert same(found, base if density == 0 else experts[0])
+
+
+# --- tensors of other kinds -----------------------------------------------------------------------------------------
+
+
+def test_integers_and_bools_are_the_bases(method: Method) -> None:
+    base, experts = models(torch.float32)
+    plain = merged(method, base, experts)
+    buffers = {
+        "steps": torch.tensor(7), "ids": torch.arange(6, dtype=torch.int32), "mask": torch.tensor([True, False]),
+        "bytes": torch.tensor([1, 255], dtype=torch.uint8), "small": torch.tensor([-3], dtype=torch.int8),
+    }  # fmt: skip
+    others = {name: value + 1 if value.dtype != torch.bool else ~value for name, value in buffers.items()}
+    found = merged(method, {**base, **buffers}, [{**expert, **others} for expert in experts])
+    assert same({name: found[name] for name in buffers}, buffers)
+    assert same({name: found[name] for name in plain}, plain), "they take no part in any count"
+
+
+def test_dtypes_may_be_mixed_and_those_of_the_base_are_kept(method: Method) -> None:
+    base, experts = models(torch.bfloat16)
+    kinds = {"layers.0.matrix": torch.float32, "conv": torch.float16, "scalar": torch.float64}
+    mixed = {name: value.to(kinds.get(name, value.dtype)) for name, value in base.items()}
+    found = merged(method, mixed, experts)
+    assert {name: found[name].dtype for name in base} == {name: value.dtype for name, value in mixed.items()}
+    widened = [{name: value.float() for name, value in expert.items()} for expert in experts]
+    assert same(found, merged(method, mixed, widened)), "what an expert is kept in decides no number"
+    assert all(finite(one) for one in outcomes(method, found, mixed))
+
+
+def test_a_model_without_matrices(method: Method) -> None:
+    base, experts = models(torch.float32, {"scalar": (), "single": (1,), "vector": (5,)})
+    found = merged(method, base, experts)
+    assert {name: found[name].shape for name in base} == {name: value.shape for name, value in base.items()}
+    assert all(finite(one) for one in outcomes(method, found, base))
+
+
+def test_convolutions_in_any_layout_of_memory(method: Method) -> None:
+    base, experts = models(torch.float32, {"conv": (4, 3, 2, 2), "depthwise": (4, 1, 3, 3), "temporal": (2, 3, 5)})
+    turned = [
+        {name: value.transpose(0, -1).contiguous().transpose(0, -1) for name, value in one.items()}
+        for one in (base, *experts)
+    ]
+    assert not turned[0]["conv"].is_contiguous()
+    found = merged(method, base, experts)
+    assert same(found, merged(method, turned[0], turned[1:]))
+    assert all(finite(one) for one in outcomes(method, found, base))
+
+
+# --- tied weights, on disk ------------------------------------------------------------------------------------------
+
+ON_DISK = [(name, method) for name, method in METHOD_VARIANTS if not any(
+    isinstance(statistic, DataStatistic) for statistic in method.statistics().values()
+)]  # fmt: skip
+FIRST = {method.name: method for _, method in reversed(ON_DISK)}
+"""The first variant of every method."""
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and experts whose files hold the output embedding a second time, as some trainers write it."""
+    folder = tmp_path_factory.mktemp("tied")
+    shapes = {
+        "model.embed_tokens.weight": (8, 4),
+        "model.layers.0.mlp.up_proj.weight": (5, 4),
+        "model.norm.weight": (4,),
+    }
+    base, experts = models(torch.float32, shapes)
+    for name, model in (("base", base), *((f"e{number}", expert) for number, expert in enumerate(experts))):
+        (folder / name).mkdir()
+        copy = {**model, "lm_head.weight": model["model.embed_tokens.weight"].clone()}
+        save_file(copy, folder / name / "model.safetensors", metadata={"format": "pt"})
+        (folder / name / "config.json").write_text(json.dumps({"model_type": "tied", "tie_word_embeddings": True}))
+    return folder
+
+
+@pytest.mark.parametrize("method", FIRST.values(), ids=list(FIRST))
+def test_tied_weights_are_merged_once(method: Method, tied: Path, tmp_path: Path) -> None:
+    names = [f"e{number}" for number in range(accepted(method))]
+    recipe = {
+        "method": method.name, **method.model_dump(mode="json", exclude_defaults=True),
+        "base": tied / "base", "experts": [tied / name for name in names],
+    }  # fmt: skip
+    made(recipe, tmp_path / "out")
+    found: Model = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        found |= load_file(path)
+    assert "lm_head.weight" not in found
+    card = (tmp_path / "out" / "README.md").read_text()
+    ids = [next(line.split("`")[1] for line in card.splitlines() if line.startswith(f"| {name} |")) for name in names]
+    held = []
+    for name in ("base", *names):
+        model = load_file(tied / name / "model.safetensors")
+        del model["lm_head.weight"]
+        held.append(model)
+    assert same(found, merge(method, base=held[0], experts=held[1:], ids=ids)), "nor counted twice"

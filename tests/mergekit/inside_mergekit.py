@@ -1,0 +1,22 @@
+"""Runs in mergekit's environment: merges every recipe in the folder of the models that is the argument."""
+
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+
+from click.testing import CliRunner
+from mergekit.scripts.multimerge import main as several
+from mergekit.scripts.run_yaml import main as one
+
+os.chdir(sys.argv[1])
+options = ["--no-copy-tokenizer", "--random-seed", "1", "--quiet", "--lora-merge-cache", "folded"]
+for recipe in sorted((Path(__file__).parent / "recipes").glob("*.yml")):
+    out = f"out/{recipe.stem}"
+    if "\n---\n" in recipe.read_text():
+        result = CliRunner().invoke(several, [str(recipe), "--out-path", out, "-I", f"{out}.named", *options])
+    else:
+        result = CliRunner().invoke(one, [str(recipe), out, *options])
+    if result.exit_code:
+        sys.exit(f"{recipe.name}: {result.output[-1000:]} {result.exception!r}")
+Path("out/version").write_text(importlib.metadata.version("mergekit"))

@@ -1,0 +1,129 @@
+"""mergekit's recipes as they are: what we make of them, tensor by tensor against what mergekit 0.1.5 made of them.
+
+make_results.py makes the stored results anew. Both compute in float32; sums are formed in another order.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mergecore.mergekit.methods import MERGEKIT_METHODS
+from mergecore.merging import InProcess
+from mergecore.method import silent
+from mergecore.recipe_files import merge_file
+from tests.mergekit.make_results import RESULTS, recipes
+from tests.mergekit.models import HIDDEN, VOCABULARY, shapes, weights, write_models
+from tests.recipes import find
+
+PLAIN = [recipe.stem for recipe in recipes() if not recipe.stem.startswith("random")]
+FLOAT32 = 2e-6
+"""What float32 sums may differ by, of numbers of about 1."""
+TOLERANCE = {
+    "bfloat16": 2**-8,  # half a step of bfloat16 at 1: mergekit rounds as we do, a sum may fall on the other side
+    "bfloat16_throughout": 4 * 2**-7,  # its rounding, in numbers up to 2, of both inputs, of a sum and of the result
+    "karcher": 2e-5,  # an iteration that stops where a step is shorter than 1e-6
+    "breadcrumbs_crowded": 1e-5,  # a rescaling by norms
+    "ties_rescaled": 1e-5,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _beside_the_models(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths in a recipe start where the command is run."""
+    monkeypatch.chdir(models)
+
+
+def made(recipe: str, out: Path) -> dict[str, Tensor]:
+    """What we make of a recipe."""
+    merge_file(Path(__file__).parent / "recipes" / f"{recipe}.yml", out, find, InProcess(), silent)
+    return load_file(out / "model.safetensors")
+
+
+def stored(recipe: str) -> dict[str, Tensor]:
+    """What mergekit made of it, by name."""
+    with safe_open(RESULTS, "pt") as file:
+        flat = file.get_tensor(recipe)
+    layers = next(
+        n for n in range(1, 20) if sum(torch.Size(shape).numel() for shape in shapes(n).values()) == flat.numel()
+    )
+    held = sorted(shapes(layers).items())
+    pieces = flat.split([torch.Size(shape).numel() for _, shape in held])
+    return {name: piece.reshape(shape) for (name, shape), piece in zip(held, pieces, strict=True)}
+
+
+def merge_method(recipe: str) -> str:
+    """mergekit's name of the method of a recipe."""
+    text = (Path(__file__).parent / "recipes" / f"{recipe}.yml").read_text()
+    return re.findall(r"merge_method: (\w+)", text)[-1]
+
+
+@pytest.mark.parametrize("recipe", PLAIN)
+def test_the_same_as_mergekit(recipe: str, tmp_path: Path) -> None:
+    found, wanted = made(recipe, tmp_path / "out"), stored(recipe)
+    assert found.keys() == wanted.keys()
+    tolerance = TOLERANCE.get(recipe, FLOAT32)
+    for name, value in wanted.items():
+        assert found[name].dtype == (torch.bfloat16 if "bfloat16" in recipe else torch.float32)
+        torch.testing.assert_close(
+            found[name].float(), value, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_hidden_layers"] == len(
+        wanted.keys() & {f"model.layers.{n}.mlp.up_proj.weight" for n in range(20)}
+    )
+
+
+def test_every_method_of_mergekit_has_a_recipe() -> None:
+    assert {merge_method(recipe.stem) for recipe in recipes()} == set(MERGEKIT_METHODS)
+
+
+def test_results_are_there_for_every_recipe() -> None:
+    """And nothing else is: a recipe without a result, or a result without a recipe, compares nothing."""
+    with safe_open(RESULTS, "pt") as file:
+        assert sorted(file.keys()) == sorted(recipe.stem for recipe in recipes())
+        assert file.metadata() == {"mergekit": "0.1.5"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "factor", "rescaled"),
+    [
+        ("random_dare_linear", 0.8 * 1.5, True),
+        ("random_della_linear", 0.8 * 1.5, True),
+        ("random_dare_ties", 0.8, False),
+    ],
+)
+def test_random_masks(recipe: str, factor: float, rescaled: bool, tmp_path: Path) -> None:
+    """Which elements are kept is drawn otherwise; in mergekit's result and in ours as many are, and count the same."""
+    base, expert = weights("base"), weights("a")
+    kept = []
+    for result in (made(recipe, tmp_path / "out"), stored(recipe)):
+        count = total = 0
+        for name, value in result.items():
+            change, delta = value - base[name], expert[name] - base[name]
+            mask = change.abs() > 1e-6
+            scale = float(delta.abs().sum() / delta[mask].abs().sum()) if rescaled and mask.any() else 1.0
+            torch.testing.assert_close(change, torch.where(mask, delta * factor * scale, 0.0), rtol=0, atol=1e-5)
+            count, total = count + int(mask.sum()), total + mask.numel()
+        kept.append(count / total)
+    spread = 4 * (0.6 * 0.4 / sum(value.numel() for value in base.values())) ** 0.5
+    assert all(abs(share - 0.6) < spread for share in kept), kept
+
+
+def test_shapes_of_the_models_are_what_the_comparison_takes_them_for() -> None:
+    assert weights("deep").keys() == shapes(6).keys()
+    assert weights("a")["lm_head.weight"].shape == (VOCABULARY, HIDDEN)

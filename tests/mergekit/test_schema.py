@@ -1,0 +1,271 @@
+"""What mergekit's YAML may say, what is refused with which words, and what `mergeloom merge --show` prints of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from flows.cli import main
+from mergecore.mergekit.rules import Condition, rules_for
+from mergecore.mergekit.setting import found, setting_from
+from tests.mergekit.models import write_models
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _beside_the_models(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(models)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def run(folder: Path, recipe: str | dict[str, Any], *options: str) -> Result:
+    """`mergeloom merge` of a recipe in `folder`."""
+    path = folder / "recipe.yml"
+    path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe, sort_keys=False))
+    return CliRunner().invoke(main, ["merge", str(path), *options])
+
+
+# --- values -------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_are_interpolated_and_filters_tried_in_order() -> None:
+    """Worked by hand: 5 anchors over a depth of 0.3 fall between the second (0.25) and the third (0.5)."""
+    setting = setting_from(
+        [{"filter": "mlp", "value": [0, 1, 2, 4, 8]}, {"filter": "*", "value": 7}], float, "t"
+    )  # fmt: skip
+    sources = [{"t": setting}]
+    assert found(iter(sources), "t", "model.layers.3.mlp.up", 0.3) == pytest.approx(1 + 0.2 * 1)
+    assert found(iter(sources), "t", "model.layers.3.mlp.up", 1.0) == 8
+    assert found(iter(sources), "t", "model.norm", 0.3) == 7
+    nearer = [{"t": setting_from({"filter": "norm", "value": 1}, float, "t")}, *sources]
+    assert found(iter(nearer), "t", "model.norm", 0.0) == 1
+    assert found(iter(nearer), "t", "model.layers.0.mlp.up", 0.0) == 0, "no case there: the next place is asked"
+
+
+def test_switches_are_not_mixed() -> None:
+    """Two switches over a depth: the first holds to the very end."""
+    setting = setting_from([True, False], bool, "x")
+    assert [found(iter([{"x": setting}]), "x", "n", depth) for depth in (0.0, 0.9, 1.0)] == [True, True, False]
+
+
+def test_rules_say_what_was_decided() -> None:
+    """Any decisions, told by two overlapping conditions and the layer, or by nothing the rules know of."""
+    from mergecore.layout import SelectRule
+
+    names = [
+        f"model.layers.{n}.{kind}.{part}" for n in range(12) for kind in ("attn", "mlp") for part in ("q", "up.mlp")
+    ]
+    names += ["lm_head", "model.norm", "odd[1]*.weight"]
+    payloads = {
+        name: {"t": number % 3 if "attn" in name else 5, **({"x": 1} if "mlp" in name else {})}
+        for number, name in enumerate(names)
+    }
+    conditions = [Condition((("attn", ""),)), Condition((("mlp", ""), ("q", "")))]
+    rules = rules_for(payloads, conditions)
+    for name, payload in payloads.items():
+        rule = next(rule for rule in rules if SelectRule(**rule).matches(name))
+        assert {key: value for key, value in rule.items() if key not in ("names", "layers")} == payload
+    assert len(rules) < len(names)
+
+
+# --- what is printed ----------------------------------------------------------------------------------------------
+
+
+def test_show_prints_a_recipe_that_makes_the_same_model(tmp_path: Path) -> None:
+    theirs = Path(__file__).parent / "recipes" / "ties_gradients.yml"
+    shown = CliRunner().invoke(main, ["merge", str(theirs), "--show"])
+    assert shown.exit_code == 0, shown.output
+    ours = run(tmp_path, shown.stdout, str(tmp_path / "ours"))
+    assert ours.exit_code == 0, ours.output
+    direct = CliRunner().invoke(main, ["merge", str(theirs), str(tmp_path / "direct")])
+    assert ours.stdout.split("digest")[1] == direct.stdout.split("digest")[1]
+    assert (tmp_path / "direct" / "mergekit.yml").read_text() == theirs.read_text()
+
+
+def test_show_of_a_plain_recipe(tmp_path: Path) -> None:
+    document = {
+        "models": [{"model": "./a", "parameters": {"weight": 1, "density": 0.5}}, {"model": "./b+./lora"}],
+        "merge_method": "task_arithmetic", "base_model": "./base", "dtype": "float16",
+        "parameters": {"weight": 0.5, "select_topk": 1},
+    }  # fmt: skip
+    other = run(tmp_path, document, "--show")
+    assert "  - {name: lora, source: ./b, adapter: ./lora}" in other.stdout
+    document["models"][1]["model"] = "./base+./lora"  # type: ignore[index]
+    shown = run(tmp_path, document, "--show")
+    assert shown.stdout == (
+        "# note: recipe.yml.parameters.select_topk: has no effect with 'task_arithmetic', in mergekit neither\n"
+        "method: task_arithmetic\nscale: 1.0\nweights: [1.0, 0.5]\nbase: ./base\nexperts:\n"
+        "  - {name: a, source: ./a}\n  - {name: lora, source: ./lora}\ndtype: float16\n"
+    )
+
+
+def test_show_of_several_documents(tmp_path: Path) -> None:
+    theirs = Path(__file__).parent / "recipes" / "several_documents.yml"
+    shown = CliRunner().invoke(main, ["merge", str(theirs), "--show"])
+    assert shown.exit_code == 0, shown.output
+    documents = list(yaml.safe_load_all(shown.stdout))
+    assert [document["method"] for document in documents] == ["average", "slerp", "task_arithmetic"]
+    assert documents[1]["base"] == "first"
+
+
+# --- several documents --------------------------------------------------------------------------------------------
+
+TWO = """
+models: [{model: first}]
+merge_method: passthrough
+---
+name: first
+models: [{model: ./a}]
+merge_method: passthrough
+"""
+
+
+def test_intermediates_are_kept_where_asked(tmp_path: Path) -> None:
+    result = run(tmp_path, TWO, str(tmp_path / "out"), "--intermediates", str(tmp_path / "kept"))
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "kept" / "first" / "model.safetensors").exists()
+    (tmp_path / "other").mkdir()
+    assert run(tmp_path, TWO, str(tmp_path / "other" / "out")).exit_code == 0
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["out"], "else they are gone"
+    left, right = (load_file(tmp_path / where / "model.safetensors") for where in ("out", "other/out"))
+    assert all(bool((left[name] == right[name]).all()) for name in left)
+
+
+def test_documents_that_all_have_names(tmp_path: Path) -> None:
+    """Nothing is the result: each becomes a folder in OUT."""
+    text = TWO.replace("\nmodels: [{model: first}]", "\nname: second\nmodels: [{model: first}]", 1)
+    assert run(tmp_path, text, str(tmp_path / "out")).exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["first", "second"]
+
+
+DOCUMENTS = {
+    "a circle": (TWO.replace("./a", "second") + "---\nname: second\nmodels: [{model: first}]\nmerge_method: passthrough",
+                 r"documents , first, second are made of each other|first, second are made of each other"),
+    "two without a name": (TWO.replace("name: first\n", ""), r"two documents have no name"),
+    "a name twice": (TWO + "---\nname: first\nmodels: [{model: ./b}]\nmerge_method: passthrough", r"called 'first'"),
+    "made for nobody": (TWO.replace("{model: first}", "{model: ./b}"), r"no other document is made of 'first'"),
+    "a name with slashes": (TWO.replace("name: first", "name: x/first"), r"'x/first' is to be the name of a folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DOCUMENTS)
+def test_documents_refused(case: str, tmp_path: Path) -> None:
+    text, pattern = DOCUMENTS[case]
+    result = run(tmp_path, text, str(tmp_path / "out"))
+    assert result.exit_code == 1 and not (tmp_path / "out").exists()
+    import re
+
+    assert re.search(pattern, result.output), result.output
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+GOOD: dict[str, Any] = {
+    "models": [{"model": "./a", "parameters": {"weight": 1}}, {"model": "./b", "parameters": {"weight": 1}}],
+    "merge_method": "ties",
+    "base_model": "./base",
+}
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """The good document with other keys; None leaves one out."""
+    return {key: value for key, value in {**GOOD, **changes}.items() if value is not None}
+
+
+def one(**parameters: Any) -> list[dict[str, Any]]:
+    """The models, of which the first has these parameters."""
+    return [{"model": "./a", "parameters": {"weight": 1, **parameters}}, GOOD["models"][1]]
+
+
+REFUSED = {
+    "a key": (changed(merge_metod="ties"), "recipe.yml.merge_metod: unknown key; did you mean 'merge_method'?"),
+    "a method": (changed(merge_method="tise"), "there is no 'tise'; did you mean 'ties'?"),
+    "a parameter": (changed(models=one(densty=1)), ".densty: 'ties' has no such parameter; did you mean 'density'?"),
+    "a shared parameter": (changed(parameters={"lamda": 1}), "recipe.yml.parameters.lamda: 'ties' has no such"),
+    "a key of a model": (changed(models=[{"modle": "./a"}]), "models.0.modle: unknown key; did you mean 'model'?"),
+    "a key of a filter": (changed(models=one(density=[{"filtre": "x", "value": 1}])), "density[0].filtre: unknown key"),
+    "a filter without value": (changed(models=one(density=[{"filter": "x"}])), "density[0].value: must be given"),
+    "mixed values": (changed(models=one(density=[1, {"value": 1}])), "density: mixes plain values"),
+    "no number": (changed(models=one(density="half")), "density: must be a number (given: 'half')"),
+    "no switch": (changed(parameters={"normalize": "perhaps"}), "normalize: must be true or false"),
+    "an empty gradient": (changed(models=one(density=[])), "density: is an empty list"),
+    "a value that is missing": (changed(models=[{"model": "./a"}]), "no value for 'weight', which 'ties' needs"),
+    "a value out of range": (changed(merge_method="slerp", models=[{"model": "./a"}], parameters={"t": 1.5}),
+                             "t: must be less than or equal to 1"),
+    "no base": (changed(base_model=None), "'ties' needs a base among its models; say base_model"),
+    "two forms": (changed(slices=[]), "slices: "),
+    "no form": (changed(models=None), "give exactly one of 'models', 'slices' and 'modules' (none given)"),
+    "too many models": (changed(merge_method="slerp", parameters={"t": 0.5}), "'slerp' takes at most 1 models"),
+    "too few": (changed(merge_method="model_stock", models=[{"model": "./a"}]), "'model_stock' takes at least 2"),
+    "a model twice": (changed(models=[GOOD["models"][0]] * 2), "'./a' stands there twice"),
+    "a model that is not there": (changed(models=[{"model": "./aa"}]), "'./aa' does not exist; did you mean 'a'?"),
+    "other depths": (changed(models=[{"model": "./deep"}]), "have different numbers of layers"),
+    "layers that are not there": (changed(models=None, slices=[{"sources": [
+        {"model": "./base", "layer_range": [2, 6]}, {"model": "./deep", "layer_range": [2, 6]}]}]),
+        "layer_range [2, 6] of './base', which has 4 layers"),
+    "unequal slices": (changed(models=None, slices=[{"sources": [
+        {"model": "./base", "layer_range": [0, 2]}, {"model": "./a", "layer_range": [0, 3]}]}]),
+        "sources have 2, 3 layers: all must have as many"),
+    "an empty slice": (changed(models=None, slices=[{"sources": [{"model": "./a", "layer_range": [2, 2]}]}]),
+                       "layer_range [2, 2] holds no layer"),
+    "a slice without the base": (changed(models=None, slices=[{"sources": [{"model": "./a", "layer_range": [0, 4]}]}]),
+                                 "add './base' to the sources of the slice"),
+    "a module": (changed(models=None, modules={"decoder": {"models": GOOD["models"]}}), "a 'llama' model has no such module"),
+    "a dtype": (changed(dtype="int8"), "recipe.yml.dtype: must be 'float32', 'float16' or 'bfloat16'"),
+    "an adapter as a model": (changed(models=[{"model": "./lora"}]), "'./lora' is an adapter; write model+adapter"),
+    "tokens": (changed(tokenizer={"source": "base", "tokens": {"x": {"source": "./a"}}}), "rules for single tokens"),
+    "two tokenizers": (changed(tokenizer={"source": "base"}, tokenizer_source="base"), "not both"),
+    "a stranger's tokenizer": (changed(tokenizer_source="./c"), "'./c', which is not among the models"),
+    "a chat template": (changed(chat_template="chatlm"), "did you mean 'chatml'?"),
+    "another architecture": (changed(models=[{"model": {"model": {"path": "./a"}, "override_architecture": "X"}}]),
+                             "override_architecture"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str, tmp_path: Path) -> None:
+    document, said = REFUSED[case]
+    result = run(tmp_path, document, str(tmp_path / "out"))
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    message = result.output[result.output.index("Error: ") :]
+    assert said in message, message
+    assert len(message) < 700 and "pydantic" not in message
+    assert not list(tmp_path.glob("out*"))
+
+
+# --- what lies beside the weights ---------------------------------------------------------------------------------
+
+
+def test_tokenizer_and_chat_template(models: Path, tmp_path: Path) -> None:
+    """The tokenizer files of a named model, and a chat template by name, by text and by the plurality of the models."""
+    for name, template in (("base", "{{ 'x' }}"), ("a", "{{ 'y' }}"), ("b", "{{ 'y' }}")):
+        held = {"tokenizer_class": "PreTrainedTokenizerFast", "mine": name, "chat_template": template}
+        (models / name / "tokenizer_config.json").write_text(json.dumps(held))
+    try:
+        found = {}
+        for number, template in enumerate([None, "chatml", "{{ 'z' }}", "auto"]):
+            out = tmp_path / f"out{number}"
+            document = changed(tokenizer_source="./a", chat_template=template)
+            assert run(tmp_path, document, str(out)).exit_code == 0
+            held = json.loads((out / "tokenizer_config.json").read_text())
+            assert held["mine"] == "a"
+            file = out / "chat_template.jinja"
+            found[template] = file.read_text() if file.exists() else held["chat_template"]
+        assert found[None] == found["auto"] == "{{ 'y' }}" and found["{{ 'z' }}"] == "{{ 'z' }}"
+        assert found["chatml"].startswith("{% for message in messages %}<|im_start|>")
+    finally:
+        for name in ("base", "a", "b"):
+            (models / name / "tokenizer_config.json").unlink()
