@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,27 @@ def read_source(source: SourceSpec, resolve: Resolver, where: str) -> Snapshot:
     return found if source.adapter is None else folded(found, read_snapshot(resolve(source.adapter)), where)
 
 
+HASHED_AT_ONCE = 4
+"""Checkpoints whose files are hashed side by side."""
+
+
+def _ahead(resolve: Resolver, wanted: Sequence[SourceSpec]) -> Resolver:
+    """The same resolver, with all of these found and their files hashed side by side."""
+
+    held = {_place(spec): resolve(SourceSpec(source=spec.source, revision=spec.revision)) for spec in wanted}
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        list(pool.map(lambda source: source.files, held.values()))
+
+    def found(spec: SourceSpec) -> Source:
+        return held.get(_place(spec)) or resolve(spec)
+
+    return found
+
+
+def _place(spec: SourceSpec) -> tuple[str, str | None]:
+    return spec.source, spec.revision
+
+
 def resolve_pool(
     base: BaseSpec,
     experts: Sequence[ExpertSpec],
@@ -101,6 +123,7 @@ def resolve_pool(
     Raises SourceError for what cannot be had and MismatchError for what does not fit the base: architecture, shapes,
     vocabulary.
     """
+    resolve = _ahead(resolve, [base, *experts, *([multitask] if multitask else [])])
     found = read_source(base, resolve, "base")
     ground = restacked(found, stack, BASE)
     report(Event(f"base {ground.source.uri}"))
