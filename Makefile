@@ -5,7 +5,8 @@
 #   make serve     Prefect and MLflow over the data of the demo, on fixed ports
 #   make deploy    while it runs: sweeps and merges as forms on Prefect's page      make worker   does what they ask for
 #   make test      the test suite           make check   linters, types, import contracts
-#   make bench     side by side with other tools    make docs    docs/methods.md anew from the classes
+#   make bench     a quick look at each benchmark; AGAINST=PATH/TO/mergekit-yaml puts mergekit beside
+#   make docs      docs/methods.md anew from the classes
 #   make lock      constraints.txt anew from pyproject.toml
 #
 # TORCH is the one setting for another torch build: any requirement that pip takes, or the path of a wheel, as in
@@ -81,8 +82,16 @@ check: setup
 docs: setup
 	$(BIN)/mergeloom methods --markdown > docs/methods.md
 
+# A quick look at each benchmark; what is reported is measured with larger sizes and more repeats (see each one's --help).
+BENCH_MODELS ?= .bench/0.1
 bench: setup
-	$(BIN)/python benchmarks/merge.py --size 0.1
+	$(BIN)/python benchmarks/models.py --size 0.1 --folder $(BENCH_MODELS)
+	$(BIN)/python benchmarks/merge.py --size 0.1 --folder $(BENCH_MODELS) --repeats 1 --methods linear task_arithmetic ties \
+	  $(if $(AGAINST),--against $(AGAINST))
+	$(BIN)/python benchmarks/sweep.py --size 0.1 --folder $(BENCH_MODELS) --repeats 1 $(if $(AGAINST),--against $(AGAINST))
+	$(BIN)/python benchmarks/kernels.py --elements 8 --repeats 1
+	$(BIN)/python benchmarks/profile.py --size 0.02 --repeats 1
+	$(BIN)/python benchmarks/orchestration.py plan --cells 1000
 
 # What mergekit makes of the recipes in tests/mergekit, anew. MERGEKIT: the Python of an environment that has it.
 mergekit-results: setup

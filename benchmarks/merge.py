@@ -23,8 +23,8 @@ The first table, medians, seconds:
   target         floor + (one XXH3-128 digest of the output + the method's fused loops, in CPU-seconds) / cores
   /target        (scan + merge) / target; '-' for methods that see whole tensors, which are not fused
 The second: theirs, and how many times as long it takes: wall, wall without our hashing (which is remembered after the
-first time, and which mergekit does not do), CPU-seconds. Rows marked * are other readings of the method, of which
-mergekit has none: they are held against the same run of theirs.
+first time, and which mergekit does not do), CPU-seconds. Rows marked * are further readings of the same method of ours,
+held against the same run of theirs.
 The third, with --cold: the page cache is dropped before each run. Ours then remembers the digests, for hashing would
 bring the files into the cache.
 """
@@ -222,7 +222,7 @@ def print_cold(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def mark(row: Mapping[str, Any]) -> str:
-    """A row's name, marked where mergekit has no such reading."""
+    """A row's name, marked where it is a further reading."""
     return f"{row['method']}{' *' if row['beside'] else ''}"
 
 

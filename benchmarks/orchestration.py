@@ -26,9 +26,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tiny_world
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: its profile.py is not Python's
+
 import yaml
 
+from benchmarks import tiny_world
 from flows.budget import cost
 from flows.overview import plan_text
 from flows.session import open_session, session_of
@@ -65,8 +68,7 @@ class Rows:
     def command(self, part: str, what: str, cells: int, command: list[str]) -> tuple[float, float]:
         """Wall and CPU-seconds of a whole command, everything it started included; raises where it fails."""
         environment = {
-            **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}", "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
+            **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         began = time.perf_counter()
         with tempfile.TemporaryFile() as output:
@@ -164,7 +166,7 @@ def processes(rows: Rows, folder: Path) -> None:
               "experts": [str(folder / f"expert-{number}") for number in (1, 2)]}  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     tasks = ["task-1", "task-2", *tiny_world.held_out()]
-    scoring = [sys.executable, str(ROOT / "benchmarks" / "tiny_world.py"), str(folder / "out"), str(folder / "tasks")]
+    scoring = [sys.executable, "-m", "benchmarks.tiny_world", str(folder / "out"), str(folder / "tasks")]
     merging = mergeloom("merge", folder / "recipe.yaml", folder / "out", "--workers", "1")
     for _ in range(2):  # the first fills the caches
         shutil.rmtree(folder / "out", ignore_errors=True)

@@ -1,6 +1,6 @@
 """Checkpoints, tasks and specs so small that what a sweep of them costs is the orchestration alone.
 
-As a program it scores one model in a process of its own, as a shell loop would: tiny_world.py MODEL TASKS NAME...
+As a program it scores one model in a process of its own, as a shell loop would: python -m benchmarks.tiny_world MODEL TASKS NAME...
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-FACTORY = "tiny_world:stack"
-"""What a spec's `evaluate.model` says; this file's folder must be on the path of whoever scores."""
+FACTORY = "benchmarks.tiny_world:stack"
+"""What a spec's `evaluate.model` says; the checkout must be on the path of whoever scores."""
 
 EXPERTS, HELD_OUT, WIDTH, ITEMS = 8, 3, 16, 32
 GRIDS = {
