@@ -239,6 +239,9 @@ def test_names_are_what_lies_there(tmp_path: Path) -> None:
 # --- the same steps, whatever was planned with them -------------------------------------------------------------------
 
 
+WIDTHS = {"BF16": 2, "F32": 4, "U8": 1}
+
+
 def no_data(member: Member) -> dict[str, Any]:
     return {"tasks": [member.name], "training": "0" * 64, "companions": "1" * 64}
 
@@ -269,7 +272,8 @@ def test_a_merge_planned_among_thousands_has_the_steps_it_has_alone(folder: Path
                 assert steps_of(among) == steps_of(alone)
                 assert [one.selection for one in among.needed] == [one.selection for one in alone.needed]
                 assert [one.experts for one in among.needed] == [one.experts for one in alone.needed]
-                assert among.size == sum(2 * info.count for info in among.outputs.values())
+                assert among.size == sum(WIDTHS[info.dtype] * info.count for info in among.outputs.values())
+                assert method.makes == "masks" or {info.dtype for info in among.outputs.values()} == {"BF16"}
                 assert len({one.step.key for one in among.needed}) == len(among.needed)
 
 

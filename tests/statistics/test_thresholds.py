@@ -49,7 +49,7 @@ def deltas(kind: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("density", [0.0, 0.0001, 0.01, 0.2, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("ranked", ["global", "tensor"])
 def test_equals_a_full_sort(kind: str, density: float, ranked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("mergecore.passes", "mergecore.span", "mergecore.merging", "mergecore.identity"):
+    for module in ("mergecore.passes", "mergecore.span", "mergecore.identity"):
         monkeypatch.setattr(f"{module}.GRID", 1024)
     delta = deltas(kind)
     for count in ("at_least", "exact"):
