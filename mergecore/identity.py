@@ -82,7 +82,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
-def file_sha256(path: Path, chunk: int = 8 << 20) -> str:
+def file_sha256(path: Path, chunk: int = 1 << 20) -> str:
     """SHA-256 (hex) of a file's bytes."""
     state = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
