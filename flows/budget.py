@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from mergecore.adapters import AdapterMethod
 from mergecore.errors import CapacityError, StoreError
@@ -14,7 +13,7 @@ from mergecore.frontier import Frontier
 from mergecore.method import DataStatistic, Link, Method, Statistic
 from mergecore.plan import MergePlan, Plan, StatisticPlan
 from mergecore.pool import Pool
-from mergecore.projection import Models, block_bytes, read_bytes
+from mergecore.projection import Models, block_bytes, blocks_in_flight, read_bytes
 from mergecore.snapshot import DTYPES
 from mergecore.spec import Spec, size_in_bytes
 from mergecore.store import State, Store
@@ -191,7 +190,7 @@ def _pass_cost(
     held = tuple(member.snapshot.tensors if member.factors is None else None for member in members)
     models = Models(pool.base.tensors, held)
     block = block_bytes(models, methods, statistics)
-    spans = max(1, min(workers, memory // max(block, 1)))
+    spans = blocks_in_flight(block, workers, memory)
     adapters = sum(member.snapshot.size for member in members if member.factors is not None)
     read = read_bytes(models, names, adapters)
     return PassCost(what, read, written, block, spans, disk, (read + written) / BYTES_A_SECOND / spans)
@@ -249,8 +248,3 @@ def readable(size: float) -> str:
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def folder_of(store: Store) -> Path:
-    """The store's folder."""
-    return store.root

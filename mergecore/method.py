@@ -221,9 +221,9 @@ class Statistic(Plugin, ABC):
         """The state after counts of a part of one tensor: per result one of high half-words, or one per window."""
         raise NotImplementedError
 
-    @abstractmethod
     def add(self, state: Any, block: Block, statistics: Statistics) -> Any:
-        """The state after one more block."""
+        """The state after one more block; not called for a scan that only counts."""
+        raise NotImplementedError
 
     @abstractmethod
     def combine(self, left: Any, right: Any) -> Any:

@@ -89,7 +89,12 @@ def at_once(plan: PassPlan, workers: int, memory: int | None) -> int:
             f"one block of {held} over {len(plan.experts)} experts takes {needed:,} bytes of memory and {memory:,} may be "
             f"used ({needed - memory:,} too few); allow more, or merge fewer experts at a time"
         )
-    return max(1, min(workers, memory // max(needed, 1)))
+    return blocks_in_flight(needed, workers, memory)
+
+
+def blocks_in_flight(block: int, workers: int, memory: int) -> int:
+    """How many blocks of so many bytes the workers may hold together: one at least."""
+    return max(1, min(workers, memory // max(block, 1)))
 
 
 def read_bytes(models: Models, names: Iterable[str], adapters: int = 0) -> int:

@@ -37,11 +37,6 @@ def buffer(place: object, count: int, dtype: torch.dtype, pinned: bool = False) 
     return found[:count]
 
 
-def release_buffers() -> None:
-    """Give this thread's buffers back."""
-    _buffers.__dict__.clear()
-
-
 def expect(plan: PassPlan, unit: Unit) -> None:
     """Have the system read ahead what the next unit is made of, while this one is worked on."""
     held = [expert.held for expert in plan.experts if isinstance(expert, FullExpert)]

@@ -207,9 +207,11 @@ class _Work:
             check_finite(values, reading.name, f"method '{job.method.name}'", TAME)
 
     def _stage(self) -> Stage:
-        device = torch.device(self.plan.device)
-        found: Stage = _stages.__dict__.setdefault(str(device), Stage(device))
-        return found
+        held: dict[str, Stage] = _stages.__dict__
+        name = str(torch.device(self.plan.device))
+        if name not in held:
+            held[name] = Stage(torch.device(name))
+        return held[name]
 
     def _merge_staged(
         self,
@@ -228,10 +230,10 @@ class _Work:
             slot = number % 2
             reading.window(start, stop, slot)
             begun = []
-            for job in jobs:
+            for place, job in enumerate(jobs):
                 chunk = self._on_device(job, reading, stage, start, stop)
                 dtype = DTYPES[job.outputs[reading.name].dtype]
-                host = buffer((job.key, slot), stop - start, dtype, stage.device.type == "cuda")
+                host = buffer(("write", place, slot), stop - start, dtype, stage.device.type == "cuda")
                 begun.append((job, start, stop, stage.launch(given[job.key], chunk, dtype, host)))
             self._land(under_way, reading, digests)
             under_way = begun

@@ -155,7 +155,6 @@ class Given:
         flags = torch.zeros(2, dtype=torch.int32, device=target.device)
         loop = self.fused.loop(chunk, self) if target.is_cuda and self.fused.library is not None else None
         call = device_function(loop.text) if loop is not None else None
-        held = materialised({"beside": list(self.beside)}, chunk.start, chunk.count, target.device)["beside"]
         if loop is None or call is None:
             base, experts, _ = formed(chunk, self.fused.on, check=False)
             made = materialised(self.arguments, chunk.start, chunk.count, target.device)
@@ -164,6 +163,7 @@ class Given:
                 for one in values:
                     flags[place].logical_or_((~torch.isfinite(one)).any())
             return flags
+        held = materialised({"beside": list(self.beside)}, chunk.start, chunk.count, target.device)["beside"]
         reals = torch.tensor([*loop.trace.literals, *self.reals, 0.0], dtype=torch.float64)
         whole = torch.tensor([chunk.start, chunk.count, *self.wholes], dtype=torch.int64)
         arrays = [*([] if chunk.base is None else [chunk.base]), *chunk.experts, *held, target]

@@ -71,10 +71,6 @@ class BalanceCut(Statistic):
             state.high = [joined(old, new) for old, new in zip(state.high or [None] * len(counts), counts, strict=True)]
         return state
 
-    def add(self, state: CutState, block: Block, statistics: Statistics) -> CutState:
-        """Not called: this is a count."""
-        raise NotImplementedError
-
     def combine(self, left: CutState, right: CutState) -> CutState:
         """Counts added."""
         if not left.high or not right.high:

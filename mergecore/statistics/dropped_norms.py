@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from mergecore.kernels.run import materialised
 from mergecore.method import Block, Result, Scope, Statistic, Statistics, TensorInfo
 from mergecore.trims import RandomDrop, dropped
 
@@ -34,8 +35,8 @@ class DroppedNorms(Statistic):
     def add(self, state: State, block: Block, statistics: Statistics) -> State:
         """Both l1 norms of the block."""
         magnitude = block.experts[0].abs()
-        index = torch.arange(block.start, block.stop, device=magnitude.device)
-        left_over = dropped([magnitude], {**self.drop.drawn(block, [1.0]), "index": index})[0]
+        drawn = materialised(self.drop.drawn(block, [1.0]), block.start, magnitude.numel(), magnitude.device)
+        left_over = dropped([magnitude], drawn)[0]
         whole = float(magnitude.sum(dtype=torch.float64))
         left = float(left_over.sum(dtype=torch.float64))
         return [*state, (block.name, block.start, whole, left)]

@@ -57,10 +57,6 @@ class MagnitudeQuantiles(Statistic):
             wanted.counted("", counts[0] if wanted.bin == state[0].bin else counts[1])
         return state
 
-    def add(self, state: State, block: Block, statistics: Statistics) -> State:
-        """Not called: this is a count."""
-        raise NotImplementedError
-
     def combine(self, left: State, right: State) -> State:
         """Counts added."""
         for ours, theirs in zip(left, right, strict=True):

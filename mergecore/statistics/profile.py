@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mergecore.method import Block, Counting, Found, Result, Scope, Sparse, Statistic, Statistics, TensorInfo
 from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
-from mergecore.statistics.radix import joined
+from mergecore.statistics.radix import bits, joined
 from mergecore.trims import RandomDrop, dropped
 
 State = dict[str, Sparse]
@@ -50,10 +50,6 @@ class Profile(Statistic):
         state[tensor] = joined(state.get(tensor), counts[0])
         return state
 
-    def add(self, state: State, block: Block, statistics: Statistics) -> State:
-        """Not called: this is a count."""
-        raise NotImplementedError
-
     def combine(self, left: State, right: State) -> State:
         """Counts added."""
         for name, counts in right.items():
@@ -74,7 +70,7 @@ class Profile(Statistic):
 
 def magnitudes(experts: Sequence[Tensor], drawn: Mapping[str, Any] | None) -> list[Tensor]:
     """The bit patterns of |τ|, after the drop."""
-    return [delta.abs().view(torch.int32) for delta in dropped(experts, drawn)]
+    return [bits(delta.abs()) for delta in dropped(experts, drawn)]
 
 
 def _concatenated(parts: list[NDArray[np.int64]]) -> Tensor:

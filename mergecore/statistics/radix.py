@@ -17,10 +17,6 @@ from torch import Tensor
 
 from mergecore.method import Sparse
 
-HIGH = 1 << 15
-"""High half-words of non-negative values; of all values there are twice as many, from −HIGH on."""
-LOW = 1 << 16
-
 
 def bits(magnitude: Tensor) -> Tensor:
     """The pattern of non-negative float32 values: their bits as int32, 0 … 2^31−1."""

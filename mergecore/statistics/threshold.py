@@ -12,9 +12,9 @@ from fractions import Fraction
 from math import floor
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
+from mergecore.kernels.run import materialised
 from mergecore.method import (
     Block,
     Counting,
@@ -139,10 +139,9 @@ class Threshold(Statistic):
         group = state.group_of(block.name)
         if group.cut is None or block.name != group.cut[0]:
             return state
-        drawn = drawn_for(self.drop, block, statistics)
-        if drawn is not None:
-            drawn["index"] = torch.arange(block.start, block.stop, device=block.experts[0].device)
-        pattern = magnitudes([delta.reshape(-1) for delta in block.experts], drawn)[0]
+        deltas = [delta.reshape(-1) for delta in block.experts]
+        arguments = {"drawn": drawn_for(self.drop, block, statistics)}
+        pattern = magnitudes(deltas, **materialised(arguments, block.start, deltas[0].numel(), deltas[0].device))[0]
         if state.scan == "count":
             group.ties[block.start] = int((pattern == group.order.value).sum())
         elif block.start == group.block:

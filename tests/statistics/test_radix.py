@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergecore.kernels.source import BINS
 from mergecore.method import Sparse
-from mergecore.statistics.radix import LOW, OrderStatistic, bits, signed_bits, value_of
+from mergecore.statistics.radix import OrderStatistic, bits, signed_bits, value_of
 
 
 def values(kind: str) -> Tensor:
@@ -52,7 +53,7 @@ def test_equals_a_full_sort(kind: str, workers: int) -> None:
         states = [OrderStatistic(rank) for _ in parts]
         for number, (state, part) in enumerate(zip(states, parts, strict=True)):
             state.locate(high)
-            inside = part[(part >> 16) == state.bin] & (LOW - 1)
+            inside = part[(part >> 16) == state.bin] & (BINS - 1)
             state.counted(f"tensor {number % 2}", sparse(inside))
         for state in states[1:]:
             states[0].join(state)
