@@ -27,13 +27,9 @@ def run_pass(plan: PassPlan, executor: Executor, report: Report) -> PassOutcome:
         gathered = _read_round(round, numbers, executor, report, workers)
         for key, held in gathered.digests.items():
             digests[key].update(held)
-        states, names = _finish_round(plan, gathered.states, outcome)
-        round = Round(plan, states, names)
-        numbers = [
-            number
-            for number, span in enumerate(plan.spans)
-            if any(name in names for unit in span for name, _, _ in unit)
-        ]
+        states, only = _finish_round(plan, gathered.states, outcome)
+        round = Round(plan, states, only)
+        numbers = [number for number, span in enumerate(plan.spans) if any(round.wanted(unit) for unit in span)]
     for job in plan.merges:
         found = {
             name: tensor_digest([blocks[at] for at in sorted(blocks)]) for name, blocks in digests[job.key].items()
@@ -64,17 +60,21 @@ def _read_round(round: Round, numbers: Sequence[int], executor: Executor, report
 
 def _finish_round(
     plan: PassPlan, states: Mapping[str, Any], outcome: PassOutcome
-) -> tuple[dict[str, Any], frozenset[str]]:
-    """Finish the statistics; returns the states of those that read again, and the tensors they name."""
+) -> tuple[dict[str, Any], dict[str, frozenset[int] | None]]:
+    """Finish the statistics; returns the states of those that read again, and what of which tensor is read for them."""
     again: dict[str, Any] = {}
-    names: set[str] = set()
+    only: dict[str, frozenset[int] | None] = {}
     for job in plan.statistics:
         if job.key not in states:
             continue
         finished = job.statistic.finish(states[job.key], job.selection, job.statistics)
         if isinstance(finished, Rescan):
             again[job.key] = finished.state
-            names |= set(job.selection if finished.tensors is None else finished.tensors)
+            for name in job.selection if finished.blocks is None else ():
+                only[name] = None
+            for name, start in finished.blocks or ():
+                held = only.get(name, frozenset())
+                only[name] = None if held is None else held | {start}
         else:
             outcome.results[job.key] = finished
-    return again, frozenset(names)
+    return again, only

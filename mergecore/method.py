@@ -167,13 +167,15 @@ Statistics = Mapping[str, Sequence[Found]]
 class Counting:
     """What a scan counts of one block: patterns(experts, **arguments) gives int32 values, one or more per element, in plain
     torch on flat float32 deltas. windows: None: counts their high half-words; else, per result, the low half-words inside
-    each of these high ones (as many for every result; none at all: nothing is counted).
+    each of these high ones (as many for every result; none at all: nothing is counted). by_block: the counts are handed
+    over for each block of the grid, not for larger parts of a tensor.
     """
 
     patterns: Callable[..., Sequence[Tensor]]
     arguments: Mapping[str, Any]
     results: int = 1
     windows: tuple[tuple[int, ...], ...] | None = None
+    by_block: bool = False
 
 
 Sparse = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -186,7 +188,7 @@ class Statistic(Plugin, ABC):
     `add` sees `Block`s whose `experts` are deltas: one expert for scope EXPERT, all for POOL, and returns the new
     state; blocks come in any order and states of different workers are joined by `combine`, so a reduction keeps one
     float64 value per block and folds them in order in `finish`. `finish` may return `Rescan`: the pass then reads
-    again, only the tensors named, every span starting from the state given. States are plain picklable data.
+    again, only what is named, every span starting from the state given. States are plain picklable data.
 
     A scan that only counts bit patterns says so with `counting`; the engine then does it in one fused loop and hands over
     the counts (`counted`) instead of calling `add`.
@@ -198,7 +200,7 @@ class Statistic(Plugin, ABC):
 
     @property
     def readings(self) -> int:
-        """How often it reads the models, counting its wishes to read again, which may be for a few tensors only."""
+        """How often it reads the models, counting its wishes to read all of them again."""
         return 1
 
     def statistics(self) -> Mapping[str, Statistic]:
@@ -217,8 +219,9 @@ class Statistic(Plugin, ABC):
         """What this scan counts of the block (of which only the place is known); None where it has to `add` it."""
         return None
 
-    def counted(self, state: Any, tensor: str, counts: Sequence[Sparse]) -> Any:
-        """The state after counts of a part of one tensor: per result one of high half-words, or one per window."""
+    def counted(self, state: Any, tensor: str, start: int, counts: Sequence[Sparse]) -> Any:
+        """The state after counts of a part of one tensor, from element `start` on: per result one of high half-words, or one
+        per window."""
         raise NotImplementedError
 
     def add(self, state: Any, block: Block, statistics: Statistics) -> Any:
@@ -244,10 +247,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Rescan:
-    """Read again with this state; `tensors` limits the reading to these names (None: all of the selection)."""
+    """Read again with this state. blocks: only these blocks of the grid (tensor, first element), which then come in parts, in
+    order, and perhaps others beside; None: all of the selection."""
 
     state: Any
-    tensors: tuple[str, ...] | None = None
+    blocks: tuple[tuple[str, int], ...] | None = None
 
 
 class DataStatistic(Plugin, ABC):

@@ -162,13 +162,27 @@ def coarsest(methods: Sequence[Method | Link]) -> Per:
 @dataclass(frozen=True)
 class Round:
     """One reading of the pass: the plan, the states from which every span's statistics start, and of a reading that a
-    statistic has asked for which tensors are read. Merges are done in the first one."""
+    statistic has asked for which tensors are read, whole or (where there are first elements) only those blocks of the
+    grid. Merges are done in the first reading."""
 
     plan: PassPlan
     states: Mapping[str, Any]
-    only: frozenset[str] | None = None
+    only: Mapping[str, frozenset[int] | None] | None = None
     fused: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     """What this process has worked out about the jobs' functions; never sent."""
+
+    def wanted(self, unit: Unit) -> Unit:
+        """What of a unit this reading reads."""
+        if self.only is None:
+            return unit
+        pieces: list[Piece] = []
+        for name, start, stop in unit:
+            if self.only.get(name, frozenset()) is None:
+                pieces.append((name, start, stop))
+            for block in sorted(self.only.get(name) or ()):
+                if start <= block < stop:
+                    pieces.append((name, block, min(block + GRID, stop)))
+        return tuple(pieces)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "fused": {}}

@@ -25,6 +25,8 @@ from mergecore.staging import Launched, Stage, in_smaller_windows
 
 WORTH_BUILDING = 1 << 24
 """Elements of a pass from which on a fused loop that is not at hand is built."""
+LOOK = 1 << 16
+"""Elements at once of a block in which a statistic looks for something: its values stay in the processor's cache."""
 TAME = "its experts are finite, its result is not: choose a smaller scale or a wider dtype"
 """What to do about values of a result that are not finite."""
 
@@ -47,10 +49,11 @@ def run_span(round: Round, number: int) -> SpanOutcome:
     outcome.states = {job.key: copy.deepcopy(round.states[job.key]) for job in observers}
     work = _Work(round, outcome, open_merges, observers)
     with torch.inference_mode():
-        for place, unit in enumerate(span):
-            if place + 1 < len(span):
-                expect(plan, span[place + 1])
-            readings = [Reading(plan, *piece) for piece in unit if round.only is None or piece[0] in round.only]
+        units = [wanted for unit in span if (wanted := round.wanted(unit))]
+        for place, unit in enumerate(units):
+            if place + 1 < len(units):
+                expect(plan, units[place + 1])
+            readings = [Reading(plan, *piece) for piece in unit]
             for reading in readings:
                 work.observe(reading)
                 work.merge(reading)
@@ -65,9 +68,10 @@ def run_span(round: Round, number: int) -> SpanOutcome:
 
 @dataclass
 class _Counted:
-    """Counts of one tensor under way: of which scans, how many results each has, and the bins."""
+    """Counts of a part of a tensor under way: of which scans, how many results each has, and the bins."""
 
     tensor: str
+    start: int
     jobs: list[tuple[StatisticJob, int]]
     windows: int
     bins: NDArray[np.uint32]
@@ -92,7 +96,9 @@ class _Work:
 
     def observe(self, reading: Reading) -> None:
         """Show every statistic the piece: counts window by window, all scans that count by one function in one loop; the
-        rest block by block of the grid, for their sums must not depend on any other cut."""
+        rest block by block of the grid, for their sums must not depend on any other cut, or what they look for in it."""
+        only = self.round.only
+        step = LOOK if only is not None and only[reading.name] is not None else GRID
         groups: dict[Any, list[tuple[StatisticJob, Counting]]] = {}
         for job in self.observers:
             if reading.name not in job.selection or reading.start == reading.stop:
@@ -100,14 +106,17 @@ class _Work:
             place = reading.place(job.experts)
             counting = job.statistic.counting(self.outcome.states[job.key], place, job.statistics)
             if counting is None:
-                for start, stop in _cut(reading, GRID):
+                for start, stop in _cut(reading, step):
                     reading.window(start, stop)
-                    self._add(job, reading)
+                    place = reading.place(job.experts)
+                    if job.statistic.counting(self.outcome.states[job.key], place, job.statistics) is None:
+                        self._add(job, reading)
             elif counting.windows != ():
                 per = len(counting.windows[0]) if counting.windows else 0
-                groups.setdefault((counting.patterns, per, job.statistic.whole), []).append((job, counting))
-        for (_, per, whole), group in groups.items():
-            self._count(reading, group, per, whole)
+                kind = (counting.patterns, per, job.statistic.whole, counting.by_block)
+                groups.setdefault(kind, []).append((job, counting))
+        for (_, per, whole, by_block), group in groups.items():
+            self._count(reading, group, per, whole, by_block)
 
     def _add(self, job: StatisticJob, reading: Reading) -> None:
         try:
@@ -120,7 +129,9 @@ class _Work:
             return
         self.outcome.states[job.key] = job.statistic.add(self.outcome.states[job.key], block, job.statistics)
 
-    def _count(self, reading: Reading, group: list[tuple[StatisticJob, Counting]], per: int, whole: bool) -> None:
+    def _count(
+        self, reading: Reading, group: list[tuple[StatisticJob, Counting]], per: int, whole: bool, by_block: bool
+    ) -> None:
         positions = sorted({position for job, _ in group for position in job.experts})
         key = tuple(job.key for job, _ in group)
         function = _together([(one, [positions.index(p) for p in job.experts]) for job, one in group])
@@ -128,8 +139,8 @@ class _Work:
             {f"job {number}": one.arguments for number, (_, one) in enumerate(group)}
         )
         windows = [window for _, one in group for result in one.windows or () for window in result]
-        bins = self._bins(reading.name, key, group, per)
         for start, stop in _cut(reading, WINDOW):
+            bins = self._bins(reading.name, start // GRID * GRID if by_block else 0, key, group, per)
             reading.window(start, stop)
             if given.count(reading.chunk(positions, with_base=True), windows, bins):
                 if not whole:
@@ -146,15 +157,17 @@ class _Work:
         )
         bins = empty_bins(counting.results, per)
         given.count(reading.chunk(job.experts, with_base=True), [w for r in counting.windows or () for w in r], bins)
-        self._hand_over(_Counted(reading.name, [(job, counting.results)], per, bins))
+        self._hand_over(_Counted(reading.name, 0, [(job, counting.results)], per, bins))
 
-    def _bins(self, tensor: str, key: Any, group: list[tuple[StatisticJob, Counting]], per: int) -> NDArray[np.uint32]:
+    def _bins(
+        self, tensor: str, start: int, key: Any, group: list[tuple[StatisticJob, Counting]], per: int
+    ) -> NDArray[np.uint32]:
         held = self.counted.get(key)
-        if held is None or held.tensor != tensor:
+        if held is None or (held.tensor, held.start) != (tensor, start):
             if held is not None:
                 self._hand_over(held)
             jobs = [(job, one.results) for job, one in group]
-            held = _Counted(tensor, jobs, per, empty_bins(sum(results for _, results in jobs), per))
+            held = _Counted(tensor, start, jobs, per, empty_bins(sum(results for _, results in jobs), per))
             self.counted[key] = held
         return held.bins
 
@@ -168,7 +181,8 @@ class _Work:
         counts = [_sparse(part, 0 if held.windows else -HALF) for part in counts_of(held.bins, held.windows)]
         for job, results in held.jobs:
             own, counts = counts[: results * max(held.windows, 1)], counts[results * max(held.windows, 1) :]
-            self.outcome.states[job.key] = job.statistic.counted(self.outcome.states[job.key], held.tensor, own)
+            state = self.outcome.states[job.key]
+            self.outcome.states[job.key] = job.statistic.counted(state, held.tensor, held.start, own)
 
     # --- merges -------------------------------------------------------------------------------------------------
 

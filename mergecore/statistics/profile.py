@@ -45,7 +45,7 @@ class Profile(Statistic):
         """The high half-words of every magnitude."""
         return Counting(magnitudes, {"drawn": drawn_for(self.drop, block, statistics)})
 
-    def counted(self, state: State, tensor: str, counts: Sequence[Sparse]) -> State:
+    def counted(self, state: State, tensor: str, start: int, counts: Sequence[Sparse]) -> State:
         """Counts added."""
         state[tensor] = joined(state.get(tensor), counts[0])
         return state

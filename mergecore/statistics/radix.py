@@ -45,8 +45,8 @@ def joined(left: Sparse | None, right: Sparse) -> Sparse:
     return bins, counts
 
 
-def bin_of_rank(counts: Iterable[Sparse], rank: int) -> tuple[int, int]:
-    """The bin that holds the rank-th largest element, and how many lie in higher bins."""
+def bin_of_rank(counts: Iterable[Sparse], rank: int) -> tuple[int, int, int]:
+    """The bin that holds the rank-th largest element, how many lie in higher bins, and how many in it."""
     total: Sparse | None = None
     for part in counts:
         total = joined(total, part)
@@ -54,41 +54,49 @@ def bin_of_rank(counts: Iterable[Sparse], rank: int) -> tuple[int, int]:
     bins, held = total
     above: NDArray[np.int64] = held[::-1].cumsum() - held[::-1]
     position = int(np.searchsorted(above, rank, side="left")) - 1
-    return int(bins[::-1][position]), int(above[position])
+    return int(bins[::-1][position]), int(above[position]), int(held[::-1][position])
 
 
 @dataclass
 class OrderStatistic:
-    """The rank-th largest value (rank ≥ 1): `locate` after the first scan, `count` in the second, then `settle`.
+    """The rank-th largest value (rank ≥ 1): `locate` after the first scan, `counted` in the second; it is found as soon as
+    everything inside the bin has been counted.
 
-    low: counts of the low half-words inside the bin, by the name they were counted under (tensors, say); once `value`
-    is known only those equal to it. above: how many values are larger.
+    low: counts of the low half-words inside the bin, by what they were counted under (tensor and block, say); once
+    `value` is known only those equal to it. above: how many values are larger.
     """
 
     rank: int
     bin: int = -1
     above: int = 0
-    low: dict[str, Sparse] = field(default_factory=dict)
+    low: dict[tuple[str, int], Sparse] = field(default_factory=dict)
+    left: int = 0
+    """How many values inside the bin have not been counted yet."""
     value: int = -1
     """The pattern of the value found; −1, which no value has, before."""
 
     def locate(self, counts: Iterable[Sparse]) -> None:
         """Find the bin from the counts of the high half-words."""
-        self.bin, self.above = bin_of_rank(counts, self.rank)
+        self.bin, self.above, self.left = bin_of_rank(counts, self.rank)
 
-    def counted(self, name: str, counts: Sparse) -> None:
+    def counted(self, name: tuple[str, int], counts: Sparse) -> None:
         """Take in counts of the low half-words inside the bin."""
         if len(counts[0]):
             self.low[name] = joined(self.low.get(name), counts)
+            self.left -= int(counts[1].sum())
+            if self.left == 0:
+                self._settle()
 
     def join(self, other: OrderStatistic) -> None:
-        """Add what another worker counted."""
-        for name, counts in other.low.items():
-            self.low[name] = joined(self.low.get(name), counts)
+        """Add what another worker counted, from the same start."""
+        if other.left == 0:
+            self.low, self.left, self.above, self.value = other.low, 0, other.above, other.value
+        elif self.left:
+            for name, counts in other.low.items():
+                self.counted(name, counts)
 
-    def settle(self) -> None:
-        """Fix the value, and what lies above and at it."""
-        low, above = bin_of_rank(self.low.values(), self.rank - self.above)
+    def _settle(self) -> None:
+        low, above, _ = bin_of_rank(self.low.values(), self.rank - self.above)
         self.above += above
         self.value = (self.bin << 16) | low
         self.low = {name: (bins[bins == low], held[bins == low]) for name, (bins, held) in self.low.items()}

@@ -7,13 +7,15 @@ bin that holds the wanted rank, which gives the r-th largest |τ| to the last bi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from math import floor
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from mergecore.identity import GRID
 from mergecore.kernels.run import materialised
 from mergecore.method import (
     Block,
@@ -46,22 +48,32 @@ class Group:
     order: OrderStatistic
     needed: int = 0
     """How many of the elements exactly at the threshold are still to be kept (count exact)."""
-    cut: tuple[str, int] | None = None
-    """Tensor and flat index of the last element at the threshold that is kept; None where all of them are."""
-    ties: dict[int, int] = field(default_factory=dict)
-    block: int = -1
+    block: tuple[str, int] | None = None
+    """Tensor and first element of the block in which the last of them lies that is kept; None where all of them are."""
+    cut: int = -1
+    """Its flat index, once it is found."""
+
+    def holds_cut(self, block: Block) -> bool:
+        """Whether the last one may lie in this part of a tensor."""
+        if self.block is None or block.name != self.block[0]:
+            return False
+        return block.start < self.block[1] + GRID and self.block[1] < block.stop
 
 
 @dataclass
 class ThresholdState:
-    """The groups, and which of the scans is under way: 'low', 'count' or 'locate'."""
+    """The groups, and whether the last elements that are kept are being looked for."""
 
     groups: list[Group]
-    scan: str = "low"
+    looking: bool = False
 
     def group_of(self, tensor: str) -> Group:
         """The group that ranks this tensor."""
-        return self.groups[0] if len(self.groups) == 1 else next(g for g in self.groups if tensor in g.tensors)
+        return self.groups[0] if len(self.groups) == 1 else self._by_tensor[tensor]
+
+    @cached_property
+    def _by_tensor(self) -> dict[str, Group]:
+        return {tensor: group for group in self.groups for tensor in group.tensors}
 
 
 class Threshold(Statistic):
@@ -95,8 +107,8 @@ class Threshold(Statistic):
 
     @property
     def readings(self) -> int:
-        """Once; twice more for the few tensors in which the last element to keep is to be found."""
-        return 3 if self.count == "exact" else 1
+        """Once; for count exact also the blocks in which the last element to keep lies, one for each ranking."""
+        return 1
 
     def rank(self, total: int) -> int:
         """How many of `total` elements are wanted."""
@@ -122,70 +134,50 @@ class Threshold(Statistic):
         return ThresholdState(groups)
 
     def counting(self, state: ThresholdState, block: Block, statistics: Statistics) -> Counting | None:
-        """In the first scan the low half-words inside the bin."""
-        if state.scan != "low":
+        """In the first scan the low half-words inside the bin; then it looks into the blocks that hold a cut."""
+        group = state.group_of(block.name)
+        if state.looking and group.cut < 0 and group.holds_cut(block):
             return None
-        order = state.group_of(block.name).order
+        windows = () if state.looking or not group.order.rank else ((group.order.bin,),)
         arguments = {"drawn": drawn_for(self.drop, block, statistics)}
-        return Counting(magnitudes, arguments, 1, ((order.bin,),) if order.rank else ())
+        return Counting(magnitudes, arguments, 1, windows, by_block=self.count == "exact")
 
-    def counted(self, state: ThresholdState, tensor: str, counts: Sequence[Sparse]) -> ThresholdState:
-        """The group's counts; by tensor only where the one that holds the cut will be looked for."""
-        state.group_of(tensor).order.counted(tensor if self.count == "exact" else "", counts[0])
+    def counted(self, state: ThresholdState, tensor: str, start: int, counts: Sequence[Sparse]) -> ThresholdState:
+        """The group's counts; by block only where the one that holds the cut will be looked for."""
+        state.group_of(tensor).order.counted((tensor, start) if self.count == "exact" else ("", 0), counts[0])
         return state
 
     def add(self, state: ThresholdState, block: Block, statistics: Statistics) -> ThresholdState:
-        """For count exact: where in its tensor, then where in its block the last one kept lies."""
+        """For count exact: where in its block, which comes in parts from the first on, the last one kept lies."""
         group = state.group_of(block.name)
-        if group.cut is None or block.name != group.cut[0]:
-            return state
         deltas = [delta.reshape(-1) for delta in block.experts]
         arguments = {"drawn": drawn_for(self.drop, block, statistics)}
         pattern = magnitudes(deltas, **materialised(arguments, block.start, deltas[0].numel(), deltas[0].device))[0]
-        if state.scan == "count":
-            group.ties[block.start] = int((pattern == group.order.value).sum())
-        elif block.start == group.block:
-            position = int((pattern == group.order.value).nonzero()[group.needed - 1])
-            group.cut = (block.name, block.start + position)
+        equal = pattern == group.order.value
+        here = int(equal.sum())
+        if group.needed <= here:
+            group.cut = block.start + int(equal.nonzero()[group.needed - 1])
+        group.needed -= here
         return state
 
     def combine(self, left: ThresholdState, right: ThresholdState) -> ThresholdState:
-        """Join what two workers counted."""
+        """Join what two workers counted or found."""
         for ours, theirs in zip(left.groups, right.groups, strict=True):
-            if left.scan == "low":
+            if not left.looking:
                 ours.order.join(theirs.order)
-            ours.ties.update(theirs.ties)
-            if ours.cut and theirs.cut and theirs.cut[1] > ours.cut[1]:
-                ours.cut = theirs.cut
+            ours.cut = max(ours.cut, theirs.cut)
         return left
 
     def finish(
         self, state: ThresholdState, selection: Mapping[str, TensorInfo], statistics: Statistics
     ) -> Result | Rescan:
-        """The thresholds; for count exact first two more scans of the tensors in which a cut lies."""
-        for group in state.groups:
-            if group.order.rank and state.scan == "low":
-                self._settle(group)
-            elif group.cut and state.scan == "count":
-                _descend(group)
-        waiting = tuple(sorted(group.cut[0] for group in state.groups if group.cut))
-        if waiting and state.scan != "locate":
-            return Rescan(ThresholdState(state.groups, {"low": "count", "count": "locate"}[state.scan]), waiting)
+        """The thresholds; for count exact first a look into the blocks in which a cut lies."""
+        if not state.looking and self.count == "exact":
+            waiting = [group for group in state.groups if group.order.rank and _descend(group)]
+            if waiting:
+                blocks = tuple(sorted(group.block for group in waiting if group.block))
+                return Rescan(ThresholdState(state.groups, looking=True), blocks)
         return Result({}, self._numbers(state))
-
-    def _settle(self, group: Group) -> None:
-        """Fix the threshold from the low half-words, and for count exact the tensor in which the last one kept lies."""
-        order = group.order
-        order.settle()
-        group.needed = order.rank - order.above
-        if self.count != "exact" or group.needed == order.equal():
-            return
-        for name in sorted(order.low):
-            here = int(order.low[name][1].sum())
-            if group.needed <= here:
-                group.cut = (name, -1)
-                return
-            group.needed -= here
 
     def _numbers(self, state: ThresholdState) -> dict[str, Any]:
         orders = [group.order for group in state.groups]
@@ -195,7 +187,7 @@ class Threshold(Statistic):
                 "bits": group.order.value,
                 "above": group.order.above,
                 "equal": group.order.equal(),
-                "cut": list(group.cut) if group.cut else None,
+                "cut": [group.block[0], group.cut] if group.block else None,
                 "kept": here,
             }
             for group, here in zip(state.groups, kept, strict=True)
@@ -206,13 +198,19 @@ class Threshold(Statistic):
         return {"groups": groups, "tensors": names, "kept": sum(kept), "of": of, "density": share}
 
 
-def _descend(group: Group) -> None:
-    """From the ties per block to the block in which the last one kept lies."""
-    for start in sorted(group.ties):
-        if group.needed <= group.ties[start]:
-            group.block = start
-            return
-        group.needed -= group.ties[start]
+def _descend(group: Group) -> bool:
+    """Find the block in which the last one kept lies, from how many each has at the threshold; whether some of them go."""
+    order = group.order
+    group.needed = order.rank - order.above
+    if group.needed == order.equal():
+        return False
+    for block in sorted(order.low):
+        here = int(order.low[block][1].sum())
+        if group.needed <= here:
+            group.block = block
+            break
+        group.needed -= here
+    return True
 
 
 def threshold_of(found: Found, tensor: str) -> tuple[float, int]:

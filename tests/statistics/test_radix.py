@@ -54,10 +54,9 @@ def test_equals_a_full_sort(kind: str, workers: int) -> None:
         for number, (state, part) in enumerate(zip(states, parts, strict=True)):
             state.locate(high)
             inside = part[(part >> 16) == state.bin] & (BINS - 1)
-            state.counted(f"tensor {number % 2}", sparse(inside))
+            state.counted((f"tensor {number % 2}", 0), sparse(inside))
         for state in states[1:]:
             states[0].join(state)
-        states[0].settle()
         expected = ordered[rank - 1]
         assert value_of(states[0].value) == float(expected)
         assert states[0].above == int((flat > expected).sum())
