@@ -13,13 +13,14 @@ from benchmarks.machine import cores
 from benchmarks.models import model_folders, weights
 from flows.budget import passes_of, sensible_memory
 from flows.session import resolver
+from mergecore.events import silent
 from mergecore.kernels.library import Library
 from mergecore.merging import InProcess
-from mergecore.method import silent
 from mergecore.plan import MergeBuilder, MergePlan, StatisticPlan
 from mergecore.pool import Pool, Resolver, resolve_pool
 from mergecore.registry import method_from
 from mergecore.run import Done, Place, fetch, run_merges, run_statistics, snapshots_of
+from mergecore.sources.digests import DigestCache
 from mergecore.spec import BaseSpec, ExpertSpec
 from mergecore.store import State, Store
 
@@ -30,7 +31,7 @@ SHARD = 5_000_000_000
 @functools.cache
 def _resolver() -> Resolver:
     """One for the process: every file is hashed once."""
-    return resolver(None)
+    return resolver(DigestCache())
 
 
 def pool_in(folder: Path, experts: int) -> Pool:

@@ -38,9 +38,10 @@ from torch import Tensor
 from benchmarks.loops import WatchedLibrary, watched_library
 from benchmarks.machine import Run, Table, add_common, cores, median, number, print_company, process_run, write_json
 from mergecore.delta import FullExpert
+from mergecore.events import silent
 from mergecore.kernels.run import Chunk, Fused, Given
 from mergecore.merging import find_statistics
-from mergecore.method import Beside, Block, DataStatistic, Method, Per, silent
+from mergecore.method import Beside, Block, DataStatistic, Method, Per
 from mergecore.reading import WINDOW
 from mergecore.registry import METHODS, method_from
 from mergecore.snapshot import MemoryTensors

@@ -45,8 +45,9 @@ from benchmarks.machine import (
 )
 from mergecore.delta import FullExpert
 from mergecore.engine import run_pass
+from mergecore.events import silent
 from mergecore.merging import InProcess
-from mergecore.method import Found, Per, Result, Statistic, Statistics, silent
+from mergecore.method import Found, Per, Result, Statistic, Statistics
 from mergecore.passes import PassPlan, StatisticJob, plan_spans
 from mergecore.snapshot import MemoryTensors
 from mergecore.statistics.profile import Profile

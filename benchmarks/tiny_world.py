@@ -119,7 +119,7 @@ def write_spec(
 def score(model: Path, tasks: Path, names: list[str]) -> dict[str, float]:
     """The accuracy of the model in a folder on each task, on test items."""
     from mergecore.evaluators.classification import Classification
-    from mergecore.method import silent
+    from mergecore.events import silent
     from mergecore.snapshot import open_files
 
     evaluator = Classification(model=FACTORY)

@@ -105,23 +105,30 @@ def merge(
     """
     began = time.time()
     with errors():
-        from flows.budget import cores, readable, sensible_memory
-        from flows.overview import recipe_text
-        from flows.session import digest_cache, loops, resolver
-        from flows.terminal import progress
-        from mergecore.merging import InProcess
-        from mergecore.product import PRODUCT, open_product
-        from mergecore.recipe_files import merge_file
-        from mergecore.spec import size_in_bytes
+        from flows.startup import digest_cache, hash_ahead, quick_imports
+
+        digests = digest_cache()
+        if out is not None and not show:
+            hash_ahead(recipe, digests)
+
+        with quick_imports():
+            from flows.budget import cores, readable, sensible_memory
+            from flows.overview import recipe_text
+            from flows.session import loops, resolver
+            from flows.terminal import progress
+            from mergecore.merging import InProcess
+            from mergecore.product import PRODUCT, open_product
+            from mergecore.recipe_files import merge_file
+            from mergecore.spec import size_in_bytes
 
         if show:
-            click.echo(recipe_text(recipe, resolver(digest_cache())))
+            click.echo(recipe_text(recipe, resolver(digests)))
             return
         if out is None:
             raise click.UsageError("OUT is missing: the new folder for the model (or --show to print the recipe)")
         stages = {"start": time.time() - process_start(began)}
         with progress() as report:
-            find, executor = resolver(digest_cache(), report), InProcess(workers or cores())
+            find, executor = resolver(digests, report), InProcess(workers or cores())
             done = merge_file(
                 recipe, out, find, executor, report, durable=durable, intermediates=intermediates, library=loops(),
                 memory=size_in_bytes(memory) if memory else sensible_memory(), store=store,
@@ -188,7 +195,8 @@ def extract_lora(
     with errors():
         from flows.budget import cores, readable
         from flows.overview import extraction_text
-        from flows.session import digest_cache, resolver
+        from flows.session import resolver
+        from flows.startup import digest_cache
         from flows.terminal import progress
         from mergecore.extraction import extract_lora as extract
         from mergecore.merging import InProcess
@@ -216,9 +224,12 @@ def plan(spec: Path, cells: bool) -> None:
     do not exist, memory and disk that do not suffice.
     """
     with errors():
-        from flows.budget import check_fit, cores, cost
-        from flows.overview import plan_text
-        from flows.session import open_session
+        from flows.startup import quick_imports
+
+        with quick_imports():
+            from flows.budget import check_fit, cores, cost
+            from flows.overview import plan_text
+            from flows.session import open_session
 
         session = open_session(spec)
         found = cost(session.frontier, session.spec.run.workers or cores())
@@ -242,9 +253,12 @@ def sweep(spec: Path, in_process: bool, workers: int | None, retry_failed: bool,
     MLflow and Dask cluster are started and stopped again.
     """
     with errors():
-        from flows.conduct import conduct
-        from flows.session import open_session
-        from flows.terminal import progress
+        from flows.startup import quick_imports
+
+        with quick_imports():
+            from flows.conduct import conduct
+            from flows.session import open_session
+            from flows.terminal import progress
 
         session = open_session(spec)
         for warning in session.plan.pool.warnings:
@@ -323,7 +337,8 @@ def inspect(source: str) -> None:
     """Show what SOURCE (a directory or hub id) is: kind, tensors, dtypes, layers, digests. Reads headers only."""
     with errors():
         from flows.overview import inspect_text
-        from flows.session import digest_cache, resolver
+        from flows.session import resolver
+        from flows.startup import digest_cache
         from mergecore.snapshot import read_snapshot
         from mergecore.spec import SourceSpec
 

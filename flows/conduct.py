@@ -16,9 +16,9 @@ from flows.budget import check_fit, cores, cost
 from flows.session import Session
 from mergecore.collect import collect
 from mergecore.errors import EvaluationError, ServiceError
+from mergecore.events import Event, Report
 from mergecore.identity import digest
 from mergecore.merging import InProcess
-from mergecore.method import Event, Report
 from mergecore.report import markdown, summarise, write_tables
 from mergecore.run import Done
 from mergecore.scores import CellScores, Sweep

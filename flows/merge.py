@@ -17,7 +17,8 @@ from flows.budget import readable
 from flows.cancelling import cancelling
 from flows.cluster import dask_client
 from flows.pages import logged, run_name, slug
-from flows.session import digest_cache, loops, resolver
+from flows.session import loops, resolver
+from flows.startup import digest_cache
 from mergecore.recipes import read_recipe
 from mergecore.single import Made
 from mergecore.spec import Recipe, as_yaml

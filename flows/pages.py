@@ -10,7 +10,7 @@ from prefect import get_run_logger
 from prefect.runtime import flow_run
 
 from flows.conduct import Outcome
-from mergecore.method import Event, Report
+from mergecore.events import Event, Report
 
 PAGES = {"leaderboard": "Leaderboard", "curves": "Curves", "charts": "Charts", "model": "Registered model"}
 

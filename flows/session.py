@@ -12,15 +12,16 @@ from pathlib import Path
 import torch
 
 from flows.budget import memory_budget
+from flows.startup import cache_folder, digest_cache
+from mergecore.events import Report, silent
 from mergecore.frontier import Frontier
 from mergecore.kernels.library import Library, library_in
-from mergecore.method import Report, silent
 from mergecore.passes import Executor
 from mergecore.plan import Plan, make_plan
 from mergecore.pool import Resolver, resolve_pool
 from mergecore.run import Place
 from mergecore.sources import Source
-from mergecore.sources.local import DigestCache
+from mergecore.sources.digests import DigestCache
 from mergecore.sources.resolve import resolve
 from mergecore.spec import SourceSpec, Spec, parse_spec, read_yaml
 from mergecore.store import Store
@@ -50,9 +51,8 @@ class Session:
         return self.store.root / "sweeps" / self.spec.name
 
 
-def resolver(digests: Path | None, report: Report = silent) -> Resolver:
+def resolver(digests: DigestCache, report: Report = silent) -> Resolver:
     """Finds sources with the hub settings of this environment (HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT, HF_HOME)."""
-    cache = DigestCache(digests)
     token = _token()
 
     def found(source: SourceSpec) -> Source:
@@ -62,7 +62,7 @@ def resolver(digests: Path | None, report: Report = silent) -> Resolver:
             token=token,
             offline=os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
             endpoint=os.environ.get("HF_ENDPOINT"),
-            digests=cache,
+            digests=digests,
             report=report,
         )
 
@@ -80,19 +80,9 @@ def _token() -> str | None:
         return None
 
 
-def digest_cache() -> Path:
-    """Where digests of local files are remembered when there is no store."""
-    return _cache() / "digests.jsonl"
-
-
 def loops() -> Library:
     """Where this user's fused loops are kept."""
-    return library_in(_cache() / "loops")
-
-
-def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME", os.path.join(os.path.expanduser("~"), ".cache"))
-    return Path(home) / "mergeloom"
+    return library_in(cache_folder() / "loops")
 
 
 def open_session(path: Path, report: Report = silent) -> Session:

@@ -25,9 +25,9 @@ from flows.pages import listed, logged, report_page, run_name, slug
 from flows.session import Session, open_session, session_of
 from mergecore.collect import collect
 from mergecore.errors import ServiceError, SpecError, nearest
+from mergecore.events import Report
 from mergecore.frontier import Round, summary
 from mergecore.merging import InProcess
-from mergecore.method import Report
 from mergecore.passes import Executor
 from mergecore.registry import METHODS
 from mergecore.run import Place, drop_models, snapshots_of

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from mergecore.method import Event, Report
+from mergecore.events import Event, Report
 
 QUIET_SECONDS = 5.0
 """Without a terminal a line is written at most this often."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mergecore.events import Event, Report
 from mergecore.identity import model_digest, tensor_digest
-from mergecore.method import Event, Report, Rescan
+from mergecore.method import Rescan, Result
 from mergecore.passes import Executor, PassOutcome, PassPlan, Round, SpanOutcome
 from mergecore.projection import at_once
 from mergecore.span import run_span
@@ -15,9 +17,12 @@ from mergecore.span import run_span
 def run_pass(plan: PassPlan, executor: Executor, report: Report) -> PassOutcome:
     """Complete every job of the plan: one reading for all of them, and rescans where a statistic asks for one."""
     outcome = PassOutcome()
-    states = {job.key: job.statistic.begin(job.selection, job.statistics) for job in plan.statistics}
+    begun = {job.key: job.statistic.begin(job.selection, job.statistics) for job in plan.statistics}
     digests: dict[str, dict[str, dict[int, str]]] = {job.key: {} for job in plan.merges}
-    numbers, round = list(range(len(plan.spans))), Round(plan, states)
+    states, wanted = _sorted_out(plan, begun, outcome)
+    everything = plan.merges or any(not isinstance(one, Rescan | Result) for one in begun.values())
+    round = Round(plan, states, None if everything else wanted)
+    numbers = _read_in(round)
     workers = at_once(plan, executor.workers, plan.memory)
     if workers < executor.workers:
         report(Event(f"memory is for {workers} of {executor.workers} spans at a time"))
@@ -27,9 +32,14 @@ def run_pass(plan: PassPlan, executor: Executor, report: Report) -> PassOutcome:
         gathered = _read_round(round, numbers, executor, report, workers)
         for key, held in gathered.digests.items():
             digests[key].update(held)
-        states, only = _finish_round(plan, gathered.states, outcome)
-        round = Round(plan, states, only)
-        numbers = [number for number, span in enumerate(plan.spans) if any(round.wanted(unit) for unit in span)]
+        finished = {
+            job.key: job.statistic.finish(gathered.states[job.key], job.selection, job.statistics)
+            for job in plan.statistics
+            if job.key in gathered.states
+        }
+        states, wanted = _sorted_out(plan, finished, outcome)
+        round = Round(plan, states, wanted)
+        numbers = _read_in(round)
     for job in plan.merges:
         found = {
             name: tensor_digest([blocks[at] for at in sorted(blocks)]) for name, blocks in digests[job.key].items()
@@ -58,23 +68,28 @@ def _read_round(round: Round, numbers: Sequence[int], executor: Executor, report
     return together
 
 
-def _finish_round(
-    plan: PassPlan, states: Mapping[str, Any], outcome: PassOutcome
-) -> tuple[dict[str, Any], dict[str, frozenset[int] | None]]:
-    """Finish the statistics; returns the states of those that read again, and what of which tensor is read for them."""
-    again: dict[str, Any] = {}
-    only: dict[str, frozenset[int] | None] = {}
+def _sorted_out(
+    plan: PassPlan, found: Mapping[str, Any], outcome: PassOutcome
+) -> tuple[dict[str, bytes], dict[str, frozenset[int] | None]]:
+    """Of what statistics began with or ended in: results go to the outcome; returns the states of those that go on, and
+    what of which tensor the wishes among them name."""
+    states: dict[str, bytes] = {}
+    whole: set[str] = set()
+    blocks: dict[str, set[int]] = {}
     for job in plan.statistics:
-        if job.key not in states:
-            continue
-        finished = job.statistic.finish(states[job.key], job.selection, job.statistics)
-        if isinstance(finished, Rescan):
-            again[job.key] = finished.state
-            for name in job.selection if finished.blocks is None else ():
-                only[name] = None
-            for name, start in finished.blocks or ():
-                held = only.get(name, frozenset())
-                only[name] = None if held is None else held | {start}
-        else:
-            outcome.results[job.key] = finished
-    return again, only
+        one = found.get(job.key)
+        if isinstance(one, Result):
+            outcome.results[job.key] = one
+        elif isinstance(one, Rescan):
+            states[job.key] = pickle.dumps(one.state, pickle.HIGHEST_PROTOCOL)
+            whole.update(job.selection if one.blocks is None else ())
+            for name, start in one.blocks or ():
+                blocks.setdefault(name, set()).add(start)
+        elif job.key in found:
+            states[job.key] = pickle.dumps(one, pickle.HIGHEST_PROTOCOL)
+    return states, {name: frozenset(starts) for name, starts in blocks.items()} | dict.fromkeys(whole)
+
+
+def _read_in(round: Round) -> list[int]:
+    """The spans of which a reading reads something."""
+    return [number for number, span in enumerate(round.plan.spans) if any(round.wanted(unit) for unit in span)]

@@ -18,10 +18,11 @@ from mergecore.adapters import adapter_config, module_of
 from mergecore.architectures import EMBEDDINGS, TRANSPOSED
 from mergecore.delta import Expert
 from mergecore.errors import SpecError, nearest
+from mergecore.events import Event, Report
 from mergecore.identity import GRID
 from mergecore.layout import lay_out
 from mergecore.linear_algebra import nearest_low_rank, squared_norm
-from mergecore.method import Event, Report, TensorInfo, TensorSource
+from mergecore.method import TensorInfo, TensorSource
 from mergecore.output import whole_directory
 from mergecore.passes import Executor
 from mergecore.plan import ENGINE

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from mergecore.delta import AdapterExpert, Factor, adapter_factors
 from mergecore.errors import SpecError
+from mergecore.events import silent
 from mergecore.identity import digest
 from mergecore.layout import tied_names
-from mergecore.method import TensorInfo, TensorSource, silent
+from mergecore.method import TensorInfo, TensorSource
 from mergecore.snapshot import Snapshot
 
 

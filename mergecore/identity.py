@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,16 +79,6 @@ def _plain(value: Any, where: str) -> Json:
 def digest(value: Any) -> str:
     """SHA-256 (hex) over the canonical JSON of `value`."""
     return hashlib.sha256(canonical(value)).hexdigest()
-
-
-def file_sha256(path: Path, chunk: int = 1 << 20) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    state = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        buffer = memoryview(bytearray(chunk))
-        while size := file.readinto(buffer):
-            state.update(buffer[:size])
-    return state.hexdigest()
 
 
 class BlockDigests:

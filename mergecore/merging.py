@@ -13,22 +13,11 @@ from mergecore.adapters import AdapterMethod
 from mergecore.delta import Expert, FullExpert
 from mergecore.engine import run_pass
 from mergecore.errors import SpecError
+from mergecore.events import Report, silent
 from mergecore.kernels.library import Library
 from mergecore.layout import SelectRule, check_fit, check_left_out, lay_out
 from mergecore.linear_algebra import squared_norm
-from mergecore.method import (
-    BEFORE,
-    DataStatistic,
-    Found,
-    Link,
-    Method,
-    Report,
-    Scope,
-    Statistic,
-    Statistics,
-    TensorInfo,
-    silent,
-)
+from mergecore.method import BEFORE, DataStatistic, Found, Link, Method, Scope, Statistic, Statistics, TensorInfo
 from mergecore.passes import MergeJob, PassPlan, StatisticJob, coarsest, plan_spans
 from mergecore.snapshot import MERGED, NAMES, MemoryTensors
 from mergecore.writer import MemorySink

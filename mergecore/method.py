@@ -25,23 +25,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Tag
 from torch import Tensor
 
 from mergecore.errors import SpecError
-
-Report = Callable[["Event"], None]
-"""Where progress goes. Nothing in mergecore prints."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something worth telling: what is being done, how much of it is done, out of how much, in which unit."""
-
-    what: str
-    done: float = 0
-    total: float = 0
-    unit: str = ""
-
-
-def silent(event: Event) -> None:
-    """A `report` that says nothing."""
+from mergecore.events import Report
 
 
 @dataclass(frozen=True)
@@ -213,7 +197,8 @@ class Statistic(Plugin, ABC):
 
     @abstractmethod
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Any:
-        """The empty state for the tensors that are merged and counted."""
+        """The empty state for the tensors that are merged and counted; with it the wish to read only some of their blocks
+        (`Rescan`), or the result, where nothing has to be read."""
 
     def counting(self, state: Any, block: Block, statistics: Statistics) -> Counting | None:
         """What this scan counts of the block (of which only the place is known); None where it has to `add` it."""

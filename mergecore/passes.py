@@ -161,12 +161,12 @@ def coarsest(methods: Sequence[Method | Link]) -> Per:
 
 @dataclass(frozen=True)
 class Round:
-    """One reading of the pass: the plan, the states from which every span's statistics start, and of a reading that a
-    statistic has asked for which tensors are read, whole or (where there are first elements) only those blocks of the
+    """One reading of the pass: the plan, the states from which every span's statistics start (pickled: each span has its
+    own, and unpickling is the fastest copy), and of a reading that a statistic has asked for which tensors are read, whole or (where there are first elements) only those blocks of the
     grid. Merges are done in the first reading."""
 
     plan: PassPlan
-    states: Mapping[str, Any]
+    states: Mapping[str, bytes]
     only: Mapping[str, frozenset[int] | None] | None = None
     fused: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     """What this process has worked out about the jobs' functions; never sent."""

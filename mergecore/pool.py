@@ -12,10 +12,11 @@ from typing import Any
 from mergecore.architectures import layer_of
 from mergecore.delta import AdapterExpert, Expert, Factor, FullExpert, adapter_factors
 from mergecore.errors import MismatchError, SourceError, SpecError
+from mergecore.events import Event, Report
 from mergecore.folded import folded
 from mergecore.identity import Step, digest
 from mergecore.layout import SelectRule, check_fit, check_left_out, tied_names
-from mergecore.method import Event, Report, TensorInfo, TensorSource
+from mergecore.method import TensorInfo, TensorSource
 from mergecore.snapshot import Snapshot, read_json, read_snapshot
 from mergecore.sources import Source
 from mergecore.spec import BaseSpec, ExpertSpec, SourceSpec

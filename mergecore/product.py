@@ -21,9 +21,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergecore.errors import SourceError, SpecError, nearest
+from mergecore.events import Event, Report
 from mergecore.identity import GRID, BlockDigests, model_digest, tensor_digest
 from mergecore.masks import MASK, MaskedModel
-from mergecore.method import Event, Report, TensorInfo, TensorSource
+from mergecore.method import TensorInfo, TensorSource
 from mergecore.output import whole_directory
 from mergecore.plan import MergePlan
 from mergecore.pool import Pool

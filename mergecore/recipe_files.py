@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mergecore.errors import SpecError
+from mergecore.events import Report
 from mergecore.kernels.library import Library
 from mergecore.mergekit.document import is_mergekit
-from mergecore.method import Report
 from mergecore.passes import Executor
 from mergecore.pool import Resolver
 from mergecore.recipes import Order, Translator, read_orders

@@ -29,22 +29,12 @@ from mergecore.delta import AdapterExpert, Expert, FullExpert
 from mergecore.engine import run_pass
 from mergecore.errors import EvaluationError, MergeloomError, ServiceError
 from mergecore.evaluators import Evaluator, Resident, Split, TaskIdentity
+from mergecore.events import Event, Report, silent
 from mergecore.folded import FoldedSnapshot
 from mergecore.frontier import Scoring
 from mergecore.identity import Step, block_digests, model_digest, tensor_digest
 from mergecore.kernels.library import Library
-from mergecore.method import (
-    DataStatistic,
-    Event,
-    Found,
-    Link,
-    Report,
-    Result,
-    Statistic,
-    TensorInfo,
-    TensorSource,
-    silent,
-)
+from mergecore.method import DataStatistic, Found, Link, Result, Statistic, TensorInfo, TensorSource
 from mergecore.passes import Executor, MergeJob, PassOutcome, PassPlan, StatisticJob, coarsest, plan_spans
 from mergecore.plan import MergePlan, StatisticPlan
 from mergecore.pool import Pool, opened, snapshot_step
@@ -638,7 +628,7 @@ def _score_task(store: Store, held: Resident, identity: TaskIdentity, step: Step
 
 def table_digest(path: Path) -> str:
     """SHA-256 of a table's file."""
-    from mergecore.identity import file_sha256
+    from mergecore.sources.digests import file_sha256
 
     return file_sha256(path)
 

@@ -14,10 +14,11 @@ from typing import Any
 from mergecore.adapter_files import write_config, write_copy
 from mergecore.adapters import ADAPTER, AdapterMethod, adapter_config
 from mergecore.errors import MergeloomError, SpecError, StoreError, nearest
+from mergecore.events import Report
 from mergecore.folded import FoldedSnapshot
 from mergecore.identity import Step
 from mergecore.kernels.library import Library
-from mergecore.method import BEFORE, Report
+from mergecore.method import BEFORE
 from mergecore.output import WORK, whole_directory
 from mergecore.passes import Executor
 from mergecore.plan import MergeBuilder, MergePlan, StatisticPlan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ def run_span(round: Round, number: int) -> SpanOutcome:
         if found is None:
             open_merges.append(job)
     observers = [job for job in plan.statistics if job.key in round.states]
-    outcome.states = {job.key: copy.deepcopy(round.states[job.key]) for job in observers}
+    outcome.states = {job.key: pickle.loads(round.states[job.key]) for job in observers}
     work = _Work(round, outcome, open_merges, observers)
     with torch.inference_mode():
         units = [wanted for unit in span if (wanted := round.wanted(unit))]

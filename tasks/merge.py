@@ -9,8 +9,8 @@ from prefect import task
 from prefect.client.schemas.objects import State
 
 from mergecore import single
+from mergecore.events import Report
 from mergecore.kernels.library import Library
-from mergecore.method import Report
 from mergecore.passes import Executor
 from mergecore.pool import Resolver
 from mergecore.run import run_merges

@@ -24,7 +24,7 @@ from distributed import Client, wait
 from distributed.scheduler import KilledWorker
 
 from mergecore.errors import ServiceError
-from mergecore.method import Event, Report
+from mergecore.events import Event, Report
 from mergecore.store import Store
 
 PRIORITIES = {"run_span": 20, "find_on_data": 10}

@@ -29,8 +29,8 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from mergecore.errors import ServiceError
-from mergecore.identity import file_sha256
 from mergecore.scores import Sweep
+from mergecore.sources.digests import file_sha256
 from mergecore.summary import NO_CHANCE, TEST, VALIDATION, summarise
 from tasks import records, runs, versions, views
 from tasks.notes import sweep_note

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mergecore.identity import file_sha256
+from mergecore.sources.digests import file_sha256
 
 FACTORY = "tests.digits:digits_cnn"
 """What a spec's `evaluate.model` says for these checkpoints."""

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from mergecore.collect import collect
+from mergecore.events import Report, silent
 from mergecore.frontier import Frontier, read_registration
 from mergecore.merging import InProcess
-from mergecore.method import Report, silent
 from mergecore.plan import Cell, Plan, make_plan
 from mergecore.pool import resolve_pool
 from mergecore.run import Done, Place

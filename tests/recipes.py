@@ -9,11 +9,11 @@ import yaml
 from click.testing import CliRunner, Result
 
 from flows.cli import main
+from mergecore.events import silent
 from mergecore.merging import InProcess
-from mergecore.method import silent
 from mergecore.single import Made, merge_recipe
 from mergecore.sources import Source
-from mergecore.sources.local import DigestCache
+from mergecore.sources.digests import DigestCache
 from mergecore.sources.resolve import resolve
 from mergecore.spec import SourceSpec, parse_recipe
 

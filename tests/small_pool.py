@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mergecore.events import Report, silent
 from mergecore.merging import InProcess
-from mergecore.method import Report, silent
 from mergecore.passes import Executor
 from mergecore.plan import MergeBuilder, MergePlan
 from mergecore.pool import Member, Pool, resolve_pool

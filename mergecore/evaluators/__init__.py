@@ -15,7 +15,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import torch
 
-from mergecore.method import Calibration, Plugin, Report, TensorSource
+from mergecore.events import Report
+from mergecore.method import Calibration, Plugin, TensorSource
 
 Split = Literal["validation", "test"]
 

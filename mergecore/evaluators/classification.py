@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from mergecore.errors import EvaluationError, NonFiniteError, SpecError, nearest
 from mergecore.evaluators import Evaluator, Resident, Split, TaskIdentity
 from mergecore.evaluators.weights import blank, check_fit, fill
-from mergecore.identity import digest, file_sha256
-from mergecore.method import Event, Report, TensorSource
+from mergecore.events import Event, Report
+from mergecore.identity import digest
+from mergecore.method import TensorSource
+from mergecore.sources.digests import file_sha256
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

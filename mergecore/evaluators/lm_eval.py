@@ -35,7 +35,8 @@ from mergecore.evaluators.lm_tasks import (
     tasks_in,
 )
 from mergecore.evaluators.weights import blank, check_fit, fill, mismatches
-from mergecore.method import Event, Report, TensorSource
+from mergecore.events import Event, Report
+from mergecore.method import TensorSource
 
 __all__ = ["LmEval", "results_json"]
 

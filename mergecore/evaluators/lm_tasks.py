@@ -21,7 +21,7 @@ import yaml
 
 from mergecore.errors import EvaluationError, nearest
 from mergecore.evaluators import Split
-from mergecore.identity import file_sha256
+from mergecore.sources.digests import file_sha256
 
 READERS = ("json", "parquet", "csv", "text")
 """Values of `dataset_path` that read local files; their digests stand for the data."""

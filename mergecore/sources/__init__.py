@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergecore.method import Report
+from mergecore.events import Report
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,20 @@ class Source(ABC):
     """How a person names it: the path, or hub-id@commit."""
     revision: str | None
     """The commit it was resolved to, None for a local directory."""
+    _files: Mapping[str, SourceFile] | None = None
 
     @property
-    @abstractmethod
     def files(self) -> Mapping[str, SourceFile]:
-        """Every file that matters (weights, index, config, tokenizer, chat template, adapter config), by name."""
+        """Every file that matters (weights, index, config, tokenizer, chat template, adapter config), by name; looked for
+        at the first call."""
+        # Not a cached_property: until Python 3.12 that has one lock for all sources, which could not be hashed side by side.
+        if self._files is None:
+            self._files = self._found()
+        return self._files
+
+    @abstractmethod
+    def _found(self) -> Mapping[str, SourceFile]:
+        """What `files` gives."""
 
     @abstractmethod
     def read(self, name: str, start: int, length: int) -> bytes:

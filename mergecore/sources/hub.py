@@ -13,14 +13,14 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 
 from mergecore.errors import CapacityError, SourceError, nearest
-from mergecore.method import Report
+from mergecore.events import Report
 from mergecore.sources import Source, SourceFile
+from mergecore.sources.digests import DigestCache
 from mergecore.sources.hub_client import LIBRARY, HubClient, Progress, not_cached, other_content
-from mergecore.sources.local import DigestCache, names_below, piece
+from mergecore.sources.local import names_below, piece
 from mergecore.sources.selection import files_that_matter
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -83,8 +83,7 @@ class HubSource(Source):
             return commit
         raise SourceError(problem)
 
-    @cached_property
-    def files(self) -> Mapping[str, SourceFile]:
+    def _found(self) -> Mapping[str, SourceFile]:
         """Every file that matters; the hub tells the digests of large ones, small ones are fetched to hash them."""
         listing = self._listing(self._commit)
         if listing.exists():

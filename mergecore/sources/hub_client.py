@@ -23,9 +23,9 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it exports 
 )
 
 from mergecore.errors import CapacityError, MergeloomError, SourceError
-from mergecore.method import Event, Report, silent
+from mergecore.events import Event, Report, silent
 from mergecore.sources import SourceFile
-from mergecore.sources.local import DigestCache
+from mergecore.sources.digests import DigestCache
 
 LIBRARY = "mergeloom"
 TIMEOUT = 30.0

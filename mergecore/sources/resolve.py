@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 from mergecore.errors import SourceError
-from mergecore.method import Report, silent
+from mergecore.events import Report, silent
 from mergecore.sources import Source
-from mergecore.sources.local import DigestCache, LocalSource, nearest_folder
+from mergecore.sources.digests import DigestCache
+from mergecore.sources.local import LocalSource, nearest_folder
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -11,8 +11,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mergecore.errors import CapacityError, MismatchError, NonFiniteError
+from mergecore.events import Event, Report
 from mergecore.identity import random_key, random_words
-from mergecore.method import Calibration, DataStatistic, Event, Report, Result, TensorInfo
+from mergecore.method import Calibration, DataStatistic, Result, TensorInfo
 
 _MOST_CLASSES = 4096
 """An exact expectation takes one backward pass per class and position; a vocabulary would take days."""

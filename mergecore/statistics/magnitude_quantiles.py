@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from mergecore.method import Block, Counting, Result, Scope, Sparse, Statistic, Statistics, TensorInfo
-from mergecore.statistics.profile import Profile, high_counts, magnitudes
+from mergecore.statistics.profile import Profile, fine_counts, magnitudes
 from mergecore.statistics.radix import OrderStatistic, value_of
 
 State = list[OrderStatistic]
@@ -38,14 +38,14 @@ class MagnitudeQuantiles(Statistic):
         high = max(int(total * (1 - share) - 1), low)
         return total - high, total - low
 
-    def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> State:
-        """Find both bins from the profile."""
+    def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> State | Result:
+        """Find both values from the profile, or their bins."""
         total = sum(info.count for info in selection.values())
-        counts = high_counts(statistics["profile"][0], selection)
+        counts = list(fine_counts(statistics["profile"][0], selection).values())
         state = [OrderStatistic(rank) for rank in self.ranks(total)] if total else []
         for wanted in state:
-            wanted.locate(counts.values())
-        return state
+            wanted.locate_fine(counts)
+        return state if any(wanted.left for wanted in state) else self.finish(state, selection, statistics)
 
     def counting(self, state: State, block: Block, statistics: Statistics) -> Counting:
         """The low half-words inside both bins."""

@@ -1,7 +1,8 @@
-"""The profile of a task vector: per tensor how many |τ| fall into each of 2^15 bins of the bit pattern.
+"""The profile of a task vector: per tensor how many |τ| fall into each of 2^16 bins of the bit pattern.
 
 The bit pattern of a non-negative float32 grows with its value, so the high half-word is a bin number and one scan is
-enough to know in which bin any order statistic lies (specs §0.3, radix selection).
+enough to know in which bin any order statistic lies (specs §0.3, radix selection). Each is two bins here: its smallest
+value, and all others.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from mergecore.method import Block, Counting, Found, Result, Scope, Sparse, Statistic, Statistics, TensorInfo
 from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
-from mergecore.statistics.radix import bits, joined
+from mergecore.statistics.radix import bits, fine, joined
 from mergecore.trims import RandomDrop, dropped
 
 State = dict[str, Sparse]
@@ -27,7 +28,7 @@ class Profile(Statistic):
     """Bit-pattern counts of one expert's delta, over all tensors that it carries (of any selection)."""
 
     name: ClassVar[str] = "profile"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     scope: ClassVar[Scope] = Scope.EXPERT
     whole: ClassVar[bool] = True
 
@@ -42,8 +43,8 @@ class Profile(Statistic):
         return {}
 
     def counting(self, state: State, block: Block, statistics: Statistics) -> Counting:
-        """The high half-words of every magnitude."""
-        return Counting(magnitudes, {"drawn": drawn_for(self.drop, block, statistics)})
+        """The finer bin of every magnitude."""
+        return Counting(_fine, {"drawn": drawn_for(self.drop, block, statistics)})
 
     def counted(self, state: State, tensor: str, start: int, counts: Sequence[Sparse]) -> State:
         """Counts added."""
@@ -61,7 +62,7 @@ class Profile(Statistic):
         names = sorted(state)
         sizes = [len(state[name][0]) for name in names]
         tensors = {
-            "bins": _concatenated([state[name][0] for name in names]),
+            "bins": _concatenated([state[name][0] for name in names]) + (1 << 15),
             "counts": _concatenated([state[name][1] for name in names]),
             "offset": torch.tensor([0, *np.cumsum(sizes).tolist()], dtype=torch.int64),
         }
@@ -73,12 +74,16 @@ def magnitudes(experts: Sequence[Tensor], drawn: Mapping[str, Any] | None) -> li
     return [bits(delta.abs()) for delta in dropped(experts, drawn)]
 
 
+def _fine(experts: Sequence[Tensor], drawn: Mapping[str, Any] | None) -> list[Tensor]:
+    return [fine(delta.abs()) for delta in dropped(experts, drawn)]
+
+
 def _concatenated(parts: list[NDArray[np.int64]]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, dtype=torch.int64)
 
 
-def high_counts(profile: Found, selection: Mapping[str, TensorInfo]) -> dict[str, Sparse]:
-    """Per tensor of the selection the counts of the profile. What was not counted is 0: a tensor that the expert does not
+def fine_counts(profile: Found, selection: Mapping[str, TensorInfo]) -> dict[str, Sparse]:
+    """Per tensor of the selection the counts of the finer bins. What was not counted is 0: a tensor that the expert does not
     carry, and pieces with values that are not finite, which the merge itself will refuse."""
     names = list(profile.numbers["tensors"])
     held = {name: profile.tensors.read(name).numpy() for name in ("bins", "counts", "offset")}

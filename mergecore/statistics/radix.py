@@ -3,11 +3,15 @@
 A value's pattern is an int32 that grows with it. The first scan counts the high half-words, which tells in which bin
 the wanted rank lies; the second counts the low half-words inside that bin, which gives the value to its last bit and
 how many lie above and at it.
+
+Of magnitudes the first scan counts finer: 2h are those whose pattern is exactly h·2^16, 2h + 1 those between it and the
+next. Differences of bfloat16 numbers have few bits, so the wanted one is nearly always of the first kind, and then
+there is nothing to count any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,6 +49,18 @@ def joined(left: Sparse | None, right: Sparse) -> Sparse:
     return bins, counts
 
 
+def fine(magnitudes: Tensor) -> Tensor:
+    """A pattern whose high half-word is the finer bin of a magnitude, less 2^15."""
+    pattern = bits(magnitudes)
+    between = torch.where((pattern & 0xFFFF) != 0, 1 << 16, 0).to(torch.int32)
+    return (((pattern >> 16) - (1 << 14)) << 17) | between
+
+
+def coarse(counts: Sparse) -> Sparse:
+    """Counts of the high half-words, from those of the finer bins."""
+    return joined((counts[0] >> 1, counts[1]), (counts[0][:0], counts[1][:0]))
+
+
 def bin_of_rank(counts: Iterable[Sparse], rank: int) -> tuple[int, int, int]:
     """The bin that holds the rank-th largest element, how many lie in higher bins, and how many in it."""
     total: Sparse | None = None
@@ -71,7 +87,7 @@ class OrderStatistic:
     above: int = 0
     low: dict[tuple[str, int], Sparse] = field(default_factory=dict)
     left: int = 0
-    """How many values inside the bin have not been counted yet."""
+    """How many values inside the bin are still to be counted."""
     value: int = -1
     """The pattern of the value found; −1, which no value has, before."""
 
@@ -79,9 +95,18 @@ class OrderStatistic:
         """Find the bin from the counts of the high half-words."""
         self.bin, self.above, self.left = bin_of_rank(counts, self.rank)
 
+    def locate_fine(self, counts: Sequence[Sparse]) -> None:
+        """Find the value from counts of the finer bins, or the bin where it lies between two of those."""
+        place, above, inside = bin_of_rank(counts, self.rank)
+        if place & 1:
+            self.locate(coarse(part) for part in counts)
+        else:
+            self.bin, self.above, self.value = place >> 1, above, place >> 1 << 16
+            self.low = {("", 0): (np.zeros(1, dtype=np.int64), np.array([inside]))}
+
     def counted(self, name: tuple[str, int], counts: Sparse) -> None:
-        """Take in counts of the low half-words inside the bin."""
-        if len(counts[0]):
+        """Take in counts of the low half-words inside the bin; once the value is found there is nothing to take."""
+        if self.left and len(counts[0]):
             self.low[name] = joined(self.low.get(name), counts)
             self.left -= int(counts[1].sum())
             if self.left == 0:

@@ -1,7 +1,8 @@
 """The exact magnitude threshold of a task vector at a density, without sorting: radix selection in two scans.
 
-TIES (Yadav et al. 2023, §3.1 trim). The profile is the first scan; here a second counts the low half-words inside the
-bin that holds the wanted rank, which gives the r-th largest |τ| to the last bit and how many are above and at it.
+TIES (Yadav et al. 2023, §3.1 trim). The profile is the first scan; where it does not tell the value a second counts the
+low half-words inside the bin that holds the wanted rank, which gives the r-th largest |τ| to the last bit and how many
+are above and at it.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from mergecore.method import (
     TensorInfo,
 )
 from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
-from mergecore.statistics.profile import Profile, high_counts, magnitudes
-from mergecore.statistics.radix import OrderStatistic, value_of
+from mergecore.statistics.profile import Profile, fine_counts, magnitudes
+from mergecore.statistics.radix import OrderStatistic, coarse, value_of
 from mergecore.trims import RandomDrop, Shares
 
 Count = Literal["at_least", "exact", "published"]
@@ -102,8 +103,13 @@ class Threshold(Statistic):
         return self.model_copy(update={"density": density, "drop": self.drop and self.drop.of_expert(position)})
 
     def statistics(self) -> dict[str, Statistic]:
-        """The profile of the same delta."""
-        return {"profile": Profile(drop=self.drop), **drop_statistics(self.drop)}
+        """The profile of the same delta; nothing where everything is kept."""
+        return {} if self.keeps_all else {"profile": Profile(drop=self.drop), **drop_statistics(self.drop)}
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no expert's changes are trimmed."""
+        return self.density == 1 or (isinstance(self.density, tuple) and all(share == 1 for share in self.density))
 
     @property
     def readings(self) -> int:
@@ -118,27 +124,34 @@ class Threshold(Statistic):
         wanted = floor(Fraction(str(self.density)) * total)
         return max(wanted, min(self.least, total)) if self.density > 0 else wanted
 
-    def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> ThresholdState:
-        """Find each group's bin from the profile."""
-        counts = high_counts(statistics["profile"][0], selection)
+    def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Rescan | Result:
+        """Find each group's threshold from the profile, or its bin; for count exact its bin alone, to count by blocks."""
         members = (
             [frozenset(selection)] if self.ranked == "global" else [frozenset([name]) for name in sorted(selection)]
         )
-        groups = []
-        for tensors in members:
-            total = sum(selection[name].count for name in tensors)
-            group = Group(tensors, total, OrderStatistic(self.rank(total)))
-            if group.order.rank > 0:
-                group.order.locate(counts[name] for name in tensors)
-            groups.append(group)
-        return ThresholdState(groups)
+        groups = [self._group(tensors, sum(selection[name].count for name in tensors)) for tensors in members]
+        counts = {} if self.keeps_all else fine_counts(statistics["profile"][0], selection)
+        for group in groups if counts else ():
+            held = [counts[name] for name in group.tensors]
+            if group.order.rank and self.count == "exact":
+                group.order.locate(coarse(part) for part in held)
+            elif group.order.rank:
+                group.order.locate_fine(held)
+        unsettled = sorted(name for group in groups if group.order.left for name in group.tensors)
+        blocks = [(name, start) for name in unsettled for start in range(0, selection[name].count, GRID)]
+        return Rescan(ThresholdState(groups), tuple(blocks)) if blocks else Result({}, self._numbers(groups))
+
+    def _group(self, tensors: frozenset[str], total: int) -> Group:
+        if self.keeps_all:  # whatever is at least 0
+            return Group(tensors, total, OrderStatistic(total, above=total, value=0))
+        return Group(tensors, total, OrderStatistic(self.rank(total)))
 
     def counting(self, state: ThresholdState, block: Block, statistics: Statistics) -> Counting | None:
         """In the first scan the low half-words inside the bin; then it looks into the blocks that hold a cut."""
         group = state.group_of(block.name)
         if state.looking and group.cut < 0 and group.holds_cut(block):
             return None
-        windows = () if state.looking or not group.order.rank else ((group.order.bin,),)
+        windows = ((group.order.bin,),) if group.order.left else ()
         arguments = {"drawn": drawn_for(self.drop, block, statistics)}
         return Counting(magnitudes, arguments, 1, windows, by_block=self.count == "exact")
 
@@ -177,10 +190,10 @@ class Threshold(Statistic):
             if waiting:
                 blocks = tuple(sorted(group.block for group in waiting if group.block))
                 return Rescan(ThresholdState(state.groups, looking=True), blocks)
-        return Result({}, self._numbers(state))
+        return Result({}, self._numbers(state.groups))
 
-    def _numbers(self, state: ThresholdState) -> dict[str, Any]:
-        orders = [group.order for group in state.groups]
+    def _numbers(self, held: Sequence[Group]) -> dict[str, Any]:
+        orders = [group.order for group in held]
         kept = [order.rank if self.count == "exact" else order.above + order.equal() for order in orders]
         groups = [
             {
@@ -190,10 +203,10 @@ class Threshold(Statistic):
                 "cut": [group.block[0], group.cut] if group.block else None,
                 "kept": here,
             }
-            for group, here in zip(state.groups, kept, strict=True)
+            for group, here in zip(held, kept, strict=True)
         ]
-        of = sum(group.total for group in state.groups)
-        names = None if self.ranked == "global" else [next(iter(group.tensors)) for group in state.groups]
+        of = sum(group.total for group in held)
+        names = None if self.ranked == "global" else [next(iter(group.tensors)) for group in held]
         share = sum(kept) / of if of else 0.0
         return {"groups": groups, "tensors": names, "kept": sum(kept), "of": of, "density": share}
 

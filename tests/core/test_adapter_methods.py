@@ -18,7 +18,8 @@ from mergecore.adapters import AdapterMethod, adapter_config, low_rank, made_fac
 from mergecore.adapters import made as made_of
 from mergecore.delta import AdapterExpert, Factor
 from mergecore.errors import MismatchError, SpecError
-from mergecore.method import Method, TensorInfo, silent
+from mergecore.events import silent
+from mergecore.method import Method, TensorInfo
 from mergecore.methods import LoraArithmetic, LoraLego
 from mergecore.pool import resolve_pool
 from mergecore.registry import METHODS

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mergecore import merge, passes, span
 from mergecore.delta import ROWS, AdapterExpert
 from mergecore.errors import MismatchError, SourceError
-from mergecore.method import silent
+from mergecore.events import silent
 from mergecore.methods import Average
 from mergecore.pool import Pool, resolve_pool
 from mergecore.registry import METHODS

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergecore import merge, run
+from mergecore.events import silent
 from mergecore.merging import InProcess
-from mergecore.method import silent
 from mergecore.methods import Opcm
 from mergecore.passes import PassPlan
 from mergecore.plan import MergeBuilder, MergePlan

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mergecore.errors import EvaluationError, MismatchError, NonFiniteError, SpecError
 from mergecore.evaluators.classification import Classification
+from mergecore.events import silent
 from mergecore.identity import digest
-from mergecore.method import silent
 from mergecore.snapshot import MemoryTensors
 from tests.digits import CHANGES, CONFIG, FACTORY, DigitsTier, digits_cnn, digits_tier
 

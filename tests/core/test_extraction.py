@@ -16,10 +16,10 @@ from torch import Tensor
 
 from flows.cli import main
 from mergecore.errors import MismatchError, NonFiniteError, SpecError
+from mergecore.events import silent
 from mergecore.extraction import Extracted, extract_lora
 from mergecore.linear_algebra import nearest_low_rank
 from mergecore.merging import InProcess
-from mergecore.method import silent
 from mergecore.snapshot import FileTensors
 from mergecore.spec import BaseSpec, ExpertSpec
 from tests.core.test_adapters import ATTENTION, FEED_FORWARD, adapted, fresh, weights

@@ -17,9 +17,9 @@ import pytest
 from flows.budget import cost
 from mergecore.adapters import AdapterMethod
 from mergecore.errors import SpecError
+from mergecore.events import silent
 from mergecore.frontier import Frontier, summary
 from mergecore.identity import Step, canonical
-from mergecore.method import silent
 from mergecore.plan import Cell, MergeBuilder, MergePlan, Plan, make_plan
 from mergecore.pool import Member, resolve_pool
 from mergecore.registry import METHODS, method_from

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from mergecore.errors import IdentityError
+from mergecore.events import silent
 from mergecore.identity import (
     Step,
     canonical,
@@ -27,7 +28,7 @@ from mergecore.identity import (
     random_words,
     tensor_digest,
 )
-from mergecore.method import Block, silent
+from mergecore.method import Block
 from mergecore.plan import MergeBuilder, MergePlan
 from mergecore.pool import resolve_pool
 from mergecore.single import _base, _no_data

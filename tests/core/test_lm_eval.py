@@ -21,8 +21,8 @@ from mergecore.errors import EvaluationError, MismatchError, NonFiniteError
 from mergecore.evaluators import Resident
 from mergecore.evaluators import lm_tasks as task_files
 from mergecore.evaluators.lm_eval import LmEval, results_json
+from mergecore.events import Event, silent
 from mergecore.identity import digest
-from mergecore.method import Event, silent
 from mergecore.snapshot import MemoryTensors
 from tests import tiny_lm
 

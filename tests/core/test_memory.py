@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from mergecore.errors import MergeloomError
+from mergecore.events import silent
 from mergecore.merging import InProcess
-from mergecore.method import silent
 from mergecore.single import merge_recipe
 from mergecore.spec import parse_recipe
 from tests.recipes import find
@@ -22,11 +22,13 @@ PROGRAM = """
 import json, re, sys, threading, time
 from pathlib import Path
 import mergecore.single, mergecore.projection as projection
-from flows.session import digest_cache, resolver
+from flows.startup import digest_cache
+from flows.session import resolver
 from mergecore.kernels.library import library_in
 from mergecore.merging import InProcess
-from mergecore.method import silent
+from mergecore.events import silent
 from mergecore.registry import METHODS
+from mergecore.sources.digests import DigestCache
 from mergecore.spec import parse_recipe
 
 def held():
@@ -56,7 +58,7 @@ def measured(number, recipe):
     watcher.start()
     parsed, executor = parse_recipe(recipe, "recipe"), InProcess(workers)
     library = library_in(loops)
-    mergecore.single.merge_recipe(parsed, out / str(number), resolver(None), executor, silent, library=library, memory=1 << 30)
+    mergecore.single.merge_recipe(parsed, out / str(number), resolver(DigestCache()), executor, silent, library=library, memory=1 << 30)
     done.set()
     watcher.join()
     return {"before": before, "peak": peak[0], "projected": before + workers * max(blocks)}

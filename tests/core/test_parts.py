@@ -245,8 +245,8 @@ def test_a_merge_in_parts_goes_on_where_it_was(
     """Interrupted between its passes (one for each base): the second run reads what is missing, the bytes are the same."""
     import mergecore.run
     import mergecore.span
+    from mergecore.events import silent
     from mergecore.merging import InProcess
-    from mergecore.method import silent
     from mergecore.plan import MergeBuilder
     from mergecore.pool import resolve_pool
     from mergecore.run import Place, fetch, run_merges, snapshots_of

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from mergecore.method import Event
+from mergecore.events import Event
 from mergecore.sources.hub import HubSource
 from mergecore.store import Store
 from tests.digits import DigitsTier, digits_tier

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mergecore import merge
 from mergecore.errors import CapacityError, MergeloomError, SourceError, StoreError
-from mergecore.method import silent
+from mergecore.events import silent
 from mergecore.methods import Average, TaskArithmetic, Ties
 from mergecore.pool import resolve_pool
 from mergecore.spec import BaseSpec, ExpertSpec

@@ -24,12 +24,12 @@ from safetensors.torch import save
 import mergecore.sources.hub_client
 import mergecore.sources.local
 from mergecore.errors import CapacityError, SourceError
-from mergecore.identity import file_sha256
-from mergecore.method import Event, silent
+from mergecore.events import Event, silent
 from mergecore.snapshot import read_snapshot
 from mergecore.sources import Source, SourceFile
+from mergecore.sources.digests import DigestCache, file_sha256
 from mergecore.sources.hub import HubSource
-from mergecore.sources.local import DigestCache, LocalSource
+from mergecore.sources.local import LocalSource
 from mergecore.sources.resolve import resolve
 from tests.hub_server import Hub, running_hub
 
@@ -161,11 +161,11 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     original = file_sha256
 
-    def counted(path: Path) -> str:
+    def counted(path: Path, chunk: int = 1 << 20) -> str:
         names.append(Path(path).name)
         return original(path)
 
-    monkeypatch.setattr(mergecore.sources.local, "file_sha256", counted)
+    monkeypatch.setattr(mergecore.sources.digests, "file_sha256", counted)
     return names
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 import mergecore.passes as passes
 import mergecore.span as span_module
 from mergecore.errors import CapacityError, MergeloomError, StoreError
+from mergecore.events import Event
 from mergecore.identity import Step
 from mergecore.journal import read_journal, write_journal
-from mergecore.method import Event
 from mergecore.plan import MergePlan
 from mergecore.run import Done, _merge_job, _ways, run_merges, run_statistics
 from mergecore.store import RECORD, State, Store, write_json

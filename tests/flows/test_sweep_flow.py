@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 
 from flows import services
 from flows.services import Addresses
-from mergecore.method import silent
+from mergecore.events import silent
 from mergecore.store import Store
 from tests.digits import DigitsTier, digits_tier
 from tests.digits_sweep import EXPERTS, contents, digits_spec, leftovers, opened, stamps

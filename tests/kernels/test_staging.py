@@ -12,11 +12,12 @@ import mergecore.staging as staging
 from mergecore.delta import FullExpert
 from mergecore.engine import run_pass
 from mergecore.errors import CapacityError, NonFiniteError
+from mergecore.events import silent
 from mergecore.identity import random_key, random_words
 from mergecore.kernels.library import Library, device_function, library_in
 from mergecore.kernels.run import Chunk, Fused
 from mergecore.merging import InProcess, find_statistics
-from mergecore.method import Method, Per, silent
+from mergecore.method import Method, Per
 from mergecore.passes import MergeJob, PassPlan, plan_spans
 from mergecore.registry import METHODS
 from mergecore.snapshot import MemoryTensors

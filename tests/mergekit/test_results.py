@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mergecore.events import silent
 from mergecore.mergekit.methods import MERGEKIT_METHODS
 from mergecore.merging import InProcess
-from mergecore.method import silent
 from mergecore.recipe_files import merge_file
 from tests.mergekit.make_results import RESULTS, recipes
 from tests.mergekit.models import HIDDEN, VOCABULARY, shapes, weights, write_models

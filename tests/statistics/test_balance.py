@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mergecore.delta import FullExpert
 from mergecore.engine import run_pass
+from mergecore.events import silent
 from mergecore.merging import InProcess, find_statistics
-from mergecore.method import Per, Statistic, silent
+from mergecore.method import Per, Statistic
 from mergecore.passes import PassPlan, StatisticJob, plan_spans
 from mergecore.snapshot import MemoryTensors
 from mergecore.statistics.balance_cut import BalanceCut

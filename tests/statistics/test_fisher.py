@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mergecore.errors import CapacityError, MismatchError, NonFiniteError
-from mergecore.method import Event, Result, TensorInfo, silent
+from mergecore.events import Event, silent
+from mergecore.method import Result, TensorInfo
 from mergecore.snapshot import MemoryTensors
 from mergecore.statistics.fisher import DiagonalFisher
 from tests import tiny_lm

@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+import mergecore.engine
 from mergecore.delta import FullExpert
 from mergecore.engine import run_pass
+from mergecore.events import silent
 from mergecore.merging import InProcess, find_statistics
-from mergecore.method import Found, Per, Result, silent
+from mergecore.method import Found, Per, Result
 from mergecore.passes import PassPlan, StatisticJob, plan_spans
 from mergecore.snapshot import MemoryTensors
-from mergecore.statistics.profile import Profile, high_counts
+from mergecore.statistics.profile import Profile, fine_counts
 from mergecore.statistics.threshold import Threshold, threshold_of
 from mergecore.trims import trimmed
 
@@ -36,6 +38,10 @@ def deltas(kind: str) -> dict[str, Tensor]:
     flat = torch.randn(30_011, generator=generator)
     if kind == "bfloat16":  # many exact ties
         flat = (flat.to(torch.bfloat16) * 0.01).to(torch.float32)
+    elif kind == "few bits":  # as between two checkpoints in bfloat16: all low half-words are 0
+        flat = (flat * 0.01).to(torch.bfloat16).to(torch.float32)
+    elif kind == "mixed":
+        flat = torch.where(flat.abs() < 0.7, flat, flat.to(torch.bfloat16).to(torch.float32))
     elif kind == "sparse":
         flat = torch.where(torch.rand(30_011, generator=generator) < 0.9, 0.0, flat)
     elif kind == "constant":
@@ -45,12 +51,13 @@ def deltas(kind: str) -> dict[str, Tensor]:
     return {"a": flat[:10_000].view(100, 100), "b": flat[10_000:10_007], "c": flat[10_007:]}
 
 
-@pytest.mark.parametrize("kind", ["normal", "bfloat16", "sparse", "constant", "denormal"])
+@pytest.mark.parametrize("kind", ["normal", "bfloat16", "few bits", "mixed", "sparse", "constant", "denormal"])
 @pytest.mark.parametrize("density", [0.0, 0.0001, 0.01, 0.2, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("ranked", ["global", "tensor"])
 def test_equals_a_full_sort(kind: str, density: float, ranked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("mergecore.passes", "mergecore.span", "mergecore.identity"):
-        monkeypatch.setattr(f"{module}.GRID", 1024)
+    for module in ("passes", "span", "identity", "statistics.threshold"):
+        monkeypatch.setattr(f"mergecore.{module}.GRID", 1024)
+    monkeypatch.setattr("mergecore.span.LOOK", 100)
     delta = deltas(kind)
     for count in ("at_least", "exact"):
         statistic = Threshold.model_validate({"density": density, "ranked": ranked, "count": count})
@@ -84,7 +91,27 @@ def test_profile_counts_every_magnitude_once() -> None:
         base, (FullExpert("id", "e", MemoryTensors(delta)),), (), (job,), plan_spans(base.tensors, Per.ELEMENT)
     )
     result = run_pass(plan, InProcess(), silent).results["k"]
-    counts = high_counts(Found(MemoryTensors(result.tensors), result.numbers), base.tensors)
+    counts = fine_counts(Found(MemoryTensors(result.tensors), result.numbers), base.tensors)
     for name, value in delta.items():
-        bins, expected = np.unique(value.numpy().reshape(-1).view(np.uint32) % 2**31 >> 16, return_counts=True)
+        pattern = value.numpy().reshape(-1).view(np.uint32) % 2**31
+        bins, expected = np.unique((pattern >> 16) * 2 + (pattern % 2**16 > 0), return_counts=True)
         assert np.array_equal(counts[name][0], bins) and np.array_equal(counts[name][1], expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "density", "count", "read"),
+    [
+        ("few bits", 0.2, "at_least", 1),  # the profile tells the value
+        ("normal", 0.2, "at_least", 2),
+        ("few bits", 0.2, "exact", 3),  # counted by block, then one block looked into
+        ("normal", 1.0, "at_least", 0),  # everything is kept
+    ],
+)
+def test_reads_no_more_than_it_must(
+    kind: str, density: float, count: str, read: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[int] = []
+    original = mergecore.engine._read_round
+    monkeypatch.setattr("mergecore.engine._read_round", lambda *given: began.append(0) or original(*given))
+    found(Threshold.model_validate({"density": density, "count": count}), deltas(kind))
+    assert len(began) == read
