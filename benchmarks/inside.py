@@ -13,7 +13,7 @@ from benchmarks.machine import cores
 from benchmarks.models import model_folders, weights
 from flows.budget import passes_of, sensible_memory
 from flows.session import resolver
-from mergecore.events import silent
+from mergecore.events import Event, Report, silent
 from mergecore.kernels.library import Library
 from mergecore.merging import InProcess
 from mergecore.plan import MergeBuilder, MergePlan, StatisticPlan
@@ -54,9 +54,9 @@ def planned(pool: Pool, recipes: Sequence[Mapping[str, Any]]) -> list[MergePlan]
     ]
 
 
-def place_of(pool: Pool, store: Path, library: Library, workers: int) -> Place:
+def place_of(pool: Pool, store: Path, library: Library, workers: int, report: Report = silent) -> Place:
     """Where merges of the pool are done, with an empty store."""
-    place = Place(pool, Store(store), InProcess(workers), silent, SHARD, library=library, memory=sensible_memory())
+    place = Place(pool, Store(store), InProcess(workers), report, SHARD, library=library, memory=sensible_memory())
     for snapshot in snapshots_of(pool):
         fetch(place, snapshot)
     return place
@@ -90,6 +90,12 @@ def _settled(done: Done) -> None:
         raise SystemExit("; ".join(done.failures.values()))
 
 
+def _note(event: Event, read: list[float]) -> None:
+    """Elements of a reading that has come to its end."""
+    if event.what == "reading" and event.done >= event.total:
+        read.append(event.total)
+
+
 @dataclass(frozen=True)
 class Known:
     """What is known of a merge before it is timed: seconds that building its loops took and how many there are, CPU-seconds
@@ -116,13 +122,16 @@ def known_of(folder: Path, recipe: Mapping[str, Any], experts: int, library: Wat
     needed = list(plan.needed)
     costs = passes_of(pool, [plan], needed, 1, cores(), sensible_memory())
     library.watch.cleared()
-    place = place_of(pool, store, library, 1)
+    read: list[float] = []
+    place = place_of(pool, store, library, 1, lambda event: _note(event, read))
     scan(place, [plan])
+    scans = sum(elements > sum(info.count for info in pool.base.tensors.values()) / 2 for elements in read)
     merge(place, [plan])
     watch, (base, *others) = library.watch, [weights(path) for path in model_folders(folder, experts)]
-    # Scans look at changes, so they read the base; a merge that works on weights alone does not, whatever is planned.
+    # Scans look at changes, so they read the base; a merge that works on weights alone does not, whatever is planned. A
+    # scan that the one before it has made needless is none, and so is a look into a few blocks.
     with_base, without = (base, *others), tuple(others)
-    readings = [with_base] * (len(costs) - 1) + [with_base if plan.method.needs_base else without]
+    readings = [with_base] * scans + [with_base if plan.method.needs_base else without]
     return Known(
         len(watch.built), sum(watch.built), watch.seconds["count"], watch.seconds["store"], tuple(readings),
         sum(cost.read for cost in costs), sum(cost.written for cost in costs),

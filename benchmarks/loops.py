@@ -10,13 +10,10 @@ from typing import Any
 
 from mergecore.kernels.library import Function, Library, library_in
 
-COUNTS = 7
-"""Arguments of a loop that counts; one that stores has one less."""
-
 
 @dataclass
 class Watch:
-    """What was seen: seconds each built loop took to build, and CPU-seconds and elements of loops that count and store."""
+    """What was seen: seconds each built loop took to build, and CPU-seconds and elements of loops that count (or add up) and store."""
 
     built: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"count": 0.0, "store": 0.0})
@@ -51,7 +48,8 @@ class WatchedLibrary(Library):
         found = super().function(text, build=True, wait=True)
         if missing:
             self.watch.built.append(time.perf_counter() - began)
-        return None if found is None else _timed(found, self.watch)
+        kind = "store" if "void* target" in text else "count"
+        return None if found is None else _timed(found, self.watch, kind)
 
 
 def watched_library(folder: Path) -> WatchedLibrary:
@@ -59,11 +57,11 @@ def watched_library(folder: Path) -> WatchedLibrary:
     return WatchedLibrary(folder, library_in(folder).compiler)
 
 
-def _timed(function: Function, watch: Watch) -> Function:
+def _timed(function: Function, watch: Watch, kind: str) -> Function:
     def called(*arguments: Any) -> int:
         began = time.thread_time()
         found = function(*arguments)
-        watch.add("count" if len(arguments) == COUNTS else "store", time.thread_time() - began, arguments[5].value)
+        watch.add(kind, time.thread_time() - began, arguments[5].value)
         return found
 
     return called

@@ -35,7 +35,7 @@ def plan_text(session: Session, found: Cost, cells: bool) -> str:
         f"done: {found.cells_done} cells; still to do: {found.statistics} statistics, {found.merges} merges in "
         f"{len(found.passes)} passes, {found.evaluations} evaluations",
         *passes_text(found.passes),
-        f"reads {readable(found.bytes_read)}, writes {readable(found.bytes_written)}, at most {readable(found.disk)} of "
+        f"reads up to {readable(found.bytes_read)}, writes {readable(found.bytes_written)}, at most {readable(found.disk)} of "
         f"models on disk at a time, {readable(found.peak_memory)} of memory at the peak",
         f"expected time: {duration(found.seconds)} ({'from what this store measured' if found.measured else 'a guess'})",
     ]

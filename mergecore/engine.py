@@ -53,7 +53,8 @@ def _read_round(round: Round, numbers: Sequence[int], executor: Executor, report
     """All spans' digests and states together; states are joined as they come, for one of each is enough to hold."""
     together = SpanOutcome()
     statistics = {job.key: job.statistic for job in round.plan.statistics}
-    sizes = [sum(stop - start for unit in span for _, start, stop in unit) for span in round.plan.spans]
+    spans = round.plan.spans
+    sizes = [sum(stop - start for unit in span for _, start, stop in round.wanted(unit)) for span in spans]
     total, done = sum(sizes[number] for number in numbers), 0
     for position, found in executor.each(run_span, round, numbers, workers):
         for key, digests in found.digests.items():

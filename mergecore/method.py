@@ -162,6 +162,17 @@ class Counting:
     by_block: bool = False
 
 
+@dataclass(frozen=True)
+class Summing:
+    """What a scan adds up of one block: values(experts, **arguments) gives float32 values, one or more per element, in plain
+    torch on flat float32 deltas; their sums are float64, formed in one order whatever runs it.
+    """
+
+    values: Callable[..., Sequence[Tensor]]
+    arguments: Mapping[str, Any]
+    results: int = 1
+
+
 Sparse = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Occupied bins in ascending order, and their counts."""
 
@@ -174,8 +185,8 @@ class Statistic(Plugin, ABC):
     float64 value per block and folds them in order in `finish`. `finish` may return `Rescan`: the pass then reads
     again, only what is named, every span starting from the state given. States are plain picklable data.
 
-    A scan that only counts bit patterns says so with `counting`; the engine then does it in one fused loop and hands over
-    the counts (`counted`) instead of calling `add`.
+    A scan that only counts bit patterns says so with `counting`, one that only adds up with `summing`; the engine then does
+    it in one fused loop and hands over the counts (`counted`) or the sums (`summed`) instead of calling `add`.
     """
 
     scope: ClassVar[Scope]
@@ -209,8 +220,16 @@ class Statistic(Plugin, ABC):
         per window."""
         raise NotImplementedError
 
+    def summing(self, block: Block, statistics: Statistics) -> Summing | None:
+        """What this scan adds up of the block (of which only the place is known); None where it does something else."""
+        return None
+
+    def summed(self, state: Any, tensor: str, start: int, sums: Sequence[float]) -> Any:
+        """The state after the sums, one per result, over the block of the grid that starts there."""
+        raise NotImplementedError
+
     def add(self, state: Any, block: Block, statistics: Statistics) -> Any:
-        """The state after one more block; not called for a scan that only counts."""
+        """The state after one more block; not called for a scan that only counts or adds up."""
         raise NotImplementedError
 
     @abstractmethod

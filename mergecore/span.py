@@ -16,8 +16,9 @@ from torch import Tensor
 from mergecore.errors import NonFiniteError
 from mergecore.identity import GRID, BlockDigests
 from mergecore.journal import read_journal, write_journal
-from mergecore.kernels.run import HALF, Chunk, Fused, Given, counts_of, empty_bins
-from mergecore.method import Block, Counting, Method, Per, Sparse
+from mergecore.kernels.run import HALF, Chunk, Fused, Given, counts_of, empty_bins, total_of
+from mergecore.kernels.source import LANES, Out
+from mergecore.method import Block, Counting, Method, Per, Sparse, Summing
 from mergecore.passes import MergeJob, PassPlan, Round, SpanOutcome, StatisticJob
 from mergecore.reading import WINDOW, Reading, buffer, expect
 from mergecore.snapshot import DTYPES, check_finite
@@ -100,10 +101,15 @@ class _Work:
         only = self.round.only
         step = LOOK if only is not None and only[reading.name] is not None else GRID
         groups: dict[Any, list[tuple[StatisticJob, Counting]]] = {}
+        sums: dict[Any, list[tuple[StatisticJob, Summing]]] = {}
         for job in self.observers:
             if reading.name not in job.selection or reading.start == reading.stop:
                 continue
             place = reading.place(job.experts)
+            summing = job.statistic.summing(place, job.statistics)
+            if summing is not None:
+                sums.setdefault((summing.values, job.statistic.whole), []).append((job, summing))
+                continue
             counting = job.statistic.counting(self.outcome.states[job.key], place, job.statistics)
             if counting is None:
                 for start, stop in _cut(reading, step):
@@ -117,6 +123,9 @@ class _Work:
                 groups.setdefault(kind, []).append((job, counting))
         for (_, per, whole, by_block), group in groups.items():
             self._count(reading, group, per, whole, by_block)
+        for (_, whole), adding in sums.items():
+            for start, stop in _cut(reading, GRID):
+                self._sum(reading, start, stop, adding, whole)
 
     def _add(self, job: StatisticJob, reading: Reading) -> None:
         try:
@@ -129,13 +138,40 @@ class _Work:
             return
         self.outcome.states[job.key] = job.statistic.add(self.outcome.states[job.key], block, job.statistics)
 
+    def _sum(
+        self, reading: Reading, start: int, stop: int, group: list[tuple[StatisticJob, Summing]], whole: bool
+    ) -> None:
+        """The sums over one block of the grid, for scans that add up by one function in one loop."""
+        positions = sorted({position for job, _ in group for position in job.experts})
+        key = tuple(job.key for job, _ in group)
+        function = _together([(one.values, [positions.index(p) for p in job.experts]) for job, one in group])
+        given = self._fused(("sum", key), function, "deltas", "sums").given(
+            {f"job {number}": one.arguments for number, (_, one) in enumerate(group)}
+        )
+        lanes, lost = np.zeros((sum(one.results for _, one in group), LANES)), False
+        for low in range(start, stop, WINDOW):
+            reading.window(low, min(low + WINDOW, stop))
+            lost |= given.sum(reading.chunk(positions, with_base=True), lanes)
+        if lost and not whole:
+            reading.window(start, stop)
+            reading.block("deltas", True, positions, flat=True)  # which says what is not finite, and where
+        elif lost and len(group) > 1:  # one expert's trouble is not the others'; its own block is left out
+            for alone in group:
+                self._sum(reading, start, stop, [alone], whole)
+        elif not lost:
+            found = total_of(lanes)
+            for job, one in group:
+                own, found = found[: one.results], found[one.results :]
+                state = self.outcome.states[job.key]
+                self.outcome.states[job.key] = job.statistic.summed(state, reading.name, start, own)
+
     def _count(
         self, reading: Reading, group: list[tuple[StatisticJob, Counting]], per: int, whole: bool, by_block: bool
     ) -> None:
         positions = sorted({position for job, _ in group for position in job.experts})
         key = tuple(job.key for job, _ in group)
-        function = _together([(one, [positions.index(p) for p in job.experts]) for job, one in group])
-        given = self._fused(("count", key), function, "deltas", None, per).given(
+        function = _together([(one.patterns, [positions.index(p) for p in job.experts]) for job, one in group])
+        given = self._fused(("count", key), function, "deltas", "counts", per).given(
             {f"job {number}": one.arguments for number, (_, one) in enumerate(group)}
         )
         windows = [window for _, one in group for result in one.windows or () for window in result]
@@ -152,9 +188,8 @@ class _Work:
     def _count_window(self, reading: Reading, one: tuple[StatisticJob, Counting], per: int) -> None:
         """The window alone for one scan that looks beyond selections; where it is not finite it is left out."""
         job, counting = one
-        given = Fused(_together([(counting, list(range(len(job.experts))))]), "deltas", None, None, windows=per).given(
-            {"job 0": counting.arguments}
-        )
+        function = _together([(counting.patterns, list(range(len(job.experts))))])
+        given = Fused(function, "deltas", "counts", None, windows=per).given({"job 0": counting.arguments})
         bins = empty_bins(counting.results, per)
         given.count(reading.chunk(job.experts, with_base=True), [w for r in counting.windows or () for w in r], bins)
         self._hand_over(_Counted(reading.name, 0, [(job, counting.results)], per, bins))
@@ -312,7 +347,7 @@ class _Work:
 
     # --- fused loops --------------------------------------------------------------------------------------------
 
-    def _fused(self, key: Any, function: Any, on: Any, out: torch.dtype | None, windows: int = 0) -> Fused:
+    def _fused(self, key: Any, function: Any, on: Any, out: Out, windows: int = 0) -> Fused:
         key = (*key, windows)
         if key not in self.round.fused:
             build = self.plan.elements >= WORTH_BUILDING
@@ -325,16 +360,16 @@ _stages = threading.local()
 """Per thread its way to a device."""
 
 
-def _together(scans: Sequence[tuple[Counting, list[int]]]) -> Callable[..., list[Tensor]]:
-    """One function that gives the patterns of several scans, each of its own experts."""
+def _together(scans: Sequence[tuple[Callable[..., Sequence[Tensor]], list[int]]]) -> Callable[..., list[Tensor]]:
+    """One function that gives the results of several scans, each of its own experts."""
 
-    def patterns(base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> list[Tensor]:
+    def results(base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> list[Tensor]:
         found: list[Tensor] = []
         for number, (one, places) in enumerate(scans):
-            found += one.patterns([experts[place] for place in places], **arguments[f"job {number}"])
+            found += one([experts[place] for place in places], **arguments[f"job {number}"])
         return found
 
-    return patterns
+    return results
 
 
 def _cut(reading: Reading, size: int) -> Iterator[tuple[int, int]]:

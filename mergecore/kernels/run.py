@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mergecore.kernels.library import Function, Library, device_function
-from mergecore.kernels.source import BINS, COPIES, STORED, Loop, Stored, stride
+from mergecore.kernels.source import BINS, COPIES, LANES, STORED, Loop, Out, Stored, stride
 from mergecore.kernels.trace import NotTraceableError, form, leaves, mapped, trace
 from mergecore.method import Beside, Index
 
@@ -65,14 +65,14 @@ class Chunk:
 class Fused:
     """One function and the loops it has become, by the form of its arguments and the dtypes it meets.
 
-    function(base, experts, **arguments) → float32, stored in `out`; where out is None int32 patterns, which are counted: of
-    each their high half-words, or the low ones inside `windows` high ones. build: whether a loop that is not at hand is
-    worth building; wait: whether work waits for it.
+    function(base, experts, **arguments) → float32, stored in `out` or summed; or int32 patterns, which are counted: of each
+    their high half-words, or the low ones inside `windows` high ones. build: whether a loop that is not at hand is worth
+    building; wait: whether work waits for it.
     """
 
     function: Callable[..., Any]
     on: Literal["weights", "deltas"]
-    out: torch.dtype | None
+    out: Out
     library: Library | None
     build: bool = True
     wait: bool = False
@@ -196,6 +196,24 @@ class Given:
             self.fused.checked[loop.text] = True
         return False
 
+    def sum(self, chunk: Chunk, lanes: NDArray[np.float64]) -> bool:
+        """Add to `lanes` (float64, (results, LANES)), whose chunks start at multiples of LANES; `total_of` folds them. Returns
+        whether an input is not finite; the lanes then mean nothing."""
+        ready = self._loop(chunk)
+        if ready is None:
+            return self._plainly_summed(chunk, lanes)
+        loop, plain = ready[0], None if ready[0].text in self.fused.checked else lanes.copy()
+        if self._called(ready, chunk, lanes.ctypes.data):
+            return True
+        if plain is not None:
+            self._plainly_summed(chunk, plain)
+            if plain.tobytes() != lanes.tobytes():
+                self.fused.refuse(loop)
+                lanes[:] = plain
+            else:
+                self.fused.checked[loop.text] = True
+        return False
+
     def _loop(self, chunk: Chunk) -> tuple[Loop, Function, Any] | None:
         """The loop for such chunks, the function it has become, and its numbers; None where there is none as yet."""
         fused, kind = self.fused, chunk.kind
@@ -227,7 +245,7 @@ class Given:
     def _right(self, ready: tuple[Loop, Function, Any], chunk: Chunk) -> bool:
         """Whether the loop gives the function's own bytes on the first elements that it is used on."""
         fused, loop = self.fused, ready[0]
-        assert fused.out is not None
+        assert isinstance(fused.out, torch.dtype)
         few = chunk.part(0, min(CHECKED, chunk.count))
         found, wanted = torch.empty(few.count, dtype=fused.out), torch.empty(few.count, dtype=fused.out)
         flags = self._called(ready, few, found.data_ptr())
@@ -270,6 +288,29 @@ class Given:
                     found[result, 0, slot * BINS : (slot + 1) * BINS] += _counts(inside)
         bins += found
         return False
+
+    def _plainly_summed(self, chunk: Chunk, lanes: NDArray[np.float64]) -> bool:
+        for _, _, part in chunk.parts(EAGER):
+            base, experts, lost = formed(part, self.fused.on)
+            if lost:
+                return True
+            device = experts[0].device
+            held = materialised(self.arguments, part.start, part.count, device)
+            for number, values in enumerate(self.fused.function(base, experts, **held)):
+                wide = values.cpu().numpy().astype(np.float64)
+                whole = len(wide) // LANES * LANES
+                for one in wide[:whole].reshape(-1, LANES):
+                    lanes[number] += one
+                lanes[number, : len(wide) - whole] += wide[whole:]
+        return False
+
+
+def total_of(lanes: NDArray[np.float64]) -> list[float]:
+    """Per result the sum of its lanes, halves onto halves."""
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return [float(one) for one in lanes[:, 0]]
 
 
 def empty_bins(results: int, windows: int) -> NDArray[np.uint32]:

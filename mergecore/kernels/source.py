@@ -1,8 +1,8 @@
 """A trace as one loop in C++: every value as torch has it, one rounding per operation, nothing fused or reordered.
 
 The same text serves the processor (a shared library, its loop vectorised by the compiler) and a CUDA device (one
-element a thread). Two loops are written: `Store` gives one number per element, in the dtype of the file; `Count` counts
-bit patterns into bins.
+element a thread). Three loops are written: one gives a number per element, in the dtype of the file; one counts bit
+patterns into bins; one adds numbers up, in float64 and in one order.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ COUNT_BLOCK = 1024
 BINS = 1 << 16
 GROUP = 16
 """Elements of a count that are passed over together."""
+LANES = 256
+"""Sums that are formed beside each other: element i of a block of the grid is added to that of i modulo LANES."""
 COPIES = 2
 """Bins that are counted into in turn; the counts are their sum."""
 
@@ -73,6 +75,10 @@ HERE bool lost_f16(uint16_t h) { return (h & 0x7c00u) == 0x7c00u; }
 """
 
 
+Out = torch.dtype | Literal["counts", "sums"]
+"""What becomes of a function's results: float32 values are stored in a dtype or summed, int32 patterns are counted."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """An array that is read: the base, an expert or what lies beside. delta: it holds a delta already (an adapter)."""
@@ -89,8 +95,7 @@ class Loop:
     inputs: tuple[Stored, ...]
     base: bool
     on: Literal["weights", "deltas"]
-    out: torch.dtype | None
-    """Dtype that is stored; None: int32 patterns are counted."""
+    out: Out
     windows: int = 0
     """Of a count, per result: 0 counts high half-words, else low ones inside so many windows."""
 
@@ -98,7 +103,7 @@ class Loop:
     def text(self) -> str:
         """The C++ source."""
         body = _body(self)
-        return HEADER + (_store(self, body) if self.out is not None else _count(self, body))
+        return HEADER + {"counts": _count, "sums": _sum}.get(str(self.out), _store)(self, body)
 
 
 def _name(value: Value) -> str:
@@ -214,7 +219,7 @@ def _body(loop: Loop) -> str:
         lines.append(f"const int64_t x{trace.inputs + 1} = start + i;")
     for number, one in enumerate(trace.operations, start=1):
         lines.append(f"const {C_TYPES[one.dtype]} v{number} = {_expression(one)};")
-    kind = torch.float32 if loop.out is not None else torch.int32
+    kind = torch.int32 if loop.out == "counts" else torch.float32
     for number, value in enumerate(trace.results):
         lines.append(f"const {C_TYPES[kind]} y{number} = {_as(value, kind)};")
     return "\n".join(lines)
@@ -237,7 +242,7 @@ def _arrays(loop: Loop) -> str:
 
 
 def _store(loop: Loop, body: str) -> str:
-    assert loop.out is not None
+    assert isinstance(loop.out, torch.dtype)
     kind, short = STORED[loop.out], SHORT[loop.out]
     work = f"{body}\nconst {kind} held = narrow_{short}(y0);"
     head = ", ".join(
@@ -273,6 +278,29 @@ results |= lost_{short}(held);
 return inputs | (results << 1);
 }}
 #endif
+"""
+
+
+def _sum(loop: Loop, body: str) -> str:
+    """Lane by lane: `start` is a multiple of LANES, and no sum waits for another, so the compiler may do several at once."""
+    added = [f"lanes[{result * LANES} + j] += (double)y{result};" for result in range(len(loop.trace.results))]
+    return f"""
+extern "C" int32_t run(const void* const* in, double* __restrict lanes, const double* reals, const int64_t* wholes,
+                       int64_t start, int64_t count) {{
+{_arrays(loop)}
+{_unpacked(loop)}
+int32_t inputs = 0;
+for (int64_t first = 0; first < count; first += {LANES}) {{
+const int64_t size = count - first < {LANES} ? count - first : {LANES};
+for (int64_t j = 0; j < size; j++) {{
+const int64_t i = first + j;
+{body}
+inputs |= lost;
+{_lines(added)}
+}}
+}}
+return inputs;
+}}
 """
 
 

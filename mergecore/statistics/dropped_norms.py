@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
+from torch import Tensor
 
-from mergecore.kernels.run import materialised
-from mergecore.method import Block, Result, Scope, Statistic, Statistics, TensorInfo
+from mergecore.method import Block, Result, Scope, Statistic, Statistics, Summing, TensorInfo
 from mergecore.trims import RandomDrop, dropped
 
 State = list[tuple[str, int, float, float]]
@@ -18,6 +17,7 @@ class DroppedNorms(Statistic):
     """factor[tensor] = ‖τ‖₁ / ‖τ after the drop‖₁ (1 where nothing is left), float64 sums over the fixed grid."""
 
     name: ClassVar[str] = "dropped_norms"
+    version: ClassVar[int] = 2
     scope: ClassVar[Scope] = Scope.EXPERT
     whole: ClassVar[bool] = True
 
@@ -32,14 +32,13 @@ class DroppedNorms(Statistic):
         """No block seen yet."""
         return []
 
-    def add(self, state: State, block: Block, statistics: Statistics) -> State:
-        """Both l1 norms of the block."""
-        magnitude = block.experts[0].abs()
-        drawn = materialised(self.drop.drawn(block, [1.0]), block.start, magnitude.numel(), magnitude.device)
-        left_over = dropped([magnitude], drawn)[0]
-        whole = float(magnitude.sum(dtype=torch.float64))
-        left = float(left_over.sum(dtype=torch.float64))
-        return [*state, (block.name, block.start, whole, left)]
+    def summing(self, block: Block, statistics: Statistics) -> Summing:
+        """Both l1 norms."""
+        return Summing(_magnitudes, {"drawn": self.drop.drawn(block, [1.0])}, 2)
+
+    def summed(self, state: State, tensor: str, start: int, sums: Sequence[float]) -> State:
+        """Those of one more block."""
+        return [*state, (tensor, start, sums[0], sums[1])]
 
     def combine(self, left: State, right: State) -> State:
         """Both lists."""
@@ -53,6 +52,11 @@ class DroppedNorms(Statistic):
             sums[name] = (before[0] + whole, before[1] + left)
         factor: dict[str, Any] = {name: whole / left if left else 1.0 for name, (whole, left) in sums.items()}
         return Result({}, {"factor": factor})
+
+
+def _magnitudes(experts: Sequence[Tensor], drawn: Mapping[str, Any]) -> list[Tensor]:
+    magnitude = experts[0].abs()
+    return [magnitude, *dropped([magnitude], drawn)]
 
 
 def drawn_for(drop: RandomDrop | None, block: Block, statistics: Statistics) -> dict[str, Any] | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.method import Block, Result, Scope, Statistic, Statistics, TensorInfo
+from mergecore.method import Block, Result, Scope, Statistic, Statistics, Summing, TensorInfo
 from mergecore.trims import folded_sum
 
 SHARED, UNIQUE = 0, 1
@@ -31,14 +31,14 @@ class OverlapCounts(Statistic):
         """Nothing counted."""
         return {}
 
-    def add(self, state: State, block: Block, statistics: Statistics) -> State:
+    def summing(self, block: Block, statistics: Statistics) -> Summing:
+        """Per expert what it changes, and what it alone changes."""
+        return Summing(_changes, {"epsilon": self.epsilon}, 2 * len(block.ids))
+
+    def summed(self, state: State, tensor: str, start: int, sums: Sequence[float]) -> State:
         """The counts of one more block."""
-        changed = [(delta.abs() > self.epsilon).to(torch.int32) for delta in block.experts]
-        together = folded_sum(changed)
-        own = [(one == 1) & (together == 1) for one in changed]
-        unique = torch.tensor([int(one.sum()) for one in own])
-        every = torch.tensor([int(one.sum()) for one in changed])
-        return _added(state, {block.name: torch.stack([every - unique, unique])})
+        every, unique = (torch.tensor([int(one) for one in sums[place::2]]) for place in (0, 1))
+        return _added(state, {tensor: torch.stack([every - unique, unique])})
 
     def combine(self, left: State, right: State) -> State:
         """Sums."""
@@ -48,6 +48,12 @@ class OverlapCounts(Statistic):
         """Counts by tensor, and their sums."""
         total = sum((state[name] for name in sorted(state)), torch.zeros(2, 1, dtype=torch.int64))
         return Result(state, {"shared": total[SHARED].tolist(), "unique": total[UNIQUE].tolist()})
+
+
+def _changes(experts: Sequence[Tensor], epsilon: float) -> list[Tensor]:
+    changed = [torch.where(delta.abs() > epsilon, 1.0, 0.0) for delta in experts]
+    together = folded_sum(changed)
+    return [one for own in changed for one in (own, torch.where(together == 1.0, own, 0.0))]
 
 
 def _added(left: State, right: State) -> State:

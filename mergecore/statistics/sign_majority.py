@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mergecore.kernels.run import materialised
-from mergecore.method import Block, Index, Result, Scope, Statistic, Statistics, TensorInfo
+from mergecore.method import Block, Index, Result, Scope, Statistic, Statistics, Summing, TensorInfo
 from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
 from mergecore.statistics.threshold import Threshold, threshold_of
 from mergecore.trims import dropped, folded_sum, trimmed
@@ -31,13 +30,13 @@ class SignMajority(Statistic):
         """Zero."""
         return 0
 
-    def add(self, state: int, block: Block, statistics: Statistics) -> int:
-        """Positive minus negative elections of the block."""
-        held = materialised(
-            trims(self.threshold, block, statistics), block.start, block.stop - block.start, block.experts[0].device
-        )
-        total = folded_sum(trimmed_deltas([delta.reshape(-1) for delta in block.experts], held))
-        return state + int(torch.sign(total).sum(dtype=torch.float64))
+    def summing(self, block: Block, statistics: Statistics) -> Summing:
+        """Positive minus negative elections."""
+        return Summing(_elected, trims(self.threshold, block, statistics))
+
+    def summed(self, state: int, tensor: str, start: int, sums: Sequence[float]) -> int:
+        """Those of one more block."""
+        return state + int(sums[0])
 
     def combine(self, left: int, right: int) -> int:
         """The sum."""
@@ -46,6 +45,10 @@ class SignMajority(Statistic):
     def finish(self, state: int, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
         """{'sum': elections, 'sign': −1, 0 or 1}."""
         return Result({}, {"sum": state, "sign": (state > 0) - (state < 0)})
+
+
+def _elected(experts: Sequence[Tensor], **trims: Any) -> list[Tensor]:
+    return [torch.sign(folded_sum(trimmed_deltas(experts, trims)))]
 
 
 def trims(threshold: Threshold, block: Block, statistics: Statistics) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.method import Block, Result, Scope, Statistic, Statistics, TensorInfo
+from mergecore.method import Block, Result, Scope, Statistic, Statistics, Summing, TensorInfo
 from mergecore.trims import agreeing, elected_sign
 
 ZeroSign = Annotated[
@@ -34,12 +34,14 @@ class UnifiedNorms(Statistic):
         """No block seen yet."""
         return []
 
-    def add(self, state: State, block: Block, statistics: Statistics) -> State:
-        """Both l1 norms of every expert on one more block."""
-        shared, masks = unified(block.experts, self.zero_sign)
-        whole = [_l1(delta) for delta in block.experts]
-        kept = [_l1(torch.where(mask, shared, 0.0)) for mask in masks]
-        return [*state, (block.name, block.start, whole, kept)]
+    def summing(self, block: Block, statistics: Statistics) -> Summing:
+        """Both l1 norms of every expert."""
+        form = _negative if self.zero_sign == "negative" else _dropped
+        return Summing(form, {}, 2 * len(block.ids))
+
+    def summed(self, state: State, tensor: str, start: int, sums: Sequence[float]) -> State:
+        """Those of one more block."""
+        return [*state, (tensor, start, list(sums[::2]), list(sums[1::2]))]
 
     def combine(self, left: State, right: State) -> State:
         """Both lists."""
@@ -72,8 +74,19 @@ def unified(deltas: Sequence[Tensor], zero_sign: str) -> tuple[Tensor, list[Tens
     return largest * sign, [delta != 0 for delta in alike]
 
 
-def _l1(values: Tensor) -> float:
-    return float(values.abs().sum(dtype=torch.float64))
+def _dropped(experts: Sequence[Tensor]) -> list[Tensor]:
+    return _shares(experts, "drop")
+
+
+def _negative(experts: Sequence[Tensor]) -> list[Tensor]:
+    return _shares(experts, "negative")
+
+
+def _shares(experts: Sequence[Tensor], zero_sign: str) -> list[Tensor]:
+    """Per expert |τ_t| and |M_t ⊙ τ_uni|."""
+    shared, masks = unified(experts, zero_sign)
+    pairs = [(delta.abs(), torch.where(mask, shared, 0.0).abs()) for delta, mask in zip(experts, masks, strict=True)]
+    return [one for pair in pairs for one in pair]
 
 
 def _added(before: Sequence[float] | None, more: Sequence[float]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from math import fsum
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import mergecore.kernels.library as libraries
 import mergecore.kernels.source as source
 from mergecore.identity import words_at
 from mergecore.kernels.library import Library, library_in
-from mergecore.kernels.run import Chunk, Fused, counts_of, empty_bins, formed, materialised
+from mergecore.kernels.run import Chunk, Fused, counts_of, empty_bins, formed, materialised, total_of
+from mergecore.kernels.source import LANES
 from mergecore.kernels.trace import NotTraceableError, trace
 from mergecore.method import Beside, Index
 from mergecore.snapshot import MemoryTensors
@@ -185,7 +187,7 @@ def test_counts_are_those_of_a_sort(library: Library, windows: tuple[int, ...]) 
     def patterns(base: Tensor, experts: Sequence[Tensor]) -> list[Tensor]:
         return [expert.abs().view(torch.int32) for expert in experts[1:]]
 
-    fused = Fused(patterns, "deltas", None, library, wait=True, windows=len(windows))
+    fused = Fused(patterns, "deltas", "counts", library, wait=True, windows=len(windows))
     bins = empty_bins(2, len(windows))
     for _ in range(2):
         assert not fused.given({}).count(chunk, windows * 2, bins)
@@ -199,6 +201,30 @@ def test_counts_are_those_of_a_sort(library: Library, windows: tuple[int, ...]) 
     assert np.array_equal(found, 2 * np.concatenate(expected)) and found.sum() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sums_are_the_same_fused_or_not_and_right(library: Library, dtype: torch.dtype) -> None:
+    chunk = chunk_of(dtype)
+
+    def values(base: Tensor, experts: Sequence[Tensor], half: float) -> list[Tensor]:
+        return [experts[1].abs(), experts[1] * half - experts[2]]
+
+    found = []
+    for kept, cut in ((library, chunk.count), (None, chunk.count), (library, 256 * 5)):
+        lanes = np.zeros((2, LANES))
+        given = Fused(values, "deltas", "sums", kept, wait=True).given({"half": 0.5})
+        for _, _, part in chunk.parts(cut):
+            assert not given.sum(part, lanes)
+        assert kept is None or any(given.fused.checked.values())
+        found.append(total_of(lanes))
+    assert found[0] == found[1] == found[2]
+    _, experts, _ = formed(chunk, "deltas")
+    expected = values(experts[0], experts, 0.5)
+    for one, total in zip(expected, found[0], strict=True):
+        assert total == pytest.approx(fsum(one.tolist()), rel=1e-12, abs=1e-12)
+    chunk.experts[1][300] = float("inf")
+    assert Fused(values, "deltas", "sums", library, wait=True).given({"half": 0.5}).sum(chunk, np.zeros((2, LANES)))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_are_told(library: Library, bad: float) -> None:
     for dtype, place in itertools.product(DTYPES, (-1, 0, 2)):
@@ -207,7 +233,9 @@ def test_values_that_are_not_finite_are_told(library: Library, bad: float) -> No
         fused = Fused(lambda base, experts: base + experts[1], "deltas", torch.float32, library, wait=True)
         target = torch.empty(chunk.count)
         assert fused.given({}).store(chunk, target)[0]
-        counting = Fused(lambda base, experts: [experts[0].abs().view(torch.int32)], "deltas", None, library, wait=True)
+        counting = Fused(
+            lambda base, experts: [experts[0].abs().view(torch.int32)], "deltas", "counts", library, wait=True
+        )
         bins = empty_bins(1, 0)
         assert counting.given({}).count(chunk, (), bins) and not bins.any()
     chunk = chunk_of(torch.float32)
