@@ -114,7 +114,7 @@ def _merged(
         for name, position in zip(named, order, strict=True)
     )
     given = {name: [values[position] for position in order] for name, values in (statistics or {}).items()}
-    bound = method.bound(order)
+    bound = method.bound(order).fitted(shapes.tensors)
     found = find_statistics(bound, shapes, pool, layout.merged, given, report, library)
     outputs = {**bound.outputs(layout.merged, len(pool)), **layout.copied}
     if dtype is not None and bound.makes != "masks":

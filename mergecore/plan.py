@@ -363,7 +363,7 @@ class MergeBuilder:
         method.validate_count(len(members))
         order = method.arranged([member.id for member in members])
         ids = tuple(members[position].id for position in order)
-        bound = method.bound(order)
+        bound = method.bound(order).fitted(self.pool.base.tensors)
         laid = self._layout(frozenset(ids))
         statistics: Mapping[str, tuple[StatisticPlan, ...]]
         if isinstance(bound, AdapterMethod):
@@ -411,7 +411,7 @@ class MergeBuilder:
         base = way.base.id if way.base else ""
         order = way.method.arranged([member.id for member in way.experts])
         ids = tuple(way.experts[position].id for position in order)
-        bound = way.method.bound(order) if layout.merged else way.method
+        bound = way.method.bound(order).fitted(self.pool.base.tensors) if layout.merged else way.method
         tensors = digest([sorted(layout.merged), sorted(layout.copied)])
         statistics = self._statistics_of(bound, ids, layout.merged, tensors, base) if layout.merged else {}
         step = Step(

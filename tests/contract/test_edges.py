@@ -172,14 +172,16 @@ def test_dtypes_may_be_mixed_and_those_of_the_base_are_kept(method: Method) -> N
 
 
 def test_a_model_without_matrices(method: Method) -> None:
-    base, experts = models(torch.float32, {"scalar": (), "single": (1,), "vector": (5,)})
+    base, experts = models(torch.float32, {"scalar": (), "single": (1,), "layers.0.vector": (5,)})
     found = merged(method, base, experts)
     assert {name: found[name].shape for name in base} == {name: value.shape for name, value in base.items()}
     assert all(finite(one) for one in outcomes(method, found, base))
 
 
 def test_convolutions_in_any_layout_of_memory(method: Method) -> None:
-    base, experts = models(torch.float32, {"conv": (4, 3, 2, 2), "depthwise": (4, 1, 3, 3), "temporal": (2, 3, 5)})
+    base, experts = models(
+        torch.float32, {"conv": (4, 3, 2, 2), "layers.0.depthwise": (4, 1, 3, 3), "temporal": (2, 3, 5)}
+    )
     turned = [
         {name: value.transpose(0, -1).contiguous().transpose(0, -1) for name, value in one.items()}
         for one in (base, *experts)
