@@ -15,7 +15,7 @@ from mergecore.adapters import ADAPTER, AdapterMethod, is_transposed, ranks_made
 from mergecore.errors import MergeloomError, SpecError
 from mergecore.evaluators import Evaluator, Split, TaskIdentity
 from mergecore.identity import Step, canonical, digest
-from mergecore.layout import Layout, lay_out
+from mergecore.layout import Layout, SelectRule, lay_out
 from mergecore.merging import stored_as
 from mergecore.method import BEFORE, DataStatistic, Link, Method, Scope, Statistic, TensorInfo
 from mergecore.methods.average import Average
@@ -24,7 +24,8 @@ from mergecore.pool import Member, Pool, snapshot_step
 from mergecore.registry import evaluator_from
 from mergecore.scores import Kind, Suite, values_label
 from mergecore.snapshot import DTYPES, MERGED
-from mergecore.spec import SAFETENSORS_DTYPE, Evaluate, Spec, Variant, size_in_bytes
+from mergecore.spec import SAFETENSORS_DTYPE, Evaluate, Spec, size_in_bytes
+from mergecore.variants import Variant
 
 ENGINE = 1
 """Version of the arithmetic that all merges share (deltas in float32, one rounding); bumped when numbers change."""
@@ -131,6 +132,8 @@ class Cell:
     refused: str = ""
     loads: Mapping[str, str] = field(default_factory=dict)
     """Of a product: task → id of the expert whose model is loaded for it."""
+    select: tuple[SelectRule, ...] = ()
+    """Of a merge: what it merges and how, tensor by tensor."""
 
     @property
     def group(self) -> tuple[str, int, int]:
@@ -240,7 +243,7 @@ class Planner:
     ) -> None:
         self.spec, self.pool, self.suite = spec, pool, suite
         self.evaluator, self.tasks, self.folder = evaluator, tasks, folder
-        self.builder = MergeBuilder(pool, spec.select, spec.output.dtype, self._data)
+        self.builder = MergeBuilder(pool, (), spec.output.dtype, self._data)
 
     def _data(self, member: Member) -> dict[str, Any]:
         names = member.tasks or tuple(dict.fromkeys(task for held in self.suite.held_in.values() for task in held))
@@ -299,7 +302,8 @@ class Planner:
         name = f"{variant.label}({values}) n{count} s{subset}" if values else f"{variant.label} n{count} s{subset}"
         merge, refused, tasks, loads = None, "", self._tasks_of(chosen), dict[str, str]()
         try:
-            merge = self.builder.build(variant.method, [self.pool.experts[expert] for expert in chosen])
+            members = [self.pool.experts[expert] for expert in chosen]
+            merge = self.builder.build(variant.method, members, variant.select)
             model = merge.step
             if merge.method.makes == "masks":
                 loads = self._loads(chosen)
@@ -309,7 +313,8 @@ class Planner:
             refused, tasks = str(error), ()
         label, given = variant.label, dict(variant.values)
         return Cell(
-            model.key[:16], "merge", name, label, given, count, subset, chosen, model, merge, None, tasks, refused, loads
+            model.key[:16], "merge", name, label, given, count, subset, chosen, model, merge, None, tasks, refused, loads,
+            variant.select,
         )  # fmt: skip
 
     def _loads(self, chosen: Sequence[str]) -> dict[str, str]:
@@ -343,28 +348,32 @@ def bytes_of(tensors: Mapping[str, TensorInfo]) -> int:
 class MergeBuilder:
     """Turns (method, experts) into steps; layouts and statistics that several merges share are built once.
 
-    data: for a statistic that needs data, what identifies the data it sees for an expert.
+    select: rules that hold for merges that are given none of their own. data: for a statistic that needs data, what
+    identifies the data it sees for an expert.
     """
 
-    def __init__(self, pool: Pool, select: Sequence[Any], dtype: str | None, data: Any) -> None:
+    def __init__(self, pool: Pool, select: Sequence[SelectRule], dtype: str | None, data: Any) -> None:
         self.pool, self.select, self.data = pool, tuple(select), data
         self.dtype = SAFETENSORS_DTYPE[dtype] if dtype else None
         self.by_id = {member.id: member for member in pool.members}
-        self._layouts: dict[frozenset[str], Laid] = {}
-        self._laid: dict[frozenset[str], Laid] = {}
+        self._layouts: dict[tuple[tuple[SelectRule, ...], frozenset[str]], Laid] = {}
+        self._laid: dict[tuple[tuple[SelectRule, ...], frozenset[str]], Laid] = {}
         self._statistics: dict[tuple[type, bytes, str, str], dict[tuple[str, ...], StatisticPlan]] = {}
         self._links: dict[str, StatisticPlan] = {}
         self._wholes: dict[str, Mapping[str, TensorInfo]] = {}
 
-    def build(self, method: Method, members: Sequence[Member]) -> MergePlan:
+    def build(
+        self, method: Method, members: Sequence[Member], select: tuple[SelectRule, ...] | None = None
+    ) -> MergePlan:
         """The merge of these experts by this method. Raises SpecError where the values do not fit."""
-        if not all(rule.plain for rule in self.select):
-            return self._in_parts(method, members)
+        select = self.select if select is None else select
+        if not all(rule.plain for rule in select):
+            return self._in_parts(method, members, select)
         method.validate_count(len(members))
         order = method.arranged([member.id for member in members])
         ids = tuple(members[position].id for position in order)
         bound = method.bound(order).fitted(self.pool.base.tensors)
-        laid = self._layout(frozenset(ids))
+        laid = self._layout(frozenset(ids), select)
         statistics: Mapping[str, tuple[StatisticPlan, ...]]
         if isinstance(bound, AdapterMethod):
             statistics = {ADAPTER: (self._adapter(bound, [self.by_id[one] for one in ids], laid.layout.merged),)}
@@ -388,9 +397,9 @@ class MergeBuilder:
             size = bytes_of(outputs)
         return MergePlan(step, bound, ids, laid.layout, outputs, statistics, size)
 
-    def _in_parts(self, method: Method, members: Sequence[Member]) -> MergePlan:
+    def _in_parts(self, method: Method, members: Sequence[Member], select: tuple[SelectRule, ...]) -> MergePlan:
         """The merge whose tensors come about in several ways: one part for each."""
-        layout, found = portions(self.pool, members, method, self.select)
+        layout, found = portions(self.pool, members, method, select)
         parts = tuple(self._part(portion) for portion in found)
         ids = tuple(sorted({one for part in parts for one in (*part.experts, part.base) if one}))
         step = Step(
@@ -431,17 +440,17 @@ class MergeBuilder:
     def _outputs(self, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
         return {name: stored_as(info, self.dtype or info.dtype) for name, info in tensors.items()}
 
-    def _layout(self, ids: frozenset[str]) -> Laid:
+    def _layout(self, ids: frozenset[str], select: tuple[SelectRule, ...]) -> Laid:
         """What these experts carry between them, laid out; whoever carries the same shares it."""
-        if ids not in self._laid:
+        if (select, ids) not in self._laid:
             union = frozenset[str]().union(*(self.by_id[one].carried() for one in ids))
-            if union not in self._layouts:
-                layout = lay_out(self.pool.base.tensors, self.pool.base.config, [union], self.select)
+            if (select, union) not in self._layouts:
+                layout = lay_out(self.pool.base.tensors, self.pool.base.config, [union], select)
                 outputs = self._outputs({**layout.merged, **layout.copied})
                 tensors = digest([sorted(layout.merged), sorted(layout.copied)])
-                self._layouts[union] = Laid(layout, outputs, tensors, bytes_of(outputs))
-            self._laid[ids] = self._layouts[union]
-        return self._laid[ids]
+                self._layouts[select, union] = Laid(layout, outputs, tensors, bytes_of(outputs))
+            self._laid[select, ids] = self._layouts[select, union]
+        return self._laid[select, ids]
 
     def _statistics_of(
         self,
