@@ -104,7 +104,7 @@ def _merged(
     first = base if base is not None else experts[0]
     shapes = MemoryTensors(first)
     for position, expert in enumerate(experts):
-        check_fit(shapes.tensors, MemoryTensors(expert).tensors, f"expert {position}", False, select)
+        check_fit(shapes.tensors, MemoryTensors(expert).tensors, f"expert {position}", {}, select)
     check_left_out(select, [first, *experts])
     layout = lay_out(shapes.tensors, {}, [tuple(expert) for expert in experts], select)
     order = method.arranged([""] * len(experts) if ids is None else ids)

@@ -20,6 +20,12 @@ TIED: tuple[tuple[str, str], ...] = (
 )
 """(owner, name that is the same tensor where the config ties word embeddings)."""
 
+ALWAYS_TIED = frozenset(name for owner, name in TIED if owner == "shared.weight" and name != "lm_head.weight")
+"""T5's stacks read the shared embeddings whatever the config says; there it speaks of the head."""
+
+HEAD_APART: tuple[str, ...] = ("mt5", "umt5")
+"""Model types whose head is a tensor of its own, though transformers 5 writes tie_word_embeddings: true into all of T5's kin."""
+
 EMBEDDINGS: tuple[str, ...] = (
     "*embedding*", "*embed_tokens*", "*embed_in*", "*embed_positions*", "*wte*", "*wpe*", "*shared.weight",
     "*relative_attention_bias*",
