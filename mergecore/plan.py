@@ -95,6 +95,11 @@ class MergePlan:
         """What is to be done: the parts, or this as a whole."""
         return self.parts or (self,)
 
+    @property
+    def product(self) -> Step:
+        """The step whose result is published: the model, or the adapter that was only put onto the base to be measured."""
+        return self.statistics[ADAPTER][0].step if isinstance(self.method, AdapterMethod) else self.step
+
     def missing(self, at_hand: Callable[[StatisticPlan], bool]) -> Iterator[StatisticPlan]:
         """What must still be worked out for it, what others need before them; some may be named twice."""
         for plans in self.statistics.values():
