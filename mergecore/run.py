@@ -133,7 +133,7 @@ def _write(place: Place, plans: Sequence[MergePlan], commit: Commit) -> Done:
             for group in _by_base(ways, lambda way: way.plan.base):
                 outcome = run_pass(_pass(place, [], [way.plan for way in group], group), place.executor, place.report)
                 for way in group:
-                    written.tensors.setdefault(way.model, {}).update(outcome.tensors[way.plan.step.key])
+                    written.tensors.setdefault(way.model, {}).update(outcome.tensors[way.key])
             for way in ways:
                 shutil.rmtree(way.journals, ignore_errors=True)
             for plan in wanted:
@@ -182,6 +182,11 @@ class _Way:
     model: str
     sink: ShardSink
     journals: Path
+
+    @property
+    def key(self) -> str:
+        """What its job is called in a pass, where models may have parts in common."""
+        return self.model if self.plan.step.key == self.model else f"{self.model}/{self.plan.step.key}"
 
     @property
     def journal(self) -> Path:
@@ -262,7 +267,7 @@ def _pass(
 def _merge_job(place: Place, way: _Way, position: Mapping[str, int]) -> MergeJob:
     plan = way.plan
     return MergeJob(
-        plan.step.key,
+        way.key,
         plan.method,
         tuple(position[one] for one in plan.experts) if plan.method.needs_experts else (),
         frozenset(plan.layout.merged),
