@@ -1,9 +1,11 @@
-"""One merge as a Prefect flow: a recipe becomes a model's folder, its spans spread over a Dask cluster."""
+"""A merge as a Prefect flow: a recipe becomes a model's folder, or several do, spans spread over a Dask cluster."""
 
 from __future__ import annotations
 
 import tempfile
 import threading
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +21,8 @@ from flows.cluster import dask_client
 from flows.pages import logged, run_name, slug
 from flows.session import loops, resolver
 from flows.startup import digest_cache
-from mergecore.recipes import read_recipe
-from mergecore.single import Made
+from mergecore.recipe_files import make_file
+from mergecore.single import Made, Origin
 from mergecore.spec import Recipe, as_yaml
 from tasks.merge import Order, merge_recipe
 from tasks.spread import OnDask, Stopped
@@ -29,13 +31,17 @@ from tasks.spread import OnDask, Stopped
 @flow(
     name="merge",
     flow_run_name=run_name,
-    description="Make one model from a recipe.",
+    description="Make one model from a recipe, or those that mergekit's form of several documents asks for.",
     persist_result=False,
 )
 def merge(
-    recipe: str, out: str, workers: Annotated[int, Field(ge=1)] | None = None, durable: bool = False
+    recipe: str,
+    out: str,
+    workers: Annotated[int, Field(ge=1)] | None = None,
+    durable: bool = False,
+    intermediates: str | None = None,
 ) -> State[Any]:
-    """Make one model from a recipe. Returns the folder it is in.
+    """Make one model from a recipe. Returns the folders of what was made and stays.
 
     Prefect shows what follows beside the fields of its form.
 
@@ -44,23 +50,36 @@ def merge(
         out: The new folder to write; it is there whole or not at all.
         workers: Worker processes; none given: one a core.
         durable: Have every file on the disk (fsync) before the folder appears.
+        intermediates: Folder for the named results of a recipe of several documents; none given: they are removed.
     """
-    stop, report = threading.Event(), logged()
-    parsed, folder = read_recipe(Path(recipe), resolver(digest_cache(), report)), Path(out).absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside,
-        cancelling(stop),
-        dask_client(Path(beside), workers=workers) as client,
-    ):
-        executor = OnDask(client, Path(beside) / "passes", stop)
-        order = Order(parsed, folder, resolver(digest_cache(), report), executor, report, durable, loops())
+    stop, report, folder = threading.Event(), logged(), Path(out).absolute()
+    with ExitStack() as stack:
+        stack.enter_context(cancelling(stop))
+
+        @cache
+        def executor() -> OnDask:
+            """Started when the first recipe is known to be one."""
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            beside = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent))
+            )
+            client = stack.enter_context(dask_client(beside, workers=workers))
+            return OnDask(client, beside / "passes", stop)
+
+        def make(parsed: Recipe, place: Path, origin: Origin | None) -> Made:
+            find = resolver(digest_cache(), report)
+            made = merge_recipe(parsed.method, Order(parsed, place, find, executor(), report, durable, loops(), origin))
+            key = f"model-{slug(place.name)}"
+            create_markdown_artifact(_page(made, parsed), key=key, description=f"Model in {place}")
+            return made
+
         try:
-            made = merge_recipe(parsed.method, order)
+            kept = Path(intermediates).absolute() if intermediates else None
+            found = make_file(Path(recipe), folder, resolver(digest_cache(), report), make, kept)
         except Stopped as error:
             return Cancelled(message=str(error))
-    create_markdown_artifact(_page(made, parsed), key=f"model-{slug(folder.name)}", description=f"Model in {out}")
-    state: State[Any] = Completed(message=f"{made.folder}, {readable(made.size)}", data=str(made.folder))
+    told = "; ".join(f"{made.folder}, {readable(made.size)}" for made in found)
+    state: State[Any] = Completed(message=told, data=[str(made.folder) for made in found])
     return state
 
 

@@ -94,7 +94,7 @@ def recipe_of(plan: Plan, cell: Cell) -> dict[str, Any]:
     """The recipe that `mergeloom merge` takes to make this cell's model alone; empty for a checkpoint as it stands."""
     if cell.kind != "merge" or cell.merge is None:
         return {}
-    values = dict(cell.values)
+    values = {name: value for name, value in cell.values.items() if name != "select"}
     spec = plan.spec
     recipe = {
         "method": cell.merge.method.name,
@@ -104,8 +104,8 @@ def recipe_of(plan: Plan, cell: Cell) -> dict[str, Any]:
     }
     if spec.output.dtype and cell.merge.method.makes != "adapter":  # there it is the dense model's
         recipe["dtype"] = spec.output.dtype
-    if spec.select:
-        recipe["select"] = [rule.model_dump(mode="json", exclude_defaults=True) for rule in spec.select]
+    if cell.select:
+        recipe["select"] = [rule.model_dump(mode="json", exclude_defaults=True) for rule in cell.select]
     return recipe
 
 

@@ -309,6 +309,8 @@ class Frontier:
             return False
         if keep == "registered" and self.plan.spec.output.register_ is None:
             return False
+        if keep == "registered" and cell.merge is not None and cell.merge.product != cell.model:
+            return False  # its adapter is what is registered, and stays
         if keep == "registered" and registered and (settled or cell.id == registered):
             return cell.id == registered
         return cell.id in best

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from mergecore.architectures import BUFFER, TIED, layer_of
+from mergecore.architectures import ALWAYS_TIED, BUFFER, HEAD_APART, TIED, layer_of
 from mergecore.errors import MismatchError, SpecError, nearest
 from mergecore.method import TensorInfo
 from mergecore.snapshot import MERGED
@@ -146,8 +146,15 @@ def is_weight(name: str, info: TensorInfo) -> bool:
 
 def tied_names(base: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, str]:
     """{name: owner} of the names that stand for another tensor of the base, whether its files hold them or not."""
-    tied = bool(config.get("tie_word_embeddings"))
-    return {name: owner for owner, name in TIED if tied and owner in base}
+    return {name: owner for owner, name in _tied_pairs(config) if owner in base}
+
+
+def _tied_pairs(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """(owner, name) of what is one tensor in a model of this configuration; without one nothing is known to be."""
+    # Of a T5 with a head of its own transformers 5 says that it is tied, and, truly, that outputs are not scaled.
+    apart = config.get("scale_decoder_outputs") is False or config.get("model_type") in HEAD_APART
+    tied = bool(config.get("tie_word_embeddings")) and not apart
+    return tuple(pair for pair in TIED if tied or (config and pair[1] in ALWAYS_TIED))
 
 
 def left_out(name: str, rules: Sequence[SelectRule]) -> bool:
@@ -181,14 +188,14 @@ def check_fit(
     base: Mapping[str, TensorInfo],
     expert: Mapping[str, TensorInfo],
     where: str,
-    tied: bool,
+    config: Mapping[str, Any],
     rules: Sequence[SelectRule] = (),
 ) -> None:
     """Raise MismatchError where a full checkpoint's names or shapes are not those of the base, naming the first few.
 
-    What the rules leave out of the result need not fit.
+    What the rules leave out of the result need not fit, nor what the base's configuration ties.
     """
-    ignored = {name for _, name in TIED} if tied else set()
+    ignored = {name for _, name in _tied_pairs(config)}
     ignored |= {name for held in (base, expert) for name in held if left_out(name, rules)}
     ignored |= {name for held in (base, expert) for name in held if _is_buffer(name, held[name])}
     missing = sorted(set(base) - set(expert) - ignored)

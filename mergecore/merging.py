@@ -93,7 +93,7 @@ def _merged(
     first = base if base is not None else experts[0]
     shapes = MemoryTensors(first)
     for position, expert in enumerate(experts):
-        check_fit(shapes.tensors, MemoryTensors(expert).tensors, f"expert {position}", False, select)
+        check_fit(shapes.tensors, MemoryTensors(expert).tensors, f"expert {position}", {}, select)
     check_left_out(select, [first, *experts])
     layout = lay_out(shapes.tensors, {}, [tuple(expert) for expert in experts], select)
     order = method.arranged([""] * len(experts) if ids is None else ids)
@@ -103,7 +103,7 @@ def _merged(
         for name, position in zip(named, order, strict=True)
     )
     given = {name: [values[position] for position in order] for name, values in (statistics or {}).items()}
-    bound = method.bound(order)
+    bound = method.bound(order).fitted(shapes.tensors)
     found = find_statistics(bound, shapes, pool, layout.merged, given, report, library)
     outputs = {**bound.outputs(layout.merged, len(pool)), **layout.copied}
     if dtype is not None and bound.makes != "masks":

@@ -13,7 +13,7 @@ fields are all that enters a step's key, so whatever can change the numbers is a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
@@ -378,6 +378,11 @@ class Method(Plugin, ABC):
 
     def bound(self, order: Sequence[int]) -> Method:
         """The same method with per-expert parameters (weights, say) moved along when experts are reordered."""
+        return self
+
+    def fitted(self, tensors: Iterable[str]) -> Method:
+        """The same method with what it takes from the names of the base's tensors (how many layers there are) filled in.
+        Raises SpecError where its values do not fit them."""
         return self
 
     def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:

@@ -11,7 +11,7 @@ from mergecore.layout import LEFT_OUT, Layout, SelectRule, check_rules, is_weigh
 from mergecore.method import Link, Method
 from mergecore.methods.average import Average
 from mergecore.pool import Member, Pool
-from mergecore.spec import method_of
+from mergecore.variants import method_of
 
 COPY = Average()
 """Stands where nothing is merged; it is never called."""

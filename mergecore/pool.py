@@ -204,7 +204,7 @@ def _member(
         ours, theirs = base.config.get(key), found.config.get(key)
         if ours is not None and theirs is not None and ours != theirs:
             raise MismatchError(f"{where} has {key} {theirs}, the base has {ours}: they are no versions of one model")
-    check_fit(base.tensors, found.tensors, where, bool(base.config.get("tie_word_embeddings")), select)
+    check_fit(base.tensors, found.tensors, where, base.config, select)
     _check_tokenizer(where, found, base, warnings)
     return Member(name, tasks, found, None)
 

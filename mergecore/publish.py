@@ -10,16 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mergecore.adapter_files import write_config
+from mergecore.adapters import CONFIG, STEM
 from mergecore.collect import lineage
 from mergecore.errors import StoreError
 from mergecore.frontier import Frontier, registration_file
 from mergecore.identity import Step
-from mergecore.plan import Cell
+from mergecore.plan import Cell, MergePlan
 from mergecore.product import describe, published_name
 from mergecore.run import Done, Place, made_with
 from mergecore.snapshot import Snapshot
 from mergecore.spec import as_yaml
-from mergecore.store import write_json
+from mergecore.store import Record, write_json
 
 TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -112,26 +114,28 @@ def model_card(recipe: Mapping[str, Any], origin: Mapping[str, Any], scores: Map
 
 
 def register(place: Place, frontier: Frontier, cell: Cell, chosen_on: str, scores: Mapping[str, float]) -> Done:
-    """Publish the best cell's model inside the store (weights linked, not copied) and record the registration.
+    """Publish the best cell's product inside the store (weights linked, not copied) and record the registration: its
+    model, or, where adapters were merged into one, that adapter.
 
-    The record is what MLflow's registry is projected from. Raises StoreError where the model's bytes are not there.
+    The record is what MLflow's registry is projected from. Raises StoreError where the product's bytes are not there.
     """
     began = time.monotonic()
     store, plan = place.store, frontier.plan
     settings = plan.spec.output.register_
     assert settings is not None and cell.merge is not None
-    record = store.record(cell.model)
+    product = cell.merge.product
+    record = store.record(product)
     if record is None or record.dropped:
-        raise StoreError(f"the model of {cell.name} is not in the store; run the sweep again")
+        raise StoreError(f"the {product.kind} of {cell.name} is not in the store; run the sweep again")
     step = registration_step(frontier, cell)
     origin = lineage(plan, cell, record.result)
     if not store.is_done(step, bytes_needed=True):
         with store.draft(step) as draft:
-            for name in record.files:
-                if (published := published_name(cell.merge, name)) is not None:
-                    os.link(store.folder(cell.model) / name, draft.path / published)
-            dtypes = sorted({info[0] for info in record.result["tensors"].values() if info[0] in TORCH_NAMES})
-            write_companions(draft.path, plan.pool.base, place.folders[plan.pool.base.weights], dtypes)
+            if cell.merge.method.makes == "adapter":
+                _link_adapter(place, product, draft.path)
+                origin |= {"error": record.result["error"]} if "error" in record.result else {}
+            else:
+                _link_model(place, cell.merge, record, draft.path, plan.pool.base)
             if cell.merge.method.makes == "masks":
                 origin["saved"] = describe(cell.merge, plan.pool, draft.path)
             (draft.path / "README.md").write_text(model_card(origin["recipe"], origin, scores))
@@ -150,8 +154,28 @@ def register(place: Place, frontier: Frontier, cell: Cell, chosen_on: str, score
     return Done([step.name], {}, time.monotonic() - began)
 
 
+def _link_model(place: Place, merge: MergePlan, record: Record, folder: Path, base: Snapshot) -> None:
+    """A model's weights under a second name, and what goes with them."""
+    for name in record.files:
+        if (published := published_name(merge, name)) is not None:
+            os.link(place.store.folder(merge.step) / name, folder / published)
+    dtypes = sorted({info[0] for info in record.result["tensors"].values() if info[0] in TORCH_NAMES})
+    write_companions(folder, base, place.folders[base.weights], dtypes)
+
+
+def _link_adapter(place: Place, product: Step, folder: Path) -> None:
+    """An adapter's weights under a second name, and its configuration, which names the base it is for."""
+    held = place.store.folder(product)
+    os.link(held / f"{STEM}.safetensors", folder / f"{STEM}.safetensors")
+    config = json.loads((held / CONFIG).read_text())
+    write_config(
+        folder, {**config, "base_model_name_or_path": config["base_model_name_or_path"] or place.pool.base.source.uri}
+    )
+
+
 def registration_step(frontier: Frontier, cell: Cell) -> Step:
-    """The step that publishes a cell's model."""
+    """The step that publishes a cell's product."""
     assert cell.merge is not None
-    inputs = {"model": cell.model.key, "companions": frontier.plan.pool.base.companions}
+    product, companions = cell.merge.product, frontier.plan.pool.base.companions
+    inputs = {"adapter" if product.kind == "adapter" else "model": product.key, "companions": companions}
     return Step("registration", cell.merge.method.name, 1, {}, inputs)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mergecore.errors import SpecError
@@ -16,7 +16,11 @@ from mergecore.mergekit.document import is_mergekit
 from mergecore.passes import Executor
 from mergecore.pool import Resolver
 from mergecore.recipes import Order, Translator, read_orders
-from mergecore.single import Made, merge_recipe
+from mergecore.single import MERGEKIT, Made, Origin, merge_recipe
+from mergecore.spec import Recipe
+
+Maker = Callable[[Recipe, Path, Origin | None], Made]
+"""Makes the model of one recipe in the folder given; the recipe was read from the origin."""
 
 
 def merge_file(
@@ -32,6 +36,18 @@ def merge_file(
     memory: int | None = None,
     store: Path | None = None,
 ) -> list[Made]:
+    """Make what a recipe file asks for, as `make_file` does, in this process or on the executor's workers."""
+
+    def make(recipe: Recipe, folder: Path, origin: Origin | None) -> Made:
+        return merge_recipe(
+            recipe, folder, resolve, executor, report, durable=durable, library=library, memory=memory, store=store,
+            origin=origin,
+        )  # fmt: skip
+
+    return make_file(path, out, resolve, make, intermediates)
+
+
+def make_file(path: Path, out: Path, resolve: Resolver, make: Maker, intermediates: Path | None = None) -> list[Made]:
     """Make what a recipe file asks for, in our form or in mergekit's; of several documents the one without a name is
     `out`, and where all have names each becomes a folder in `out`.
 
@@ -41,14 +57,14 @@ def merge_file(
     translator, text = Translator(resolve), path.read_text(encoding="utf-8")
     with contextlib.ExitStack() as stack:
         folders = _folders(orders, out, intermediates, stack)
+        passing = intermediates is None and len(orders) > 1 and not all(order.name for order in orders)
+        named = [order.name for order in orders if order.name and passing]
+        called = {str(folders[name]): f"{name} of {MERGEKIT}" for name in named}
         made = []
         for order in orders:
             recipe, notes = translator.recipe(order, folders)
-            origin = text if is_mergekit(order.held) else None
-            one = merge_recipe(
-                recipe, folders[order.name], resolve, executor, report, durable=durable, library=library,
-                memory=memory, store=store, origin=origin,
-            )  # fmt: skip
+            origin = Origin(text, called) if is_mergekit(order.held) else None
+            one = make(recipe, folders[order.name], origin)
             made.append(dataclasses.replace(one, warnings=(*notes, *one.warnings)))
     return [one for one in made if one.folder.exists()]
 

@@ -153,11 +153,3 @@ class Translator:
             return snapshot
 
         return found
-
-
-def read_recipe(path: Path, resolve: Resolver) -> Recipe:
-    """The recipe of a file that asks for one model, in either form. Raises SpecError."""
-    orders = read_orders(path)
-    if len(orders) > 1:
-        raise SpecError(f"{path.name} asks for {len(orders)} models; `mergeloom merge` makes them one after another")
-    return Translator(resolve).recipe(orders[0], {})[0]

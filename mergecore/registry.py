@@ -46,6 +46,7 @@ METHODS: dict[str, type[Method]] = {
         methods.Pcb,
         methods.Consensus,
         methods.Opcm,
+        methods.LayerSwap,
         methods.LoraArithmetic,
         methods.LoraLego,
         methods.Nearswap,

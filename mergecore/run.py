@@ -7,53 +7,44 @@ and what failed. A failure is recorded with its reason and never stops the rest.
 from __future__ import annotations
 
 import contextlib
-import platform
 import shutil
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TypeVar
 
-import torch
-from pyarrow import parquet
-from torch import Tensor
-
-from mergecore.adapter_files import write_config, write_made
-from mergecore.adapters import AdapterMethod, adapter_config
-from mergecore.delta import AdapterExpert, Expert, FullExpert
+from mergecore.adapter_making import AdapterTask, make_adapter
+from mergecore.adapters import AdapterMethod
+from mergecore.delta import FullExpert
+from mergecore.done import RECORDED, Done, failed, made_with, reason
 from mergecore.engine import run_pass
-from mergecore.errors import EvaluationError, MergeloomError, ServiceError
-from mergecore.evaluators import Evaluator, Resident, Split, TaskIdentity
-from mergecore.events import Event, Report, silent
+from mergecore.errors import EvaluationError, ServiceError
+from mergecore.evaluators import Evaluator
+from mergecore.events import Event, Report
 from mergecore.folded import FoldedSnapshot
 from mergecore.frontier import Scoring
-from mergecore.identity import Step, block_digests, model_digest, tensor_digest
+from mergecore.identity import Step, model_digest
 from mergecore.kernels.library import Library
-from mergecore.method import DataStatistic, Found, Link, Result, Statistic, TensorInfo, TensorSource
+from mergecore.method import Link, Statistic, TensorInfo, TensorSource
+from mergecore.on_data import ITEMS, Bench, DataTask, ScoreTask, find_on_data, score_model
 from mergecore.passes import Executor, MergeJob, PassOutcome, PassPlan, StatisticJob, coarsest, plan_spans
 from mergecore.plan import MergePlan, StatisticPlan
 from mergecore.pool import Pool, opened, snapshot_step
 from mergecore.product import task_model
-from mergecore.snapshot import NAMES, FileTensors, MemoryTensors, Snapshot, open_file, open_files
+from mergecore.results import TENSORS, commit_result, open_model, read_found, read_inputs
+from mergecore.snapshot import Snapshot, open_file
 from mergecore.store import Draft, State, Store
 from mergecore.writer import ShardSink, plan_shards
 
-TENSORS = "tensors.safetensors"
+__all__ = [
+    "ITEMS", "Done", "Place", "ScoreTask", "drop_models", "fetch", "made_with", "read_found", "run_data_statistics",
+    "run_merges", "run_scorings", "run_statistics", "snapshots_of",
+]  # fmt: skip
+
 Planned = TypeVar("Planned", bound=Any)
-ITEMS = "items.parquet"
-RECORDED = (MergeloomError, ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
-"""What is recorded as the failure of a step, and does not stop the others: our own errors, and those that a plug-in or
-torch (out of memory, say) may raise. Not among them: errors of the system, interruption, cancelling."""
-
-
-def reason(error: BaseException) -> str:
-    """Why a step failed, for its record: our own errors are sentences, others need their kind said."""
-    return str(error) if isinstance(error, MergeloomError) else f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
@@ -82,20 +73,6 @@ class Place:
         if self.evaluator is None:
             raise EvaluationError("nothing here says how models are evaluated; run this from a spec with `evaluate:`")
         return Bench(self.store.root, self.evaluator, self.tasks, self.device)
-
-
-@dataclass
-class Done:
-    """What a piece of work completed: names of steps done in it (none of what others had done before), and {name: reason}
-    of those that failed."""
-
-    steps: list[str] = field(default_factory=list)
-    failures: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    def note(self, other: Done) -> Done:
-        """Both together."""
-        return Done(self.steps + other.steps, {**self.failures, **other.failures}, self.seconds + other.seconds)
 
 
 def fetch(place: Place, snapshot: Snapshot) -> Done:
@@ -157,7 +134,7 @@ def _write(place: Place, plans: Sequence[MergePlan], commit: Commit) -> Done:
             for group in _by_base(ways, lambda way: way.plan.base):
                 outcome = run_pass(_pass(place, [], [way.plan for way in group], group), place.executor, place.report)
                 for way in group:
-                    written.tensors.setdefault(way.model, {}).update(outcome.tensors[way.plan.step.key])
+                    written.tensors.setdefault(way.model, {}).update(outcome.tensors[way.key])
             for way in ways:
                 shutil.rmtree(way.journals, ignore_errors=True)
             for plan in wanted:
@@ -206,6 +183,11 @@ class _Way:
     model: str
     sink: ShardSink
     journals: Path
+
+    @property
+    def key(self) -> str:
+        """What its job is called in a pass, where models may have parts in common."""
+        return self.model if self.plan.step.key == self.model else f"{self.model}/{self.plan.step.key}"
 
     @property
     def journal(self) -> Path:
@@ -286,7 +268,7 @@ def _pass(
 def _merge_job(place: Place, way: _Way, position: Mapping[str, int]) -> MergeJob:
     plan = way.plan
     return MergeJob(
-        plan.step.key,
+        way.key,
         plan.method,
         tuple(position[one] for one in plan.experts) if plan.method.needs_experts else (),
         frozenset(plan.layout.merged),
@@ -326,63 +308,6 @@ def _kept(store: Store, plan: MergePlan) -> dict[str, Any]:
     return {"kept_density": kept} if kept else {}
 
 
-# --- statistics' results ------------------------------------------------------------------------------------------
-
-
-def commit_result(store: Store, draft: Draft, result: Result, made: Mapping[str, Any]) -> None:
-    """Write a statistic's tensors and numbers and record them under their digest."""
-    tensors = result.tensors
-    if tensors:
-        infos = {name: TensorInfo(NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
-        # Not safetensors' own writer: that one leaves files that only their owner may read.
-        sink = ShardSink(draft.path, infos, plan_shards(infos, sys.maxsize, Path(TENSORS).stem))
-        sink.prepare()
-        for name, value in tensors.items():
-            sink.write(name, 0, value.reshape(-1))
-    held = {
-        name: (
-            NAMES[value.dtype],
-            tuple(value.shape),
-            tensor_digest(list(block_digests(value.reshape(-1)).values())),
-        )
-        for name, value in tensors.items()
-    }
-    store.commit(draft, model_digest(held), result.numbers, made)
-
-
-def read_inputs(store: Store, inputs: Mapping[str, tuple[StatisticPlan, ...]]) -> dict[str, list[Found]]:
-    """What a method or statistic must know beforehand, from the store."""
-    return {name: [read_found(store, plan) for plan in plans] for name, plans in inputs.items()}
-
-
-def read_found(store: Store, plan: StatisticPlan) -> Found:
-    """One statistic's result, its tensors read when they are asked for."""
-    record = store.record(plan.step)
-    if record is None:
-        raise MergeloomError(f"statistic {plan.step.name} is asked for before it was worked out")
-    held = next((name for name in record.files if name.endswith(".safetensors")), None)
-    tensors: TensorSource = MemoryTensors({}) if held is None else open_file(store.folder(plan.step) / held)
-    return Found(tensors, record.result)
-
-
-# --- adapters -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AdapterTask:
-    """An adapter to be made; base and configs are what its own configuration is written from."""
-
-    plan: StatisticPlan
-    experts: tuple[AdapterExpert, ...]
-    base: Mapping[str, TensorInfo]
-    configs: tuple[Mapping[str, Any], ...]
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        """What is to be completed."""
-        return (self.plan.step,)
-
-
 def run_adapters(place: Place, plans: Sequence[StatisticPlan]) -> Done:
     """Make adapters of adapters."""
     members, base = {member.id: member for member in place.pool.members}, place.pool.base.tensors
@@ -396,95 +321,6 @@ def run_adapters(place: Place, plans: Sequence[StatisticPlan]) -> Done:
         for plan in plans
     ]
     return _gather(place, make_adapter, place.store.root, tasks, [plan.step.name for plan in plans], "adapters made")
-
-
-def make_adapter(root: Path, task: AdapterTask) -> Done:
-    """Make one adapter in the process it is called in: its two files, written module by module."""
-    store, plan, began = Store(root), task.plan, time.monotonic()
-    torch.set_num_threads(1)
-    try:
-        with store.draft(plan.step) as draft:
-            if store.is_done(plan.step, bytes_needed=True):
-                return Done()
-            assert isinstance(plan.statistic, AdapterMethod)
-            digest, numbers = write_made(draft.path, plan.statistic, task.experts, plan.selection)
-            write_config(
-                draft.path, adapter_config(numbers["ranks"], task.base, task.configs, numbers["fan_in_fan_out"])
-            )
-            store.commit(draft, digest, numbers, made_with(began))
-    except RECORDED as error:
-        return _failed(store, task.steps, error)
-    return Done([plan.step.name], {}, time.monotonic() - began)
-
-
-# --- models on data -----------------------------------------------------------------------------------------------
-
-_RESIDENTS: dict[tuple[str, str], Resident] = {}
-_RESIDENT_LOCK = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What every scoring or data statistic of a sweep shares; sent to a worker once."""
-
-    store: Path
-    evaluator: Evaluator
-    tasks: Path | None
-    device: str = "cpu"
-
-
-@dataclass(frozen=True)
-class ScoreTask:
-    """One model and the tasks on which it is to be scored."""
-
-    weights: TensorSource
-    companions: Path
-    companions_digest: str
-    tasks: tuple[tuple[Split, TaskIdentity, Step], ...]
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        """What is to be completed."""
-        return tuple(step for _, _, step in self.tasks)
-
-
-@dataclass(frozen=True)
-class DataTask:
-    """One expert and the statistic that is to be worked out on its training items."""
-
-    plan: StatisticPlan
-    base: TensorSource
-    expert: Expert
-    companions: Path
-    companions_digest: str
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        """What is to be completed."""
-        return (self.plan.step,)
-
-
-@dataclass(frozen=True)
-class Folded:
-    """An expert as a model: its weights in float32, an adapter folded into the base."""
-
-    base: TensorSource
-    expert: Expert
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """The base's tensors."""
-        return self.base.tensors
-
-    def read(self, name: str, start: int = 0, stop: int | None = None, space: Tensor | None = None) -> Tensor:
-        """Elements of θ_t, integers as they are; what the expert does not carry is the base's."""
-        stop = self.base.tensors[name].count if stop is None else stop
-        held = self.base.read(name, start, stop)
-        if not self.expert.carries(name):
-            return held
-        own = self.expert.block(name, start, stop)
-        # Counters of a BatchNorm and the like are integers, in the model too.
-        return self.expert.weights(own, held.to(torch.float32)) if own.is_floating_point() else own
 
 
 def run_scorings(place: Place, scorings: Sequence[Scoring]) -> Done:
@@ -554,114 +390,10 @@ def _gather(
             place.report(Event(f"{what}: {names[position]}", len(tasks) - len(left), len(tasks), "models"))
     except ServiceError as error:
         if len(tasks) == 1:
-            return _failed(place.store, tasks[0].steps, error)
+            return failed(place.store, tasks[0].steps, error)
         for position, task in left.items():
             done = done.note(_gather(place, function, bench, [task], [names[position]], what))
     return done
-
-
-def _failed(store: Store, steps: Sequence[Step], error: Exception) -> Done:
-    """The same reason recorded for all of these steps that are not done."""
-    open_ones = [step for step in steps if not store.is_done(step)]
-    for step in open_ones:
-        store.fail(step, reason(error))
-    return Done([], {step.name: reason(error) for step in open_ones})
-
-
-def open_model(store: Store, step: Step) -> FileTensors:
-    """The tensors of a model in the store."""
-    record = store.record(step)
-    names = [] if record is None else [name for name in record.files if name.endswith(".safetensors")]
-    return open_files(store.folder(step), names)
-
-
-def resident(bench: Bench, companions: Path, companions_digest: str, dtype: str | None = None) -> Resident:
-    """The model shell of this process for these companions, opened once. Another one is let go first."""
-    evaluator = bench.evaluator
-    if dtype is not None and "dtype" in type(evaluator).model_fields:
-        evaluator = evaluator.model_copy(update={"dtype": dtype})
-    key = (str(evaluator.parameters()), companions_digest)
-    if key not in _RESIDENTS:
-        _RESIDENTS.clear()
-        _RESIDENTS[key] = evaluator.open(companions, bench.tasks)
-        _RESIDENTS[key].model.to(bench.device)
-    return _RESIDENTS[key]
-
-
-def score_model(bench: Bench, task: ScoreTask) -> Done:
-    """Score one model on its tasks, in the process it is called in; each task is recorded as soon as it is done."""
-    store, done, began = Store(bench.store), Done(), time.monotonic()
-    with _RESIDENT_LOCK:
-        torch.set_num_threads(1)
-        try:
-            held = resident(bench, task.companions, task.companions_digest)
-            held.swap(task.weights)
-        except RECORDED as error:
-            return _failed(store, task.steps, error)
-        for _, identity, step in task.tasks:
-            try:
-                if _score_task(store, held, identity, step):
-                    done.steps.append(step.name)
-            except RECORDED as error:
-                done = done.note(_failed(store, [step], error))
-    done.seconds = time.monotonic() - began
-    return done
-
-
-def _score_task(store: Store, held: Resident, identity: TaskIdentity, step: Step) -> bool:
-    """Score one task and record it. False where another process has done so meanwhile."""
-    began = time.monotonic()
-    with store.draft(step) as draft:
-        if store.is_done(step):
-            return False
-        table = held.score(identity, silent)
-        scores = table.column("score").to_pylist()
-        if not scores:
-            raise EvaluationError(f"task '{identity.task}' has no items in its {identity.split} split")
-        parquet.write_table(table, draft.path / ITEMS, compression="zstd")
-        digest = table_digest(draft.path / ITEMS)
-        result = {"task": identity.task, "split": identity.split, "metric": identity.metric, "score": fmean(scores),
-                  "items": len(scores), "identity": dict(identity.identity)}  # fmt: skip
-        store.commit(draft, digest, result, made_with(began))
-    return True
-
-
-def table_digest(path: Path) -> str:
-    """SHA-256 of a table's file."""
-    from mergecore.sources.digests import file_sha256
-
-    return file_sha256(path)
-
-
-def find_on_data(bench: Bench, task: DataTask) -> Done:
-    """Work out one data statistic in the process it is called in."""
-    store, began, plan = Store(bench.store), time.monotonic(), task.plan
-    assert isinstance(plan.statistic, DataStatistic)
-    with _RESIDENT_LOCK:
-        torch.set_num_threads(1)
-        try:
-            with store.draft(plan.step) as draft:
-                if store.is_done(plan.step, bytes_needed=True):
-                    return Done()
-                held = resident(bench, task.companions, task.companions_digest, dtype="float32")
-                held.swap(Folded(task.base, task.expert))
-                samples = int(getattr(plan.statistic, "samples", 0))
-                data = held.calibration(plan.tasks, samples, int(getattr(plan.statistic, "seed", 0)))
-                result = plan.statistic.compute(held.model, data, plan.selection, silent)
-                commit_result(store, draft, result, made_with(began))
-        except RECORDED as error:
-            return _failed(store, task.steps, error)
-    return Done([plan.step.name], {}, time.monotonic() - began)
-
-
-def made_with(began: float) -> dict[str, Any]:
-    """How a result was made: never part of a key, always part of its record."""
-    return {
-        "seconds": round(time.monotonic() - began, 3),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
 
 
 def drop_models(place: Place, plans: Sequence[MergePlan | StatisticPlan]) -> None:

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,8 +26,12 @@ from mergecore.pool import Member, Pool, Resolver, resolve_pool
 from mergecore.product import describe, published_name
 from mergecore.publish import TORCH_NAMES, model_card, write_chat_template, write_companions, write_tokenizer
 from mergecore.run import Done, Place, drop_models, fetch, read_found, run_merges, run_statistics, snapshots_of
-from mergecore.spec import SAFETENSORS_DTYPE, BaseSpec, Recipe, as_yaml, method_of, size_in_bytes
+from mergecore.spec import SAFETENSORS_DTYPE, BaseSpec, Recipe, as_yaml, size_in_bytes
 from mergecore.store import Store
+from mergecore.variants import method_of
+
+MERGEKIT = "mergekit.yml"
+"""The recipe as it was written, where that was in mergekit's form."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,14 @@ class Made:
     seconds: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """mergekit's form that a recipe was read from: its text, and by folder what it calls those results that do not stay."""
+
+    text: str
+    called: Mapping[str, str] = field(default_factory=dict)
+
+
 def merge_recipe(
     recipe: Recipe,
     out: Path,
@@ -52,12 +64,13 @@ def merge_recipe(
     library: Library | None = None,
     memory: int | None = None,
     store: Path | None = None,
-    origin: str | None = None,
+    origin: Origin | None = None,
 ) -> Made:
     """Make the recipe's model in `out`, by way of `out`.tmp and a rename; durable: fsync before the rename.
 
     store: where what is worked out beforehand stays for later merges (a chain that an expert will join, say); none: it
-    goes with the draft. origin: the text of mergekit's form that the recipe was read from; it is kept beside the model.
+    goes with the draft. origin: what the recipe was read from, where it was not written in our form; its text is kept
+    beside the model.
 
     Raises a MergeloomError for what cannot be made; nothing is left at `out` or beside it then.
     """
@@ -97,10 +110,10 @@ def merge_recipe(
             if snapshot.source.revision is None:
                 snapshot.source.fetch(report)  # a local file written to meanwhile is none of the digests in the card
         digest, size, said = (
-            _settle_adapter(place, adapter, recipe, draft) if adapter else _settle(place, plan, recipe, draft)
+            _settle_adapter(place, adapter, recipe, draft) if adapter else _settle(place, plan, recipe, draft, origin)
         )
         if origin is not None:
-            (draft / "mergekit.yml").write_text(origin)
+            (draft / MERGEKIT).write_text(origin.text)
     clock.ended("finish")
     return Made(out, digest, size, (*pool.warnings, *said), clock.seconds)
 
@@ -168,7 +181,7 @@ Settled = tuple[str, int, tuple[str, ...]]
 """Digest and bytes of what was written, and what is to be said of it."""
 
 
-def _settle(place: Place, plan: MergePlan, recipe: Recipe, draft: Path) -> Settled:
+def _settle(place: Place, plan: MergePlan, recipe: Recipe, draft: Path, read_from: Origin | None) -> Settled:
     """Put the weights, companions and card into the draft."""
     record = place.store.record(plan.step)
     assert record is not None
@@ -185,7 +198,7 @@ def _settle(place: Place, plan: MergePlan, recipe: Recipe, draft: Path) -> Settl
     if recipe.chat_template is not None:
         write_chat_template(draft, recipe.chat_template)
     saved = {"saved": describe(plan, place.pool, draft)} if plan.method.makes == "masks" else {}
-    _write_card(draft, place.pool, recipe, plan.step, record.result, saved)
+    _write_card(draft, place.pool, recipe, plan.step, record.result, saved, read_from.called if read_from else {})
     return record.digest, plan.size, ()
 
 
@@ -204,11 +217,31 @@ def _settle_adapter(place: Place, plan: StatisticPlan, recipe: Recipe, draft: Pa
 
 
 def _write_card(
-    draft: Path, pool: Pool, recipe: Recipe, step: Step, result: Any, more: Mapping[str, Any] = MappingProxyType({})
+    draft: Path,
+    pool: Pool,
+    recipe: Recipe,
+    step: Step,
+    result: Any,
+    more: Mapping[str, Any] = MappingProxyType({}),
+    called: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    held = _pinned(recipe, pool)
-    (draft / "README.md").write_text(model_card(held, {**_origin(pool, step, result), **more}, None))
-    (draft / "mergeloom.yaml").write_text(as_yaml(held))
+    held, told = _pinned(recipe, pool), ""
+    origin = {**_origin(pool, step, result), **more}
+    if (renamed := _called(held, called)) != held:
+        held, origin = renamed, _called(origin, called)
+        told = f"Some of its inputs were made on the way, by other documents of {MERGEKIT}: run that file to make it again."
+    card = model_card(held, origin, None)
+    (draft / "README.md").write_text(f"{card}\n{told}\n" if told else card)
+    (draft / "mergeloom.yaml").write_text((f"# {told}\n" if told else "") + as_yaml(held))
+
+
+def _called(held: Any, names: Mapping[str, str]) -> Any:
+    """Plain values with the names of folders in place of their paths."""
+    if isinstance(held, Mapping):
+        return {key: _called(value, names) for key, value in held.items()}
+    if isinstance(held, list):
+        return [_called(value, names) for value in held]
+    return names.get(held, held) if isinstance(held, str) else held
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

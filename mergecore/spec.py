@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,11 +12,11 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mergecore.errors import SpecError, nearest
-from mergecore.identity import digest
 from mergecore.layout import SelectRule
 from mergecore.method import Method
 from mergecore.registry import METHODS, explained, method_from
 from mergecore.stack import StackRule
+from mergecore.variants import Variant, method_of, variants_of
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 SAFETENSORS_DTYPE: dict[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -136,15 +134,6 @@ class Run(Part):
     disk: Size | None = Field(None, description="disk that models under way may use; none: half of what is free")
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A method with its values. Variants of one label are alternatives: validation items choose among them."""
-
-    method: Method
-    label: str
-    values: Mapping[str, Any]
-
-
 class Spec(Part):
     """A sweep: which checkpoints, which methods with which values, how many experts, which evaluations."""
 
@@ -157,7 +146,10 @@ class Spec(Part):
     methods: tuple[Mapping[str, Any], ...]
     counts: tuple[Annotated[int, Field(ge=1)], ...]
     subsets: Subsets = Subsets()
-    select: tuple[SelectRule, ...] = ()
+    select: tuple[Mapping[str, Any], ...] = Field(
+        (),
+        description="rules as in a recipe, for every method that has no `select` of its own; grids may stand in them",
+    )
     evaluate: Evaluate
     output: Output = Output()
     run: Run = Run()
@@ -177,10 +169,6 @@ class Spec(Part):
     def _fits(self) -> Spec:
         if not self.counts:
             raise ValueError("counts: at least one number of experts is needed, as in counts: [2]")
-        if any(rule.take == "drop" for rule in self.select):
-            raise ValueError(
-                "select: a model that lacks tensors cannot be measured; 'take: drop' is for `mergeloom merge`"
-            )
         for count in self.counts:
             if count > len(self.experts):
                 raise ValueError(f"counts: {count} experts are asked for, the pool has {len(self.experts)}")
@@ -196,17 +184,7 @@ class Spec(Part):
     @cached_property
     def variants(self) -> tuple[Variant, ...]:
         """Every method with every combination of its grids; average is always there, and equal ones are one."""
-        found: dict[str, Variant] = {}
-        for position, entry in enumerate(self.methods):
-            for values in expanded(entry, f"methods[{position}]"):
-                name = str(values.pop("method", ""))
-                label = str(values.pop("label", "") or name + ("+drop" if values.get("drop") else ""))
-                method = method_from(name, values, f"methods[{position}]")
-                found.setdefault(digest([name, method.parameters()]), Variant(method, label, values))
-        average = METHODS["average"]()
-        if all(variant.method != average for variant in found.values()):
-            return Variant(average, average.name, {}), *found.values()
-        return tuple(found.values())
+        return variants_of(self.methods, self.select, [expert.name for expert in self.experts])
 
 
 class Recipe(Part):
@@ -244,45 +222,6 @@ class Recipe(Part):
     def built(self) -> Method:
         """The method with its parameters."""
         return method_from(self.method, dict(self.model_extra or {}), "recipe", Recipe.model_fields)
-
-
-def method_of(rule: SelectRule, method: Method, where: str) -> Method:
-    """The method of a rule: the recipe's, the recipe's with other values, or another. Raises SpecError."""
-    if rule.method is None and not rule.values:
-        return method
-    name = rule.method or method.name
-    kind = METHODS.get(name)
-    known = {*SelectRule.model_fields, *(kind.model_fields if kind else ())}
-    strange = [key for key in rule.values if kind is not None and key not in known]
-    if strange:
-        raise SpecError("; ".join(f"{where}.{key}: unknown key; {nearest(key, known)}" for key in strange))
-    given = method.model_dump(mode="json", exclude_unset=True) if rule.method is None else {}
-    return method_from(name, {**given, **rule.values}, where, SelectRule.model_fields)
-
-
-def expanded(value: Any, where: str) -> Iterator[Any]:
-    """Every combination of the `{grid: [...]}` entries anywhere inside a value, in the order written.
-
-    Raises SpecError, naming the place, for a grid that is no list or an empty one: it would quietly drop the method.
-    """
-    if isinstance(value, Mapping):
-        if "grid" in value:
-            choices = value["grid"]
-            if set(value) != {"grid"} or not isinstance(choices, list | tuple) or not choices:
-                raise SpecError(
-                    f"{where}: a grid is a list of at least one value and nothing beside it: {{grid: [0.3, 0.5]}}"
-                )
-            for choice in choices:
-                yield from expanded(choice, where)
-            return
-        keys = list(value)
-        for combination in itertools.product(*(list(expanded(value[key], f"{where}.{key}")) for key in keys)):
-            yield dict(zip(keys, combination, strict=True))
-    elif isinstance(value, list | tuple):
-        for combination in itertools.product(*(list(expanded(item, where)) for item in value)):
-            yield list(combination)
-    else:
-        yield value
 
 
 def size_in_bytes(text: str) -> int:
@@ -348,14 +287,7 @@ def parse_spec(held: Mapping[str, Any], where: str) -> Spec:
         spec = Spec.model_validate(dict(held))
     except ValidationError as error:
         raise SpecError(explained(error, Spec, where)) from None
-    for variant in spec.variants:
-        for number, rule in enumerate(spec.select):
-            if rule.values and rule.method is None:
-                raise SpecError(
-                    f"{where}.select.{number}: '{next(iter(rule.values))}' is not a key of a rule; "
-                    f"{nearest(next(iter(rule.values)), SelectRule.model_fields)} Values of a method stand beside its name"
-                )
-            method_of(rule, variant.method, f"{where}.select.{number}")
+    _ = spec.variants
     return spec
 
 

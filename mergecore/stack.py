@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from mergecore.architectures import LAYER, layer_of
+from mergecore.architectures import LAYER, depths, layer_of
 from mergecore.errors import MismatchError
 from mergecore.folded import FoldedSnapshot
 from mergecore.identity import digest
@@ -123,12 +123,7 @@ def at_layer(name: str, layer: int) -> str:
 
 
 def _depth(tensors: Mapping[str, Any], where: str) -> int:
-    stems: dict[str, int] = {}
-    for name in tensors:
-        found = LAYER.search(name)
-        if found is not None:
-            stem = name[: found.start(1)]
-            stems[stem] = max(stems.get(stem, 0), int(found[1]) + 1)
+    stems = depths(tensors)
     if len(stems) != 1:
         piles = ", ".join(f"'{stem}'" for stem in sorted(stems)) or "none"
         raise MismatchError(f"stack: {where} must have one pile of numbered layers; it has {piles}")

@@ -99,7 +99,7 @@ def to_register(frontier: Frontier, sweep: Sweep) -> Winner | None:
 
 
 def register_best(place: Place, frontier: Frontier) -> Done:
-    """Register the winner; its model is made again where it was dropped."""
+    """Register the winner; its model, or the adapter that it is, is made again where it was dropped."""
     sweep = collect(frontier)
     found = to_register(frontier, sweep)
     if found is None:
@@ -107,7 +107,8 @@ def register_best(place: Place, frontier: Frontier) -> Done:
     done = Done()
     cell = next(cell for cell in frontier.plan.cells if cell.id == found.cell)
     assert cell.merge is not None
-    while round := frontier.making([cell.merge]):
+    at_hand = frontier.store.is_done(cell.merge.product, bytes_needed=True)
+    while round := frontier.making([] if at_hand else [cell.merge]):
         done = done.note(run_round(place, round))
         if done.failures:
             return done

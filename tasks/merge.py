@@ -38,8 +38,9 @@ class Order:
         report: Report,
         durable: bool,
         library: Library,
+        origin: single.Origin | None,
     ) -> None:
-        self.recipe, self.out, self.resolve = recipe, out, resolve
+        self.recipe, self.out, self.resolve, self.origin = recipe, out, resolve, origin
         self.executor, self.report, self.durable, self.library = executor, report, durable, library
 
 
@@ -54,4 +55,5 @@ def merge_recipe(name: str, order: Order) -> single.Made:
         order.report,
         durable=order.durable,
         library=order.library,
+        origin=order.origin,
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from typing import Literal
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|block|blocks|resblocks|encoder\.layer)\.(\d+)\.")
 """The number of a layer as Llama, GPT-2, BERT, T5, ViT and CLIP write it in tensor names."""
@@ -17,6 +19,12 @@ TIED: tuple[tuple[str, str], ...] = (
     ("roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"),
 )
 """(owner, name that is the same tensor where the config ties word embeddings)."""
+
+ALWAYS_TIED = frozenset(name for owner, name in TIED if owner == "shared.weight" and name != "lm_head.weight")
+"""T5's stacks read the shared embeddings whatever the config says; there it speaks of the head."""
+
+HEAD_APART: tuple[str, ...] = ("mt5", "umt5")
+"""Model types whose head is a tensor of its own, though transformers 5 writes tie_word_embeddings: true into all of T5's kin."""
 
 EMBEDDINGS: tuple[str, ...] = (
     "*embedding*", "*embed_tokens*", "*embed_in*", "*embed_positions*", "*wte*", "*wpe*", "*shared.weight",
@@ -35,8 +43,34 @@ BUFFER = re.compile(
 )
 """Constants that some versions of a library save with a checkpoint and others do not: never merged, never missed."""
 
+Outside = Literal["embeddings", "norm", "head"]
+EMBEDDING = re.compile(
+    r"embed(?!_out)|(?:^|\.)(?:wte|wpe|shared)\.|_token$|pre_layrnorm|ln_pre|encoder\.conv\d|feature_(?:extractor|projection)"
+)
+"""What stands before the layers: tables of tokens and places, patches, a norm of these."""
+FINAL_NORM = re.compile(r"^(?!.*(?:lm_head|cls\.|classifier|vocab_)).*(?:norm|(?:^|\.)ln_)", re.IGNORECASE)
+"""A norm behind the layers that is no part of a head."""
+
 
 def layer_of(name: str) -> int | None:
     """The layer a tensor belongs to, None for embeddings, heads and final norms."""
     found = LAYER.search(name)
     return int(found.group(1)) if found else None
+
+
+def depths(names: Iterable[str]) -> dict[str, int]:
+    """{what stands before the number: how many layers} of every stack: one, or those of an encoder and of a decoder."""
+    found: dict[str, int] = {}
+    for name in names:
+        place = LAYER.search(name)
+        if place is not None:
+            stem = name[: place.start(1)]
+            found[stem] = max(found.get(stem, 0), int(place[1]) + 1)
+    return found
+
+
+def outside(name: str) -> Outside:
+    """What a tensor that belongs to no layer is: embeddings, a final norm, or the head, which is all the rest."""
+    if EMBEDDING.search(name):
+        return "embeddings"
+    return "norm" if FINAL_NORM.search(name) else "head"

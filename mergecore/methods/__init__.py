@@ -10,6 +10,7 @@ from mergecore.methods.fisher import Fisher
 from mergecore.methods.iso_c import IsoC
 from mergecore.methods.iso_cts import IsoCts
 from mergecore.methods.karcher import Karcher
+from mergecore.methods.layer_swap import LayerSwap
 from mergecore.methods.lora_arithmetic import LoraArithmetic
 from mergecore.methods.lora_lego import LoraLego
 from mergecore.methods.model_stock import ModelStock
@@ -40,6 +41,7 @@ __all__ = [
     "IsoC",
     "IsoCts",
     "Karcher",
+    "LayerSwap",
     "LoraArithmetic",
     "LoraLego",
     "ModelStock",

@@ -61,12 +61,12 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
             ("iso_c", "iso_cts", "tsv_m"), ("numerical", "full"), ("mean", "flatten")
         )
     ),
-    ("iso_cts", {"common": 0.3, "excluded": ["m"]}),
+    ("iso_cts", {"common": 0.3, "excluded": ["*.m"]}),
     ("tsv_m", {"crowded": "zero"}),
     ("wudi", {"steps": 20}),
-    ("wudi", {"steps": 20, "learning_rate": 1e-3, "convolutions": "flatten", "others": "mean", "transposed": ["m"]}),
+    ("wudi", {"steps": 20, "learning_rate": 1e-3, "convolutions": "flatten", "others": "mean", "transposed": ["*.m"]}),
     ("wudi", {"variant": "closed", "convolutions": "flatten"}),
-    ("wudi", {"variant": "closed", "ridge": 0.1, "others": "mean", "excluded": ["conv"]}),
+    ("wudi", {"variant": "closed", "ridge": 0.1, "others": "mean", "excluded": ["*conv"]}),
     ("breadcrumbs", {"scale": 0.4}),
     ("breadcrumbs", {"scale": -0.5, "density": 0.5, "outliers": 0.25, "scope": "row"}),
     (
@@ -92,7 +92,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("consensus", {"scale": 0.5, "mask_scale": [0.2, 0.6, 0.4], "multi_task": "ties", "density": 0.4}),
     ("consensus", {"scale": 1.0, "multi_task": "ties_published", "minimum_tasks": 1}),
     ("opcm", {}),
-    ("opcm", {"share": 1.0, "projection": "strict", "order": [2, 0, 1], "excluded": ["m"]}),
+    ("opcm", {"share": 1.0, "projection": "strict", "order": [2, 0, 1], "excluded": ["*.m"]}),
+    ("layer_swap", {"bottom": 1, "top": 0, "bottom_transition": 0, "top_transition": 0}),
+    ("layer_swap", {"bottom": 0, "top": 0, "top_transition": 0, "share": 0.3, "outer": "second", "head": "average"}),
     ("nearswap", {"t": 0.05}),
     ("ram", {}),
     ("ram", {"epsilon": 0.05, "boost": {"rate": 0.5, "most": 3, "scope": "global"}}),
@@ -129,11 +131,13 @@ def method(request: pytest.FixtureRequest) -> Method:
 
 
 def models(dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """A base and three experts: a matrix, a convolution, a vector, a scalar, an empty tensor and an integer buffer."""
+    """A base and three experts: two layers (a matrix, a convolution), a vector, a scalar, an empty tensor and an integer buffer."""
     generator = torch.Generator().manual_seed(1)
 
     def made(scale: float) -> dict[str, Tensor]:
-        shapes: dict[str, tuple[int, ...]] = {"m": (37, 19), "conv": (3, 4, 3, 3), "v": (11,), "s": (), "empty": (0, 4)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "layers.0.m": (37, 19), "layers.1.conv": (3, 4, 3, 3), "v": (11,), "s": (), "empty": (0, 4),
+        }  # fmt: skip
         held = {name: (torch.randn(shape, generator=generator) * scale).to(dtype) for name, shape in shapes.items()}
         return {**held, "count": torch.arange(5)}
 
@@ -262,8 +266,8 @@ def test_a_single_expert(method: Method) -> None:
 def test_not_finite_is_refused_by_name(method: Method, bad: float) -> None:
     base, experts = models()
     last = accepted(method) - 1
-    experts[last]["conv"] = experts[last]["conv"].clone()
-    experts[last]["conv"].view(-1)[3] = bad
+    experts[last]["layers.1.conv"] = experts[last]["layers.1.conv"].clone()
+    experts[last]["layers.1.conv"].view(-1)[3] = bad
     if getattr(method, "name", "") == "fisher":
         fishers = [{n: torch.ones_like(e[n], dtype=torch.float32) for n in e} for e in experts]
         with pytest.raises(NonFiniteError, match="conv"):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from mergecore import merge
 from mergecore.adapters import AdapterMethod, adapter_config, low_rank, made_factor, ranks_made
@@ -26,7 +29,11 @@ from mergecore.registry import METHODS
 from mergecore.single import run_all
 from mergecore.snapshot import MemoryTensors, open_files
 from mergecore.spec import BaseSpec, ExpertSpec
+from mergecore.store import RECORD, State
+from mergecore.sweep import Winner
+from tests import tiny_lm
 from tests.core.test_adapters import ATTENTION, FEED_FORWARD, KINDS, adapted, fresh, weights
+from tests.digits_sweep import opened
 from tests.recipes import command, find, made
 from tests.small_pool import merge_plan, place_in
 
@@ -418,3 +425,54 @@ def test_in_a_sweep_the_model_is_the_base_plus_the_adapter(bases: Callable[[str]
 
 def experts_named(experts: Sequence[Path]) -> list[dict[str, Any]]:
     return [{"source": path, "name": f"e{number}"} for number, path in enumerate(experts)]
+
+
+# --- registered ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_registers_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter that the recipe on the card makes, as PEFT loads it; the dense model, once measured, is let go."""
+    import mergecore.sweep
+
+    base = tiny_lm.write_base(tmp_path / "base")
+    experts = [tiny_lm.write_adapter(base, tmp_path / f"e{seed}", seed) for seed in (1, 2)]
+    spec = {
+        "name": "adapters", "base": {"source": str(base), "known_as": "tiny"}, "counts": [2],
+        "experts": [{"name": one.name, "source": str(one), "tasks": ["tiny_choice"]} for one in experts],
+        "methods": [{"method": "lora_arithmetic", "rank": 2, "aggregate": "mean"}],
+        "evaluate": {
+            "path": str(tiny_lm.write_tasks(tmp_path / "tasks", items=4)), "held_in": {"choice": ["tiny_choice"]},
+            "limit": 2, "batch_size": 4, "dtype": "float32",
+        },
+        "output": {"store": str(tmp_path / "store"), "dtype": "bfloat16", "register": {"name": "r"}},
+    }  # fmt: skip
+    swept = opened(spec)
+    cell = next(one for one in swept.plan.cells if one.method == "lora_arithmetic")
+    monkeypatch.setattr(mergecore.sweep, "winner", lambda frontier, sweep: Winner(cell.id, "test"))
+    assert not swept.run().failures
+    record = swept.registered()
+    assert record is not None and record["cell"] == cell.id
+    folder = Path(record["uri"].removeprefix("file://"))
+    assert sorted(path.name for path in folder.iterdir() if path.name != RECORD) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    card = (folder / "README.md").read_text()
+    assert "Relative error of the cut to the rank" in card and "| held_in_raw |" in card
+    recipe = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
+    again = made(recipe, tmp_path / "again")
+    assert again.digest == record["digest"]
+    weights_file = "adapter_model.safetensors"
+    assert (folder / weights_file).read_bytes() == (tmp_path / "again" / weights_file).read_bytes()
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert PeftModel.from_pretrained(model, str(folder)).peft_config["default"].r == 2  # type: ignore[arg-type]
+    assert swept.store.state(cell.model) is State.DROPPED
+    assert swept.run().steps == [], "and nothing is missing"
+
+    swept.store.drop(cell.merge.product)  # type: ignore[union-attr]
+    for path in folder.parent.glob("*"):
+        shutil.rmtree(path)
+    lost = opened(spec)
+    done = lost.run()
+    assert not done.failures and any(step.startswith("lora_arithmetic") for step in done.steps), "made again"
+    assert lost.registered()["digest"] == record["digest"]  # type: ignore[index]

@@ -639,7 +639,7 @@ def test_tied_weights_count_once() -> None:
     assert tied.dropped == {"lm_head.weight": "tied to 'model.embed_tokens.weight'"}
     assert set(lay_out(base, {}, [base]).merged) == set(base)
     without_head = {name: info for name, info in base.items() if name != "lm_head.weight"}
-    check_fit(without_head, base, "expert", tied=True)
-    check_fit(base, without_head, "expert", tied=True)
+    check_fit(without_head, base, "expert", {"tie_word_embeddings": True})
+    check_fit(base, without_head, "expert", {"tie_word_embeddings": True})
     with pytest.raises(MismatchError, match="lacks 'lm_head"):
-        check_fit(base, without_head, "expert", tied=False)
+        check_fit(base, without_head, "expert", {"tie_word_embeddings": False})

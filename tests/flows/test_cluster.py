@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,11 @@ from distributed import Client, LocalCluster
 from flows import services
 from flows.cluster import SLOT, connected, dask_client, local_cluster
 from mergecore.errors import ServiceError
+from tasks.spread import OnDask
+from tests.core.test_sweep_parts import paired
+from tests.core.test_sweep_parts import tier as tier
+from tests.digits import DigitsTier
+from tests.digits_sweep import contents, opened
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +39,18 @@ def test_workers_have_one_thread_one_slot_and_their_own_device(cluster: tuple[Pa
     assert set(client.run(os.getenv, "OMP_NUM_THREADS").values()) == {"1"}
     assert client.submit(sum, [1, 2], resources={SLOT: 1}).result(timeout=30) == 3
     assert (folder / "dask" / "worker-0.log").exists()
+
+
+def test_a_sweep_in_parts_on_workers_is_that_of_one_process(
+    cluster: tuple[Path, Client], tier: DigitsTier, tmp_path: Path
+) -> None:
+    """Rules that copy, that merge with other values and with another method: merged and scored on the cluster."""
+    _, client = cluster
+    alone, spread = (opened(paired(tier, tmp_path / name)) for name in ("alone", "spread"))
+    assert not alone.run().failures
+    spread.place = replace(spread.place, executor=OnDask(client, spread.store.root, threading.Event()))
+    assert not spread.run().failures
+    assert contents(spread.store) == contents(alone.store)
 
 
 def test_a_running_cluster_is_joined_by_its_address(cluster: tuple[Path, Client], tmp_path: Path) -> None:

@@ -76,6 +76,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "lora_arithmetic": [{}, {"weights": [0.5, 1, -2], "rank": 3}],
     "lora_lego": [{"rank": 4}, {"gauge": "canonical", "reweight": "max", "output": "none"}],
     "opcm": [{}, {"share": 1.0, "projection": "strict", "order": [2, 0, 1]}],
+    "layer_swap": [
+        {"bottom": 1, "top": 0, "bottom_transition": 0, "norm": "middle", "share": 0.25},
+        {"bottom": 0, "top": 0, "bottom_transition": 0, "outer": "second", "head": "average"},
+    ],
     "slerp": [{"t": 0.3}],
     "nearswap": [{"t": 0.03125}],
     "ram": [
@@ -93,7 +97,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "wudi": [{"steps": 20}, {"variant": "closed"}],
 }
 """Per method the values it is tried with; a method without an entry here is tried with its defaults."""
-COUNTS = {"slerp": 2, "nuslerp": 2, "nearswap": 1, "arcee_fusion": 1}
+COUNTS = {"slerp": 2, "layer_swap": 2, "nuslerp": 2, "nearswap": 1, "arcee_fusion": 1}
 """Methods that take so many experts and no more."""
 
 Golden = str | dict[str, list[float]]

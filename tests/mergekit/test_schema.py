@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from flows.cli import main
+from mergecore.events import silent
 from mergecore.mergekit.rules import Condition, rules_for
 from mergecore.mergekit.setting import found, setting_from
+from mergecore.merging import InProcess
 from tests.mergekit.models import write_models
 
 
@@ -148,6 +151,42 @@ def test_documents_that_all_have_names(tmp_path: Path) -> None:
     text = TWO.replace("\nmodels: [{model: first}]", "\nname: second\nmodels: [{model: first}]", 1)
     assert run(tmp_path, text, str(tmp_path / "out")).exit_code == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["first", "second"]
+
+
+def test_the_card_names_documents_not_folders_that_are_gone(tmp_path: Path) -> None:
+    assert run(tmp_path, TWO, str(tmp_path / "out")).exit_code == 0
+    assert run(tmp_path, TWO, str(tmp_path / "other"), "--intermediates", str(tmp_path / "kept")).exit_code == 0
+    for file in ("README.md", "mergeloom.yaml"):
+        text = (tmp_path / "out" / file).read_text()
+        assert ".out-" not in text and "first of mergekit.yml" in text and "run that file to make it again" in text
+        beside = (tmp_path / "other" / file).read_text()
+        assert str(tmp_path / "kept" / "first") in beside and "run that file" not in beside
+    assert run(tmp_path, (tmp_path / "out" / "mergekit.yml").read_text(), str(tmp_path / "again")).exit_code == 0
+    assert run(tmp_path, (tmp_path / "other" / "mergeloom.yaml").read_text(), str(tmp_path / "third")).exit_code == 0
+    found = [load_file(tmp_path / out / "model.safetensors") for out in ("out", "again", "third")]
+    assert all(bool((one[name] == found[0][name]).all()) for one in found for name in found[0])
+
+
+def test_the_flow_makes_all_documents_as_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flow's own code, with its task and its cluster in this process."""
+    import flows.merge
+
+    pages: dict[str, str] = {}
+    monkeypatch.setattr(flows.merge, "merge_recipe", flows.merge.merge_recipe.fn)
+    monkeypatch.setattr(flows.merge, "dask_client", lambda *given, **named: contextlib.nullcontext())
+    monkeypatch.setattr(flows.merge, "OnDask", lambda *given: InProcess())
+    monkeypatch.setattr(flows.merge, "logged", lambda: silent)
+    monkeypatch.setattr(
+        flows.merge, "create_markdown_artifact", lambda page, key, description: pages.setdefault(key, page)
+    )
+    assert run(tmp_path, TWO, str(tmp_path / "theirs")).exit_code == 0
+    state = flows.merge.merge.fn(str(tmp_path / "recipe.yml"), str(tmp_path / "ours"), workers=1)
+    assert state.data == [str(tmp_path / "ours")] and set(pages) == {"model-first", "model-ours"}
+    held = [sorted((path.name, path.read_bytes()) for path in (tmp_path / one).iterdir()) for one in ("ours", "theirs")]
+    assert held[0] == held[1], "mergekit's text beside it too"
+    kept = str(tmp_path / "kept")
+    state = flows.merge.merge.fn(str(tmp_path / "recipe.yml"), str(tmp_path / "more"), intermediates=kept)
+    assert state.data == [f"{kept}/first", str(tmp_path / "more")]
 
 
 DOCUMENTS = {

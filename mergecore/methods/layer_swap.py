@@ -1,0 +1,116 @@
+"""Layer swapping: the first and last layers of one expert around the middle ones of another (Bandarkar et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from mergecore.architectures import LAYER, depths, outside
+from mergecore.errors import SpecError
+from mergecore.method import Block, Method, Statistics
+from mergecore.trims import folded_sum, weighted
+
+Taken = Literal["outer", "middle", "average"]
+SHARES: dict[Taken, float] = {"outer": 1.0, "middle": 0.0, "average": 0.5}
+"""How much of the outer expert."""
+
+
+class Stack(BaseModel):
+    """Numbered layers of a model, first to last."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stem: Annotated[str, Field(description="what stands before the number in the tensors' names")]
+    layers: Annotated[int, Field(ge=1, description="how many layers there are")]
+
+
+class LayerSwap(Method):
+    """Takes the first and last layers from one of two experts (the language) and those between from the other (the skill).
+
+    Between the two lie transition layers, tensor by tensor a weighted mean of both experts. Layers move whole, with their
+    norms. A model with several stacks, an encoder and a decoder say, has all zones in each of them. Buffers and integers
+    are the base's. What is taken from one expert has that expert's bytes, where its dtype is the result's.
+    """
+
+    name: ClassVar[str] = "layer_swap"
+    paper: ClassVar[str] = (
+        "Bandarkar et al. 2024, Layer swapping for zero-shot cross-lingual transfer in large language models, "
+        "arXiv:2410.01335"
+    )
+    ordered: ClassVar[bool] = True
+
+    bottom: Annotated[int, Field(ge=0, description="b, layers next to the embeddings that are the outer expert's")] = 5
+    top: Annotated[int, Field(ge=0, description="u, last layers that are the outer expert's")] = 2
+    bottom_transition: Annotated[int, Field(ge=0, description="t_b, transition layers above the bottom ones")] = 1
+    top_transition: Annotated[int, Field(ge=0, description="t_u, transition layers below the top ones")] = 1
+    share: Annotated[float, Field(ge=0, le=1, description="how much of the outer expert a transition layer has")] = 0.5
+    outer: Annotated[
+        Literal["first", "second"],
+        Field(description="which of the two experts, in the order of the recipe, gives bottom and top"),
+    ] = "first"
+    embeddings: Annotated[Taken, Field(description="whose embeddings: an expert's, or the mean of both")] = "outer"
+    norm: Annotated[Taken, Field(description="whose final norm")] = "outer"
+    head: Annotated[Taken, Field(description="whose head, and what else belongs to no layer")] = "outer"
+    stacks: Annotated[
+        tuple[Stack, ...], Field(description="how many layers the model has; none: as the base's tensors are named")
+    ] = ()
+
+    @property
+    def on(self) -> str:
+        """Weights."""
+        return "weights"
+
+    def validate_count(self, count: int) -> None:
+        """Two experts."""
+        if count != 2:
+            raise SpecError(f"layer_swap puts layers of two experts together, {count} are given")
+
+    def fitted(self, tensors: Iterable[str]) -> LayerSwap:
+        """With the stacks of the base; every zone must find its layers."""
+        found = tuple(Stack(stem=stem, layers=layers) for stem, layers in sorted(depths(tensors).items()))
+        if not found:
+            raise SpecError(
+                "layer_swap: the base has no numbered layers; names like 'model.layers.0.…' are what it goes by"
+            )
+        if self.stacks not in ((), found):
+            told = ", ".join(f"'{one.stem}' with {one.layers}" for one in found)
+            raise SpecError(f"layer_swap.stacks: not what the base has, {told}; leave it out")
+        needed = self.bottom + self.bottom_transition + self.top_transition + self.top
+        for stack in found:
+            if needed > stack.layers:
+                raise SpecError(
+                    f"layer_swap: bottom {self.bottom}, top {self.top} and transitions of {self.bottom_transition} and "
+                    f"{self.top_transition} are {needed} layers, '{stack.stem}' has {stack.layers}; make them narrower"
+                )
+        return self.model_copy(update={"stacks": found})
+
+    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
+        """The expert whose weights these are, or what each of the two counts."""
+        outer = self.outer_share(block.name)
+        shares = (outer, 1 - outer) if self.outer == "first" else (1 - outer, outer)
+        only = "first" if shares[0] == 1 else "second" if shares[1] == 1 else None
+        return {"only": only, "shares": None if only else shares}
+
+    def outer_share(self, name: str) -> float:
+        """How much of the outer expert a tensor has: 1 in the bottom and top zones, 0 in the middle."""
+        place = LAYER.search(name)
+        if place is None:
+            return SHARES[getattr(self, outside(name))]
+        layer, stem = int(place[1]), name[: place.start(1)]
+        # Of a stack whose depth nobody has told (a benchmark of one tensor) no layer is near the top.
+        above = next(
+            (one.layers - 1 - layer for one in self.stacks if one.stem == stem), self.top + self.top_transition
+        )
+        if layer < self.bottom or above < self.top:
+            return 1.0
+        between = layer < self.bottom + self.bottom_transition or above < self.top + self.top_transition
+        return self.share if between else 0.0
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """One expert's weights as they are, or w_1 θ_1 + w_2 θ_2."""
+        if arguments["only"] is not None:
+            return experts[0 if arguments["only"] == "first" else 1]
+        return folded_sum(weighted(experts, arguments["shares"]))
