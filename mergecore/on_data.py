@@ -148,7 +148,7 @@ def _score_task(store: Store, held: Resident, identity: TaskIdentity, step: Step
 
 def table_digest(path: Path) -> str:
     """SHA-256 of a table's file."""
-    from mergecore.identity import file_sha256
+    from mergecore.sources.digests import file_sha256
 
     return file_sha256(path)
 
