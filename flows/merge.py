@@ -53,6 +53,7 @@ def merge(
         intermediates: Folder for the named results of a recipe of several documents; none given: they are removed.
     """
     stop, report, folder = threading.Event(), logged(), Path(out).absolute()
+    recipes: dict[Path, Recipe] = {}
     with ExitStack() as stack:
         stack.enter_context(cancelling(stop))
 
@@ -67,17 +68,18 @@ def merge(
             return OnDask(client, beside / "passes", stop)
 
         def make(parsed: Recipe, place: Path, origin: Origin | None) -> Made:
-            find = resolver(digest_cache(), report)
-            made = merge_recipe(parsed.method, Order(parsed, place, find, executor(), report, durable, loops(), origin))
-            key = f"model-{slug(place.name)}"
-            create_markdown_artifact(_page(made, parsed), key=key, description=f"Model in {place}")
-            return made
+            recipes[place], find = parsed, resolver(digest_cache(), report)
+            return merge_recipe(parsed.method, Order(parsed, place, find, executor(), report, durable, loops(), origin))
 
         try:
             kept = Path(intermediates).absolute() if intermediates else None
             found = make_file(Path(recipe), folder, resolver(digest_cache(), report), make, kept)
         except Stopped as error:
             return Cancelled(message=str(error))
+    for made in found:
+        key = f"model-{slug(made.folder.name)}"
+        page = _page(made, recipes[made.folder])
+        create_markdown_artifact(page, key=key, description=f"Model in {made.folder}")
     told = "; ".join(f"{made.folder}, {readable(made.size)}" for made in found)
     state: State[Any] = Completed(message=told, data=[str(made.folder) for made in found])
     return state
