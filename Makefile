@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 # A folder of wheels that pip is configured to look into holds for uv as well.
 LINKS := $(or $(UV_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
-EXTRAS := examples,dev
+EXTRAS := examples,search,dev
 SPEC ?= examples/demo.yaml
 STORE ?= .mergeloom
 # Where `make serve` answers: the address it has left in the store. Settings are per process, nobody's profile is touched.
@@ -100,7 +100,7 @@ mergekit-results: setup
 
 lock: setup
 	@test -n "$(UV)" || { echo "make lock needs uv"; exit 1; }
-	UV_FIND_LINKS="$(LINKS)" $(UV) pip compile pyproject.toml --extra examples --extra dev --quiet \
+	UV_FIND_LINKS="$(LINKS)" $(UV) pip compile pyproject.toml --extra examples --extra search --extra dev --quiet \
 	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links --no-emit-package torch -o constraints.txt
 
 clean:

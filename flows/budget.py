@@ -94,10 +94,10 @@ def disk_budget(spec: Spec, store: Store) -> int:
 
 def cost(frontier: Frontier, workers: int) -> Cost:
     """What the sweep will still cost. Baselines that are checkpoints as they stand need no merge."""
+    frontier.refresh()
     plan = frontier.plan
     merges: dict[str, MergePlan] = {}
     evaluations = items = done = 0
-    frontier.refresh()
     for cell in plan.cells:
         if frontier.trouble(cell):
             continue

@@ -24,6 +24,7 @@ from mergecore.run import Done
 from mergecore.scores import CellScores, Sweep
 from mergecore.store import write_json
 from mergecore.sweep import complete, settle, to_register
+from mergecore.trajectories import draw_searches
 
 if TYPE_CHECKING:
     from tasks.track import TrackResult
@@ -204,7 +205,8 @@ def _said(sweep: Sweep) -> str:
     cells = [
         [cell.cell, cell.name, cell.status, cell.reason, cell.chosen, cell.digest, _means(cell)] for cell in sweep.cells
     ]
-    return digest([sweep.spec, cells, dict(sweep.registered or {})])
+    ways = [[way.name, way.state, len(way.trials), way.result] for way in sweep.searches]
+    return digest([sweep.spec, cells, dict(sweep.registered or {}), *([ways] if ways else [])])
 
 
 def _means(cell: CellScores) -> dict[str, dict[str, str]]:
@@ -219,6 +221,8 @@ def written_report(sweep: Sweep, folder: Path, split: str = "test") -> tuple[str
         from mergecore.figure import draw
 
         paths += list(draw(found, folder / "figure"))
+    if found.searches and (drawn := draw_searches(found.searches, folder / "searches.png")):
+        paths.append(drawn)
     return markdown(found), paths
 
 

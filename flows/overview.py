@@ -19,9 +19,12 @@ from mergecore.extraction import Extracted
 from mergecore.pool import Resolver
 from mergecore.recipes import Translator, read_orders
 from mergecore.registry import METHODS
+from mergecore.scores import Trajectory
 from mergecore.snapshot import Snapshot
+from mergecore.trajectories import outcome
 
 SHOWN_PASSES = 12
+SHOWN_TRIALS = 8
 
 
 def plan_text(session: Session, found: Cost, cells: bool) -> str:
@@ -39,13 +42,24 @@ def plan_text(session: Session, found: Cost, cells: bool) -> str:
         f"models on disk at a time, {readable(found.peak_memory)} of memory at the peak",
         f"expected time: {duration(found.seconds)} ({'from what this store measured' if found.measured else 'a guess'})",
     ]
-    lines += [f"note: {warning}" for warning in plan.pool.warnings]
+    lines += [search_text(way) for way in frontier.trajectories()]
+    lines += [f"note: {warning}" for warning in (*plan.pool.warnings, *plan.notes)]
     refused = [cell for cell in plan.cells if cell.refused]
     lines += [f"refused: {cell.name}: {cell.refused}" for cell in refused[:10]]
     if cells:
         rows = [[cell.id, cell.kind, cell.name, _state(frontier, cell), ", ".join(cell.experts)] for cell in plan.cells]
         lines += ["", table(["cell", "kind", "name", "state", "experts"], rows)]
     return "\n".join(lines)
+
+
+def search_text(way: Trajectory) -> str:
+    """A search in a line: what it found, or what it asks for now and how many models it may ask for in all."""
+    if way.state != "open":
+        return f"search {outcome(way)}"
+    waiting = [one for one in way.trials if one.score is None and not one.reason]
+    shown = ", ".join(one.what for one in waiting[:SHOWN_TRIALS]) + (" …" if len(waiting) > SHOWN_TRIALS else "")
+    asked = f"round {waiting[0].round} asks for {len(waiting)} model{'s' * (len(waiting) > 1)} ({shown})"
+    return f"search {way.name} ({way.by}): {asked}; {len(way.trials) - len(waiting)} tried so far, at most {way.most} in all"
 
 
 def recipe_text(path: Path, resolve: Resolver) -> str:

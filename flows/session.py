@@ -29,12 +29,16 @@ from mergecore.store import Store
 
 @dataclass(frozen=True)
 class Session:
-    """A spec, its plan, its store and what is still missing."""
+    """A spec, its store and what is still missing."""
 
     spec: Spec
-    plan: Plan
     store: Store
     frontier: Frontier
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, with the cells that searches have asked for so far."""
+        return self.frontier.plan
 
     def place(self, executor: Executor, report: Report) -> Place:
         """Where this session's work is done."""
@@ -96,7 +100,9 @@ def session_of(spec: Spec, report: Report = silent) -> Session:
     pool = resolve_pool(spec.base, spec.experts, spec.multitask, resolver(digest_cache(), report), report)
     with _nothing_collected():
         plan = make_plan(spec, pool, Path.cwd())
-    return Session(spec, plan, store, Frontier(plan, store, models_at_once(plan, store)))
+    frontier = Frontier(plan, store, room=1)
+    frontier.room = models_at_once(frontier.plan, store)
+    return Session(spec, store, frontier)
 
 
 @contextlib.contextmanager

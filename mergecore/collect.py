@@ -22,8 +22,8 @@ from mergecore.store import Store
 
 def collect(frontier: Frontier) -> Sweep:
     """The sweep as the store holds it: scores per item, states and reasons, lineage, and what is registered."""
-    plan, store = frontier.plan, frontier.store
     frontier.refresh()
+    plan, store = frontier.plan, frontier.store
     cells = tuple(_cell(frontier, cell) for cell in plan.cells)
     register = plan.spec.output.register_
     return Sweep(
@@ -33,6 +33,7 @@ def collect(frontier: Frontier) -> Sweep:
         cells,
         register.by if register else "held_in",
         read_registration(store, plan.spec.name, {cell.cell for cell in cells}),
+        frontier.trajectories(),
     )
 
 
@@ -59,10 +60,15 @@ def _cell(frontier: Frontier, cell: Cell) -> CellScores:
     if record is not None:
         measured["merge/seconds"] = float(record.made.get("seconds", 0.0))
     return CellScores(
-        cell.id, cell.kind, cell.name, cell.method, dict(cell.values), cell.count, cell.subset, cell.experts,
+        cell.id, cell.kind, cell.name, cell.method, shown_values(cell), cell.count, cell.subset, cell.experts,
         status, trouble, bool(frontier.chosen(cell)), cell.model.key, record.digest if record else "",
         items, measured, lineage(plan, cell, record.result if record else {}),
     )  # fmt: skip
+
+
+def shown_values(cell: Cell) -> dict[str, Any]:
+    """A cell's values for tables and figures: where a search merges some of the experts only, these as well."""
+    return dict(cell.values) if cell.merged is None else {**cell.values, "experts": " + ".join(cell.merged)}
 
 
 def item_scores(store: Store, step: Step) -> NDArray[np.float64]:
@@ -75,11 +81,12 @@ def item_scores(store: Store, step: Step) -> NDArray[np.float64]:
 def lineage(plan: Plan, cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
     """Recipe and origin of a cell's model: what a stranger needs to make it again."""
     base = plan.pool.base
+    merged = cell.experts if cell.merged is None else cell.merged
     found: dict[str, Any] = {
         "base": {"source": base.source.uri, "weights": base.weights, "config": base.companions},
         "experts": [
             {"name": name, "source": plan.pool.experts[name].snapshot.source.uri, "weights": plan.pool.experts[name].id}
-            for name in cell.experts
+            for name in merged
         ],
         "recipe": recipe_of(plan, cell),
         "step": cell.model.as_json(),
@@ -95,12 +102,13 @@ def recipe_of(plan: Plan, cell: Cell) -> dict[str, Any]:
     if cell.kind != "merge" or cell.merge is None:
         return {}
     values = {name: value for name, value in cell.values.items() if name != "select"}
+    merged = cell.experts if cell.merged is None else cell.merged
     spec = plan.spec
     recipe = {
         "method": cell.merge.method.name,
         **values,
         "base": _place(plan.pool.base) if isinstance(plan.pool.base, FoldedSnapshot) else plan.pool.base.source.uri,
-        "experts": [{"name": name, **_place(plan.pool.experts[name].snapshot)} for name in cell.experts],
+        "experts": [{"name": name, **_place(plan.pool.experts[name].snapshot)} for name in merged],
     }
     if spec.output.dtype and cell.merge.method.makes != "adapter":  # there it is the dense model's
         recipe["dtype"] = spec.output.dtype

@@ -14,9 +14,12 @@ from statistics import fmean
 from typing import Any
 
 from mergecore.evaluators import Split, TaskIdentity
+from mergecore.growth import Growth
 from mergecore.identity import Step
 from mergecore.method import BEFORE, DataStatistic, Link
-from mergecore.plan import Cell, MergePlan, Plan, StatisticPlan
+from mergecore.plan import Cell, MergePlan, Plan, PlannedSearch, StatisticPlan
+from mergecore.scores import Trajectory
+from mergecore.search import Answer, NoScore, Score
 from mergecore.store import State, Store
 
 
@@ -63,7 +66,8 @@ class Look:
 class Frontier:
     """The plan held against the store, as it was at the last `refresh`. Steps once seen done are not looked at again.
 
-    Whatever goes over the whole plan (`round`, `droppable`, `summary` …) looks anew before it does.
+    Whatever goes over the whole plan (`round`, `droppable`, `summary` …) looks anew before it does; the plan then has the
+    cells that its searches ask for by the scores known.
     room: how many models may lie in the store at once before more are merged.
     """
 
@@ -74,17 +78,46 @@ class Frontier:
     _scores: dict[str, tuple[float, float]] = field(default_factory=dict)
     _groups: dict[tuple[str, int, int], list[Cell]] = field(default_factory=dict)
     _look: Look = field(default_factory=Look)
+    _growth: Growth = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._growth = Growth(self.plan)
+        self._gather()
+        self.refresh()
+
+    def _gather(self) -> None:
+        self._groups.clear()
         for cell in self.plan.cells:
             self._groups.setdefault(cell.group, []).append(cell)
-        self.refresh()
 
     # --- what the store knows -----------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Look anew at what was done, dropped and failed, by this process or another."""
+        """Look anew at what was done, dropped and failed, by this process or another; let searches go on by it."""
         self._look = Look(self.store.failures())
+        if self.plan.searches:
+            self.plan = self._growth.grown(self._answer)
+            self._gather()
+
+    def _answer(self, planned: PlannedSearch, cell: Cell) -> Answer:
+        """What is known of a search's cell: its score on validation items, rounded so that the order in which tasks are
+        added up does not decide between equals."""
+        if not self.measured(cell, "validation"):
+            # Not `trouble`: what happens on test items, to this cell or to another of the same model, decides nothing.
+            reason = cell.refused or next(filter(None, map(self.failed, self._steps(cell, ("validation",)))), "")
+            return NoScore(reason) if reason else None
+        held = {
+            task: self._scores[self.plan.evaluation(cell, "validation", task).key][0]
+            for task in cell.tasks_on("validation")
+        }
+        named = [held[task] for task in planned.entry.search.tasks if task in held]
+        if not (named or any(task in held for tasks in self._side().values() for task in tasks)):
+            return NoScore("it is measured on none of the tasks that decide")
+        return Score(round(fmean(named) if named else self.selection_score(cell, "validation"), 12), held)
+
+    def trajectories(self) -> tuple[Trajectory, ...]:
+        """The way of each search, as of the last look."""
+        return tuple(self._growth.trajectories())
 
     def _there(self, step: Step) -> bool:
         """Whether the store had a folder for the step: one listing for thousands of questions."""
@@ -128,37 +161,39 @@ class Frontier:
         if cell.refused or not self._look.failed:
             return cell.refused
         if cell.id not in self._look.troubles:
-            self._look.troubles[cell.id] = next(filter(None, map(self.failed, self._steps(cell))), "")
+            self._look.troubles[cell.id] = next(filter(None, map(self.failed, self._steps(cell, self.plan.splits))), "")
         return self._look.troubles[cell.id]
 
-    def _steps(self, cell: Cell) -> Iterator[Step]:
-        """Every step the cell needs, in the order in which they are done."""
+    def _steps(self, cell: Cell, splits: Sequence[Split]) -> Iterator[Step]:
+        """Every step the cell needs to be measured on these splits, in the order in which they are done."""
         if cell.merge is not None:
             for statistic in cell.merge.needed:
                 yield statistic.step
             yield cell.model
-        for split in self.plan.splits:
-            for task in cell.tasks:
+        for split in splits:
+            for task in cell.tasks_on(split):
                 yield self.plan.evaluation(cell, split, task)
 
     # --- choosing -----------------------------------------------------------------------------------------------
 
     def measured(self, cell: Cell, split: Split) -> bool:
         """Whether all of the cell's tasks are scored."""
-        return all(self.score(cell, split, task) is not None for task in cell.tasks)
+        return all(self.score(cell, split, task) is not None for task in cell.tasks_on(split))
 
     def selection_score(self, cell: Cell, split: Split) -> float:
         """What values are chosen by: the mean over categories of the mean over tasks, of the spec's side."""
-        register = self.plan.spec.output.register_
-        side = register.by if register else "held_in"
-        groups = self.plan.suite.held_in if side == "held_in" else self.plan.suite.held_out
         means = []
-        for tasks in groups.values():
-            held = [self.score(cell, split, task) for task in tasks if task in cell.tasks]
+        for tasks in self._side().values():
+            held = [self.score(cell, split, task) for task in tasks if task in cell.tasks_on(split)]
             known = [value for value in held if value is not None]
             if known:
                 means.append(fmean(known))
         return fmean(means) if means else 0.0
+
+    def _side(self) -> Mapping[str, tuple[str, ...]]:
+        """Category → tasks of the side that decides."""
+        register = self.plan.spec.output.register_
+        return self.plan.suite.held_out if register and register.by == "held_out" else self.plan.suite.held_in
 
     def chosen(self, cell: Cell) -> bool | None:
         """Whether the cell's values won its group; None while that is open. Always true without validation items."""
@@ -172,6 +207,8 @@ class Frontier:
 
     def _winner(self, group: tuple[str, int, int]) -> str | None:
         """The cell whose values won, '' where there is nothing to choose from, None while that is open."""
+        if group in self._growth.runs:
+            return self._growth.result(group)
         rivals = [other for other in self._groups[group] if not self.trouble(other)]
         if len(rivals) <= 1:
             return ""
@@ -188,7 +225,7 @@ class Frontier:
         for split in self.plan.splits:
             if split == "test" and not self.chosen(cell):
                 return
-            for task in cell.tasks:
+            for task in cell.tasks_on(split):
                 step = self.plan.evaluation(cell, split, task)
                 if not self.done(step):
                     yield split, self.plan.tasks[split][task], step
@@ -198,18 +235,18 @@ class Frontier:
     def round(self) -> Round:
         """Everything that can be done now. Evaluations of models at hand and the making of the next ones go together."""
         self.refresh()
-        scorings, missing, present = [], dict[str, MergePlan](), 0
+        scorings, missing, present, asked = [], dict[str, MergePlan](), 0, set[str]()
         for cell in self.plan.cells:
             if self.trouble(cell):
                 continue
-            tasks = tuple(self.wanted(cell))
+            # Another cell may have the same model: what a search asks for is a cell of its own.
+            tasks = tuple(one for one in self.wanted(cell) if one[2].key not in asked)
             if not tasks:
                 continue
-            if cell.merge is None:
+            if cell.merge is None or self.state(cell.model) is State.PRESENT:
                 scorings.append(Scoring(cell, tasks))
-            elif self.state(cell.model) is State.PRESENT:
-                scorings.append(Scoring(cell, tasks))
-                present += 1
+                asked.update(step.key for _, _, step in tasks)
+                present += cell.merge is not None
             else:
                 missing[cell.model.key] = cell.merge
         statistics, data, merges = self._ready(
@@ -302,6 +339,8 @@ class Frontier:
             return True
         chosen = self.chosen(cell)
         if chosen is None:  # its group is still being measured: only the best so far can become the winner
+            if cell.group in self._growth.runs and (best_so_far := self._growth.best(cell.group)):
+                return cell.id == best_so_far
             rivals = [other for other in self._groups[cell.group] if self.measured(other, "validation")]
             return cell is max(rivals, key=self._on_validation)
         keep = self.plan.spec.output.keep

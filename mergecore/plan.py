@@ -5,8 +5,8 @@ A cell is one model to be made and measured. Planning touches no weights: equal 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from mergecore.planned import MergePlan, StatisticPlan
 from mergecore.pool import Member, Pool, snapshot_step
 from mergecore.registry import evaluator_from
 from mergecore.scores import Kind, Suite, values_label
+from mergecore.search import Candidate, Ground
+from mergecore.searched import Searched
 from mergecore.spec import Evaluate, Spec, size_in_bytes
 from mergecore.variants import Variant
 
@@ -50,6 +52,14 @@ class Cell:
     """Of a product: task → id of the expert whose model is loaded for it."""
     select: tuple[SelectRule, ...] = ()
     """Of a merge: what it merges and how, tensor by tensor."""
+    merged: tuple[str, ...] | None = None
+    """The experts that are merged, where a search merges some of `experts` only."""
+    deciding: tuple[str, ...] | None = None
+    """The tasks on whose validation items a search decides; None: all tasks have validation scores."""
+
+    def tasks_on(self, split: Split) -> tuple[str, ...]:
+        """The tasks that are measured on a split."""
+        return self.tasks if split == "test" or self.deciding is None else self.deciding
 
     @property
     def group(self) -> tuple[str, int, int]:
@@ -58,8 +68,28 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class PlannedSearch:
+    """A search over the experts of one count and subset."""
+
+    entry: Searched
+    ground: Ground
+    count: int
+    subset: int
+
+    @property
+    def group(self) -> tuple[str, int, int]:
+        """The group of its cells, of which the search chooses one."""
+        return self.entry.label, self.count, self.subset
+
+    @property
+    def name(self) -> str:
+        """How it is called."""
+        return f"{self.entry.label} n{self.count} s{self.subset}"
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Everything a sweep consists of."""
+    """Everything a sweep consists of. Searches add cells to it while scores come in (see Frontier)."""
 
     spec: Spec
     pool: Pool
@@ -68,6 +98,11 @@ class Plan:
     evaluators: Mapping[Split, Evaluator]
     tasks: Mapping[Split, Mapping[str, TaskIdentity]]
     folder: Path | None
+    searches: tuple[PlannedSearch, ...] = ()
+    candidate: Callable[[PlannedSearch, Candidate], Cell] | None = None
+    """The cell of what a search asks for."""
+    notes: tuple[str, ...] = ()
+    """To be said aloud."""
     _digests: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     _evaluations: dict[tuple[str, str, str], Step] = field(default_factory=dict, compare=False, repr=False)
 
@@ -138,7 +173,36 @@ def make_plan(spec: Spec, pool: Pool, root: Path) -> Plan:
         raise SpecError("evaluate: no task stands in held_in or held_out; a sweep needs something to measure")
     tasks = {split: evaluator.resolve(names, split, folder) for split, evaluator in evaluators.items()}
     planner = Planner(spec, pool, suite, evaluators["test"], tasks["test"], folder)
-    return Plan(spec, pool, suite, tuple(planner.cells()), evaluators, tasks, folder)
+    cells = list(planner.cells())
+    searches, refused = planner.searches()
+    notes = leaks(evaluators, tasks, folder) if spec.searches else ()
+    return Plan(
+        spec, pool, suite, (*cells, *refused), evaluators, tasks, folder, searches, planner.candidate_cell, notes
+    )  # fmt: skip
+
+
+def leaks(
+    evaluators: Mapping[Split, Evaluator], tasks: Mapping[Split, Mapping[str, TaskIdentity]], folder: Path | None
+) -> tuple[str, ...]:
+    """Tasks some of whose validation items are test items too, as sentences.
+
+    Raises SpecError where all of them are: what a search has found on them would be reported on the same items.
+    """
+    found = []
+    for name, validation in tasks["validation"].items():
+        test = tasks["test"][name]
+        chosen_on, reported_on = (evaluators[one.split].documents(one, folder) for one in (validation, test))
+        same = {key: value for key, value in validation.identity.items() if key != "evaluator"} == {
+            key: value for key, value in test.identity.items() if key != "evaluator"
+        }
+        if same or (chosen_on and reported_on and chosen_on <= reported_on):
+            raise SpecError(
+                f"task '{name}': its validation items are its test items, so that a search would be reported on what it "
+                "was chosen by; give the task a validation split of its own"
+            )
+        if chosen_on and reported_on and (both := chosen_on & reported_on):
+            found.append(f"task '{name}': {len(both)} of {len(chosen_on)} validation items are test items too")
+    return tuple(found)
 
 
 def _evaluator(evaluate: Evaluate, changes: Mapping[str, Any]) -> Evaluator:
@@ -160,6 +224,7 @@ class Planner:
         self.spec, self.pool, self.suite = spec, pool, suite
         self.evaluator, self.tasks, self.folder = evaluator, tasks, folder
         self.builder = MergeBuilder(pool, (), spec.output.dtype, self._data)
+        self._candidates: dict[tuple[Any, Candidate], Cell] = {}
 
     def _data(self, member: Member) -> dict[str, Any]:
         names = member.tasks or tuple(dict.fromkeys(task for held in self.suite.held_in.values() for task in held))
@@ -178,18 +243,22 @@ class Planner:
             tasks = everything if own is None else self._tasks_of([member.name])
             yield self._baseline(member, tasks)
         seen: set[str] = set()
-        drawn: set[tuple[str, ...]] = set()
+        for count, subset, chosen in self.drawn():
+            for variant in self.spec.variants:
+                cell = self._cell(variant, count, subset, chosen)
+                if cell.id not in seen:
+                    seen.add(cell.id)
+                    yield cell
+
+    def drawn(self) -> Iterator[tuple[int, int, tuple[str, ...]]]:
+        """Count, subset and experts of every drawing; of those with the same experts, and so the same cells, the first."""
+        known: set[tuple[str, ...]] = set()
         for count in self.spec.counts:
             for subset in range(self.spec.subsets.per_count):
                 chosen = self.draw(count, subset)
-                if chosen in drawn:
-                    continue  # the same experts, so the same cells
-                drawn.add(chosen)
-                for variant in self.spec.variants:
-                    cell = self._cell(variant, count, subset, chosen)
-                    if cell.id not in seen:
-                        seen.add(cell.id)
-                        yield cell
+                if chosen not in known:
+                    known.add(chosen)
+                    yield count, subset, chosen
 
     def draw(self, count: int, subset: int) -> tuple[str, ...]:
         """The first `count` experts by hash(seed, subset, id), named in the order of the spec."""
@@ -213,24 +282,74 @@ class Planner:
         key = digest(["baseline", merge.step.key])
         return Cell(key[:16], kind, member.name, "", {}, len(experts), -1, experts, merge.step, merge, member, tasks)
 
-    def _cell(self, variant: Variant, count: int, subset: int, chosen: tuple[str, ...]) -> Cell:
-        values = values_label(variant.values)
+    def searches(self) -> tuple[tuple[PlannedSearch, ...], tuple[Cell, ...]]:
+        """A search for each entry and drawing, and a refused cell where its experts cannot be searched over."""
+        found, refused = [], []
+        for count, subset, chosen in self.drawn():
+            members = {name: self.pool.experts[name] for name in chosen}
+            own = {name: member.tasks for name, member in members.items()}
+            ground = Ground({name: member.id for name, member in members.items()}, own)
+            for entry in self.spec.searches:
+                planned = PlannedSearch(entry, ground, count, subset)
+                try:
+                    entry.search.check(ground)
+                    if not self._deciding(planned, self._tasks_of(chosen)):
+                        raise SpecError("none of the tasks that decide is measured for these experts; name their tasks")
+                    found.append(planned)
+                except MergeloomError as error:
+                    model = Step("merge", entry.method, 0, {"search": planned.name}, {"experts": list(chosen)})
+                    refused.append(
+                        Cell(
+                            model.key[:16], "merge", planned.name, entry.label, {}, count, subset, chosen, model, None, None,
+                            (), str(error),
+                        )
+                    )  # fmt: skip
+        return tuple(found), tuple(refused)
+
+    def candidate_cell(self, planned: PlannedSearch, candidate: Candidate) -> Cell:
+        """What a search asks for as a cell of its own, also where another cell has the same model."""
+        place = (planned.group, candidate)
+        if place not in self._candidates:
+            cell = self._cell(
+                planned.entry.variant(candidate),
+                planned.count,
+                planned.subset,
+                planned.ground.experts,
+                candidate.experts,
+            )
+            key = digest(["search", *planned.group, cell.model.key])
+            self._candidates[place] = replace(cell, id=key[:16], deciding=self._deciding(planned, cell.tasks))
+        return self._candidates[place]
+
+    def _deciding(self, planned: PlannedSearch, tasks: Sequence[str]) -> tuple[str, ...]:
+        """Of these the held-in tasks, those of the side that decides everything else, and those that the search names."""
+        register = self.spec.output.register_
+        both = register is not None and register.by == "held_out"
+        sides = (self.suite.held_in, self.suite.held_out) if both else (self.suite.held_in,)
+        held = {task for side in sides for group in side.values() for task in group}
+        return tuple(task for task in tasks if task in held or task in planned.entry.search.tasks)
+
+    def _cell(
+        self, variant: Variant, count: int, subset: int, chosen: tuple[str, ...], merged: tuple[str, ...] | None = None
+    ) -> Cell:
+        """One merge. merged: the experts that it is of, where they are not all that were drawn."""
+        merged = chosen if merged is None else merged
+        values = values_label(variant.values) if merged == chosen else " + ".join(merged)
         name = f"{variant.label}({values}) n{count} s{subset}" if values else f"{variant.label} n{count} s{subset}"
         merge, refused, tasks, loads = None, "", self._tasks_of(chosen), dict[str, str]()
         try:
-            members = [self.pool.experts[expert] for expert in chosen]
+            members = [self.pool.experts[expert] for expert in merged]
             merge = self.builder.build(variant.method, members, variant.select)
             model = merge.step
             if merge.method.makes == "masks":
-                loads = self._loads(chosen)
+                loads = self._loads(merged)
                 tasks = tuple(loads)
         except MergeloomError as error:
-            model = Step("merge", variant.method.name, 0, variant.method.parameters(), {"experts": list(chosen)})
+            model = Step("merge", variant.method.name, 0, variant.method.parameters(), {"experts": list(merged)})
             refused, tasks = str(error), ()
-        label, given = variant.label, dict(variant.values)
         return Cell(
-            model.key[:16], "merge", name, label, given, count, subset, chosen, model, merge, None, tasks, refused, loads,
-            variant.select,
+            model.key[:16], "merge", name, variant.label, dict(variant.values), count, subset, chosen, model, merge, None,
+            tasks, refused, loads, variant.select, None if merged == chosen else merged,
         )  # fmt: skip
 
     def _loads(self, chosen: Sequence[str]) -> dict[str, str]:

@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from mergecore import methods
+from mergecore import methods, searches
 from mergecore.errors import SpecError, nearest
 from mergecore.evaluators import Evaluator
 from mergecore.method import DataStatistic, Link, Method, Plugin, Statistic
+from mergecore.search import Search
 from mergecore.statistics.balance_cut import BalanceCut
 from mergecore.statistics.dropped_norms import DroppedNorms
 from mergecore.statistics.fisher import DiagonalFisher
@@ -74,6 +75,9 @@ STATISTICS: dict[str, type[Statistic] | type[DataStatistic] | type[Link]] = {
         UnifiedNorms,
     )
 }
+SEARCHES: dict[str, type[Search]] = {
+    search.name: search for search in (searches.Greedy, searches.Grid, searches.Nevergrad)
+}
 EVALUATORS: dict[str, str] = {
     "lm_eval": "mergecore.evaluators.lm_eval:LmEval",
     "classification": "mergecore.evaluators.classification:Classification",
@@ -99,6 +103,14 @@ def evaluator_from(name: str, values: Mapping[str, Any], where: str, beside: Ite
     module, _, attribute = EVALUATORS[name].partition(":")
     kind: type[Evaluator] = getattr(import_module(module), attribute)
     return _built(kind, values, where, beside)
+
+
+def search_from(name: str, values: Mapping[str, Any], where: str) -> Search:
+    """The search of that name with these values; errors as for methods."""
+    if name not in SEARCHES:
+        said = f"there is no search '{name}'; {nearest(name, SEARCHES)}" if name else "must be given, as in by: greedy"
+        raise SpecError(f"{where}.by: {said}")
+    return _built(SEARCHES[name], values, f"{where} ({name})", ("by",))
 
 
 def _built(kind: type[Kind], values: Mapping[str, Any], where: str, beside: Iterable[str]) -> Kind:

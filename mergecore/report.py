@@ -16,6 +16,7 @@ import pyarrow.parquet  # type: ignore[import-untyped,unused-ignore]
 from mergecore.averages import MEASURES
 from mergecore.curves import json_text
 from mergecore.summary import REFERENCE, Failure, Summary, best, summarise
+from mergecore.trajectories import outcome, search_rows, search_table
 
 __all__ = ["Failure", "Summary", "best", "markdown", "summarise", "write_tables"]
 
@@ -68,6 +69,7 @@ def markdown(summary: Summary) -> str:
     parts += ["## Baselines", _baseline_grid(baselines) if baselines else "No baseline has been measured yet."]
     if curve:
         parts += ["## Differences at the same count", _difference_grid(curve)]
+    parts += _searches(summary)
     parts += _troubles(summary, cells)
     return "\n\n".join([*parts, "## How to read this", _explanation(summary)]) + "\n"
 
@@ -87,6 +89,16 @@ def _difference_grid(curve: Sequence[Mapping[str, Any]]) -> str:
     ]
     head = [f"held-in − {REFERENCE}", f"held-out − {REFERENCE}", "held-in − base on the same tasks"]
     return _grid(["method", "experts", *head], rows)
+
+
+def _searches(summary: Summary) -> list[str]:
+    """A section on searches: how each stands, and its way."""
+    parts = ["## Searches, on validation items"] if summary.searches else []
+    for way in summary.searches:
+        head, rows, left_out = search_rows(way)
+        rest = f" Of {len(way.trials)} trials those are shown that were kept or failed." if left_out else ""
+        parts += [outcome(way) + rest, _grid(head, rows)]
+    return parts
 
 
 def _troubles(summary: Summary, cells: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -119,7 +131,7 @@ def _explanation(summary: Summary) -> str:
 
 
 def write_tables(summary: Summary, folder: Path | str) -> tuple[Path, ...]:
-    """Write cells, curve and baselines as Parquet and CSV, and report.md; each file appears whole or not at all.
+    """Write cells, curve, baselines and searches (where there are any) as Parquet and CSV, and report.md; each file appears whole or not at all.
 
     Lists become JSON in the CSV files. Returns the paths written. Raises OSError where the folder cannot be written.
     """
@@ -127,7 +139,10 @@ def write_tables(summary: Summary, folder: Path | str) -> tuple[Path, ...]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as draft:
-        for name, table in (("cells", summary.cells), ("curve", summary.curve), ("baselines", summary.baselines)):
+        tables = {"cells": summary.cells, "curve": summary.curve, "baselines": summary.baselines}
+        if summary.searches:
+            tables["searches"] = search_table(summary.searches)
+        for name, table in tables.items():
             pyarrow.parquet.write_table(table, Path(draft) / f"{name}.parquet")
             pyarrow.csv.write_csv(_flat(table), Path(draft) / f"{name}.csv")
         (Path(draft) / "report.md").write_text(markdown(summary), encoding="utf-8")

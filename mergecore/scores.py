@@ -53,6 +53,42 @@ class CellScores:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """One thing that a search asked for. what: the experts or values that are its own. score: on validation items; None
+    where it is not known, with the reason where it cannot be. kept: it was the best once its round was over. best: the
+    score of the best after its round.
+    """
+
+    round: int
+    cell: str
+    what: str
+    score: float | None
+    kept: bool
+    best: float | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The way of one search, over the experts of one count and subset.
+
+    state: 'open' while it asks for more, 'done', or 'stopped' where it ended early for `reason`. most: how many
+    candidates it may ask for. result: the cell that it found, '' while there is none.
+    """
+
+    name: str
+    method: str
+    by: str
+    count: int
+    subset: int
+    state: Literal["open", "done", "stopped"]
+    reason: str
+    most: int
+    result: str
+    trials: tuple[Trial, ...]
+
+
+@dataclass(frozen=True)
 class Sweep:
     """A sweep by its name, its spec as YAML text, and all of its cells: baselines first."""
 
@@ -64,6 +100,7 @@ class Sweep:
     """What the best cell is chosen by: 'held_in' or 'held_out'."""
     registered: Mapping[str, Any] | None = None
     """The registration record: cell, model name, alias, uri, digest, and whether validation or test scores chose it."""
+    searches: tuple[Trajectory, ...] = ()
 
 
 def values_label(values: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from mergecore.errors import SpecError, nearest
 from mergecore.layout import SelectRule
 from mergecore.method import Method
 from mergecore.registry import METHODS, explained, method_from
+from mergecore.searched import Searched, searched_from
 from mergecore.stack import StackRule
 from mergecore.variants import Variant, method_of, variants_of
 
@@ -186,6 +187,31 @@ class Spec(Part):
         """Every method with every combination of its grids; average is always there, and equal ones are one."""
         return variants_of(self.methods, self.select, [expert.name for expert in self.experts])
 
+    @cached_property
+    def searches(self) -> tuple[Searched, ...]:
+        """The entries whose values or experts are searched for, each under a label of its own."""
+        entries = [(f"methods[{place}]", entry) for place, entry in enumerate(self.methods) if "search" in entry]
+        experts = [expert.name for expert in self.experts]
+        found = tuple(searched_from(entry, self.select, experts, where) for where, entry in entries)
+        if found and self.evaluate.validation is None:
+            raise SpecError(
+                f"{found[0].where}: a search decides by validation items, and the spec has none; add "
+                "evaluate: {validation: {limit: 100}}"
+            )
+        taken = [variant.label for variant in self.variants] + [one.label for one in found]
+        measured = {
+            task for side in (self.evaluate.held_in, self.evaluate.held_out) for held in side.values() for task in held
+        }
+        for one in found:
+            if taken.count(one.label) > 1:
+                raise SpecError(f"{one.where}: another entry is called '{one.label}' too; give it a `label` of its own")
+            for task in one.search.tasks:
+                if task not in measured:
+                    raise SpecError(
+                        f"{one.where}.search.tasks: '{task}' is no task of this spec; {nearest(task, measured)}"
+                    )
+        return found
+
 
 class Recipe(Part):
     """One merge. Every key besides these is a parameter of the method."""
@@ -288,6 +314,7 @@ def parse_spec(held: Mapping[str, Any], where: str) -> Spec:
     except ValidationError as error:
         raise SpecError(explained(error, Spec, where)) from None
     _ = spec.variants
+    _ = spec.searches
     return spec
 
 

@@ -14,7 +14,7 @@ from mergecore.averages import MEASURES, Average, SplitScores
 from mergecore.bootstrap import Draws
 from mergecore.curves import DIFFERENCES, Point, Sampled, json_text, points
 from mergecore.errors import EvaluationError
-from mergecore.scores import CellScores, Suite, Sweep
+from mergecore.scores import CellScores, Suite, Sweep, Trajectory
 
 REFERENCE = "average"
 """The method every other one is compared with, at the same count and on the same subsets."""
@@ -44,7 +44,7 @@ class Summary:
     <measure>_difference_to_base (the base on the same tasks, divided by the same experts).
     baselines: kind, name, cells; columns as in `curve`, without a difference to average. The kind 'mean expert' is the
     mean over the experts.
-    winner: cell and split of `best`, or None where nothing can win yet.
+    winner: cell and split of `best`, or None where nothing can win yet. searches: the way of each, on validation items.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Summary:
     failed: tuple[Failure, ...]
     winner: tuple[str, str] | None
     resamples: int
+    searches: tuple[Trajectory, ...] = ()
 
 
 def summarise(sweep: Sweep, split: str, *, chance: Mapping[str, float] = NO_CHANCE, draws: Draws = DRAWS) -> Summary:
@@ -84,19 +85,20 @@ def summarise(sweep: Sweep, split: str, *, chance: Mapping[str, float] = NO_CHAN
         ),
         winner=winner,
         resamples=draws.resamples,
+        searches=sweep.searches,
     )
 
 
 def best(sweep: Sweep, *, chance: Mapping[str, float] = NO_CHANCE) -> tuple[str, str]:
     """The merge to register and the split that chose it: the highest normalised score, equal ones by cell id.
 
-    Only merges that are done compete, on validation scores where any of them has some, else on test scores.
+    Only merges that are done and whose values were chosen compete, on validation scores where any of them has some, else on test scores.
     Raises EvaluationError where none has a score that can be compared.
     """
     measure = f"{sweep.select_by}_normalised"
     if measure not in MEASURES:
         raise EvaluationError(f"cells cannot be chosen by '{sweep.select_by}'; known: held_in, held_out")
-    merges = [cell for cell in sweep.cells if cell.kind == "merge" and cell.status == "done"]
+    merges = [cell for cell in sweep.cells if cell.kind == "merge" and cell.status == "done" and cell.chosen]
     split = VALIDATION if any(cell.items.get(VALIDATION) for cell in merges) else TEST
     scores = SplitScores(sweep, split, chance)
     averages = [scores.average(cell) for cell in merges]

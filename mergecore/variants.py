@@ -34,7 +34,8 @@ class Variant:
 def variants_of(
     entries: Sequence[Mapping[str, Any]], select: Sequence[Mapping[str, Any]], experts: Sequence[str]
 ) -> tuple[Variant, ...]:
-    """Every entry of a spec's `methods` with every combination of its grids and of those in its rules; equal ones are one.
+    """Every entry of a spec's `methods` with every combination of its grids and of those in its rules; equal ones are one,
+    and those that a search finds the values of (mergecore/searched.py) are not among them.
     Average, by the rules of the spec, is always there.
 
     select: rules for entries that have none of their own. experts: names that rules may name. Raises SpecError.
@@ -42,12 +43,14 @@ def variants_of(
     found: dict[str, Variant] = {}
     plain = False
     for position, entry in enumerate(entries):
-        for one in _of_entry(entry, select, experts, f"methods[{position}]"):
+        if "search" in entry:
+            continue
+        for one in of_entry(entry, select, experts, f"methods[{position}]"):
             plain = plain or (one.method == AVERAGE and "select" not in entry)
             found.setdefault(_key(one), one)
     if plain:
         return tuple(found.values())
-    first = {_key(one): one for one in _of_entry({"method": AVERAGE.name}, select, experts, "average")}
+    first = {_key(one): one for one in of_entry({"method": AVERAGE.name}, select, experts, "average")}
     return tuple((first | found).values())
 
 
@@ -57,9 +60,10 @@ def _key(one: Variant) -> str:
     return digest([one.method.name, one.method.parameters(), rules])
 
 
-def _of_entry(
+def of_entry(
     entry: Mapping[str, Any], select: Sequence[Mapping[str, Any]], experts: Sequence[str], where: str
 ) -> Iterator[Variant]:
+    """One entry with every combination of its grids and of those in its rules, as for `variants_of`."""
     own = "select" in entry
     rules, ruled = (entry["select"], f"{where}.select") if own else (list(select), "select")
     methods = expanded({key: value for key, value in entry.items() if key != "select"}, where)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from mergecore.scores import Sweep
 from mergecore.summary import Summary
+from mergecore.trajectories import outcome
 from tasks import views
 
 LONGEST = 7500  # characters; MLflow cuts tags at 8000
@@ -24,6 +25,11 @@ def sweep_note(sweep: Sweep, summary: Summary, experiment_id: str, links: Mappin
     parts = [f"Sweep **{sweep.name}**: {len(sweep.cells)} models ({state}).", _best(sweep, summary), " · ".join(pages)]
     if len(summary.curve):
         parts += ["Held-in / held-out, normalised, mean over subsets of experts:", _table(summary)]
+    if sweep.searches:
+        parts += [
+            "Searches, on validation items:",
+            "\n".join(f"- {outcome(way)}" for way in sweep.searches[:MOST_ROWS]),
+        ]
     if summary.failed:
         rows = [f"- **{failure.name}** {failure.status}: {failure.reason}" for failure in summary.failed[:MOST_ROWS]]
         parts += ["Without a result:", "\n".join(rows)]

@@ -16,8 +16,9 @@ from typing import Any
 
 from mergecore.curves import json_text
 from mergecore.identity import digest
-from mergecore.scores import CellScores, Suite, Sweep, values_label
+from mergecore.scores import CellScores, Suite, Sweep, Trajectory, values_label
 from mergecore.summary import Summary
+from mergecore.trajectories import outcome, search_rows
 
 FORMAT = 1
 """Raise it when records come to say more or less than they did: every run is then written again."""
@@ -236,6 +237,39 @@ def _series(
         metrics=tuple(metric for row, side in zip(rows, sides, strict=True) for metric in _at(side, step=row["count"])),
         tags=tags,
     )
+
+
+def search_records(sweep: Sweep) -> Iterator[RunRecord]:
+    """One record per search: its steps are the models tried, so that MLflow's line charts show its way."""
+    for way in sweep.searches:
+        metrics = [
+            metric
+            for step, one in enumerate(way.trials, start=1)
+            for metric in _at({"search/score": one.score, "search/best": one.best}, step=step)
+        ]
+        tags = {
+            SWEEP: sweep.name,
+            KIND: "search",
+            identity_tag("search"): way.name,
+            STATE: CURRENT,
+            NOTE: outcome(way)[:7000],
+        }
+        yield RunRecord(
+            kind="search",
+            identity=way.name,
+            name=f"search {way.name}",
+            status="SCHEDULED" if way.state == "open" else "FINISHED" if way.result else "FAILED",
+            params={"method": way.method, "by": way.by, "n_experts": str(way.count), "subset": str(way.subset)},
+            metrics=tuple(metrics),
+            tags={**tags, "search.state": way.state, **({"search.result": way.result} if way.result else {})},
+            files={"trials.json": _trials(way)},
+        )
+
+
+def _trials(way: Trajectory) -> str:
+    """The trials as the JSON that MLflow's pages show as a table."""
+    head, rows, _ = search_rows(way, most=len(way.trials))
+    return json.dumps({"columns": head, "data": rows}, ensure_ascii=False)
 
 
 def cells_table(records: Sequence[RunRecord]) -> str:

@@ -120,4 +120,4 @@ def _cannot_become(run: Run, record: RunRecord) -> bool:
     if any(record.params.get(name) != text for name, text in params.items()):
         return True
     stands = run.data.tags.get(DIGEST) == record.digest
-    return not stands and (record.kind == "series" or not metrics.issuperset(run.data.metrics))
+    return not stands and (record.kind in ("series", "search") or not metrics.issuperset(run.data.metrics))

@@ -3,6 +3,7 @@
     experiment mergeloom/<sweep name>
       ├── run of kind 'sweep'    note, cells table, spec, report, figures
       ├── runs of kind 'series'  one per curve; step = number of experts
+      ├── runs of kind 'search'  one per search; step = models tried
       └── runs of kind 'cell'    one per cell, below the sweep's run; out of the spec: tagged retired
 
 MLflow is a view: nothing is ever read back from it but what it already shows.
@@ -177,6 +178,8 @@ def _project(
     parent_run = board.show(parent, artifacts=artifacts)
     shown = {record.identity: board.show(record, parent=parent_run).info.run_id for record in cells}
     for record in records.series_records(sweep, summary):
+        board.show(record)
+    for record in records.search_records(sweep):
         board.show(record)
     board.close()
     _save_pages(client, experiment, sweep, cells, note)

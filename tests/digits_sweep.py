@@ -69,10 +69,14 @@ class Swept:
     """A sweep opened over a store, and what was done in it. `run` does what is missing."""
 
     spec: Spec
-    plan: Plan
     store: Store
     frontier: Frontier
     place: Place
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, grown by its searches."""
+        return self.frontier.plan
 
     def run(self, heard: Callable[[Done], None] = lambda done: None) -> Done:
         """Everything that is missing."""
@@ -98,7 +102,7 @@ def opened(spec: Mapping[str, Any], report: Report = silent, room: int = 3) -> S
     pool = resolve_pool(parsed.base, parsed.experts, None, lambda one: resolve(one.source), report)
     plan, store = make_plan(parsed, pool, Path("/")), Store(parsed.output.store)
     place = Place(pool, store, InProcess(), report, plan.shard_size, plan.evaluators["test"], plan.folder)
-    return Swept(parsed, plan, store, Frontier(plan, store, room), place)
+    return Swept(parsed, store, Frontier(plan, store, room), place)
 
 
 def records(store: Store) -> dict[str, dict[str, Any]]:

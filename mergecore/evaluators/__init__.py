@@ -46,6 +46,11 @@ class Evaluator(Plugin, ABC):
         Raises EvaluationError for a task that does not exist (nearest name), lacks the split, or cannot be read.
         """
 
+    def documents(self, task: TaskIdentity, folder: Path | None) -> frozenset[str] | None:
+        """Digests of the items that will be scored, to see whether two splits share some; None where that takes more
+        than reading the task's files."""
+        return None
+
     @abstractmethod
     def training_identity(self, tasks: Sequence[str], folder: Path | None) -> dict[str, Any]:
         """What `Resident.calibration` draws from, as plain JSON: it enters the key of a statistic on data."""

@@ -69,6 +69,10 @@ class Classification(Evaluator):
             found[name] = TaskIdentity(name, split, min(count, self.limit or count), "acc", identity)
         return found
 
+    def documents(self, task: TaskIdentity, folder: Path | None) -> frozenset[str] | None:
+        """Inputs and label of each item."""
+        return frozenset(_items(_path(task.task, folder), task.split).documents[: task.items])
+
     def training_identity(self, tasks: Sequence[str], folder: Path | None) -> dict[str, Any]:
         """What `Resident.calibration` draws from, as plain JSON for a statistic's key."""
         data = {name: file_sha256(_path(name, folder)) for name in tasks}

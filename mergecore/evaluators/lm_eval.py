@@ -73,6 +73,12 @@ class LmEval(Evaluator):
         local = _local(folder)
         return {name: self._resolved(find_task(name, local), split) for name in tasks}
 
+    def documents(self, task: TaskIdentity, folder: Path | None) -> frozenset[str] | None:
+        """Lines of local JSON files that nothing is done to before they are scored."""
+        file = find_task(task.task, _local(folder))
+        lines = file.lines(file.split_name(task.split))
+        return None if lines is None else frozenset(lines[: task.items])
+
     def training_identity(self, tasks: Sequence[str], folder: Path | None) -> dict[str, Any]:
         """What `Resident.calibration` draws from, as plain JSON for a statistic's key: configurations and data digests."""
         local, found = _local(folder), {}

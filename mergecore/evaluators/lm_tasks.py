@@ -144,6 +144,14 @@ class TaskFile:
             return sum(int(pq.ParquetFile(path).metadata.num_rows) for path in files[split])
         return None
 
+    def lines(self, split: str) -> tuple[str, ...] | None:
+        """SHA-256 of each document of a split as it stands in local JSON lines; None for any other data."""
+        files = self.data_files
+        if self.count(split) is None or files is None or self.config["dataset_path"] != "json":
+            return None
+        held = (line.strip() for path in files[split] for line in path.read_bytes().splitlines())
+        return tuple(hashlib.sha256(line).hexdigest() for line in held if line)
+
     @property
     def plain(self) -> dict[str, Any]:
         """The configuration without paths, split names and list keeping: what can change a number besides the data."""

@@ -15,7 +15,7 @@ from mlflow.entities import Run
 
 from flows import services
 from mergecore.errors import ServiceError
-from mergecore.scores import Sweep
+from mergecore.scores import Sweep, Trajectory, Trial
 from tasks import records, track, views
 from tasks.track import TrackResult
 from tests import example_sweep
@@ -94,6 +94,41 @@ def test_curves_are_runs_whose_step_is_the_number_of_experts(client: MlflowClien
     assert [point.step for point in history] == [2, 4]
     level = client.get_metric_history(series["base model"].info.run_id, "held_out/avg")
     assert [point.value for point in level] == [1.0, 1.0]
+
+
+def test_a_search_is_a_run_whose_step_is_the_models_tried(client: MlflowClient, server: str, tmp_path: Path) -> None:
+    def way(*scores: float | None) -> Trajectory:
+        best, trials = 0.0, []
+        for number, score in enumerate(scores, start=1):
+            kept = score is not None and score > best
+            best = max(best, score or 0.0)
+            trials.append(Trial(number, f"id-{number}", f"scale={number}", score, kept, best, "" if score else "NaN"))
+        state = "open" if len(trials) < 3 else "done"
+        result = next((one.cell for one in reversed(trials) if one.kept), "") if state == "done" else ""
+        return Trajectory("pcb n4 s0", "pcb", "nevergrad", 4, 0, state, "", 3, result, tuple(trials))  # type: ignore[arg-type]
+
+    def shown_with(*scores: float | None) -> tuple[Run, TrackResult]:
+        sweep = dataclasses.replace(example_sweep.sweep(few(), "searched"), searches=(way(*scores),))
+        result = project(sweep, server, tmp_path)
+        (run,) = shown(client, result, "search").values()
+        return run, result
+
+    run, _ = shown_with(0.5, None)
+    assert (run.info.run_name, run.info.status) == ("search pcb n4 s0", "SCHEDULED")
+    run, result = shown_with(0.5, None, 0.7)
+    assert run.info.status == "FINISHED" and run.data.tags["search.result"] == "id-3"
+    points = {
+        name: [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, f"search/{name}")]
+        for name in ("score", "best")
+    }
+    assert points == {"score": [(1, 0.5), (3, 0.7)], "best": [(1, 0.5), (2, 0.5), (3, 0.7)]}
+    assert json.loads(text(client, run, "trials.json", tmp_path))["data"][1][2] == "NaN"
+    assert (
+        "pcb n4 s0 (nevergrad) found scale=3 (0.7000)"
+        in client.get_run(result.parent_run_id).data.tags["mlflow.note.content"]
+    )
+    run, _ = shown_with(0.6, 0.4, 0.5)  # a failure forgiven: another way, and no point of the old one
+    assert [one.value for one in client.get_metric_history(run.info.run_id, "search/score")] == [0.6, 0.4, 0.5]
 
 
 def test_extending_and_shrinking_a_spec(client: MlflowClient, server: str, tmp_path: Path) -> None:
