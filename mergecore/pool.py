@@ -262,6 +262,7 @@ def _member(
             raise MismatchError(
                 f"{where} has {key} {theirs}, the base has {ours}: they are no versions of one model{hint}"
             )
+    _refuse_lost_head(found, base, where)
     check_fit(base.tensors, found.tensors, where, base.config, select)
     if same_tokens:
         _check_tokenizer(where, found, base, warnings)
@@ -276,6 +277,17 @@ def _refuse_quantized(found: Snapshot, where: str) -> None:
         raise MismatchError(
             f"{where}: {found.source.uri} is quantized ({kind or 'quantization_config in its config.json'}): its numbers "
             "are codes, not weights; give the checkpoint before it was quantized, or a dequantized copy"
+        )
+
+
+def _refuse_lost_head(found: Snapshot, base: Snapshot, where: str) -> None:
+    """Raise MismatchError where an expert has a head of its own and the base's is its embedding."""
+    tied, theirs = (tied_names(one.tensors, one.config) for one in (base, found))
+    own = [name for name in tied if name in found.tensors and name not in theirs]
+    if own and found.config.get("tie_word_embeddings") is False:
+        raise MismatchError(
+            f"{where} has a '{own[0]}' of its own, which the base ties to '{tied[own[0]]}': it would be lost; give a base "
+            "that has a head of its own, or an expert that ties it"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -97,6 +97,21 @@ class FileTensors:
                 raise SourceError(f"{self.folder}/{file} ends inside tensor '{name}': fetch or write the file again")
             done += size
         return out
+
+    def read_pieces(self, name: str, pieces: Iterable[tuple[int, int, int]], out: Tensor) -> None:
+        """Many short reads into one tensor of this dtype: (first element there, first element in `out`, how many) each.
+
+        Raises SourceError like `read`.
+        """
+        size, (file, offset) = out.element_size(), self.locations[name]
+        wanted = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        handle, read = self._handle(file), os.preadv
+        for there, here, count in pieces:
+            piece = wanted[here * size : (here + count) * size]
+            if read(handle, [piece], offset + there * size) != len(piece):
+                self.read(
+                    name, there, there + count, out[here : here + count]
+                )  # a long one in parts, or says what is wrong
 
     def expect(self, name: str, start: int, stop: int) -> None:
         """Have the system begin to read these elements from the disk, if it has not got them."""

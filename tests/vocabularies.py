@@ -94,7 +94,7 @@ def write_model(
     held = load_file(folder / "model.safetensors")
     if base is not None:  # a fine-tune: a small change, but rows of its own
         for name in held:
-            if held[name].shape == base.tensors[name].shape:
+            if name in base.tensors and held[name].shape == base.tensors[name].shape:
                 held[name] = (base.tensors[name].float() + 0.1 * held[name].float()).to(dtype)
         save_file(held, folder / "model.safetensors", {"format": "pt"})
     return Made(folder, tokens, held)

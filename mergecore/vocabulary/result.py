@@ -8,7 +8,7 @@ from typing import Any
 
 from mergecore.errors import MismatchError
 from mergecore.vocabulary.rules import TokenizerRules, TokenOf
-from mergecore.vocabulary.tokenizer import FLAGS, Tokenizer, few, given_ids
+from mergecore.vocabulary.tokenizer import FLAGS, Tokenizer, check_kinds, few, given_ids
 
 PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
 """Settings of a token that is added by its text alone."""
@@ -129,8 +129,8 @@ def _join_pieces(draft: Draft, other: Tokenizer) -> list[str]:
     """Take another tokenizer's own tokens in; why they cannot be taken in as its own, where they cannot."""
     owner = draft.owner
     new = [token for token in other.pieces if token not in draft.tokens]
-    if other.kind != owner.kind:
-        return [f"{other.owner} is tokenized by {other.kind[0]}, {owner.owner} by {owner.kind[0]}"]
+    if kinds := check_kinds([owner, other]):
+        return kinds
     reasons = []
     for part in ("normalizer", "pre_tokenizer"):
         if other.held.get(part) != owner.held.get(part):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mergecore.method import TensorInfo, TensorSource
-from mergecore.snapshot import DTYPES, NAMES
+from mergecore.snapshot import DTYPES, NAMES, FileTensors
 
 Index = NDArray[np.int32]
 AT_ONCE = 1 << 17
@@ -27,15 +28,16 @@ class Runs:
     there: Index
     count: Index
 
-    def between(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """The runs that have a part in rows first … stop−1 of the result: (first row, first row there, end), cut to it."""
-        low = int(np.searchsorted(self.first + self.count, first, side="right"))
-        high = int(np.searchsorted(self.first, stop, side="left"))
-        for row, there, count in zip(
-            self.first[low:high].tolist(), self.there[low:high].tolist(), self.count[low:high].tolist(), strict=True
-        ):
-            start = max(row, first)
-            yield start, there + start - row, min(row + count, stop)
+    def pieces(self, width: int, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """The parts of the runs in elements start … stop−1 of the result, `width` to a row: (element there, element from
+        `start` on, how many)."""
+        low = int(np.searchsorted(self.first + self.count, start // width, side="right"))
+        high = int(np.searchsorted(self.first, -(-stop // width), side="left"))
+        first, there = self.first[low:high].astype(np.int64), self.there[low:high].astype(np.int64)
+        begin = np.maximum(first * width, start)
+        end = np.minimum((first + self.count[low:high]) * width, stop)
+        held = (begin + (there - first) * width, begin - start, end - begin)
+        return list(zip(*(one.tolist() for one in held), strict=True))
 
 
 def runs_of(rows: Index, there: Index) -> Runs:
@@ -116,18 +118,22 @@ class RowTensors:
     rows: Rows
     _means: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
-    @property
+    @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor, by name."""
         return {**self.sources[0].tensors, **{name: self._info(name) for name in self.names[0]}}
 
+    @cached_property
+    def _dtypes(self) -> tuple[dict[str, str], ...]:
+        """For each source the dtypes of its tensors over the vocabulary, by the result's names; some sources work them out."""
+        return tuple(
+            {name: held[own].dtype for name, own in names.items()}
+            for names, held in zip(self.names, (one.tensors for one in self.sources), strict=True)
+        )
+
     def _info(self, name: str) -> TensorInfo:
         own = self.sources[0].tensors[self.names[0][name]]
-        used = {
-            source.tensors[names[name]].dtype
-            for source, names, runs in zip(self.sources, self.names, self.rows.copies, strict=True)
-            if len(runs.first)
-        }
+        used = {held[name] for held, runs in zip(self._dtypes, self.rows.copies, strict=True) if len(runs.first)}
         plain = used <= {own.dtype} and not len(self.rows.shared)
         return TensorInfo(own.dtype if plain else "F32", (self.rows.count, *own.shape[1:]))
 
@@ -135,7 +141,7 @@ class RowTensors:
         """Elements start … stop−1 of the flattened tensor; read into `space` where it is given."""
         if name not in self.names[0]:
             return self.sources[0].read(name, start, stop, space)
-        info = self._info(name)
+        info = self.tensors[name]
         stop = info.count if stop is None else stop
         out = torch.empty(stop - start, dtype=DTYPES[info.dtype]) if space is None else space
         if stop > start:
@@ -143,44 +149,40 @@ class RowTensors:
         return out
 
     def _read(self, name: str, width: int, start: int, stop: int, out: Tensor) -> None:
-        first, end = start // width, -(-stop // width)
-        rows = self.rows
-        covered = 0
-        for number, runs in enumerate(rows.copies):
-            for row, there, last in runs.between(first, end):
-                low, high = max(row * width, start), min(last * width, stop)
-                self._copy(number, name, low + (there - row) * width, out[low - start : high - start])
-                covered += high - low
-        if covered == stop - start:
+        pieces = [runs.pieces(width, start, stop) for runs in self.rows.copies]
+        for number, held in enumerate(pieces):
+            self._copy(number, name, held, out)
+        if sum(count for held in pieces for _, _, count in held) == stop - start:
             return
-        missing = np.ones(end - first, dtype=bool)
-        for runs in rows.copies:
-            for row, _, last in runs.between(first, end):
-                missing[row - first : last - first] = False
-        for row, last in _spans(missing):
-            for low in range(max((first + row) * width, start), min((first + last) * width, stop), AT_ONCE):
-                high = min(low + AT_ONCE, (first + last) * width, stop)
-                self._made(name, width, low, high, out[low - start : high - start])
+        # What is not copied is rare: rows that no single model has.
+        made = np.ones(stop - start, dtype=bool)
+        for _, here, count in (piece for held in pieces for piece in held):
+            made[here : here + count] = False
+        for first, last in _spans(made):
+            for low in range(first, last, AT_ONCE):
+                high = min(low + AT_ONCE, last)
+                self._made(name, width, start + low, start + high, out[low:high])
 
-    def _copy(self, number: int, name: str, start: int, out: Tensor) -> None:
+    def _copy(self, number: int, name: str, pieces: Sequence[tuple[int, int, int]], out: Tensor) -> None:
         source, own = self.sources[number], self.names[number][name]
-        if source.tensors[own].dtype == NAMES[out.dtype]:
-            held = source.read(own, start, start + out.numel(), out)
-            if held.data_ptr() != out.data_ptr():  # tensors in memory give a view of themselves
-                out.copy_(held)
-        else:
-            out.copy_(source.read(own, start, start + out.numel()))
+        same = self._dtypes[number][name] == NAMES[out.dtype]
+        if same and isinstance(source, FileTensors):
+            source.read_pieces(own, pieces, out)
+            return
+        for there, here, count in pieces:
+            space = out[here : here + count]
+            held = source.read(own, there, there + count, space if same else None)
+            if held.data_ptr() != space.data_ptr():  # tensors in memory give a view of themselves
+                space.copy_(held)
 
     def _made(self, name: str, width: int, start: int, stop: int, out: Tensor) -> None:
         """Elements of rows that are no copies: means of several sources, of all rows, or zeros."""
         first, end, rows = start // width, -(-stop // width), self.rows
         out.zero_()
         for number, runs in enumerate(rows.shares):
-            for row, there, last in runs.between(first, end):
-                low, high = max(row * width, start), min(last * width, stop)
-                from_there = low + (there - row) * width
-                held = self.sources[number].read(self.names[number][name], from_there, from_there + high - low)
-                out[low - start : high - start] += held.to(torch.float32)
+            for there, here, count in runs.pieces(width, start, stop):
+                held = self.sources[number].read(self.names[number][name], there, there + count)
+                out[here : here + count] += held.to(torch.float32)
         low, high = np.searchsorted(rows.shared, (first, end))
         if low < high:
             parts = torch.ones(end - first)
