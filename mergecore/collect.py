@@ -76,13 +76,11 @@ def item_scores(store: Store, step: Step) -> NDArray[np.float64]:
 
 def lineage(plan: Plan, cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
     """Recipe and origin of a cell's model: what a stranger needs to make it again."""
-    base = plan.pool.base
+    base = as_it_lies(plan.pool.base)
+    experts = {name: as_it_lies(plan.pool.experts[name].snapshot) for name in cell.experts}
     found: dict[str, Any] = {
-        "base": {"source": base.source.uri, "weights": base.weights, "config": base.companions},
-        "experts": [
-            {"name": name, "source": plan.pool.experts[name].snapshot.source.uri, "weights": plan.pool.experts[name].id}
-            for name in cell.experts
-        ],
+        "base": {"source": base.source.uri, "weights": base.weights, "config": plan.pool.base.companions},
+        "experts": [{"name": name, "source": one.source.uri, "weights": one.weights} for name, one in experts.items()],
         "recipe": recipe_of(plan, cell),
         "step": cell.model.as_json(),
     }

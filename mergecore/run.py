@@ -85,7 +85,10 @@ def fetch(place: Place, snapshot: Snapshot) -> Done:
     if isinstance(snapshot, FoldedSnapshot):
         snapshot.adapter.source.fetch(place.report)
     step, rewritten = snapshot_step(snapshot), snapshot.source if isinstance(snapshot.source, RewrittenSource) else None
-    place.folders[snapshot.weights] = folder if rewritten is None else place.store.folder(step)
+    if rewritten is not None:
+        place.folders[snapshot.weights] = place.store.folder(step)
+    else:  # the base may be an expert as well; whoever has the companions says where they lie
+        place.folders.setdefault(snapshot.weights, folder)
     if place.store.is_done(step, bytes_needed=rewritten is not None):
         return before.note(Done([], {}, time.monotonic() - began))
     with place.store.draft(step) as draft:

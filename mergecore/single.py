@@ -269,11 +269,10 @@ def _pinned(recipe: Recipe, pool: Pool) -> dict[str, Any]:
 def _origin(pool: Pool, step: Step, result: Any) -> dict[str, Any]:
     names = {member.id: member.name for member in pool.members}
     kept = {names.get(one, one): share for one, share in result.get("kept_density", {}).items()}
+    base, experts = as_it_lies(pool.base), {name: as_it_lies(one.snapshot) for name, one in pool.experts.items()}
     return {
-        "base": {"source": pool.base.source.uri, "weights": pool.base.weights},
-        "experts": [
-            {"name": one.name, "source": one.snapshot.source.uri, "weights": one.id} for one in pool.experts.values()
-        ],
+        "base": {"source": base.source.uri, "weights": base.weights},
+        "experts": [{"name": name, "source": one.source.uri, "weights": one.weights} for name, one in experts.items()],
         "step": step.as_json(),
         "kept_density": kept,
         **({"error": result["error"]} if "error" in result else {}),

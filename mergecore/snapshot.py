@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mergecore.errors import NonFiniteError, SourceError
@@ -47,7 +50,7 @@ class OpenFiles:
     """Files opened once per process and closed with this object; sent to another process it opens its own."""
 
     def __init__(self, flags: int) -> None:
-        self._flags, self._held = flags, dict[str, int]()
+        self._flags, self._held, self._mapped = flags, dict[str, int](), dict[str, mmap.mmap]()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OpenFiles, (self._flags,)
@@ -66,6 +69,11 @@ class OpenFiles:
                 os.close(handle)
                 handle = kept
         return handle
+
+    def mapped(self, path: str) -> mmap.mmap:
+        """The whole file as memory, mapped once: pages that were looked at need not be found again. Raises OSError."""
+        held = self._mapped.get(path)
+        return self._mapped.setdefault(path, mmap.mmap(self.of(path), 0, prot=mmap.PROT_READ)) if held is None else held
 
 
 @dataclass(frozen=True)
@@ -98,20 +106,18 @@ class FileTensors:
             done += size
         return out
 
-    def read_pieces(self, name: str, pieces: Iterable[tuple[int, int, int]], out: Tensor) -> None:
-        """Many short reads into one tensor of this dtype: (first element there, first element in `out`, how many) each.
+    def gather(self, name: str, rows: NDArray[np.int64], out: Tensor) -> None:
+        """Rows of a tensor in any order, into `out` (as many × their width, of this dtype), by one gather over the mapped file.
 
-        Raises SourceError like `read`.
+        Raises SourceError where the file ends before the tensor does; it is looked at just before.
         """
-        size, (file, offset) = out.element_size(), self.locations[name]
-        wanted = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]
-        handle, read = self._handle(file), os.preadv
-        for there, here, count in pieces:
-            piece = wanted[here * size : (here + count) * size]
-            if read(handle, [piece], offset + there * size) != len(piece):
-                self.read(
-                    name, there, there + count, out[here : here + count]
-                )  # a long one in parts, or says what is wrong
+        info, (file, offset) = self.tensors[name], self.locations[name]
+        handle, size = self._handle(file), info.count * out.element_size()
+        if os.fstat(handle).st_size < offset + size:
+            raise SourceError(f"{self.folder}/{file} ends inside tensor '{name}': fetch or write the file again")
+        mapped = self.handles.mapped(os.path.join(self.folder, file))
+        held: NDArray[np.uint8] = np.frombuffer(mapped, np.uint8, size, offset).reshape(info.shape[0], -1)
+        np.take(held, rows, axis=0, out=out.view(torch.uint8).numpy(), mode="clip")
 
     def expect(self, name: str, start: int, stop: int) -> None:
         """Have the system begin to read these elements from the disk, if it has not got them."""

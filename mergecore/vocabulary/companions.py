@@ -144,6 +144,19 @@ def _ends(snapshot: Snapshot, names: Mapping[int, str]) -> set[str]:
     return {names[number] for one in held for key, number in ids_in(one) if key == "eos_token_id" and number in names}
 
 
+def said_of_splitting(result: ResultTokenizer, models: Sequence[Tokenizer]) -> list[str]:
+    """Models whose tokenizer takes text apart in another way than the result's, though it has the same kind of tokens."""
+    found = []
+    for one in models:
+        parts = [part for part in ("normalizer", "pre_tokenizer") if one.held.get(part) != result.owner.held.get(part)]
+        if parts and one.kind == result.owner.kind:
+            said = " and ".join(parts)
+            found.append(
+                f"{one.owner} has another {said} than {result.owner.owner}, whose way of splitting text the result has"
+            )
+    return found
+
+
 def said_of_template(text: str | None, result: ResultTokenizer, models: Sequence[Tokenizer]) -> list[str]:
     """What the result's chat template writes that is a token of some model and none of the result's; or that it has none."""
     if text is None:

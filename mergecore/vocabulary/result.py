@@ -47,7 +47,7 @@ class Draft:
         entries = sorted(whole["added_tokens"], key=lambda entry: int(entry["id"]))
         self.added = {one["content"]: dict(one) for one in entries if one["content"] not in self.dropped}
         self.tokens = {token: number for token, number in ids.items() if token not in self.dropped}
-        self.merges = owner.merges
+        self.merges = list(owner.merges)
         self.changed = bool(self.dropped)
 
     def _next(self) -> int:
@@ -55,8 +55,9 @@ class Draft:
         return max(self.tokens.values(), default=-1) + 1
 
     def add_piece(self, token: str) -> None:
-        """A token of the model, which finds it in text by itself."""
-        self.pieces[token] = self.tokens[token] = self._next()
+        """A token of the model, which finds it in text by itself; one that was an added token keeps its id."""
+        self.pieces[token] = self.tokens[token] = self.tokens[token] if token in self.tokens else self._next()
+        self.changed = True
 
     def add_token(self, token: str, settings: Mapping[str, Any]) -> None:
         """A token that is looked for in the text before the model sees it; or settings for one of the model's own."""
@@ -67,9 +68,12 @@ class Draft:
         self.added[token] = {"id": self.tokens[token], "content": token, **flags}
 
     def add_merges(self, merges: Sequence[tuple[str, str]]) -> None:
-        """Pairs that are joined after those that are there."""
-        known = set(self.merges)
-        self.merges = [*self.merges, *(merge for merge in merges if merge not in known)]
+        """Pairs that are joined after those that are there, as far as the model has the tokens."""
+        known, prefix = set(self.merges), str(self.owner.model.get("continuing_subword_prefix") or "")
+        for left, right in merges:
+            tokens = (left, right, left + right.removeprefix(prefix))
+            if (left, right) not in known and all(token in self.pieces for token in tokens):
+                self.merges.append((left, right))
 
     def held(self) -> dict[str, Any]:
         """tokenizer.json."""
@@ -132,9 +136,6 @@ def _join_pieces(draft: Draft, other: Tokenizer) -> list[str]:
     if kinds := check_kinds([owner, other]):
         return kinds
     reasons = []
-    for part in ("normalizer", "pre_tokenizer"):
-        if other.held.get(part) != owner.held.get(part):
-            reasons.append(f"{other.owner} has another {part} than {owner.owner}")
     ours, theirs = owner.merges, other.merges
     differing = next((n for n, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
     if differing is not None:
@@ -144,9 +145,10 @@ def _join_pieces(draft: Draft, other: Tokenizer) -> list[str]:
         )
     if new and owner.kind[0] == "Unigram":
         reasons.append(f"{other.owner} has pieces of its own, whose scores do not compare: {few(new)}")
-    if not reasons:
-        for token in new:
-            draft.add_piece(token)
+    if not reasons and owner.kind[0] != "Unigram":
+        for token in other.pieces:
+            if token not in draft.pieces:
+                draft.add_piece(token)
         if len(theirs) > len(ours):
             draft.add_merges(theirs[len(ours) :])
     return reasons

@@ -18,6 +18,8 @@ from mergecore.snapshot import DTYPES, NAMES, FileTensors
 Index = NDArray[np.int32]
 AT_ONCE = 1 << 17
 """Elements that are read at a time for the mean of all rows."""
+FEW = 16
+"""Runs in one piece of a pass that are read one by one; more of them are gathered."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,16 +30,15 @@ class Runs:
     there: Index
     count: Index
 
-    def pieces(self, width: int, start: int, stop: int) -> list[tuple[int, int, int]]:
+    def pieces(self, width: int, start: int, stop: int) -> NDArray[np.int64]:
         """The parts of the runs in elements start … stop−1 of the result, `width` to a row: (element there, element from
-        `start` on, how many)."""
+        `start` on, how many) each."""
         low = int(np.searchsorted(self.first + self.count, start // width, side="right"))
         high = int(np.searchsorted(self.first, -(-stop // width), side="left"))
         first, there = self.first[low:high].astype(np.int64), self.there[low:high].astype(np.int64)
         begin = np.maximum(first * width, start)
         end = np.minimum((first + self.count[low:high]) * width, stop)
-        held = (begin + (there - first) * width, begin - start, end - begin)
-        return list(zip(*(one.tolist() for one in held), strict=True))
+        return np.stack([begin + (there - first) * width, begin - start, end - begin], axis=1)
 
 
 def runs_of(rows: Index, there: Index) -> Runs:
@@ -151,25 +152,26 @@ class RowTensors:
     def _read(self, name: str, width: int, start: int, stop: int, out: Tensor) -> None:
         pieces = [runs.pieces(width, start, stop) for runs in self.rows.copies]
         for number, held in enumerate(pieces):
-            self._copy(number, name, held, out)
-        if sum(count for held in pieces for _, _, count in held) == stop - start:
+            self._copy(number, name, width, start, held, out)
+        if sum(int(held[:, 2].sum()) for held in pieces) == stop - start:
             return
         # What is not copied is rare: rows that no single model has.
         made = np.ones(stop - start, dtype=bool)
-        for _, here, count in (piece for held in pieces for piece in held):
+        for _, here, count in np.concatenate(pieces).tolist():
             made[here : here + count] = False
         for first, last in _spans(made):
             for low in range(first, last, AT_ONCE):
                 high = min(low + AT_ONCE, last)
                 self._made(name, width, start + low, start + high, out[low:high])
 
-    def _copy(self, number: int, name: str, pieces: Sequence[tuple[int, int, int]], out: Tensor) -> None:
+    def _copy(self, number: int, name: str, width: int, start: int, pieces: NDArray[np.int64], out: Tensor) -> None:
         source, own = self.sources[number], self.names[number][name]
         same = self._dtypes[number][name] == NAMES[out.dtype]
-        if same and isinstance(source, FileTensors):
-            source.read_pieces(own, pieces, out)
-            return
-        for there, here, count in pieces:
+        if same and isinstance(source, FileTensors) and len(pieces) > FEW:
+            whole = (pieces[:, 0] % width == 0) & (pieces[:, 2] % width == 0)
+            _gather(source, own, width, -start % width, pieces[whole], out)
+            pieces = pieces[~whole]
+        for there, here, count in pieces.tolist():
             space = out[here : here + count]
             held = source.read(own, there, there + count, space if same else None)
             if held.data_ptr() != space.data_ptr():  # tensors in memory give a view of themselves
@@ -180,7 +182,7 @@ class RowTensors:
         first, end, rows = start // width, -(-stop // width), self.rows
         out.zero_()
         for number, runs in enumerate(rows.shares):
-            for there, here, count in runs.pieces(width, start, stop):
+            for there, here, count in runs.pieces(width, start, stop).tolist():
                 held = self.sources[number].read(self.names[number][name], there, there + count)
                 out[here : here + count] += held.to(torch.float32)
         low, high = np.searchsorted(rows.shared, (first, end))
@@ -211,6 +213,23 @@ class RowTensors:
                     total += held.to(torch.float64).numpy().reshape(-1, width).sum(axis=0)
             self._means[name] = torch.from_numpy(total / max(count, 1))
         return self._means[name]
+
+
+def _gather(source: FileTensors, name: str, width: int, lead: int, pieces: NDArray[np.int64], out: Tensor) -> None:
+    """Pieces that are whole rows. lead: elements of `out` before its first whole row."""
+    if not len(pieces):
+        return
+    there, here, count = (pieces // width).T  # of `here` what is left is the lead, the same for all
+    within = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+    rows_there, rows_here = np.repeat(there, count) + within, np.repeat(here, count) + within
+    last = (out.numel() - lead) // width
+    rows = out[lead : lead + last * width].view(last, width)
+    if len(rows_here) == last and rows_here[-1] - rows_here[0] == last - 1:
+        source.gather(name, rows_there, rows)
+        return
+    held = torch.empty(len(rows_there), width, dtype=out.dtype)
+    source.gather(name, rows_there, held)
+    rows[torch.from_numpy(rows_here)] = held
 
 
 def _spans(held: NDArray[np.bool_]) -> list[tuple[int, int]]:

@@ -17,6 +17,7 @@ from mergecore.vocabulary.companions import (
     config_with,
     files_of_tokenizer,
     said_of_ends,
+    said_of_splitting,
     said_of_template,
 )
 from mergecore.vocabulary.index import Indices, Vocabulary, adapter_rows, given_rows, model_rows
@@ -26,6 +27,7 @@ from mergecore.vocabulary.rules import BASE, UNION, TokenizerRules
 from mergecore.vocabulary.snapshot import with_companions, with_rows
 from mergecore.vocabulary.tokenizer import (
     TOKENIZER,
+    Known,
     Tokenizer,
     check_kinds,
     check_meanings,
@@ -92,6 +94,7 @@ def shared_vocabulary(
         f"{one.owner}: its model has no row for {few(sorted(one.beyond))}" for one in tokenizers.values() if one.beyond
     ]
     warnings += said_of_ends(result, owner.snapshot, [(tokenizers[one.name], one.snapshot) for one in models[1:]])
+    warnings += said_of_splitting(result, list(tokenizers.values()))
     text = template_of(owner.snapshot) if chat_template is None else chat_template
     warnings += said_of_template(text, result, list(tokenizers.values()))
     ordered = [models[0], *sorted(models[1:], key=lambda one: one.snapshot.weights)]
@@ -157,7 +160,8 @@ def _tokenizers(models: Sequence[_Model], warnings: list[str]) -> dict[str, Toke
 
     Raises MismatchError where that cannot be: another number of rows, or nobody to take it from.
     """
-    read = {one.name: read_tokenizer(one.snapshot, one.rows, one.owner) for one in models}
+    known: Known = {}
+    read = {one.name: read_tokenizer(one.snapshot, one.rows, one.owner, known) for one in models}
     if all(held is None for held in read.values()):
         return {}
     base, found = read[BASE], dict[str, Tokenizer]()

@@ -79,8 +79,12 @@ class Tokenizer:
         return {token: frozenset(roles) for token, roles in found.items()}
 
 
-def read_tokenizer(snapshot: Snapshot, rows: int, owner: str) -> Tokenizer | None:
-    """The tokenizer of a checkpoint whose embedding has so many rows; None where there is none beside it.
+Known = dict[str, tuple[dict[str, Any], dict[str, int]]]
+"""Files by their SHA-256, with every token's id: a pool mostly has one tokenizer many times."""
+
+
+def read_tokenizer(snapshot: Snapshot, rows: int, owner: str, known: Known) -> Tokenizer | None:
+    """The tokenizer of a checkpoint whose embedding has so many rows; None where there is none beside it. known: grows.
 
     Raises SourceError for files that say no ids, or that no loader would read as they are meant.
     """
@@ -96,8 +100,11 @@ def read_tokenizer(snapshot: Snapshot, rows: int, owner: str) -> Tokenizer | Non
             )
         return None
     where = f"{snapshot.source.uri}/{TOKENIZER}"
-    held = read_json(snapshot.source, TOKENIZER)
-    tokens = _ids(held, where)
+    sha256 = files[TOKENIZER].sha256 or where
+    if sha256 not in known:
+        held = read_json(snapshot.source, TOKENIZER)
+        known[sha256] = held, _ids(held, where)
+    held, tokens = known[sha256]
     beyond = frozenset(token for token, number in tokens.items() if number >= rows)
     usable = {token: number for token, number in tokens.items() if number < rows}
     return Tokenizer(owner, held, settings, usable, beyond, template_of(snapshot))

@@ -25,7 +25,11 @@ def tensors(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Te
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("in_files", [True, False])
-def test_any_part_is_what_a_loop_over_rows_makes(seed: int, in_files: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("few", [0, 16])
+def test_any_part_is_what_a_loop_over_rows_makes(
+    seed: int, in_files: bool, few: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mergecore.vocabulary.rows.FEW", few)
     draw = np.random.default_rng(seed)
     count, names = 90, {"e": "e", "bias": "bias"}
     held = [tensors(seed), tensors(seed + 10, torch.bfloat16 if seed % 2 else torch.float32), tensors(seed + 20)]
@@ -51,7 +55,7 @@ def test_any_part_is_what_a_loop_over_rows_makes(seed: int, in_files: bool, tmp_
         whole = found.read(name)
         torch.testing.assert_close(whole.reshape(wanted.shape), wanted, rtol=0, atol=1e-6)
         flat = whole.numel()
-        for _ in range(40):
+        for _ in range(60):
             start, stop = sorted(draw.integers(0, flat + 1, 2).tolist())
             space = torch.full((stop - start,), float("nan"))
             assert torch.equal(found.read(name, start, stop, space), whole[start:stop]) and torch.equal(

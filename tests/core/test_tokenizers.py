@@ -189,6 +189,22 @@ def test_merges_of_an_expert_go_on_being_merged(tmp_path: Path) -> None:
     assert tokenizer("<s> ab", return_tensors="pt").input_ids[0, 0] == models["base"].tokens["<s>"]
 
 
+def test_a_token_added_here_and_merged_there(tmp_path: Path) -> None:
+    """The base has it by its text alone, an expert's encoding makes it: both in the result, under the base's id."""
+    base = write_model(tmp_path / "base", byte_pairs(), added=["ef"])
+    models = {
+        "base": base,
+        "x": write_model(tmp_path / "x", byte_pairs([*MERGES, ("e", "f"), ("ef", "h")]), seed=1, base=base),
+    }
+    made(recipe(models, method="average", tokenizer="union"), tmp_path / "out")
+    _, tokenizer = loaded(tmp_path / "out")
+    held = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert (
+        held["model"]["merges"][-2:] == [["e", "f"], ["ef", "h"]] and held["model"]["vocab"]["ef"] == base.tokens["ef"]
+    )
+    assert tokenizer.get_vocab() == {**base.tokens, "efh": len(base.tokens)}
+
+
 def test_a_class_that_builds_its_tokenizer_itself(tmp_path: Path) -> None:
     """transformers makes some tokenizers (GPT-2's, say) from the vocabulary alone: ids must be the same there."""
     models = pool(tmp_path, "gpt2", True)

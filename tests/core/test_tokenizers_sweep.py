@@ -17,6 +17,8 @@ from tests.digits_sweep import Swept, opened, stamps
 from tests.recipes import made
 
 EMBEDDING = "model.embed_tokens.weight"
+TOKENS = 316
+"""Of the tiny model, which has four rows more."""
 
 
 def extended(base: Path, folder: Path, tokens: list[str], seed: int) -> Path:
@@ -46,7 +48,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     spec: dict[str, Any] = {
         "name": "tokens",
         "base": {"source": str(base), "known_as": "tiny"},
-        "experts": [{"name": name, "source": str(path)} for name, path in experts.items()],
+        "experts": [{"name": name, "source": str(path), "tasks": ["tiny_choice"]} for name, path in experts.items()],
         "methods": [{"method": "average"}, {"method": "ties", "density": 0.3}],
         "counts": [2, 3],
         "tokenizer": "union",
@@ -68,11 +70,11 @@ def test_cells_have_the_vocabulary_of_the_whole_pool(swept: Swept) -> None:
     held = load_file(swept.store.folder(cell.model) / "model.safetensors")[EMBEDDING]
     rows = {name: load_file(_folder(swept, name) / "model.safetensors")[EMBEDDING] for name in ("chat", "code")}
     base = load_file(Path(swept.plan.pool.base.source.uri) / "model.safetensors")[EMBEDDING]
-    assert held.shape[0] == 323 == swept.plan.pool.base.config["vocab_size"]
-    torch.testing.assert_close(held[320], rows["chat"][320], rtol=0, atol=1e-6)
-    torch.testing.assert_close(held[322], rows["code"][320], rtol=0, atol=1e-6)
-    wanted = sum(rows[name][:320] if name in rows else base for name in cell.experts) / 2
-    torch.testing.assert_close(held[:320], wanted, rtol=0, atol=1e-6)
+    assert held.shape[0] == TOKENS + 3 == swept.plan.pool.base.config["vocab_size"] < len(base)
+    torch.testing.assert_close(held[TOKENS], rows["chat"][TOKENS], rtol=0, atol=1e-6)
+    torch.testing.assert_close(held[TOKENS + 2], rows["code"][TOKENS], rtol=0, atol=1e-6)
+    wanted = sum(rows.get(name, base)[:TOKENS] for name in cell.experts) / 2
+    torch.testing.assert_close(held[:TOKENS], wanted, rtol=0, atol=1e-6)
 
 
 def _folder(swept: Swept, name: str) -> Path:
@@ -108,7 +110,7 @@ def test_the_registered_model_loads_and_a_second_run_does_nothing(swept: Swept) 
     folder = registered["uri"].removeprefix("file://")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("the dog<c><m>", return_tensors="pt").input_ids
-    assert ids[0, -2:].tolist() == [322, 320] and model.config.vocab_size == 323
+    assert ids[0, -2:].tolist() == [TOKENS + 2, TOKENS] and model.config.vocab_size == TOKENS + 3
     assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[1] > ids.shape[1]
     before = stamps(swept.store)
     assert not swept.run().steps and stamps(swept.store) == before
