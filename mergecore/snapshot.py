@@ -50,7 +50,7 @@ class OpenFiles:
     """Files opened once per process and closed with this object; sent to another process it opens its own."""
 
     def __init__(self, flags: int) -> None:
-        self._flags, self._held, self._mapped = flags, dict[str, int](), dict[str, mmap.mmap]()
+        self._flags, self._held, self._mapped = flags, dict[str, int](), dict[tuple[str, int], NDArray[np.uint8]]()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OpenFiles, (self._flags,)
@@ -70,10 +70,18 @@ class OpenFiles:
                 handle = kept
         return handle
 
-    def mapped(self, path: str) -> mmap.mmap:
-        """The whole file as memory, mapped once: pages that were looked at need not be found again. Raises OSError."""
-        held = self._mapped.get(path)
-        return self._mapped.setdefault(path, mmap.mmap(self.of(path), 0, prot=mmap.PROT_READ)) if held is None else held
+    def mapped(self, path: str, start: int, size: int) -> NDArray[np.uint8]:
+        """Bytes of a file as memory, mapped once and with all its pages: found one by one they take longer than a read.
+
+        Raises OSError.
+        """
+        held = self._mapped.get((path, start))
+        if held is None:
+            before = start % mmap.ALLOCATIONGRANULARITY
+            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+            pages = mmap.mmap(self.of(path), before + size, flags, mmap.PROT_READ, offset=start - before)
+            held = self._mapped.setdefault((path, start), np.frombuffer(pages, np.uint8, size, before))
+        return held
 
 
 @dataclass(frozen=True)
@@ -115,9 +123,8 @@ class FileTensors:
         handle, size = self._handle(file), info.count * out.element_size()
         if os.fstat(handle).st_size < offset + size:
             raise SourceError(f"{self.folder}/{file} ends inside tensor '{name}': fetch or write the file again")
-        mapped = self.handles.mapped(os.path.join(self.folder, file))
-        held: NDArray[np.uint8] = np.frombuffer(mapped, np.uint8, size, offset).reshape(info.shape[0], -1)
-        np.take(held, rows, axis=0, out=out.view(torch.uint8).numpy(), mode="clip")
+        held = self.handles.mapped(os.path.join(self.folder, file), offset, size)
+        np.take(held.reshape(info.shape[0], -1), rows, axis=0, out=out.view(torch.uint8).numpy(), mode="clip")
 
     def expect(self, name: str, start: int, stop: int) -> None:
         """Have the system begin to read these elements from the disk, if it has not got them."""

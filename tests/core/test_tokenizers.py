@@ -253,6 +253,38 @@ def test_an_adapter_of_the_head(tmp_path: Path) -> None:
     torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors")[HEAD], wanted, rtol=0, atol=1e-6)
 
 
+def test_with_folded_adapters_other_layers_and_parts(tmp_path: Path) -> None:
+    """A vocabulary is one thing among others: an adapter folded into an expert, a layer taken twice, rules with methods."""
+    from safetensors.torch import save_file
+
+    models = pool(tmp_path, "llama", True)
+    target, rank = "model.layers.0.self_attn.q_proj", 1
+    torch.manual_seed(4)
+    factors = {"A": torch.randn(rank, 8), "B": torch.randn(8, rank)}
+    (tmp_path / "lora").mkdir()
+    held = {f"base_model.model.{target}.lora_{side}.weight": value for side, value in factors.items()}
+    save_file(held, tmp_path / "lora" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "base_model_name_or_path": "base"}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    given = recipe(models, method="average", tokenizer="union")
+    given["experts"][0]["adapter"] = {"source": tmp_path / "lora"}
+    given["stack"] = [{"layers": [0, 0]}, {"layers": [0, 0]}]
+    given["select"] = [{"names": "*embed*", "method": "slerp", "t": 0.25}, {}]
+    made(given, tmp_path / "out")
+    model, tokenizer = loaded(tmp_path / "out")
+    assert model.config.num_hidden_layers == 2
+    result, tokens = load_file(tmp_path / "out" / "model.safetensors"), tokenizer.get_vocab()
+    _, chat, long = rows_by_token(list(models.values()), EMBEDDING["llama"], tokens, len(tokens))
+    angle = torch.arccos((chat * long).sum() / chat.norm() / long.norm())
+    wanted = (torch.sin(0.75 * angle) * chat + torch.sin(0.25 * angle) * long) / torch.sin(angle)
+    torch.testing.assert_close(result[EMBEDDING["llama"]], wanted, rtol=0, atol=1e-5)
+    weights = [models[name].tensors[f"{target}.weight"] for name in ("chat", "long")]
+    for layer in (0, 1):
+        name = f"{target}.weight".replace(".0.", f".{layer}.")
+        wanted = (weights[0] + factors["B"] @ factors["A"] + weights[1]) / 2
+        torch.testing.assert_close(result[name], wanted, rtol=0, atol=1e-6)
+
+
 def test_nothing_changes_where_nothing_differs(tmp_path: Path) -> None:
     """Rules over one vocabulary make the model that the recipe makes without them, padded rows and all."""
     base = write_model(tmp_path / "base", byte_pairs(), padding=5)
