@@ -111,7 +111,8 @@ def recipe_of(plan: Plan, cell: Cell) -> dict[str, Any]:
     rules = [rule.model_dump(mode="json", exclude_defaults=True) for rule in cell.select]
     if len(everyone) > len(cell.experts):
         rules = [
-            rule if rule.get("take", "merge") != "merge" else {"experts": list(cell.experts), **rule} for rule in rules or [{}]
+            rule if rule.get("take", "merge") != "merge" else {"experts": list(cell.experts), **rule}
+            for rule in rules or [{}]
         ]
     if rules:
         recipe["select"] = rules

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from mergecore.events import Report, silent
 from mergecore.identity import digest
-from mergecore.method import Report, TensorInfo, TensorSource, silent
+from mergecore.method import TensorInfo, TensorSource
 from mergecore.snapshot import Snapshot
 from mergecore.sources import Source, SourceFile
 from mergecore.vocabulary.rows import Rows, RowTensors
