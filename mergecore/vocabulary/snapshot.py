@@ -25,9 +25,7 @@ class RewrittenSource(Source):
         self.uri, self.revision = origin.uri, origin.revision
         self._origin, self._changed = origin, dict(changed)
 
-    @property
-    def files(self) -> Mapping[str, SourceFile]:
-        """Every file, by name."""
+    def _found(self) -> Mapping[str, SourceFile]:
         new = {
             name: SourceFile(len(content), hashlib.sha256(content).hexdigest())
             for name, content in self._changed.items()

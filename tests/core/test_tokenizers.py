@@ -143,8 +143,8 @@ def test_rules_for_single_tokens(tmp_path: Path) -> None:
 def test_ids_in_any_order_and_any_cut(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vocabularies with the same words in other places; the bytes do not depend on how much is read at a time."""
     from mergecore import reading, span
+    from mergecore.events import silent
     from mergecore.merging import InProcess
-    from mergecore.method import silent
     from mergecore.single import merge_recipe
     from mergecore.spec import parse_recipe
     from tests.recipes import find, plain

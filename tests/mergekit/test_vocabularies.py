@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mergecore.events import silent
 from mergecore.merging import InProcess
-from mergecore.method import silent
 from mergecore.recipe_files import merge_file
 from tests.mergekit.make_results import VOCABULARIES, vocabulary_recipes
 from tests.mergekit.models import HIDDEN, shapes, write_models_of_vocabularies
