@@ -97,7 +97,8 @@ def open_session(path: Path, report: Report = silent) -> Session:
 def session_of(spec: Spec, report: Report = silent) -> Session:
     """The session of a parsed spec; relative paths in it start from the current directory."""
     store = Store(spec.output.store)
-    pool = resolve_pool(spec.base, spec.experts, spec.multitask, resolver(digest_cache(), report), report)
+    found = resolver(digest_cache(), report)
+    pool = resolve_pool(spec.base, spec.experts, spec.multitask, found, report, tokenizer=spec.tokenizer)
     with _nothing_collected():
         plan = make_plan(spec, pool, Path.cwd())
     frontier = Frontier(plan, store, room=1)

@@ -18,6 +18,8 @@ from mergecore.scores import CellScores, Status, Sweep
 from mergecore.snapshot import Snapshot
 from mergecore.spec import as_yaml
 from mergecore.store import Store
+from mergecore.vocabulary.rules import UNION
+from mergecore.vocabulary.snapshot import as_it_lies
 
 
 def collect(frontier: Frontier) -> Sweep:
@@ -80,14 +82,12 @@ def item_scores(store: Store, step: Step) -> NDArray[np.float64]:
 
 def lineage(plan: Plan, cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
     """Recipe and origin of a cell's model: what a stranger needs to make it again."""
-    base = plan.pool.base
+    base = as_it_lies(plan.pool.base)
     merged = cell.experts if cell.merged is None else cell.merged
+    experts = {name: as_it_lies(plan.pool.experts[name].snapshot) for name in merged}
     found: dict[str, Any] = {
-        "base": {"source": base.source.uri, "weights": base.weights, "config": base.companions},
-        "experts": [
-            {"name": name, "source": plan.pool.experts[name].snapshot.source.uri, "weights": plan.pool.experts[name].id}
-            for name in merged
-        ],
+        "base": {"source": base.source.uri, "weights": base.weights, "config": plan.pool.base.companions},
+        "experts": [{"name": name, "source": one.source.uri, "weights": one.weights} for name, one in experts.items()],
         "recipe": recipe_of(plan, cell),
         "step": cell.model.as_json(),
     }
@@ -104,16 +104,28 @@ def recipe_of(plan: Plan, cell: Cell) -> dict[str, Any]:
     values = {name: value for name, value in cell.values.items() if name != "select"}
     merged = cell.experts if cell.merged is None else cell.merged
     spec = plan.spec
+    base = as_it_lies(plan.pool.base)
+    # A vocabulary is that of the whole pool: all of it is named, and rules say who is merged.
+    shared = spec.tokenizer is not None and cell.merge.method.makes == "model"
+    everyone = list(plan.pool.experts) if shared else list(merged)
     recipe = {
         "method": cell.merge.method.name,
         **values,
-        "base": _place(plan.pool.base) if isinstance(plan.pool.base, FoldedSnapshot) else plan.pool.base.source.uri,
-        "experts": [{"name": name, **_place(plan.pool.experts[name].snapshot)} for name in merged],
+        "base": _place(base) if isinstance(base, FoldedSnapshot) else base.source.uri,
+        "experts": [{"name": name, **_place(as_it_lies(plan.pool.experts[name].snapshot))} for name in everyone],
     }
     if spec.output.dtype and cell.merge.method.makes != "adapter":  # there it is the dense model's
         recipe["dtype"] = spec.output.dtype
-    if cell.select:
-        recipe["select"] = [rule.model_dump(mode="json", exclude_defaults=True) for rule in cell.select]
+    rules = [rule.model_dump(mode="json", exclude_defaults=True) for rule in cell.select]
+    if len(everyone) > len(merged):
+        rules = [
+            rule if rule.get("take", "merge") != "merge" else {"experts": list(merged), **rule}
+            for rule in rules or [{}]
+        ]
+    if rules:
+        recipe["select"] = rules
+    if spec.tokenizer is not None:
+        recipe["tokenizer"] = spec.tokenizer.model_dump(mode="json", exclude_defaults=True) or UNION
     return recipe
 
 

@@ -24,6 +24,7 @@ from mergecore.search import Candidate, Ground
 from mergecore.searched import Searched
 from mergecore.spec import Evaluate, Spec, size_in_bytes
 from mergecore.variants import Variant
+from mergecore.vocabulary.snapshot import as_it_lies
 
 __all__ = ["ENGINE", "Cell", "MergeBuilder", "MergePlan", "Plan", "Planner", "StatisticPlan", "make_plan"]
 
@@ -133,8 +134,8 @@ class Plan:
 
     def companions(self, cell: Cell) -> Any:
         """The snapshot whose config and tokenizer go with the cell's model."""
-        if cell.merge is None and cell.member is not None:
-            return cell.member.snapshot
+        if cell.merge is None:
+            return as_it_lies(self.pool.base if cell.member is None else cell.member.snapshot)
         return self.pool.base
 
     @property
@@ -236,7 +237,7 @@ class Planner:
         everything = tuple(
             dict.fromkeys(t for g in (self.suite.held_in, self.suite.held_out) for h in g.values() for t in h)
         )
-        base = snapshot_step(self.pool.base)
+        base = snapshot_step(as_it_lies(self.pool.base))
         yield Cell(base.key[:16], "base", "base", "", {}, 0, -1, (), base, None, None, everything)
         for member in self.pool.members:
             own = member.tasks if member.name in self.pool.experts else None
@@ -276,7 +277,7 @@ class Planner:
         kind: Kind = "expert" if member.name in self.pool.experts else "multitask"
         experts = (member.name,) if kind == "expert" else ()
         if member.factors is None:
-            step = snapshot_step(member.snapshot)
+            step = snapshot_step(as_it_lies(member.snapshot))
             return Cell(step.key[:16], kind, member.name, "", {}, len(experts), -1, experts, step, None, member, tasks)
         merge = self.builder.build(Average(), [member])
         key = digest(["baseline", merge.step.key])

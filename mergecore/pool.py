@@ -21,6 +21,10 @@ from mergecore.snapshot import Snapshot, read_json, read_snapshot
 from mergecore.sources import Source
 from mergecore.spec import BaseSpec, ExpertSpec, SourceSpec
 from mergecore.stack import BASE, StackRule, layers_of, renamed, restacked
+from mergecore.vocabulary.rows import Rows
+from mergecore.vocabulary.rules import TokenizerRules
+from mergecore.vocabulary.shared import over_vocabulary, shared_vocabulary, updated
+from mergecore.vocabulary.snapshot import as_it_lies
 
 Resolver = Callable[[SourceSpec], Source]
 """Finds the source a spec names; the caller decides about caches, tokens and being offline."""
@@ -88,6 +92,8 @@ def read_source(source: SourceSpec, resolve: Resolver, where: str) -> Snapshot:
     return found if source.adapter is None else folded(found, read_snapshot(resolve(source.adapter)), where)
 
 
+VOCABULARIES = "for models whose vocabularies differ say whose is wanted, as in `tokenizer: {source: union}`"
+"""What to do about them."""
 HASHED_AT_ONCE = 4
 """Checkpoints whose files are hashed side by side."""
 
@@ -117,9 +123,11 @@ def resolve_pool(
     report: Report,
     select: Sequence[SelectRule] = (),
     stack: Sequence[StackRule] = (),
+    tokenizer: TokenizerRules | None = None,
+    chat_template: str | None = None,
 ) -> Pool:
     """Resolve and check every checkpoint; reads headers and small files only. What `select` drops need not fit.
-    stack: the layers of the result.
+    stack: the layers of the result. tokenizer: its vocabulary, where the checkpoints' differ.
 
     Raises SourceError for what cannot be had and MismatchError for what does not fit the base: architecture, shapes,
     vocabulary.
@@ -134,12 +142,16 @@ def resolve_pool(
     warnings: list[str] = []
     strangers: dict[str, list[str]] = {}
     members: dict[str, Member] = {}
-    for position, expert in enumerate(experts):
-        report(Event(f"expert {expert.name}", position + 1, len(experts), "experts"))
-        if expert.name in members:
-            raise SpecError(f"experts: two are called '{expert.name}'; give each its own name")
-        held = read_source(expert, resolve, f"expert '{expert.name}'")
-        member = _stacked(expert, held, found, ground, select, stack, warnings)
+    taken = _read_experts(experts, resolve, stack, report)
+    rows = None
+    if tokenizer is not None:
+        shared = shared_vocabulary(ground, taken, tokenizer, chat_template)
+        ground, taken, rows = shared.base, dict(shared.experts), shared.adapters
+        warnings += shared.warnings
+    for expert in experts:
+        member = _stacked(expert, taken[expert.name], found, ground, select, stack, warnings, tokenizer is None)
+        if rows is not None and member.factors is not None:
+            member = _updated(member, ground, rows)
         same = next((other.name for other in members.values() if other.id == member.id), None)
         if same is not None:
             raise SpecError(f"experts: '{expert.name}' and '{same}' have the same weights; list each checkpoint once")
@@ -147,7 +159,7 @@ def resolve_pool(
     check_left_out(select, [ground.tensors, *(member.snapshot.tensors for member in members.values())])
     several = None
     if multitask is not None:
-        several = _member("multitask", (), read_snapshot(resolve(multitask)), ground, warnings)
+        several = _multitask(read_snapshot(resolve(multitask)), ground, rows, warnings, tokenizer is None)
     for member in [*members.values(), *([several] if several else [])]:
         recorded = str(member.snapshot.config.get("base_model_name_or_path") or "")
         if member.factors is not None and recorded and not _same_base(recorded, ground, base):
@@ -160,6 +172,29 @@ def resolve_pool(
     return Pool(ground, members, several, tuple(warnings))
 
 
+def _read_experts(
+    experts: Sequence[ExpertSpec], resolve: Resolver, stack: Sequence[StackRule], report: Report
+) -> dict[str, Snapshot]:
+    """The experts by name, full ones with the result's layers."""
+    found: dict[str, Snapshot] = {}
+    for position, expert in enumerate(experts):
+        report(Event(f"expert {expert.name}", position + 1, len(experts), "experts"))
+        if expert.name in found:
+            raise SpecError(f"experts: two are called '{expert.name}'; give each its own name")
+        held = read_source(expert, resolve, f"expert '{expert.name}'")
+        if held.kind == "full":
+            _refuse_quantized(held, f"expert '{expert.name}' ({held.source.uri})")
+            held = restacked(held, stack, expert.name)
+        found[expert.name] = held
+    return found
+
+
+def _multitask(held: Snapshot, ground: Snapshot, rows: Rows | None, warnings: list[str], same_tokens: bool) -> Member:
+    """A full one is measured as it lies, with its own tokenizer; an adapter is on the base as it is read here."""
+    found = _member("multitask", (), held, as_it_lies(ground), warnings, same_tokens=same_tokens)
+    return _updated(found, ground, rows) if rows is not None and found.factors is not None else found
+
+
 def _stacked(
     expert: ExpertSpec,
     held: Snapshot,
@@ -168,21 +203,39 @@ def _stacked(
     select: Sequence[SelectRule],
     stack: Sequence[StackRule],
     warnings: list[str],
+    same_tokens: bool,
 ) -> Member:
-    """The expert as the result's layers have it. base: as it lies in its files; ground: with the result's layers."""
+    """The expert as the result's layers have it; held: a checkpoint with these layers, an adapter as it lies.
+
+    base: as it lies in its files; ground: with the result's layers.
+    """
     if held.kind == "full":
-        moved = restacked(held, stack, expert.name)
         if stack:  # it may have no part in some of the layers
-            present = {None, *map(layer_of, moved.tensors)}
+            present = {None, *map(layer_of, held.tensors)}
             tensors = {tensor: info for tensor, info in ground.tensors.items() if layer_of(tensor) in present}
             ground = dataclasses.replace(ground, tensors=tensors)
-        return _member(expert.name, expert.tasks, moved, ground, warnings, select)
+        return _member(expert.name, expert.tasks, held, ground, warnings, select, same_tokens)
     member = _member(expert.name, expert.tasks, held, base, warnings)
     if not stack or member.factors is None:
         return member
     layers = layers_of(stack, expert.name)
     snapshot = dataclasses.replace(held, weights=digest(["stack", held.weights, layers]))
     return dataclasses.replace(member, snapshot=snapshot, factors=renamed(member.factors, layers))
+
+
+def _updated(member: Member, ground: Snapshot, rows: Rows) -> Member:
+    """An adapter whose update of an embedding or head has a row for each token of the result."""
+    assert member.factors is not None
+    targets = [target for target in member.factors if over_vocabulary(target, ground.tensors[target])]
+    if not targets:
+        return member
+    for target in targets:
+        if member.factors[target].transposed:
+            raise MismatchError(
+                f"expert '{member.name}' changes '{target}' as (in, out): rows of tokens cannot be told; fold it into its base"
+            )
+    snapshot = updated(member.snapshot, [member.factors[target].up for target in targets], rows)
+    return dataclasses.replace(member, snapshot=snapshot)
 
 
 def _member(
@@ -192,7 +245,9 @@ def _member(
     base: Snapshot,
     warnings: list[str],
     select: Sequence[SelectRule] = (),
+    same_tokens: bool = True,
 ) -> Member:
+    """same_tokens: whether the tokenizers must say the same, as nothing has brought the vocabularies together."""
     where = f"expert '{name}' ({found.source.uri})"
     if found.kind == "adapter":
         factors = adapter_factors(
@@ -203,9 +258,14 @@ def _member(
     for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
         ours, theirs = base.config.get(key), found.config.get(key)
         if ours is not None and theirs is not None and ours != theirs:
-            raise MismatchError(f"{where} has {key} {theirs}, the base has {ours}: they are no versions of one model")
+            hint = f" ({VOCABULARIES})" if key == "vocab_size" else ""
+            raise MismatchError(
+                f"{where} has {key} {theirs}, the base has {ours}: they are no versions of one model{hint}"
+            )
+    _refuse_lost_head(found, base, where)
     check_fit(base.tensors, found.tensors, where, base.config, select)
-    _check_tokenizer(where, found, base, warnings)
+    if same_tokens:
+        _check_tokenizer(where, found, base, warnings)
     return Member(name, tasks, found, None)
 
 
@@ -217,6 +277,17 @@ def _refuse_quantized(found: Snapshot, where: str) -> None:
         raise MismatchError(
             f"{where}: {found.source.uri} is quantized ({kind or 'quantization_config in its config.json'}): its numbers "
             "are codes, not weights; give the checkpoint before it was quantized, or a dequantized copy"
+        )
+
+
+def _refuse_lost_head(found: Snapshot, base: Snapshot, where: str) -> None:
+    """Raise MismatchError where an expert has a head of its own and the base's is its embedding."""
+    tied, theirs = (tied_names(one.tensors, one.config) for one in (base, found))
+    own = [name for name in tied if name in found.tensors and name not in theirs]
+    if own and found.config.get("tie_word_embeddings") is False:
+        raise MismatchError(
+            f"{where} has a '{own[0]}' of its own, which the base ties to '{tied[own[0]]}': it would be lost; give a base "
+            "that has a head of its own, or an expert that ties it"
         )
 
 
@@ -237,7 +308,7 @@ def _check_tokenizer(where: str, found: Snapshot, base: Snapshot, warnings: list
     if differing:
         raise MismatchError(
             f"{where}: its tokenizer gives {len(differing)} tokens other ids than the base's (first: {differing[0]!r}); "
-            "only experts that share the base's vocabulary can be merged"
+            f"only experts that share the base's vocabulary can be merged; {VOCABULARIES}"
         )
     warnings.append(f"{where} has another tokenizer.json than the base (same vocabulary); the base's is used")
 

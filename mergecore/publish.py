@@ -46,24 +46,6 @@ def write_companions(folder: Path, snapshot: Snapshot, at: Path, dtypes: Sequenc
             shutil.copyfile(at / name, target)
 
 
-TOKENIZER = ("token", "vocab", "merges", "special_tokens", "chat_template", "additional_chat_templates/", "spiece")
-"""How the names of files that belong to a tokenizer begin, or what they hold."""
-
-
-def write_tokenizer(folder: Path, snapshot: Snapshot, at: Path) -> None:
-    """Have the tokenizer of `snapshot` (lying in `at`) in `folder`, instead of the one that is there."""
-    for path in [path for path in folder.rglob("*") if path.is_file()]:
-        if _of_tokenizer(str(path.relative_to(folder))):
-            path.unlink()
-    for name in filter(_of_tokenizer, snapshot.source.files):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(at / name, folder / name)
-
-
-def _of_tokenizer(name: str) -> bool:
-    return any(part in name for part in TOKENIZER) and not name.endswith((".safetensors", ".yaml"))
-
-
 def write_chat_template(folder: Path, text: str) -> None:
     """Have `text` as the chat template, in the file of its own where transformers looks first."""
     (folder / "chat_template.jinja").write_text(text)

@@ -37,6 +37,7 @@ from mergecore.product import task_model
 from mergecore.results import TENSORS, commit_result, open_model, read_found, read_inputs
 from mergecore.snapshot import Snapshot, open_file
 from mergecore.store import Draft, State, Store
+from mergecore.vocabulary.snapshot import RewrittenSource, as_it_lies
 from mergecore.writer import ShardSink, plan_shards
 
 __all__ = [
@@ -76,20 +77,27 @@ class Place:
 
 
 def fetch(place: Place, snapshot: Snapshot) -> Done:
-    """Have a checkpoint's files at hand, and record what it is."""
-    began = time.monotonic()
+    """Have a checkpoint's files at hand, and record what it is. Files that differ from those that lie there are the record's."""
+    began, before = time.monotonic(), Done()
+    if as_it_lies(snapshot) is not snapshot:
+        before = fetch(place, as_it_lies(snapshot))
     folder = snapshot.source.fetch(place.report)
     if isinstance(snapshot, FoldedSnapshot):
         snapshot.adapter.source.fetch(place.report)
-    place.folders[snapshot.weights] = folder
-    step = snapshot_step(snapshot)
-    if place.store.is_done(step):
-        return Done([], {}, time.monotonic() - began)
+    step, rewritten = snapshot_step(snapshot), snapshot.source if isinstance(snapshot.source, RewrittenSource) else None
+    if rewritten is not None:
+        place.folders[snapshot.weights] = place.store.folder(step)
+    else:  # the base may be an expert as well; whoever has the companions says where they lie
+        place.folders.setdefault(snapshot.weights, folder)
+    if place.store.is_done(step, bytes_needed=rewritten is not None):
+        return before.note(Done([], {}, time.monotonic() - began))
     with place.store.draft(step) as draft:
+        if rewritten is not None:
+            rewritten.write(draft.path, snapshot.config)
         files = {name: [held.size, held.sha256] for name, held in sorted(snapshot.source.files.items())}
         result = {"uri": snapshot.source.uri, "revision": snapshot.source.revision, "files": files}
         place.store.commit(draft, snapshot.weights, result, made_with(began))
-    return Done([step.name], {}, time.monotonic() - began)
+    return before.note(Done([step.name], {}, time.monotonic() - began))
 
 
 def run_statistics(place: Place, plans: Sequence[StatisticPlan]) -> Done:
@@ -327,7 +335,7 @@ def run_scorings(place: Place, scorings: Sequence[Scoring]) -> Done:
     """Score models, one after another on each worker; a model's tasks stay together."""
     tasks, names = [], []
     for scoring in scorings:
-        companions = place.pool.base
+        companions = place.pool.base if scoring.cell.merge is not None else as_it_lies(place.pool.base)
         weights: TensorSource
         if scoring.cell.loads:
             found = _product_tasks(place, scoring)
@@ -338,7 +346,7 @@ def run_scorings(place: Place, scorings: Sequence[Scoring]) -> Done:
             weights = open_model(place.store, scoring.cell.model)
         else:
             if scoring.cell.member is not None:
-                companions = scoring.cell.member.snapshot
+                companions = as_it_lies(scoring.cell.member.snapshot)
             weights = companions.open(place.folders[companions.weights])
         tasks.append(ScoreTask(weights, place.folders[companions.weights], companions.companions, scoring.tasks))
         names.append(scoring.cell.name)

@@ -13,7 +13,7 @@ from typing import Any
 
 from mergecore.adapter_files import write_config, write_copy
 from mergecore.adapters import ADAPTER, AdapterMethod, adapter_config
-from mergecore.errors import MergeloomError, SpecError, StoreError, nearest
+from mergecore.errors import MergeloomError, SpecError, StoreError
 from mergecore.events import Report
 from mergecore.folded import FoldedSnapshot
 from mergecore.identity import Step
@@ -24,11 +24,12 @@ from mergecore.passes import Executor
 from mergecore.plan import MergeBuilder, MergePlan, StatisticPlan
 from mergecore.pool import Member, Pool, Resolver, resolve_pool
 from mergecore.product import describe, published_name
-from mergecore.publish import TORCH_NAMES, model_card, write_chat_template, write_companions, write_tokenizer
+from mergecore.publish import TORCH_NAMES, model_card, write_chat_template, write_companions
 from mergecore.run import Done, Place, drop_models, fetch, read_found, run_merges, run_statistics, snapshots_of
 from mergecore.spec import SAFETENSORS_DTYPE, BaseSpec, Recipe, as_yaml, size_in_bytes
 from mergecore.store import Store
 from mergecore.variants import method_of
+from mergecore.vocabulary.snapshot import as_it_lies
 
 MERGEKIT = "mergekit.yml"
 """The recipe as it was written, where that was in mergekit's form."""
@@ -78,12 +79,14 @@ def merge_recipe(
         raise StoreError(f"{out} exists already; choose another name or remove it")
     clock = _Clock()
     method = recipe.built()
-    names = [expert.name for expert in recipe.experts]
-    if recipe.tokenizer is not None and recipe.tokenizer not in names:
+    if recipe.tokenizer is not None and method.makes == "adapter":
         raise SpecError(
-            f"recipe.tokenizer: no expert is called '{recipe.tokenizer}'; {nearest(recipe.tokenizer, names)}"
+            f"recipe.tokenizer: '{method.name}' makes an adapter, which has the vocabulary of its base; leave it out"
         )
-    pool = resolve_pool(_base(recipe), recipe.experts, None, resolve, report, recipe.select, recipe.stack)
+    base, rules = _base(recipe), recipe.tokenizer
+    pool = resolve_pool(
+        base, recipe.experts, None, resolve, report, recipe.select, recipe.stack, rules, recipe.chat_template
+    )
     builder = MergeBuilder(pool, recipe.select, recipe.dtype, _no_data)
     plan = builder.build(method, list(pool.experts.values()))
     with whole_directory(out, durable) as draft:
@@ -192,9 +195,6 @@ def _settle(place: Place, plan: MergePlan, recipe: Recipe, draft: Path, read_fro
     dtypes = sorted({info.dtype for info in plan.outputs.values() if info.dtype in TORCH_NAMES})
     base = place.pool.base
     write_companions(draft, base, place.folders[base.weights], dtypes)
-    if recipe.tokenizer is not None:
-        owner = place.pool.experts[recipe.tokenizer].snapshot
-        write_tokenizer(draft, owner, place.folders[owner.weights])
     if recipe.chat_template is not None:
         write_chat_template(draft, recipe.chat_template)
     saved = {"saved": describe(plan, place.pool, draft)} if plan.method.makes == "masks" else {}
@@ -255,8 +255,9 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def _pinned(recipe: Recipe, pool: Pool) -> dict[str, Any]:
     """The recipe as it can be run again: hub revisions are the commits they stood for."""
     held: dict[str, Any] = recipe.model_dump(mode="json", exclude_defaults=True)
-    snapshots = [one.snapshot for one in pool.experts.values()]
-    told = [*zip(held["experts"], snapshots, strict=True), *([(held["base"], pool.base)] if "base" in held else [])]
+    snapshots = [as_it_lies(one.snapshot) for one in pool.experts.values()]
+    ground = as_it_lies(pool.base)
+    told = [*zip(held["experts"], snapshots, strict=True), *([(held["base"], ground)] if "base" in held else [])]
     sources = [(entry, snapshot.source) for entry, snapshot in told]
     sources += [(entry["adapter"], one.adapter.source) for entry, one in told if isinstance(one, FoldedSnapshot)]
     for entry, source in sources:
@@ -268,11 +269,10 @@ def _pinned(recipe: Recipe, pool: Pool) -> dict[str, Any]:
 def _origin(pool: Pool, step: Step, result: Any) -> dict[str, Any]:
     names = {member.id: member.name for member in pool.members}
     kept = {names.get(one, one): share for one, share in result.get("kept_density", {}).items()}
+    base, experts = as_it_lies(pool.base), {name: as_it_lies(one.snapshot) for name, one in pool.experts.items()}
     return {
-        "base": {"source": pool.base.source.uri, "weights": pool.base.weights},
-        "experts": [
-            {"name": one.name, "source": one.snapshot.source.uri, "weights": one.id} for one in pool.experts.values()
-        ],
+        "base": {"source": base.source.uri, "weights": base.weights},
+        "experts": [{"name": name, "source": one.source.uri, "weights": one.weights} for name, one in experts.items()],
         "step": step.as_json(),
         "kept_density": kept,
         **({"error": result["error"]} if "error" in result else {}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mergecore.errors import NonFiniteError, SourceError
@@ -47,7 +50,7 @@ class OpenFiles:
     """Files opened once per process and closed with this object; sent to another process it opens its own."""
 
     def __init__(self, flags: int) -> None:
-        self._flags, self._held = flags, dict[str, int]()
+        self._flags, self._held, self._mapped = flags, dict[str, int](), dict[tuple[str, int], NDArray[np.uint8]]()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OpenFiles, (self._flags,)
@@ -66,6 +69,19 @@ class OpenFiles:
                 os.close(handle)
                 handle = kept
         return handle
+
+    def mapped(self, path: str, start: int, size: int) -> NDArray[np.uint8]:
+        """Bytes of a file as memory, mapped once and with all its pages: found one by one they take longer than a read.
+
+        Raises OSError.
+        """
+        held = self._mapped.get((path, start))
+        if held is None:
+            before = start % mmap.ALLOCATIONGRANULARITY
+            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+            pages = mmap.mmap(self.of(path), before + size, flags, mmap.PROT_READ, offset=start - before)
+            held = self._mapped.setdefault((path, start), np.frombuffer(pages, np.uint8, size, before))
+        return held
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,18 @@ class FileTensors:
                 raise SourceError(f"{self.folder}/{file} ends inside tensor '{name}': fetch or write the file again")
             done += size
         return out
+
+    def gather(self, name: str, rows: NDArray[np.int64], out: Tensor) -> None:
+        """Rows of a tensor in any order, into `out` (as many × their width, of this dtype), by one gather over the mapped file.
+
+        Raises SourceError where the file ends before the tensor does; it is looked at just before.
+        """
+        info, (file, offset) = self.tensors[name], self.locations[name]
+        handle, size = self._handle(file), info.count * out.element_size()
+        if os.fstat(handle).st_size < offset + size:
+            raise SourceError(f"{self.folder}/{file} ends inside tensor '{name}': fetch or write the file again")
+        held = self.handles.mapped(os.path.join(self.folder, file), offset, size)
+        np.take(held.reshape(info.shape[0], -1), rows, axis=0, out=out.view(torch.uint8).numpy(), mode="clip")
 
     def expect(self, name: str, start: int, stop: int) -> None:
         """Have the system begin to read these elements from the disk, if it has not got them."""

@@ -18,6 +18,7 @@ from mergecore.registry import METHODS, explained, method_from
 from mergecore.searched import Searched, searched_from
 from mergecore.stack import StackRule
 from mergecore.variants import Variant, method_of, variants_of
+from mergecore.vocabulary.rules import TokenizerRules
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 SAFETENSORS_DTYPE: dict[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -151,6 +152,9 @@ class Spec(Part):
         (),
         description="rules as in a recipe, for every method that has no `select` of its own; grids may stand in them",
     )
+    tokenizer: TokenizerRules | None = Field(
+        None, description="the vocabulary of all models, where the checkpoints' differ"
+    )
     evaluate: Evaluate
     output: Output = Output()
     run: Run = Run()
@@ -224,7 +228,9 @@ class Recipe(Part):
     dtype: Dtype | None = None
     select: tuple[SelectRule, ...] = ()
     stack: tuple[StackRule, ...] = Field((), description="the layers of the result, from the first; none: the base's")
-    tokenizer: str | None = Field(None, description="the expert whose tokenizer files are written; none: the base")
+    tokenizer: TokenizerRules | None = Field(
+        None, description="the result's vocabulary: union, base, an expert's name, or rules; none: all have the base's"
+    )
     chat_template: str | None = Field(None, description="Jinja text of the chat template; none: the tokenizer's own")
     shard_size: Size = "5GB"
 

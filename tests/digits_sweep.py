@@ -99,7 +99,9 @@ def opened(spec: Mapping[str, Any], report: Report = silent, room: int = 3) -> S
     """The sweep of a spec, planned and held against its store."""
     torch.set_num_threads(1)
     parsed = parse_spec(spec, "digits")
-    pool = resolve_pool(parsed.base, parsed.experts, None, lambda one: resolve(one.source), report)
+    pool = resolve_pool(
+        parsed.base, parsed.experts, None, lambda one: resolve(one.source), report, tokenizer=parsed.tokenizer
+    )
     plan, store = make_plan(parsed, pool, Path("/")), Store(parsed.output.store)
     place = Place(pool, store, InProcess(), report, plan.shard_size, plan.evaluators["test"], plan.folder)
     return Swept(parsed, store, Frontier(plan, store, room), place)

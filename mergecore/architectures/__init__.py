@@ -32,6 +32,13 @@ EMBEDDINGS: tuple[str, ...] = (
 )  # fmt: skip
 """Shell patterns of tables that are looked up by row: two dimensions, but no linear layer (GPT-NeoX's embed_out is one)."""
 
+VOCABULARY = re.compile(
+    r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared)\.weight$"
+    r"|(?:^|\.)(?:lm_head|embed_out|cls\.predictions|vocab_projector)(?:\.decoder)?\.(?:weight|bias)$"
+    r"|^(?:output\.weight|decoder\.(?:weight|bias))$"
+)
+"""Tensors that have a row (a bias: an element) for each token: input embeddings, output heads and their biases."""
+
 TRANSPOSED: dict[str, tuple[str, ...]] = dict.fromkeys(
     ("gpt2", "openai-gpt", "imagegpt", "decision_transformer"),
     ("*c_attn.weight", "*c_proj.weight", "*c_fc.weight", "*q_attn.weight"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 
 from mergecore.errors import SpecError, nearest
 from mergecore.snapshot import Snapshot
+from mergecore.vocabulary.tokenizer import template_of
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -44,17 +44,3 @@ def chat_template(given: str, models: Sequence[Snapshot], where: str) -> str | N
             f"{where}.chat_template: '{given}' is neither a template (Jinja) nor a name; {nearest(given, [*TEMPLATES, 'auto'])}"
         )
     return given
-
-
-def template_of(model: Snapshot) -> str | None:
-    """The chat template that lies with a model's tokenizer."""
-    files = model.source.files
-    if "chat_template.jinja" in files:
-        return model.source.read("chat_template.jinja", 0, files["chat_template.jinja"].size).decode()
-    if "tokenizer_config.json" not in files:
-        return None
-    held = json.loads(model.source.read("tokenizer_config.json", 0, files["tokenizer_config.json"].size))
-    template = held.get("chat_template")
-    if isinstance(template, list):
-        template = next((one.get("template") for one in template if one.get("name") == "default"), None)
-    return template if isinstance(template, str) else None

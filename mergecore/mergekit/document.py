@@ -91,8 +91,14 @@ class TokenOf(Part):
 
     kind: Literal["model_token"]
     model: Reference
-    token_id: int | None = None
+    token_id: Annotated[int | None, Field(ge=0)] = None
     token: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenOf:
+        if (self.token is None) == (self.token_id is None):
+            raise ValueError("give either 'token' or 'token_id'")
+        return self
 
 
 class NoToken(Part):

@@ -13,7 +13,7 @@ from mergecore.errors import SpecError
 from mergecore.layout import tied_names
 from mergecore.mergekit.chat import chat_template
 from mergecore.mergekit.decision import Decision, Resolver, all_parameters
-from mergecore.mergekit.document import Document
+from mergecore.mergekit.document import Document, NoToken, TokenizerRule, TokenOf, TokenRule
 from mergecore.mergekit.layers import (
     MODULES,
     Level,
@@ -232,21 +232,46 @@ def _dtype(document: Document, cast: Cast) -> str | None:
 
 
 def _tokenizer(document: Document, cast: Cast, where: str) -> dict[str, Any]:
-    """Whose tokenizer and which chat template the result gets."""
+    """The vocabulary, and which chat template the result gets."""
     found: dict[str, Any] = {}
-    source = document.tokenizer.source if document.tokenizer else document.tokenizer_source
-    if document.tokenizer is not None and (document.tokenizer.tokens or document.tokenizer.pad_to_multiple_of):
-        raise SpecError(
-            f"{where}.tokenizer: rules for single tokens and padding of the vocabulary cannot be read yet; models that "
-            "share one vocabulary need neither"
+    rules = document.tokenizer or TokenizerRule(source=document.tokenizer_source or "base")
+    if document.tokenizer is not None or document.tokenizer_source is not None:
+        if rules.source == "base" and document.base_model is None:
+            raise SpecError(f"{where}: the tokenizer is to be the base's; say base_model")
+        source = (
+            rules.source if isinstance(rules.source, str) else _named(rules.source, cast, f"{where}: the tokenizer")
         )
-    if source == "base" and document.base_model is None:
-        raise SpecError(f"{where}: the tokenizer is to be the base's; say base_model")
-    if isinstance(source, Reference) and not cast.is_base(source):
-        if source not in cast.names:
-            raise SpecError(f"{where}: the tokenizer is to be that of '{source}', which is not among the models")
-        found["tokenizer"] = cast.names[source]
+        tokens = {token: _token_rule(rule, cast, f"{where}.tokenizer.tokens") for token, rule in rules.tokens.items()}
+        found["tokenizer"] = {
+            "source": source,
+            **({"missing": "mean"} if document.base_model is None else {}),
+            "conflicts": "first",
+            **({"pad_to_multiple_of": rules.pad_to_multiple_of} if rules.pad_to_multiple_of else {}),
+            **({"tokens": tokens} if tokens else {}),
+        }
     if document.chat_template is not None:
         text = chat_template(document.chat_template, [cast.lookup(model) for model in cast.models], where)
         found |= {"chat_template": text} if text is not None else {}
     return found
+
+
+def _named(model: Reference, cast: Cast, what: str) -> str:
+    """What a model is called in our recipe. An adapter on the base has the base's tokens."""
+    if cast.is_base(model):
+        return BASE
+    if model not in cast.names:
+        raise SpecError(f"{what} is to be that of '{model}', which is not among the models")
+    return BASE if model.lora is not None and "adapter" not in cast.entry(model) else cast.names[model]
+
+
+def _token_rule(rule: TokenRule, cast: Cast, where: str) -> dict[str, Any]:
+    """Where a token's row comes from, in our words."""
+    held: Any = rule.source
+    if isinstance(held, NoToken):
+        held = {"kind": "zero"}
+    elif isinstance(held, TokenOf):
+        said = {"token_id": held.token_id} if held.token is None else {"token": held.token}
+        held = {"model": _named(held.model, cast, f"{where}: a row"), **said}
+    elif held is not None:
+        held = _named(held, cast, f"{where}: a row")
+    return {**({"source": held} if held is not None else {}), **({"to": "all"} if rule.force else {})}

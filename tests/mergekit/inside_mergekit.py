@@ -1,4 +1,4 @@
-"""Runs in mergekit's environment: merges every recipe in the folder of the models that is the argument."""
+"""Runs in mergekit's environment: merges every recipe of one folder, in the folder of the models; both are arguments."""
 
 import importlib.metadata
 import os
@@ -11,7 +11,7 @@ from mergekit.scripts.run_yaml import main as one
 
 os.chdir(sys.argv[1])
 options = ["--no-copy-tokenizer", "--random-seed", "1", "--quiet", "--lora-merge-cache", "folded"]
-for recipe in sorted((Path(__file__).parent / "recipes").glob("*.yml")):
+for recipe in sorted(Path(sys.argv[2]).glob("*.yml")):
     out = f"out/{recipe.stem}"
     if "\n---\n" in recipe.read_text():
         result = CliRunner().invoke(several, [str(recipe), "--out-path", out, "-I", f"{out}.named", *options])

@@ -1,4 +1,4 @@
-"""Makes results.safetensors anew: what mergekit makes of every recipe beside this file.
+"""Makes results.safetensors and vocabularies.safetensors anew: what mergekit makes of the recipes in the two folders.
 
 mergekit runs in an environment of its own, whose Python is the argument:
 python tests/mergekit/make_results.py ENVIRONMENT/bin/python
@@ -6,6 +6,7 @@ python tests/mergekit/make_results.py ENVIRONMENT/bin/python
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,38 +15,56 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.safetensors"
+VOCABULARIES = HERE / "vocabularies.safetensors"
 
 
 def recipes() -> list[Path]:
-    """Every recipe, by name."""
+    """Every recipe over models of one vocabulary, by name."""
     return sorted((HERE / "recipes").glob("*.yml"))
+
+
+def vocabulary_recipes() -> list[Path]:
+    """Every recipe over models whose vocabularies differ, by name."""
+    return sorted((HERE / "vocabularies").glob("*.yml"))
 
 
 def main(python: str) -> None:
     """Write the models, have mergekit merge them, and keep what came out."""
     sys.path.insert(0, str(HERE))
-    from models import write_models
+    from models import write_models, write_models_of_vocabularies
 
-    with tempfile.TemporaryDirectory() as folder:
-        write_models(Path(folder))
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        subprocess.run([python, str(HERE / "inside_mergekit.py"), folder], check=True, env=environment)
-        keep(Path(folder))
+    for write, held, result in (
+        (write_models, recipes(), RESULTS),
+        (write_models_of_vocabularies, vocabulary_recipes(), VOCABULARIES),
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder))
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+            command = [python, str(HERE / "inside_mergekit.py"), folder, str(held[0].parent)]
+            subprocess.run(command, check=True, env=environment)
+            keep(Path(folder), held, result)
 
 
-def keep(folder: Path) -> None:
-    """One flat tensor for each result: its tensors by name, one after another; and mergekit's version."""
+def keep(folder: Path, held: list[Path], result: Path) -> None:
+    """One flat tensor for each result: its tensors by name, one after another; mergekit's version; and tokens by recipe."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    found = {}
-    for recipe in recipes():
-        held: dict[str, torch.Tensor] = {}
+    found, said = {}, {"mergekit": (folder / "out" / "version").read_text()}
+    for recipe in held:
+        tensors: dict[str, torch.Tensor] = {}
         for path in sorted((folder / "out" / recipe.stem).glob("*.safetensors")):
-            held |= load_file(path)
-        found[recipe.stem] = torch.cat([held[name].float().reshape(-1) for name in sorted(held)])
-    save_file(found, RESULTS, {"mergekit": (folder / "out" / "version").read_text()})
-    RESULTS.chmod(0o644)
+            tensors |= load_file(path)
+        found[recipe.stem] = torch.cat([tensors[name].float().reshape(-1) for name in sorted(tensors)])
+        if (tokenizer := folder / "out" / recipe.stem / "tokenizer.json").exists():
+            held_there = json.loads(tokenizer.read_text())
+            tokens = {
+                **held_there["model"]["vocab"],
+                **{one["content"]: one["id"] for one in held_there["added_tokens"]},
+            }
+            said[recipe.stem] = json.dumps(dict(sorted(tokens.items(), key=lambda one: one[1])), ensure_ascii=False)
+    save_file(found, result, said)
+    result.chmod(0o644)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,15 @@ LAYER = {
 }
 DEPTHS = {"base": LAYERS, "a": LAYERS, "b": LAYERS, "c": LAYERS, "deep": 6}
 RANK, ALPHA = 2, 4
+LETTERS = [*"abcdefgh", "<unk>"]
+MERGES = [("a", "b"), ("c", "d"), ("ab", "cd")]
+TOKENIZERS: dict[str, tuple[list[tuple[str, str]], list[str], int]] = {
+    "base": (MERGES, ["<s>", "</s>"], 0),
+    "padded": (MERGES, ["<s>", "</s>"], 5),
+    "chat": (MERGES, ["<s>", "</s>", "<u>", "<m>"], 0),
+    "long": ([*MERGES, ("e", "f")], ["<s>", "</s>", "<m>"], 2),
+}
+"""Merges, added tokens and rows that stand for no token."""
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
@@ -76,6 +85,37 @@ def write_models(folder: Path) -> None:
         "lora_alpha": ALPHA, "target_modules": ["q_proj", "down_proj"], "lora_dropout": 0.0, "bias": "none",
     }  # fmt: skip
     _write(folder / "lora", "adapter_model.safetensors", adapter(), "adapter_config.json", config)
+
+
+def write_models_of_vocabularies(folder: Path) -> None:
+    """Checkpoints whose vocabularies differ, as folders: a base, one with more rows, one with chat tokens, one with more merges."""
+    for model, (merges, added, padding) in TOKENIZERS.items():
+        tokens = [*LETTERS, *("".join(pair) for pair in merges), *added]
+        rows = len(tokens) + padding
+        held = shapes(1)
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            held[name] = (rows, HIDDEN)
+        own = {name: numbers(f"{model} {name}", shape) for name, shape in held.items()}
+        config = {
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
+            "intermediate_size": INNER, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "vocab_size": rows, "tie_word_embeddings": False, "torch_dtype": "float32",
+            "bos_token_id": tokens.index("<s>"), "eos_token_id": tokens.index("</s>"),
+        }  # fmt: skip
+        _write(folder / model, "model.safetensors", own, "config.json", config)
+        pieces = {token: number for number, token in enumerate(tokens[: len(LETTERS) + len(merges)])}
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        tokenizer = {
+            "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+            "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+            "added_tokens": [{"id": tokens.index(token), "content": token, **flags} for token in added],
+            "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                      "vocab": pieces, "merges": [list(pair) for pair in merges]},
+        }  # fmt: skip
+        (folder / model / "tokenizer.json").write_text(json.dumps(tokenizer))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+        (folder / model / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def _write(folder: Path, file: str, tensors: Mapping[str, Tensor], config_file: str, config: Mapping[str, Any]) -> None:

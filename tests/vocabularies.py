@@ -1,0 +1,132 @@
+"""Tiny Llama- and GPT-2-shaped checkpoints with tokenizers of their own, and what their rows must become, token by token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+LETTERS = [*"abcdefgh", "<unk>"]
+MERGES = [("a", "b"), ("c", "d"), ("ab", "cd")]
+EMBEDDING = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}
+HEAD = "lm_head.weight"
+SPECIAL = ("<s>", "</s>")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A written checkpoint: its folder, the tokens its tokenizer has, and its tensors."""
+
+    folder: Path
+    tokens: Mapping[str, int]
+    tensors: Mapping[str, Tensor]
+
+
+def byte_pairs(merges: Sequence[tuple[str, str]] = MERGES, letters: Sequence[str] = LETTERS) -> Any:
+    """A byte-pair encoding of letters, words told apart by blanks."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {token: number for number, token in enumerate([*letters, *("".join(pair) for pair in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges), unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+def words(held: Sequence[str]) -> Any:
+    """One token a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate([*held, "<unk>"])}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+def write_model(
+    folder: Path,
+    tokenizer: Any,
+    *,
+    special: Sequence[str] = SPECIAL,
+    added: Sequence[str] = (),
+    shape: str = "llama",
+    tied: bool = False,
+    padding: int = 0,
+    seed: int = 0,
+    base: Made | None = None,
+    dtype: torch.dtype = torch.float32,
+    template: str | None = None,
+) -> Made:
+    """A checkpoint with random rows for every token and `padding` more; other weights are the base's with a change.
+
+    special: tokens added as special ones, the first begins texts, the last ends them. added: plain ones.
+    """
+    from tokenizers import AddedToken
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in added])
+    tokens = tokenizer.get_vocab()
+    begin, end = tokens[special[0]], tokens[special[-1]]
+    ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": end, "tie_word_embeddings": tied}
+    rows = max(tokens.values()) + 1 + padding
+    torch.manual_seed(seed)
+    if shape == "llama":
+        sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=rows, initializer_range=0.5, **sizes, **ids))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=rows, n_embd=8, n_layer=1, n_head=2, n_positions=32, **ids))
+    model.to(dtype).save_pretrained(folder)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=special[0],
+        eos_token=special[-1],
+        pad_token=special[-1],
+        unk_token="<unk>",
+    )
+    if template is not None:
+        wrapped.chat_template = template
+    wrapped.save_pretrained(folder)
+    held = load_file(folder / "model.safetensors")
+    if base is not None:  # a fine-tune: a small change, but rows of its own
+        for name in held:
+            if name in base.tensors and held[name].shape == base.tensors[name].shape:
+                held[name] = (base.tensors[name].float() + 0.1 * held[name].float()).to(dtype)
+        save_file(held, folder / "model.safetensors", {"format": "pt"})
+    return Made(folder, tokens, held)
+
+
+def rewritten(made: Made, file: str, **changes: Any) -> Made:
+    """The same checkpoint with other values in a JSON file."""
+    path = made.folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return made
+
+
+def rows_by_token(
+    models: Sequence[Made], name: str, tokens: Mapping[str, int], count: int, mean: bool = False
+) -> list[Tensor]:
+    """Every model's rows for these tokens, in float32, worked out token by token. The first model is the base.
+
+    mean: a token that a model lacks gets the mean of the experts that have it; else the base's row where it has one.
+    """
+    found = [torch.zeros(count, models[0].tensors[name].shape[1]) for _ in models]
+    for token, row in tokens.items():
+        having = [one.tensors[name].float()[one.tokens[token]] for one in models[1:] if token in one.tokens]
+        if token in models[0].tokens and not (mean and having):
+            default = models[0].tensors[name].float()[models[0].tokens[token]]
+        else:
+            default = sum(having[1:], having[0]) / len(having)
+        for rows, one in zip(found, models, strict=True):
+            rows[row] = one.tensors[name].float()[one.tokens[token]] if token in one.tokens else default
+    empty = [row for row in range(count) if row not in tokens.values()]
+    for rows, one in zip(found, models, strict=True):
+        of_tokens = torch.stack([rows[row] for row in sorted(tokens.values())]).double().mean(0).float()
+        for row in empty:
+            own = row < len(one.tensors[name]) and row not in one.tokens.values()
+            rows[row] = one.tensors[name].float()[row] if own else of_tokens
+    return found
