@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from mergecore.delta import FullExpert
 from mergecore.kernels.run import Chunk
 from mergecore.method import Block
 from mergecore.passes import PassPlan, Unit
-from mergecore.snapshot import DTYPES, FileTensors, check_finite
+from mergecore.snapshot import DTYPES, check_finite
 
 KEEP_OUT = (
     "repair the checkpoint, or leave the tensor as the base has it: select: [{{names: '{name}', take: copy}}, {{}}]"
@@ -37,11 +38,19 @@ def buffer(place: object, count: int, dtype: torch.dtype, pinned: bool = False) 
     return found[:count]
 
 
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A source that can have the system begin to read from the disk."""
+
+    def expect(self, name: str, start: int, stop: int) -> None:
+        """These elements will be read soon."""
+
+
 def expect(plan: PassPlan, unit: Unit) -> None:
     """Have the system read ahead what the next unit is made of, while this one is worked on."""
     held = [expert.held for expert in plan.experts if isinstance(expert, FullExpert)]
     for source in (plan.base, *held):
-        if isinstance(source, FileTensors):
+        if isinstance(source, ReadsAhead):
             for name, start, stop in unit:
                 if name in source.tensors:
                     source.expect(name, start, stop)

@@ -149,6 +149,11 @@ class RowTensors:
             self._read(name, info.count // self.rows.count, start, stop, out)
         return out
 
+    def expect(self, name: str, start: int, stop: int) -> None:
+        """Have the system begin to read what lies as it is."""
+        if name not in self.names[0] and isinstance(self.sources[0], FileTensors):
+            self.sources[0].expect(name, start, stop)
+
     def _read(self, name: str, width: int, start: int, stop: int, out: Tensor) -> None:
         pieces = [runs.pieces(width, start, stop) for runs in self.rows.copies]
         for number, held in enumerate(pieces):
