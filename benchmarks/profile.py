@@ -186,8 +186,8 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="+", default=[0.2], help="shares that are kept (0.2)")
     add_common(parser, 3)
     options = parser.parse_args()
-    if not all(0 < density <= 1 for density in options.densities):
-        parser.error("--densities are shares: above 0, at most 1")
+    if not all(0 < density < 1 for density in options.densities):
+        parser.error("--densities are shares: above 0 and below 1, where everything is kept without a look")
     vector = vector_of(int(options.size * 1e9))
     with tempfile.TemporaryDirectory() as temporary:
         library = watched_library(Path(temporary))

@@ -19,9 +19,10 @@ HEAD = """# The methods
 Made from the classes by `mergeloom methods --markdown` (`make docs`); a test holds it against them. Values are written in YAML beside `method:`, in
 a recipe or a spec; there any of them may be a grid. θ are weights, τ changes of the base, T the number of experts, λ and α factors.
 
-**Readings** are what a method costs: how often base and experts are read from end to end. The merge itself is one; what a method must know
+**Readings** are what a method costs: how often base and experts are read from end to end, at most. The merge itself is one; what a method must know
 beforehand is worked out in readings of its own, is kept in the store, and is shared by all cells that need the same. Everything that can be done in one
-reading is, for many methods at once. Statistics of one expert (profile, threshold) are shared by all merges that expert takes part in.
+reading is, for many methods at once. Statistics of one expert (profile, threshold) are shared by all merges that expert takes part in. A threshold
+often follows from the profile, between bfloat16 checkpoints nearly always, and then costs no reading.
 
 """
 PIECES = {
