@@ -13,7 +13,7 @@ from pathlib import Path
 from mergecore.errors import SourceError
 from mergecore.events import Event, Report, silent
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 """Bytes of a file that are read and hashed at a time."""
 Stamp = tuple[str, int, int, int]
 """What a file is recognised by: real path, inode, size in bytes, mtime in nanoseconds."""
