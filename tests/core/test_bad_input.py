@@ -244,6 +244,18 @@ SPECS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "unknown method": ({"methods": [{"method": "darre"}]}, (r"methods\[0\]: there is no method 'darre'",)),
     "more than the pool": ({"counts": [2, 5]}, (r"counts: 5 experts are asked for, the pool has 2",)),
     "count zero": ({"counts": [0]}, (r"counts\.0: must be greater than or equal to 1",)),
+    "a method's count beyond the pool": (
+        {"methods": [{"method": "average"}, {"method": "slerp", "t": 0.5, "counts": [3]}]},
+        (r"methods\[1\]\.counts: 3 experts are asked for, the pool has 2",),
+    ),
+    "a method's count no list": (
+        {"methods": [{"method": "slerp", "t": 0.5, "counts": 2}]},
+        (r"methods\[0\]\.counts: a list of numbers of experts is meant, as in counts: \[2\] \(given: 2\)",),
+    ),
+    "a method's counts misspelt": (
+        {"methods": [{"method": "slerp", "t": 0.5, "count": [2]}]},
+        (r"methods\[0\] \(slerp\)\.count: unknown key; did you mean 'counts'\?",),
+    ),
     "no counts": ({"counts": []}, (r"counts: at least one number of experts is needed, as in counts: \[2\]",)),
     "no experts": ({"experts": []}, (r"experts: at least one expert is needed",)),
     "a task nobody measures": (
