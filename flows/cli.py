@@ -261,7 +261,7 @@ def sweep(spec: Path, in_process: bool, workers: int | None, retry_failed: bool,
             from flows.terminal import progress
 
         session = open_session(spec)
-        for warning in (*session.plan.pool.warnings, *session.plan.notes):
+        for warning in session.notes:
             click.echo(f"note: {warning}", err=True)
         with progress() as report:
             outcome = conduct(

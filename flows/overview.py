@@ -43,7 +43,7 @@ def plan_text(session: Session, found: Cost, cells: bool) -> str:
         f"expected time: {duration(found.seconds)} ({'from what this store measured' if found.measured else 'a guess'})",
     ]
     lines += [search_text(way) for way in frontier.trajectories()]
-    lines += [f"note: {warning}" for warning in (*plan.pool.warnings, *plan.notes)]
+    lines += [f"note: {note}" for note in session.notes]
     refused = [cell for cell in plan.cells if cell.refused]
     lines += [f"refused: {cell.name}: {cell.refused}" for cell in refused[:10]]
     if cells:

@@ -50,9 +50,30 @@ class Session:
         )  # fmt: skip
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever starts this ought to know: of the pool, and of what this processor is slow at."""
+        dtype = str(self.plan.evaluators["test"].parameters().get("dtype", ""))
+        if self.spec.run.dask != "local" or not lacks_arithmetic(dtype):
+            return *self.plan.pool.warnings, *self.plan.notes
+        slow = (
+            f"this processor has no instructions for {dtype}: scoring in it takes several times as long as in float32 "
+            "(evaluate.dtype; scores differ in the last place, so a sweep keeps to one)"
+        )
+        return *self.plan.pool.warnings, *self.plan.notes, slow
+
+    @property
     def results(self) -> Path:
         """Where tables and figures of this sweep are written."""
         return self.store.root / "sweeps" / self.spec.name
+
+
+def lacks_arithmetic(dtype: str) -> bool:
+    """Whether this processor works in a 16-bit type only by way of slow substitutes, as torch tells."""
+    known = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
+    try:
+        return dtype in known and not getattr(torch.ops.mkldnn, known[dtype])()
+    except (AttributeError, RuntimeError):  # a build that cannot say
+        return False
 
 
 def resolver(digests: DigestCache, report: Report = silent) -> Resolver:

@@ -149,6 +149,11 @@ def narrowed(path: str, methods: Sequence[str], counts: Sequence[int]) -> Spec:
         held["methods"] = [entry for entry in held["methods"] if entry.get("method") in methods]
     if counts:
         held["counts"] = list(counts)
+        asked = [
+            {**entry, "counts": [n for n in entry["counts"] if n in counts]} if "counts" in entry else entry
+            for entry in held["methods"]
+        ]
+        held["methods"] = [entry for entry in asked if entry.get("counts", counts)]
     return parse_spec(held, Path(path).name)
 
 

@@ -244,17 +244,18 @@ class Planner:
             tasks = everything if own is None else self._tasks_of([member.name])
             yield self._baseline(member, tasks)
         seen: set[str] = set()
-        for count, subset, chosen in self.drawn():
-            for variant in self.spec.variants:
+        variants = self.spec.variants
+        for count, subset, chosen in self.drawn([*self.spec.counts, *(n for one in variants for n in one.counts)]):
+            for variant in (one for one in variants if count in one.counts):
                 cell = self._cell(variant, count, subset, chosen)
                 if cell.id not in seen:
                     seen.add(cell.id)
                     yield cell
 
-    def drawn(self) -> Iterator[tuple[int, int, tuple[str, ...]]]:
+    def drawn(self, counts: Sequence[int]) -> Iterator[tuple[int, int, tuple[str, ...]]]:
         """Count, subset and experts of every drawing; of those with the same experts, and so the same cells, the first."""
         known: set[tuple[str, ...]] = set()
-        for count in self.spec.counts:
+        for count in dict.fromkeys(counts):
             for subset in range(self.spec.subsets.per_count):
                 chosen = self.draw(count, subset)
                 if chosen not in known:
@@ -286,7 +287,7 @@ class Planner:
     def searches(self) -> tuple[tuple[PlannedSearch, ...], tuple[Cell, ...]]:
         """A search for each entry and drawing, and a refused cell where its experts cannot be searched over."""
         found, refused = [], []
-        for count, subset, chosen in self.drawn():
+        for count, subset, chosen in self.drawn(self.spec.counts):
             members = {name: self.pool.experts[name] for name in chosen}
             own = {name: member.tasks for name, member in members.items()}
             ground = Ground({name: member.id for name, member in members.items()}, own)

@@ -54,6 +54,8 @@ def searched_from(
             f"{where}: a grid and a search do not stand in one entry (nor a grid in rules that it takes from the spec); "
             "list the values under search: {by: grid, over: [{parameter: scale, values: [0.3, 0.5]}]}"
         )
+    if "counts" in entry:
+        raise SpecError(f"{where}.counts: an entry with a search is searched for every count of the spec; leave it out")
     by = str(asked.get("by") or "")
     search = search_from(by, {key: value for key, value in asked.items() if key != "by"}, f"{where}.search")
     found = Searched(

@@ -189,7 +189,7 @@ class Spec(Part):
     @cached_property
     def variants(self) -> tuple[Variant, ...]:
         """Every method with every combination of its grids; average is always there, and equal ones are one."""
-        return variants_of(self.methods, self.select, [expert.name for expert in self.experts])
+        return variants_of(self.methods, self.select, [expert.name for expert in self.experts], self.counts)
 
     @cached_property
     def searches(self) -> tuple[Searched, ...]:

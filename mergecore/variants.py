@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,35 +23,50 @@ class Variant:
     """A method with its values and rules. Variants of one label are alternatives: validation items choose among them.
 
     values: what the spec gave the method, and under `select` what a grid inside a rule came to, by the rule's number.
+    counts: numbers of experts it is merged with, its entry's own or the spec's.
     """
 
     method: Method
     label: str
     values: Mapping[str, Any]
     select: tuple[SelectRule, ...]
+    counts: tuple[int, ...] = ()
 
 
 def variants_of(
-    entries: Sequence[Mapping[str, Any]], select: Sequence[Mapping[str, Any]], experts: Sequence[str]
+    entries: Sequence[Mapping[str, Any]],
+    select: Sequence[Mapping[str, Any]],
+    experts: Sequence[str],
+    counts: Sequence[int],
 ) -> tuple[Variant, ...]:
     """Every entry of a spec's `methods` with every combination of its grids and of those in its rules; equal ones are one,
     and those that a search finds the values of (mergecore/searched.py) are not among them.
     Average, by the rules of the spec, is always there.
 
-    select: rules for entries that have none of their own. experts: names that rules may name. Raises SpecError.
+    select, counts: for entries that have none of their own. experts: names that rules may name. Raises SpecError.
     """
     found: dict[str, Variant] = {}
-    plain = False
+    plain: str | None = None
     for position, entry in enumerate(entries):
         if "search" in entry:
             continue
         for one in of_entry(entry, select, experts, f"methods[{position}]"):
-            plain = plain or (one.method == AVERAGE and "select" not in entry)
-            found.setdefault(_key(one), one)
-    if plain:
+            key = _key(one)
+            if one.method == AVERAGE and "select" not in entry:
+                plain = key
+            others = found[key].counts if key in found else ()
+            found[key] = replace(found.get(key, one), counts=_together(others, one.counts or counts))
+    if plain is not None:  # what others are compared with is there for every count of the spec
+        found[plain] = replace(found[plain], counts=_together(counts, found[plain].counts))
         return tuple(found.values())
-    first = {_key(one): one for one in of_entry({"method": AVERAGE.name}, select, experts, "average")}
+    averages = of_entry({"method": AVERAGE.name}, select, experts, "average")
+    first = {_key(one): replace(one, counts=tuple(counts)) for one in averages}
     return tuple((first | found).values())
+
+
+def _together(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
+    """Numbers that stand in either, each once."""
+    return tuple(dict.fromkeys([*first, *second]))
 
 
 def _key(one: Variant) -> str:
@@ -64,19 +79,32 @@ def of_entry(
     entry: Mapping[str, Any], select: Sequence[Mapping[str, Any]], experts: Sequence[str], where: str
 ) -> Iterator[Variant]:
     """One entry with every combination of its grids and of those in its rules, as for `variants_of`."""
-    own = "select" in entry
+    own, counts = "select" in entry, _counts_of(entry, len(experts), where)
     rules, ruled = (entry["select"], f"{where}.select") if own else (list(select), "select")
-    methods = expanded({key: value for key, value in entry.items() if key != "select"}, where)
+    methods = expanded({key: value for key, value in entry.items() if key not in ("select", "counts")}, where)
     for values, given in itertools.product(methods, expanded(rules, ruled)):
         held = dict(values)
         name = str(held.pop("method", ""))
         plain = name + ("+drop" if held.get("drop") else "") + ("+select" if own else "")
         label = str(held.pop("label", "") or plain)
-        method = method_from(name, held, where)
+        method = method_from(name, held, where, ("method", "label", "select", "counts"))
         chosen = select_rules(given, ruled)
         for number, rule in enumerate(chosen):
             _check(rule, method, experts, f"{ruled}.{number}", own)
-        yield Variant(method, label, held | gridded({"select": rules}, {"select": given}), chosen)
+        yield Variant(method, label, held | gridded({"select": rules}, {"select": given}), chosen, counts)
+
+
+def _counts_of(entry: Mapping[str, Any], most: int, where: str) -> tuple[int, ...]:
+    """An entry's own numbers of experts, none where it has none. Raises SpecError."""
+    if "counts" not in entry:
+        return ()
+    counts = entry["counts"]
+    if not isinstance(counts, list | tuple) or not counts or not all(type(count) is int for count in counts):
+        raise SpecError(f"{where}.counts: a list of numbers of experts is meant, as in counts: [2] (given: {counts!r})")
+    for count in counts:
+        if not 1 <= count <= most:
+            raise SpecError(f"{where}.counts: {count} experts are asked for, the pool has {most}")
+    return tuple(counts)
 
 
 def _check(rule: SelectRule, method: Method, experts: Sequence[str], where: str, own: bool) -> None:

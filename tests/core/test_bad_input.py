@@ -17,6 +17,7 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
+from flows import session
 from mergecore.architectures import layer_of
 from mergecore.errors import MismatchError, SourceError, SpecError
 from mergecore.layout import SelectRule, check_fit, lay_out
@@ -244,6 +245,18 @@ SPECS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "unknown method": ({"methods": [{"method": "darre"}]}, (r"methods\[0\]: there is no method 'darre'",)),
     "more than the pool": ({"counts": [2, 5]}, (r"counts: 5 experts are asked for, the pool has 2",)),
     "count zero": ({"counts": [0]}, (r"counts\.0: must be greater than or equal to 1",)),
+    "a method's count beyond the pool": (
+        {"methods": [{"method": "average"}, {"method": "slerp", "t": 0.5, "counts": [3]}]},
+        (r"methods\[1\]\.counts: 3 experts are asked for, the pool has 2",),
+    ),
+    "a method's count no list": (
+        {"methods": [{"method": "slerp", "t": 0.5, "counts": 2}]},
+        (r"methods\[0\]\.counts: a list of numbers of experts is meant, as in counts: \[2\] \(given: 2\)",),
+    ),
+    "a method's counts misspelt": (
+        {"methods": [{"method": "slerp", "t": 0.5, "count": [2]}]},
+        (r"methods\[0\] \(slerp\)\.count: unknown key; did you mean 'counts'\?",),
+    ),
     "no counts": ({"counts": []}, (r"counts: at least one number of experts is needed, as in counts: \[2\]",)),
     "no experts": ({"experts": []}, (r"experts: at least one expert is needed",)),
     "a task nobody measures": (
@@ -316,6 +329,17 @@ def test_plan_writes_nothing(models: Path, tmp_path: Path) -> None:
     result = plan_of(tmp_path, spec(models, output={"store": "store"}))
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "spec.yaml"]
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_dtype_that_this_processor_is_slow_at_is_said(
+    able: bool, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "lacks_arithmetic", lambda dtype: dtype == "bfloat16" and not able)
+    for dtype, slow in (("bfloat16", not able), ("float32", False)):
+        evaluate = {"path": models / "tasks", "held_in": {"choices": ["tiny_choice"]}, "dtype": dtype}
+        result = plan_of(tmp_path, spec(models, evaluate=evaluate))
+        assert ("note: this processor has no instructions for bfloat16" in result.output) is slow
 
 
 # --- checkpoints that do not fit or cannot be read ----------------------------------------------------------------

@@ -162,7 +162,7 @@ def test_refusals(tier: DigitsTier, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"config\.json"):
         evaluator.open(tmp_path, tier.tasks)
     with pytest.raises(SpecError, match="did you mean 'digits_cnn'"):
-        Classification(model="tests.digits:digit_cnn").open(tier.base, tier.tasks)
+        Classification(model="examples.make_digits:digit_cnn").open(tier.base, tier.tasks)
 
 
 def test_calibration_is_drawn_by_hash(tier: DigitsTier) -> None:

@@ -52,7 +52,7 @@ def planned(folder: Path, **changes: Any) -> Plan:
         "counts": [2],
         "evaluate": {
             "evaluator": "classification",
-            "model": "tests.digits:digits_cnn",
+            "model": "examples.make_digits:digits_cnn",
             "path": "tasks",
             "held_in": {name: [name] for name in NAMES},
             "held_out": {"other": ["other"]},

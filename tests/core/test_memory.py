@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flows.budget import sensible_memory
 from mergecore.errors import MergeloomError
 from mergecore.events import silent
 from mergecore.merging import InProcess
@@ -127,3 +128,13 @@ def test_memory_for_one_block_means_one_at_a_time_and_the_same_bytes(pools: dict
         for name, memory in (("scarce", 6 << 20), ("ample", None))
     }
     assert len(digests) == 1 and "memory is for 1 of 2 spans at a time" in said
+
+
+def test_the_page_cache_is_no_memory_that_is_taken(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text(
+        "MemTotal:  24683656 kB\nMemFree:    1579668 kB\nMemAvailable:   23636856 kB\nHugePages_Total: 0\n"
+    )
+    assert sensible_memory(meminfo) == 23_636_856 * 1024 // 2
+    meminfo.write_text("MemTotal:  24683656 kB\n")  # where nothing is said, what is free
+    assert sensible_memory(meminfo) > 0 and sensible_memory(tmp_path / "none") > 0

@@ -71,7 +71,7 @@ def spec_of(folder: Path, *methods: Any, **changes: Any) -> Spec:
         "counts": [3],
         "evaluate": {
             "evaluator": "classification",
-            "model": "tests.digits:digits_cnn",
+            "model": "examples.make_digits:digits_cnn",
             "path": "tasks",
             "held_in": {name: [name] for name in NAMES},
             "held_out": {"other": ["other"]},

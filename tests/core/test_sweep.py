@@ -232,6 +232,29 @@ def test_equal_subsets_are_one_cell(tier: DigitsTier, tmp_path: Path) -> None:
     assert len({cell.id for cell in swept.plan.cells}) == len(swept.plan.cells)
 
 
+def test_a_method_may_have_its_own_numbers_of_experts(tier: DigitsTier, tmp_path: Path) -> None:
+    methods = [
+        {"method": "average", "counts": [2]},  # what others are compared with is everywhere all the same
+        {"method": "slerp", "t": 0.5, "counts": [2]},
+        {"method": "nearswap", "t": 0.1, "counts": [1]},
+        {"method": "sce", "density": {"grid": [0.5, 1.0]}},
+        {"method": "sce", "density": 0.5, "counts": [4]},  # the same values once more: with these numbers as well
+    ]
+    plan = opened(small(tier, tmp_path, methods=methods, counts=[2, 3])).plan
+    found = [(cell.method, cell.values.get("density"), cell.count) for cell in plan.cells if cell.kind == "merge"]
+    assert sorted(found, key=str) == sorted(
+        [
+            *(("average", None, count) for count in (2, 3)),
+            ("slerp", None, 2),
+            ("nearswap", None, 1),
+            *(("sce", 0.5, count) for count in (2, 3, 4)),
+            *(("sce", 1.0, count) for count in (2, 3)),
+        ],
+        key=str,
+    )
+    assert not any(cell.refused for cell in plan.cells)
+
+
 def test_a_dropped_champion_is_made_again(tier: DigitsTier, tmp_path: Path) -> None:
     swept = opened(small(tier, tmp_path))
     swept.run()

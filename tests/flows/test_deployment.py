@@ -15,6 +15,7 @@ from flows.pages import listed, slug
 from flows.sweep import narrowed, sweep
 from mergecore.errors import SpecError
 from mergecore.registry import METHODS
+from mergecore.spec import as_yaml
 from tests import tiny_sweep
 from tests.deployed import REPOSITORY, Project
 
@@ -44,6 +45,11 @@ def test_methods_and_counts_narrow_a_spec(tmp_path: Path) -> None:
     path = tiny_sweep.write_spec(tmp_path)
     assert {variant.method.name for variant in narrowed(str(path), ["ties"], []).variants} == {"average", "ties"}
     assert narrowed(str(path), [], [3]).counts == (3,)
+    own = [{"method": "ties", "counts": [1, 2]}, {"method": "sce", "counts": [3]}, {"method": "karcher"}]
+    path.write_text(as_yaml({**yaml.safe_load(path.read_text()), "methods": own}))
+    found = {variant.method.name: variant.counts for variant in narrowed(str(path), [], [2]).variants}
+    assert found == {"average": (2,), "ties": (2,), "karcher": (2,)}
+    path = tiny_sweep.write_spec(tmp_path / "again")
     with pytest.raises(SpecError, match="did you mean 'ties'"):
         narrowed(str(path), ["tie"], [])
     with pytest.raises(SpecError, match="has no 'fisher'"):
