@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from flows.budget import memory_budget
-from flows.startup import cache_folder, digest_cache
+from flows.startup import cache_folder, digest_cache, without_collector
 from mergecore.events import Report, silent
 from mergecore.frontier import Frontier
 from mergecore.kernels.library import Library, library_in
@@ -120,24 +117,11 @@ def session_of(spec: Spec, report: Report = silent) -> Session:
     store = Store(spec.output.store)
     found = resolver(digest_cache(), report)
     pool = resolve_pool(spec.base, spec.experts, spec.multitask, found, report, tokenizer=spec.tokenizer)
-    with _nothing_collected():
+    with without_collector():
         plan = make_plan(spec, pool, Path.cwd())
     frontier = Frontier(plan, store, room=1)
     frontier.room = models_at_once(frontier.plan, store)
     return Session(spec, store, frontier)
-
-
-@contextlib.contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """Planning leaves no garbage, and a collector that looks through a million new objects again and again would take
-    a third of its time."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
 
 
 def models_at_once(plan: Plan, store: Store) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from mergecore.method import Block, Statistic, Statistics
+from mergecore.method import Block, Method, Statistic, Statistics, check_each, moved
 from mergecore.statistics.sign_majority import SignMajority, trimmed_deltas, trims
 from mergecore.statistics.threshold import Threshold
 from mergecore.trims import agreeing, elected_sign, folded_sum
@@ -30,12 +30,6 @@ MaskScale = Annotated[
     tuple[Annotated[float, Field(ge=0)], ...] | Annotated[float, Field(ge=0)],
     Field(description="λ, or one λ_t per expert in the order of the recipe; larger: sparser masks"),
 ]
-
-
-def check_density(kind: str, density: float | None) -> None:
-    """Raise ValueError where a density is given and nothing is trimmed."""
-    if kind == "sum" and density is not None:
-        raise ValueError("density is what 'ties' keeps: leave it out with multi_task 'sum'")
 
 
 def _threshold(kind: str, density: float | None) -> Threshold:
@@ -71,3 +65,38 @@ def multi_task_vector(deltas: Sequence[Tensor], arguments: Mapping[str, Any]) ->
 def task_masks(deltas: Sequence[Tensor], together: Tensor, scales: Sequence[float]) -> list[Tensor]:
     """M_t = |τ_t| > λ_t |τ_m − τ_t|, strictly as in the authors' code: what nobody changes is in no mask."""
     return [delta.abs() > (together - delta).abs() * scale for delta, scale in zip(deltas, scales, strict=True)]
+
+
+class MaskMethod(Method):
+    """What methods of TALL masks M_t = |τ_t| > λ_t |τ_m − τ_t| have in common."""
+
+    mask_scale: MaskScale = 0.4
+    multi_task: MultiTask = "sum"
+    density: TrimDensity = None
+
+    @model_validator(mode="after")
+    def _only_ties_trims(self) -> Self:
+        if self.multi_task == "sum" and self.density is not None:
+            raise ValueError("density is what 'ties' keeps: leave it out with multi_task 'sum'")
+        return self
+
+    @property
+    def on(self) -> str:
+        """Deltas."""
+        return "deltas"
+
+    def statistics(self) -> Mapping[str, Statistic]:
+        """What TIES must know beforehand."""
+        return multi_task_statistics(self.multi_task, self.density)
+
+    def validate_count(self, count: int) -> None:
+        """One λ, or one per expert."""
+        check_each("mask_scale", self.mask_scale, count)
+
+    def bound(self, order: Sequence[int]) -> Self:
+        """Each λ_t moved along with its expert."""
+        return self.model_copy(update={"mask_scale": moved(self.mask_scale, order)})
+
+    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
+        """For TIES where each expert is cut, and the sign that stands where the trimmed values cancel exactly."""
+        return multi_task_arguments(self.multi_task, self.density, block, statistics)

@@ -22,6 +22,7 @@ from mergecore.identity import Step
 from mergecore.method import DataStatistic, TensorInfo, TensorSource
 from mergecore.plan import StatisticPlan
 from mergecore.results import commit_result
+from mergecore.sources.digests import file_sha256
 from mergecore.store import Store
 
 ITEMS = "items.parquet"
@@ -139,18 +140,11 @@ def _score_task(store: Store, held: Resident, identity: TaskIdentity, step: Step
         if not scores:
             raise EvaluationError(f"task '{identity.task}' has no items in its {identity.split} split")
         parquet.write_table(table, draft.path / ITEMS, compression="zstd")
-        digest = table_digest(draft.path / ITEMS)
+        digest = file_sha256(draft.path / ITEMS)
         result = {"task": identity.task, "split": identity.split, "metric": identity.metric, "score": fmean(scores),
                   "items": len(scores), "identity": dict(identity.identity)}  # fmt: skip
         store.commit(draft, digest, result, made_with(began))
     return True
-
-
-def table_digest(path: Path) -> str:
-    """SHA-256 of a table's file."""
-    from mergecore.sources.digests import file_sha256
-
-    return file_sha256(path)
 
 
 def find_on_data(bench: Bench, task: DataTask) -> Done:

@@ -25,6 +25,7 @@ from mergecore.vocabulary.rows import Rows
 from mergecore.vocabulary.rules import TokenizerRules
 from mergecore.vocabulary.shared import over_vocabulary, shared_vocabulary, updated
 from mergecore.vocabulary.snapshot import as_it_lies
+from mergecore.vocabulary.tokenizer import pieces_of
 
 Resolver = Callable[[SourceSpec], Source]
 """Finds the source a spec names; the caller decides about caches, tokens and being offline."""
@@ -315,10 +316,9 @@ def _check_tokenizer(where: str, found: Snapshot, base: Snapshot, warnings: list
 
 def _vocabulary(tokenizer: Mapping[str, Any], where: str) -> dict[str, int]:
     try:
-        model = tokenizer.get("model") or {}
-        held = model.get("vocab") or {}
-        tokens = dict(held) if isinstance(held, dict) else {entry[0]: number for number, entry in enumerate(held)}
-        return tokens | {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or []}
+        return pieces_of(tokenizer.get("model") or {}) | {
+            entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or []
+        }
     except (AttributeError, KeyError, TypeError, IndexError) as error:
         raise SourceError(f"{where} is no tokenizer that can be read ({error}); fetch it again") from error
 

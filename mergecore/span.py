@@ -138,16 +138,23 @@ class _Work:
             return
         self.outcome.states[job.key] = job.statistic.add(self.outcome.states[job.key], block, job.statistics)
 
+    def _riding(
+        self,
+        scans: Sequence[tuple[StatisticJob, Callable[..., Sequence[Tensor]], Mapping[str, Any]]],
+        out: Out,
+        per: int = 0,
+    ) -> tuple[list[int], Given]:
+        """Scans (job, function, arguments) in one loop: the experts that it reads, and the loop."""
+        positions = sorted({position for job, _, _ in scans for position in job.experts})
+        function = _together([(one, [positions.index(p) for p in job.experts]) for job, one, _ in scans])
+        fused = self._fused((out, tuple(job.key for job, _, _ in scans)), function, "deltas", out, per)
+        return positions, fused.given({f"job {number}": given for number, (_, _, given) in enumerate(scans)})
+
     def _sum(
         self, reading: Reading, start: int, stop: int, group: list[tuple[StatisticJob, Summing]], whole: bool
     ) -> None:
         """The sums over one block of the grid, for scans that add up by one function in one loop."""
-        positions = sorted({position for job, _ in group for position in job.experts})
-        key = tuple(job.key for job, _ in group)
-        function = _together([(one.values, [positions.index(p) for p in job.experts]) for job, one in group])
-        given = self._fused(("sum", key), function, "deltas", "sums").given(
-            {f"job {number}": one.arguments for number, (_, one) in enumerate(group)}
-        )
+        positions, given = self._riding([(job, one.values, one.arguments) for job, one in group], "sums")
         lanes, lost = np.zeros((sum(one.results for _, one in group), LANES)), False
         for low in range(start, stop, WINDOW):
             reading.window(low, min(low + WINDOW, stop))
@@ -168,12 +175,8 @@ class _Work:
     def _count(
         self, reading: Reading, group: list[tuple[StatisticJob, Counting]], per: int, whole: bool, by_block: bool
     ) -> None:
-        positions = sorted({position for job, _ in group for position in job.experts})
+        positions, given = self._riding([(job, one.patterns, one.arguments) for job, one in group], "counts", per)
         key = tuple(job.key for job, _ in group)
-        function = _together([(one.patterns, [positions.index(p) for p in job.experts]) for job, one in group])
-        given = self._fused(("count", key), function, "deltas", "counts", per).given(
-            {f"job {number}": one.arguments for number, (_, one) in enumerate(group)}
-        )
         windows = [window for _, one in group for result in one.windows or () for window in result]
         for start, stop in _cut(reading, WINDOW):
             bins = self._bins(reading.name, start // GRID * GRID if by_block else 0, key, group, per)

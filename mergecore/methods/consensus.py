@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
-from mergecore.method import Block, Method, Statistic, Statistics, check_each, each, moved
-from mergecore.multi_task import (
-    MaskScale,
-    MultiTask,
-    TrimDensity,
-    check_density,
-    multi_task_arguments,
-    multi_task_statistics,
-    multi_task_vector,
-    task_masks,
-)
+from mergecore.method import each
+from mergecore.multi_task import MaskMethod, multi_task_vector, task_masks
 from mergecore.trims import folded_sum
 
 
-class Consensus(Method):
+class Consensus(MaskMethod):
     """θ_0 + α · [Σ_t M_t ≥ k] ⊙ τ_m with TALL masks M_t = |τ_t| > λ_t |τ_m − τ_t|, worked out where they are needed.
 
     With k = 2 what no task wants (catastrophic) and what one alone wants (selfish) goes, with k = 1 the former; k = 0
@@ -42,35 +33,6 @@ class Consensus(Method):
 
     scale: Annotated[float, Field(description="α, the factor of the masked multi-task vector")]
     minimum_tasks: Annotated[int, Field(ge=0, description="k, how many masks must hold a coordinate")] = 2
-    mask_scale: MaskScale = 0.4
-    multi_task: MultiTask = "sum"
-    density: TrimDensity = None
-
-    @model_validator(mode="after")
-    def _only_ties_trims(self) -> Consensus:
-        check_density(self.multi_task, self.density)
-        return self
-
-    @property
-    def on(self) -> str:
-        """Deltas."""
-        return "deltas"
-
-    def statistics(self) -> Mapping[str, Statistic]:
-        """What TIES must know beforehand."""
-        return multi_task_statistics(self.multi_task, self.density)
-
-    def validate_count(self, count: int) -> None:
-        """One λ, or one per expert."""
-        check_each("mask_scale", self.mask_scale, count)
-
-    def bound(self, order: Sequence[int]) -> Consensus:
-        """Each λ_t moved along with its expert."""
-        return self.model_copy(update={"mask_scale": moved(self.mask_scale, order)})
-
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """For TIES where each expert is cut, and the sign that stands where the trimmed values cancel exactly."""
-        return multi_task_arguments(self.multi_task, self.density, block, statistics)
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """θ_0 + α τ_m where at least k masks agree, θ_0 elsewhere."""

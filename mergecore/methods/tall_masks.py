@@ -5,24 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from mergecore.masks import DTYPE_NAMES, mask_block, mask_outputs
-from mergecore.method import Block, Method, Per, Statistic, Statistics, TensorInfo, check_each, each, moved
-from mergecore.multi_task import (
-    MaskScale,
-    MultiTask,
-    TrimDensity,
-    check_density,
-    multi_task_arguments,
-    multi_task_statistics,
-    multi_task_vector,
-    task_masks,
-)
+from mergecore.method import Block, Per, Statistics, TensorInfo, each
+from mergecore.multi_task import MaskMethod, multi_task_vector, task_masks
 
 
-class TallMasks(Method):
+class TallMasks(MaskMethod):
     """Keeps of every expert one bit a weight: M_t = |τ_t| > λ_t |τ_m − τ_t|; the model of task t is θ_0 + M_t ⊙ τ_m.
 
     What is written is no model but a product of masks (mergecore/masks.py): base, shared vector and bits, from which
@@ -41,42 +32,13 @@ class TallMasks(Method):
         "`multi_task: ties_published` their TIES masks",
     )
 
-    mask_scale: MaskScale = 0.4
-    multi_task: MultiTask = "sum"
-    density: TrimDensity = None
     vector: Annotated[
         Literal["float32", "bfloat16", "float16"], Field(description="dtype in which the shared vector is kept")
     ] = "float32"
 
-    @model_validator(mode="after")
-    def _only_ties_trims(self) -> TallMasks:
-        check_density(self.multi_task, self.density)
-        return self
-
-    @property
-    def on(self) -> str:
-        """Deltas."""
-        return "deltas"
-
-    def statistics(self) -> Mapping[str, Statistic]:
-        """What TIES must know beforehand."""
-        return multi_task_statistics(self.multi_task, self.density)
-
-    def validate_count(self, count: int) -> None:
-        """One λ, or one per expert."""
-        check_each("mask_scale", self.mask_scale, count)
-
-    def bound(self, order: Sequence[int]) -> TallMasks:
-        """Each λ_t moved along with its expert."""
-        return self.model_copy(update={"mask_scale": moved(self.mask_scale, order)})
-
     def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
         """Base, shared vector and masks."""
         return mask_outputs(selection, count, DTYPE_NAMES[self.vector], scaled=False)
-
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """For TIES where each expert is cut."""
-        return multi_task_arguments(self.multi_task, self.density, block, statistics)
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """τ_m, the vector that all tasks share."""

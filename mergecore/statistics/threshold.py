@@ -63,10 +63,9 @@ class Group:
 
 @dataclass
 class ThresholdState:
-    """The groups, and whether the last elements that are kept are being looked for."""
+    """The groups; once one of them has a block, the last elements that are kept are being looked for."""
 
     groups: list[Group]
-    looking: bool = False
 
     def group_of(self, tensor: str) -> Group:
         """The group that ranks this tensor."""
@@ -111,11 +110,6 @@ class Threshold(Statistic):
         """Whether no expert's changes are trimmed."""
         return self.density == 1 or (isinstance(self.density, tuple) and all(share == 1 for share in self.density))
 
-    @property
-    def readings(self) -> int:
-        """Once; for count exact also the blocks in which the last element to keep lies, one for each ranking."""
-        return 1
-
     def rank(self, total: int) -> int:
         """How many of `total` elements are wanted."""
         assert not isinstance(self.density, tuple)
@@ -149,7 +143,7 @@ class Threshold(Statistic):
     def counting(self, state: ThresholdState, block: Block, statistics: Statistics) -> Counting | None:
         """In the first scan the low half-words inside the bin; then it looks into the blocks that hold a cut."""
         group = state.group_of(block.name)
-        if state.looking and group.cut < 0 and group.holds_cut(block):
+        if group.cut < 0 and group.holds_cut(block):
             return None
         windows = ((group.order.bin,),) if group.order.left else ()
         arguments = {"drawn": drawn_for(self.drop, block, statistics)}
@@ -176,8 +170,7 @@ class Threshold(Statistic):
     def combine(self, left: ThresholdState, right: ThresholdState) -> ThresholdState:
         """Join what two workers counted or found."""
         for ours, theirs in zip(left.groups, right.groups, strict=True):
-            if not left.looking:
-                ours.order.join(theirs.order)
+            ours.order.join(theirs.order)
             ours.cut = max(ours.cut, theirs.cut)
         return left
 
@@ -185,11 +178,12 @@ class Threshold(Statistic):
         self, state: ThresholdState, selection: Mapping[str, TensorInfo], statistics: Statistics
     ) -> Result | Rescan:
         """The thresholds; for count exact first a look into the blocks in which a cut lies."""
-        if not state.looking and self.count == "exact":
-            waiting = [group for group in state.groups if group.order.rank and _descend(group)]
-            if waiting:
-                blocks = tuple(sorted(group.block for group in waiting if group.block))
-                return Rescan(ThresholdState(state.groups, looking=True), blocks)
+        if self.count == "exact" and not any(group.block for group in state.groups):
+            for group in state.groups:
+                _descend(group)
+            blocks = sorted(group.block for group in state.groups if group.block)
+            if blocks:
+                return Rescan(state, tuple(blocks))
         return Result({}, self._numbers(state.groups))
 
     def _numbers(self, held: Sequence[Group]) -> dict[str, Any]:
@@ -211,19 +205,18 @@ class Threshold(Statistic):
         return {"groups": groups, "tensors": names, "kept": sum(kept), "of": of, "density": share}
 
 
-def _descend(group: Group) -> bool:
-    """Find the block in which the last one kept lies, from how many each has at the threshold; whether some of them go."""
+def _descend(group: Group) -> None:
+    """Where some of those at the threshold go: find the block in which the last one kept lies, from how many each has."""
     order = group.order
     group.needed = order.rank - order.above
-    if group.needed == order.equal():
-        return False
+    if not order.rank or group.needed == order.equal():
+        return
     for block in sorted(order.low):
         here = int(order.low[block][1].sum())
         if group.needed <= here:
             group.block = block
-            break
+            return
         group.needed -= here
-    return True
 
 
 def threshold_of(found: Found, tensor: str) -> tuple[float, int]:

@@ -36,8 +36,7 @@ class UnifiedNorms(Statistic):
 
     def summing(self, block: Block, statistics: Statistics) -> Summing:
         """Both l1 norms of every expert."""
-        form = _negative if self.zero_sign == "negative" else _dropped
-        return Summing(form, {}, 2 * len(block.ids))
+        return Summing(_shares, {"zero_sign": self.zero_sign}, 2 * len(block.ids))
 
     def summed(self, state: State, tensor: str, start: int, sums: Sequence[float]) -> State:
         """Those of one more block."""
@@ -72,14 +71,6 @@ def unified(deltas: Sequence[Tensor], zero_sign: str) -> tuple[Tensor, list[Tens
     for delta in alike[1:]:
         largest = torch.maximum(largest, delta.abs())
     return largest * sign, [delta != 0 for delta in alike]
-
-
-def _dropped(experts: Sequence[Tensor]) -> list[Tensor]:
-    return _shares(experts, "drop")
-
-
-def _negative(experts: Sequence[Tensor]) -> list[Tensor]:
-    return _shares(experts, "negative")
 
 
 def _shares(experts: Sequence[Tensor], zero_sign: str) -> list[Tensor]:

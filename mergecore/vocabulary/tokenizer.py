@@ -49,7 +49,7 @@ class Tokenizer:
     @property
     def pieces(self) -> dict[str, int]:
         """The model's own tokens that have rows."""
-        return {token: number for token, number in _pieces(self.model).items() if token not in self.beyond}
+        return {token: number for token, number in pieces_of(self.model).items() if token not in self.beyond}
 
     @property
     def merges(self) -> list[tuple[str, str]]:
@@ -136,7 +136,7 @@ def given_ids(held: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
 
     An added token that is not one of the model's own gets the next number, whatever the file says.
     """
-    pieces = {str(token): int(number) for token, number in _pieces(held.get("model") or {}).items()}
+    pieces = {str(token): int(number) for token, number in pieces_of(held.get("model") or {}).items()}
     found, last = dict(pieces), -1
     for entry in held.get("added_tokens") or ():
         token = str(entry["content"])
@@ -145,7 +145,8 @@ def given_ids(held: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
     return found, pieces
 
 
-def _pieces(model: Mapping[str, Any]) -> dict[str, int]:
+def pieces_of(model: Mapping[str, Any]) -> dict[str, int]:
+    """The model's own tokens with their ids, from the `model` of a tokenizer.json."""
     held = model.get("vocab") or {}
     return dict(held) if isinstance(held, Mapping) else {entry[0]: number for number, entry in enumerate(held)}
 
