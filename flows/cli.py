@@ -105,7 +105,7 @@ def merge(
     """
     began = time.time()
     with errors():
-        from flows.startup import digest_cache, hash_ahead, quick_imports
+        from flows.startup import digest_cache, hash_ahead, loops, quick_imports
 
         digests = digest_cache()
         if out is not None and not show:
@@ -114,7 +114,7 @@ def merge(
         with quick_imports():
             from flows.budget import cores, readable, sensible_memory
             from flows.overview import recipe_text
-            from flows.session import loops, resolver
+            from flows.session import resolver
             from flows.terminal import progress
             from mergecore.merging import InProcess
             from mergecore.product import PRODUCT, open_product

@@ -19,8 +19,8 @@ from flows.budget import readable
 from flows.cancelling import cancelling
 from flows.cluster import dask_client
 from flows.pages import logged, run_name, slug
-from flows.session import loops, resolver
-from flows.startup import digest_cache
+from flows.session import resolver
+from flows.startup import digest_cache, loops
 from mergecore.recipe_files import make_file
 from mergecore.single import Made, Origin
 from mergecore.spec import Recipe, as_yaml

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 
 from flows.budget import memory_budget
-from flows.startup import cache_folder, digest_cache, without_collector
+from flows.startup import digest_cache, loops, without_collector
 from mergecore.events import Report, silent
 from mergecore.frontier import Frontier
-from mergecore.kernels.library import Library, library_in
 from mergecore.passes import Executor
 from mergecore.plan import Plan, make_plan
 from mergecore.pool import Resolver, resolve_pool
@@ -100,11 +99,6 @@ def _token() -> str | None:
         return Path(os.environ.get("HF_TOKEN_PATH", os.path.join(home, "token"))).read_text().strip() or None
     except OSError:
         return None
-
-
-def loops() -> Library:
-    """Where this user's fused loops are kept."""
-    return library_in(cache_folder() / "loops")
 
 
 def open_session(path: Path, report: Report = silent) -> Session:

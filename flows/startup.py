@@ -6,13 +6,12 @@ import atexit
 import contextlib
 import gc
 import os
-import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mergecore.errors import MergeloomError
+from mergecore.kernels.library import Library, library_in
 from mergecore.sources.digests import DigestCache
 
 LARGE = 32 << 20
@@ -25,9 +24,14 @@ def cache_folder() -> Path:
     return Path(home) / "mergeloom"
 
 
+def loops() -> Library:
+    """Where this user's fused loops are kept."""
+    return library_in(cache_folder() / "loops")
+
+
 def digest_cache() -> DigestCache:
     """Digests of local files, where there is no store that remembers them."""
-    return DigestCache(cache_folder() / "digests.jsonl")
+    return DigestCache(cache_folder() / "digests.jsonl", loops())
 
 
 @contextlib.contextmanager
@@ -61,19 +65,12 @@ def quick_imports() -> Iterator[None]:
 def hash_ahead(recipe: Path, digests: DigestCache) -> None:
     """Begin to hash the weights of local checkpoints that a recipe names, in the background: importing torch keeps one core
     busy for two seconds. What is wrong with the recipe or the files is found, and said, later on."""
-    files: queue.SimpleQueue[Path] = queue.SimpleQueue()
     with contextlib.suppress(Exception):
         for file in _weights(recipe):
             if digests.known(file) is None:
-                files.put(file)
-
-    def hash_all() -> None:
-        with contextlib.suppress(queue.Empty, MergeloomError):
-            while True:
-                digests.sha256(files.get_nowait(), chunk=LARGE)
-
+                digests.begin(file)
     for _ in range(max(len(os.sched_getaffinity(0)) - 1, 1)):
-        threading.Thread(target=hash_all, daemon=True).start()
+        threading.Thread(target=digests.work, args=(LARGE,), daemon=True).start()
 
 
 def _weights(recipe: Path) -> Iterator[Path]:

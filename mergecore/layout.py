@@ -22,7 +22,7 @@ class SelectRule(BaseModel):
     Every key besides these is a value of the method, for the tensors the rule speaks of.
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)
 
     names: str = Field("*", description="shell pattern over tensor names, or a regular expression between slashes")
     layers: tuple[int, int] | None = Field(None, description="first and last layer (counted from 0), both included")

@@ -105,7 +105,7 @@ class Scope(StrEnum):
 class Plugin(BaseModel):
     """Parameters and nothing else; `name` is how a spec calls it, `version` is bumped by hand when numbers change."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     name: ClassVar[str]
     version: ClassVar[int] = 1

@@ -39,7 +39,7 @@ OWN = {PRODUCT, "README.md", "mergeloom.yaml"}
 class Record(BaseModel):
     """A part of product.json."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Task(Record):

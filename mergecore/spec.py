@@ -39,7 +39,7 @@ Size = Annotated[str, AfterValidator(_size)]
 class Part(BaseModel):
     """A part of a spec: frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class SourceSpec(Part):
@@ -89,7 +89,7 @@ class Validation(Part):
 class Evaluate(BaseModel):
     """What is measured. Every other key is a setting of the evaluator (limit, batch_size, dtype, num_fewshot …)."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)
 
     evaluator: str = "lm_eval"
     path: str | None = Field(None, description="folder of task files; tasks not found there are lm-eval's own")
@@ -220,7 +220,7 @@ class Spec(Part):
 class Recipe(Part):
     """One merge. Every key besides these is a parameter of the method."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)
 
     method: str
     base: BaseSpec | None = None

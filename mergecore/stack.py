@@ -30,7 +30,7 @@ Runs = Sequence[tuple[int, int] | None]
 class StackRule(BaseModel):
     """The next layers of the result: which layers of the inputs they are."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     layers: Annotated[
         Run | Mapping[str, Run],

@@ -26,7 +26,7 @@ class RandomDrop(BaseModel):
     the same for any chunk, worker or device.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["random"] = "random"
     rate: Annotated[

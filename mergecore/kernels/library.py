@@ -2,6 +2,7 @@
 
 A library is named by its source, the compiler and its flags, torch's version and the processor: whatever could change a
 byte or make it unusable. Building takes about a second, in a process of its own; until it is done work goes on eagerly.
+Imports little: hashing (sources/lanes.py), which is such a loop too, begins before torch is there.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import os
 import platform
 import shutil
@@ -20,8 +22,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 FLAGS = (
     "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
@@ -138,22 +138,8 @@ def _surroundings(compiler: str) -> str:
         str(held.st_size),
         str(held.st_mtime_ns),
         *FLAGS,
-        torch.__version__,
+        importlib.metadata.version("torch"),
         platform.machine(),
         processor,
     ]
     return "\0".join(told)
-
-
-@functools.cache
-def device_function(text: str) -> Callable[..., None] | None:
-    """The same source for the current CUDA device, built by NVRTC: no fused multiply-add, correctly rounded division, subnormal
-    numbers kept. None where this torch cannot build it."""
-    build = getattr(torch.cuda, "_compile_kernel", None)
-    if build is None:
-        return None
-    try:
-        found: Callable[..., None] = build(text, "run", nvcc_options=["--fmad=false", "--prec-div=true", "--ftz=false"])
-    except (RuntimeError, OSError, ImportError, AttributeError):
-        return None
-    return found

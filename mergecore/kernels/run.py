@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergecore.kernels.library import Function, Library, device_function
+from mergecore.kernels.device import device_function
+from mergecore.kernels.library import Function, Library
 from mergecore.kernels.source import BINS, COPIES, LANES, STORED, Loop, Out, Stored, stride
 from mergecore.kernels.trace import NotTraceableError, form, leaves, mapped, trace
 from mergecore.method import Beside, Index

@@ -19,7 +19,7 @@ Parameters = Annotated[Mapping[str, Any], Field(description="values of the merge
 class Part(BaseModel):
     """A part of a document: frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     @model_validator(mode="before")
     @classmethod

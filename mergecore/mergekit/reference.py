@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_valid
 class Place(BaseModel):
     """A folder or a hub id, with a revision where one is given."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     path: str = Field(min_length=1, description="a folder or a hub id")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
@@ -32,7 +32,7 @@ class Place(BaseModel):
 class Reference(BaseModel):
     """A model: a checkpoint, and where one is given a LoRA adapter on top of it. Equal references are one model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     model: Place
     lora: Place | None = None

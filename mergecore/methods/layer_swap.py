@@ -21,7 +21,7 @@ SHARES: dict[Taken, float] = {"outer": 1.0, "middle": 0.0, "average": 0.5}
 class Stack(BaseModel):
     """Numbered layers of a model, first to last."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     stem: Annotated[str, Field(description="what stands before the number in the tensors' names")]
     layers: Annotated[int, Field(ge=1, description="how many layers there are")]

@@ -19,7 +19,7 @@ from mergecore.statistics.projected_sum import ProjectedSum, Projection, Share, 
 class Shuffled(BaseModel):
     """Experts by hash(seed, weights digest): an order of its own for every seed, whatever the recipe's."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     seed: Annotated[int, Field(ge=0, description="another seed, another order")]
 

@@ -21,7 +21,7 @@ class Boost(BaseModel):
     expert has none of its own there is nothing to boost.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     rate: Annotated[float, Field(ge=0, description="r, how strongly the ratio counts")] = 0.1
     most: Annotated[float, Field(ge=0, description="α, the ratio from which on it counts no more")] = 0.2

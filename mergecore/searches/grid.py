@@ -18,7 +18,7 @@ Combination = Mapping[str, float]
 class Listed(BaseModel):
     """A parameter and the values that it may have."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     parameter: str = Field(description="a number of the method, as in scale or drop.rate")
     values: tuple[int | float, ...] = Field(min_length=1, description="values to try; of equals the first one wins")

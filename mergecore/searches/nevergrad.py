@@ -22,7 +22,7 @@ DIGITS = 6
 class Between(BaseModel):
     """A parameter and the bounds that it is searched in."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     parameter: str = Field(description="a number of the method, as in scale or drop.rate")
     low: float = Field(description="lower bound; may be reached")

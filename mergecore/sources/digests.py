@@ -8,61 +8,140 @@ import hashlib
 import json
 import os
 import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from mergecore.errors import SourceError
 from mergecore.events import Event, Report, silent
+from mergecore.kernels.library import Function, Library
+from mergecore.sources.lanes import LANES, Lane, advance, function_in
 
 CHUNK = 1 << 18
 """Bytes of a file that are read and hashed at a time."""
+SMALL = 1 << 20
+"""Bytes below which a file is not worth a lane."""
 Stamp = tuple[str, int, int, int]
 """What a file is recognised by: real path, inode, size in bytes, mtime in nanoseconds."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A file to be hashed, once for all who ask for it."""
+
+    path: Path
+    held: Stamp
+    report: Report
+    digest: Future[str] = field(default_factory=Future)
 
 
 class DigestCache:
     """SHA-256 of files, remembered by (path, inode, size, mtime_ns) in a file of JSON lines; None: in memory only.
 
-    Safe with several processes: each entry is appended in one write under a lock, lines that cannot be read (a writer
-    was killed) are ignored, and what others have written is seen at the next miss.
+    Files stand in a queue; whoever waits for one hashes what is there, two at a time where `library` can (lanes.py). Safe
+    with several processes: each entry is appended in one write under a lock, lines that cannot be read (a writer was
+    killed) are ignored, and what others have written is seen at the next miss.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, library: Library | None = None) -> None:
         self._path = path
+        self._library = library
         self._known: dict[Stamp, str] = {}
-        self._under_way: dict[Stamp, threading.Lock] = {}
+        self._under_way: dict[Stamp, _Job] = {}
+        self._queue: deque[_Job] = deque()
         self._read_up_to = 0
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type[DigestCache], tuple[Path | None]]:
+    def __reduce__(self) -> tuple[type[DigestCache], tuple[Path | None, Library | None]]:
         """Travels to another process as its path."""
-        return DigestCache, (self._path,)
+        return DigestCache, (self._path, self._library)
 
-    def sha256(self, path: Path, report: Report = silent, chunk: int = CHUNK) -> str:
-        """Hex digest of a file, from memory where it is unchanged; `report` hears of files that have to be read, so many
-        bytes at a time.
+    def sha256(self, path: Path, report: Report = silent) -> str:
+        """Hex digest of a file, from memory where it is unchanged; `report` hears of files that have to be read.
 
         Raises SourceError where the file cannot be read or is written to at the same time.
         """
         known = self.known(path)
         if known is not None:
             return known
-        before = stamp(path)
-        with self._lock:
-            alone = self._under_way.setdefault(before, threading.Lock())
-        with alone:  # who asks for what another thread is hashing waits for it
-            return self.known(path) or self._hashed(path, before, report, chunk)
+        digest = self.begin(path, report)
+        self.work()
+        return digest.result()
 
-    def _hashed(self, path: Path, before: Stamp, report: Report, chunk: int) -> str:
-        report(Event(f"hash {path.name}", 0, before[2], "bytes"))
+    def begin(self, path: Path, report: Report = silent) -> Future[str]:
+        """Put a file into the queue. Raises SourceError where there is none."""
+        held = stamp(path)
+        with self._lock:
+            job = self._under_way.get(held)
+            if job is None:
+                job = _Job(path, held, report)
+                if held in self._known:
+                    job.digest.set_result(self._known[held])
+                else:
+                    self._under_way[held] = job
+                    self._queue.append(job)
+        return job.digest
+
+    def work(self, chunk: int = CHUNK) -> None:
+        """Hash what is in the queue, until it is empty; `chunk`: bytes at a time where `hashlib` does it."""
+        running: list[tuple[_Job, Lane]] = []
+        while True:
+            while (job := self._next(len(running))) is not None:
+                job.report(Event(f"hash {job.path.name}", 0, job.held[2], "bytes"))
+                function = function_in(self._library) if job.held[2] >= SMALL else None
+                if function is None:
+                    self._settle(job, partial(file_sha256, job.path, chunk))
+                elif (lane := self._lane(job, function)) is not None:
+                    running.append((job, lane))
+            if not running:
+                return
+            advance([lane for _, lane in running])
+            for job, lane in running:
+                if lane.ended:
+                    self._settle(job, lane.hexdigest)
+            running = [(job, lane) for job, lane in running if not lane.ended]
+
+    def _next(self, running: int) -> _Job | None:
+        """The next job for a thread with so many under way: two at a time, and the last one of an odd number with them."""
+        with self._lock:
+            room = running < LANES or (running == LANES and len(self._queue) == 1)
+            return self._queue.popleft() if room and self._queue else None
+
+    def _lane(self, job: _Job, function: Function) -> Lane | None:
+        """The job's lane; None where its file cannot be opened, which whoever waits for it is told."""
         try:
-            digest = file_sha256(path, chunk)
+            return Lane(job.path, function)
         except OSError as error:
-            raise SourceError(f"{path} cannot be read: {error.strerror}") from error
-        if stamp(path) != before:
-            raise SourceError(f"{path} changed while it was being hashed; wait until it is written, then start again")
-        report(Event(f"hash {path.name}", before[2], before[2], "bytes"))
-        self._remember(before, digest)
-        return digest
+            self._end(job, SourceError(f"{job.path} cannot be read: {error.strerror}"))
+            return None
+
+    def _settle(self, job: _Job, found: Callable[[], str]) -> None:
+        """Remember a job's digest, and tell who waits for it; or why there is none."""
+        try:
+            digest = found()
+            if stamp(job.path) != job.held:
+                raise SourceError(
+                    f"{job.path} changed while it was being hashed; wait until it is written, then start again"
+                )
+        except OSError as error:
+            self._end(job, SourceError(f"{job.path} cannot be read: {error.strerror}"))
+        except SourceError as error:
+            self._end(job, error)
+        else:
+            job.report(Event(f"hash {job.path.name}", job.held[2], job.held[2], "bytes"))
+            self._remember(job.held, digest)
+            self._end(job, digest)
+
+    def _end(self, job: _Job, found: str | SourceError) -> None:
+        with self._lock:
+            del self._under_way[job.held]
+        if isinstance(found, str):
+            job.digest.set_result(found)
+        else:
+            job.digest.set_exception(found)
 
     def known(self, path: Path) -> str | None:
         """The digest of an unchanged file, None where it would have to be read."""

@@ -14,7 +14,7 @@ UNION = "union"
 class Rule(BaseModel):
     """A part of the rules: frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class TokenOf(Rule):

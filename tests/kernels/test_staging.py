@@ -14,7 +14,8 @@ from mergecore.engine import run_pass
 from mergecore.errors import CapacityError, NonFiniteError
 from mergecore.events import silent
 from mergecore.identity import random_key, random_words
-from mergecore.kernels.library import Library, device_function, library_in
+from mergecore.kernels.device import device_function
+from mergecore.kernels.library import Library, library_in
 from mergecore.kernels.run import Chunk, Fused
 from mergecore.merging import InProcess, find_statistics
 from mergecore.method import Method, Per
