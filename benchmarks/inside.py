@@ -16,6 +16,7 @@ from flows.session import resolver
 from mergecore.events import Event, Report, silent
 from mergecore.kernels.library import Library
 from mergecore.merging import InProcess
+from mergecore.method import Statistic
 from mergecore.plan import MergeBuilder, MergePlan, StatisticPlan
 from mergecore.pool import Pool, Resolver, resolve_pool
 from mergecore.registry import method_from
@@ -128,10 +129,11 @@ def known_of(folder: Path, recipe: Mapping[str, Any], experts: int, library: Wat
     scans = sum(elements > sum(info.count for info in pool.base.tensors.values()) / 2 for elements in read)
     merge(place, [plan])
     watch, (base, *others) = library.watch, [weights(path) for path in model_folders(folder, experts)]
-    # Scans look at changes, so they read the base; a merge that works on weights alone does not, whatever is planned. A
+    # Scans that look at changes read the base; those and merges that work on weights alone do not, whatever is planned. A
     # scan that the one before it has made needless is none, and so is a look into a few blocks.
     with_base, without = (base, *others), tuple(others)
-    readings = [with_base] * scans + [with_base if plan.method.needs_base else without]
+    changes = any(isinstance(one.statistic, Statistic) and one.statistic.on == "deltas" for one in needed)
+    readings = [with_base if changes else without] * scans + [with_base if plan.method.needs_base else without]
     return Known(
         len(watch.built), sum(watch.built), watch.seconds["count"], watch.seconds["store"], tuple(readings),
         sum(cost.read for cost in costs), sum(cost.written for cost in costs),

@@ -65,6 +65,7 @@ from benchmarks.machine import (
 )
 from benchmarks.models import add_models, write_models
 from benchmarks.pairs import PAIRS, Pair, Theirs, ours_recipe
+from mergecore.sources.lanes import SOURCE as HASHING
 
 STAGES = ("start", "checkpoints", "scan", "merge", "finish")
 OURS = {"method": 26, "experts": 7, "wall": 7, "CPU": 7, "GB": 5, "start": 6, "hash": 6, "scan": 6, "merge": 6,
@@ -263,6 +264,7 @@ def main() -> None:
         folder = options.folder or work / "models"
         write_models(folder, options.size, max(options.experts))
         library = watched_library(work / "cache" / "mergeloom" / "loops")
+        library.function(HASHING, build=True, wait=True)
         against = options.against and options.against.absolute()
         bench = Bench(folder.absolute(), work.absolute(), library, against, options.repeats, options.cold)
         torch_alone = command_run([sys.executable, "-c", "import torch"])

@@ -23,13 +23,17 @@ def run_pass(plan: PassPlan, executor: Executor, report: Report) -> PassOutcome:
     everything = plan.merges or any(not isinstance(one, Rescan | Result) for one in begun.values())
     round = Round(plan, states, None if everything else wanted)
     numbers = _read_in(round)
+    # Merges begin where their statistics ended, and rescans turn round: what is left in the page cache of a pool that is
+    # larger was read last.
+    backwards = bool(plan.merges)
     workers = at_once(plan, executor.workers, plan.memory)
     if workers < executor.workers:
         report(Event(f"memory is for {workers} of {executor.workers} spans at a time"))
     for job in plan.merges:
         job.sink.prepare()
     while numbers:
-        gathered = _read_round(round, numbers, executor, report, workers)
+        gathered = _read_round(round, numbers[::-1] if backwards else numbers, executor, report, workers)
+        backwards = not backwards
         for key, held in gathered.digests.items():
             digests[key].update(held)
         finished = {

@@ -164,13 +164,15 @@ class Counting:
 
 @dataclass(frozen=True)
 class Summing:
-    """What a scan adds up of one block: values(experts, **arguments) gives float32 values, one or more per element, in plain
-    torch on flat float32 deltas; their sums are float64, formed in one order whatever runs it.
+    """What a scan adds up of one block: values(experts, **arguments) gives float32 or float64 values, one or more per element,
+    in plain torch on flat float32 deltas (or what else the statistic is `on`); their sums are float64, formed in one order
+    whatever runs it. with_base: the base comes first, before the experts.
     """
 
     values: Callable[..., Sequence[Tensor]]
     arguments: Mapping[str, Any]
     results: int = 1
+    with_base: bool = False
 
 
 Sparse = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -192,6 +194,11 @@ class Statistic(Plugin, ABC):
     scope: ClassVar[Scope]
     whole: ClassVar[bool] = False
     """True: looks at all tensors an expert carries, whatever the selection, so that selections share it."""
+
+    @property
+    def on(self) -> Literal["weights", "deltas"]:
+        """What it looks at; weights only where it adds up."""
+        return "deltas"
 
     @property
     def readings(self) -> int:

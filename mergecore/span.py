@@ -108,7 +108,8 @@ class _Work:
             place = reading.place(job.experts)
             summing = job.statistic.summing(place, job.statistics)
             if summing is not None:
-                sums.setdefault((summing.values, job.statistic.whole), []).append((job, summing))
+                kind = (summing.values, job.statistic.whole, job.statistic.on, summing.with_base)
+                sums.setdefault(kind, []).append((job, summing))
                 continue
             counting = job.statistic.counting(self.outcome.states[job.key], place, job.statistics)
             if counting is None:
@@ -123,9 +124,9 @@ class _Work:
                 groups.setdefault(kind, []).append((job, counting))
         for (_, per, whole, by_block), group in groups.items():
             self._count(reading, group, per, whole, by_block)
-        for (_, whole), adding in sums.items():
+        for adding in sums.values():
             for start, stop in _cut(reading, GRID):
-                self._sum(reading, start, stop, adding, whole)
+                self._sum(reading, start, stop, adding)
 
     def _add(self, job: StatisticJob, reading: Reading) -> None:
         try:
@@ -143,28 +144,32 @@ class _Work:
         scans: Sequence[tuple[StatisticJob, Callable[..., Sequence[Tensor]], Mapping[str, Any]]],
         out: Out,
         per: int = 0,
+        with_base: bool = False,
     ) -> tuple[list[int], Given]:
         """Scans (job, function, arguments) in one loop: the experts that it reads, and the loop."""
         positions = sorted({position for job, _, _ in scans for position in job.experts})
-        function = _together([(one, [positions.index(p) for p in job.experts]) for job, one, _ in scans])
-        fused = self._fused((out, tuple(job.key for job, _, _ in scans)), function, "deltas", out, per)
+        function = _together([(one, [positions.index(p) for p in job.experts]) for job, one, _ in scans], with_base)
+        on = scans[0][0].statistic.on
+        fused = self._fused((out, tuple(job.key for job, _, _ in scans)), function, on, out, per)
         return positions, fused.given({f"job {number}": given for number, (_, _, given) in enumerate(scans)})
 
-    def _sum(
-        self, reading: Reading, start: int, stop: int, group: list[tuple[StatisticJob, Summing]], whole: bool
-    ) -> None:
-        """The sums over one block of the grid, for scans that add up by one function in one loop."""
-        positions, given = self._riding([(job, one.values, one.arguments) for job, one in group], "sums")
+    def _sum(self, reading: Reading, start: int, stop: int, group: list[tuple[StatisticJob, Summing]]) -> None:
+        """The sums over one block of the grid, for scans that add up by one function, of the same things, in one loop."""
+        statistic, with_base = group[0][0].statistic, group[0][1].with_base
+        whole, on = statistic.whole, statistic.on
+        needed = with_base or on == "deltas"
+        scans = [(job, one.values, one.arguments) for job, one in group]
+        positions, given = self._riding(scans, "sums", with_base=with_base)
         lanes, lost = np.zeros((sum(one.results for _, one in group), LANES)), False
         for low in range(start, stop, WINDOW):
             reading.window(low, min(low + WINDOW, stop))
-            lost |= given.sum(reading.chunk(positions, with_base=True), lanes)
+            lost |= given.sum(reading.chunk(positions, needed), lanes)
         if lost and not whole:
             reading.window(start, stop)
-            reading.block("deltas", True, positions, flat=True)  # which says what is not finite, and where
+            reading.block(on, needed, positions, flat=True)  # which says what is not finite, and where
         elif lost and len(group) > 1:  # one expert's trouble is not the others'; its own block is left out
             for alone in group:
-                self._sum(reading, start, stop, [alone], whole)
+                self._sum(reading, start, stop, [alone])
         elif not lost:
             found = total_of(lanes)
             for job, one in group:
@@ -191,7 +196,7 @@ class _Work:
     def _count_window(self, reading: Reading, one: tuple[StatisticJob, Counting], per: int) -> None:
         """The window alone for one scan that looks beyond selections; where it is not finite it is left out."""
         job, counting = one
-        function = _together([(counting.patterns, list(range(len(job.experts))))])
+        function = _together([(counting.patterns, list(range(len(job.experts))))], with_base=False)
         given = Fused(function, "deltas", "counts", None, windows=per).given({"job 0": counting.arguments})
         bins = empty_bins(counting.results, per)
         given.count(reading.chunk(job.experts, with_base=True), [w for r in counting.windows or () for w in r], bins)
@@ -363,13 +368,16 @@ _stages = threading.local()
 """Per thread its way to a device."""
 
 
-def _together(scans: Sequence[tuple[Callable[..., Sequence[Tensor]], list[int]]]) -> Callable[..., list[Tensor]]:
-    """One function that gives the results of several scans, each of its own experts."""
+def _together(
+    scans: Sequence[tuple[Callable[..., Sequence[Tensor]], list[int]]], with_base: bool
+) -> Callable[..., list[Tensor]]:
+    """One function that gives the results of several scans, each of its own experts (and before them the base)."""
 
     def results(base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> list[Tensor]:
         found: list[Tensor] = []
         for number, (one, places) in enumerate(scans):
-            found += one([experts[place] for place in places], **arguments[f"job {number}"])
+            first = [base] if with_base and base is not None else []
+            found += one([*first, *(experts[place] for place in places)], **arguments[f"job {number}"])
         return found
 
     return results

@@ -16,7 +16,13 @@ import torch
 
 from mergecore.kernels.trace import Operation, Trace, Value
 
-C_TYPES = {torch.float32: "float", torch.int32: "int32_t", torch.int64: "int64_t", torch.bool: "bool"}
+C_TYPES = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.int32: "int32_t",
+    torch.int64: "int64_t",
+    torch.bool: "bool",
+}
 STORED = {torch.bfloat16: "uint16_t", torch.float16: "uint16_t", torch.float32: "float", torch.float64: "double"}
 """Dtypes of files that can be read and written, and as what."""
 SHORT = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
@@ -76,7 +82,7 @@ HERE bool lost_f16(uint16_t h) { return (h & 0x7c00u) == 0x7c00u; }
 
 
 Out = torch.dtype | Literal["counts", "sums"]
-"""What becomes of a function's results: float32 values are stored in a dtype or summed, int32 patterns are counted."""
+"""What becomes of a function's results: values are stored in a dtype or summed, int32 patterns are counted."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +119,8 @@ def _name(value: Value) -> str:
 
 
 def _baked(number: float | int | bool, dtype: torch.dtype) -> str:
-    if dtype == torch.float32:
-        return f"{float(number)!r}f"
+    if dtype.is_floating_point:
+        return f"{float(number)!r}{'f' if dtype == torch.float32 else ''}"
     if dtype == torch.bool:
         return "true" if number else "false"
     return f"({C_TYPES[dtype]})({int(number)}LL)"
@@ -123,6 +129,8 @@ def _baked(number: float | int | bool, dtype: torch.dtype) -> str:
 def _as(value: Value, dtype: torch.dtype) -> str:
     if value.kind == "baked":
         return _baked(value.number, dtype)
+    if value.kind == "real" and dtype == torch.float64:
+        return f"d{value.position}"
     name = _name(value)
     if value.dtype == dtype:
         return name
@@ -169,7 +177,7 @@ def _sign(held: Sequence[str], dtype: torch.dtype) -> str:
 
 _UNCOMMON: dict[str, Callable[[Sequence[str], torch.dtype], str]] = {
     "div": lambda held, dtype: f"{held[0]} / {held[1]}",
-    "neg": lambda held, dtype: f"-{held[0]}" if dtype == torch.float32 else _wrapped("-", "0", held[0], dtype),
+    "neg": lambda held, dtype: f"-{held[0]}" if dtype.is_floating_point else _wrapped("-", "0", held[0], dtype),
     "abs": lambda held, dtype: (
         f"float_of(bits_of({held[0]}) & 0x7fffffffu)"
         if dtype == torch.float32
@@ -219,8 +227,9 @@ def _body(loop: Loop) -> str:
         lines.append(f"const int64_t x{trace.inputs + 1} = start + i;")
     for number, one in enumerate(trace.operations, start=1):
         lines.append(f"const {C_TYPES[one.dtype]} v{number} = {_expression(one)};")
-    kind = torch.int32 if loop.out == "counts" else torch.float32
     for number, value in enumerate(trace.results):
+        exact = loop.out == "sums" and value.dtype == torch.float64
+        kind = torch.int32 if loop.out == "counts" else torch.float64 if exact else torch.float32
         lines.append(f"const {C_TYPES[kind]} y{number} = {_as(value, kind)};")
     return "\n".join(lines)
 
@@ -230,7 +239,7 @@ def _unpacked(loop: Loop) -> str:
     numbers = [value for one in loop.trace.operations for value in one.operands] + list(loop.trace.results)
     real = sorted({value.position for value in numbers if value.kind == "real"})
     whole = sorted({value.position for value in numbers if value.kind == "whole"})
-    lines = [f"const float r{position} = (float)reals[{position}];" for position in real]
+    lines = [f"const double d{at} = reals[{at}]; const float r{at} = (float)d{at};" for at in real]
     return "\n".join(lines + [f"const int64_t k{position} = wholes[{position}];" for position in whole])
 
 

@@ -267,7 +267,7 @@ def _done(node: fx.Node, given: Sequence[Any], options: Mapping[str, Any]) -> An
 
 def _meant(name: str, given: list[Any], options: dict[str, Any]) -> tuple[str, list[Any]]:
     """The operation in one of the words that a loop knows, and what it is done to."""
-    if name in ("to", "float", "int") or (name == "view" and given[1:] and isinstance(given[1], torch.dtype)):
+    if name in ("to", "float", "double", "int") or (name == "view" and given[1:] and isinstance(given[1], torch.dtype)):
         return ("bits" if name == "view" else "cast"), given[:1]
     if name in ("clamp", "clip"):
         low, high = (options.get(key, given[at] if len(given) > at else None) for key, at in (("min", 1), ("max", 2)))

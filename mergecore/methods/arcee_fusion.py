@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.errors import SpecError
-from mergecore.identity import GRID
+from mergecore.linear_algebra import BLOCK, order_statistics
 from mergecore.method import Method, Per
 
 
@@ -58,9 +58,7 @@ class ArceeFusion(Method):
         if base.numel() == 0:
             return base
         scores = self.importance(base, experts[0])
-        first, median, third = (
-            float(scores.kthvalue(quarter * (scores.numel() - 1) // 4 + 1).values) for quarter in (1, 2, 3)
-        )
+        first, median, third = order_statistics(scores, [quarter * (scores.numel() - 1) // 4 for quarter in (1, 2, 3)])
         chosen = (scores >= median + self.fence * (third - first)).reshape(base.shape).to(base.device)
         return torch.where(chosen, experts[0], base)
 
@@ -79,7 +77,7 @@ def _rows(base: Tensor, expert: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]
     """Both tensors in float64, some rows at a time, with their place in the flat tensor."""
     length = base.shape[-1] if base.ndim else 1
     pair = [tensor.reshape(-1, length) for tensor in (base, expert)]
-    step = max(1, GRID // length)
+    step = max(1, BLOCK // length)
     for start in range(0, len(pair[0]), step):
         first, second = (rows[start : start + step].to("cpu", torch.float64) for rows in pair)
         yield slice(start * length, start * length + first.numel()), first, second

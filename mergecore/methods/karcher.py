@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import cos, pi, sin
 from typing import Annotated, Any, ClassVar
 
@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.linear_algebra import combination, gram
-from mergecore.method import Method, Per
+from mergecore.method import Block, Method, Statistic, Statistics
+from mergecore.statistics.products import Products, combined, gram_of
 
 
 class Karcher(Method):
@@ -20,7 +20,7 @@ class Karcher(Method):
     name: ClassVar[str] = "karcher"
     paper: ClassVar[str] = "Karcher 1977, Riemannian center of mass and mollifier smoothing"
     published: ClassVar[tuple[str, ...]] = ("mergekit's `karcher`, without its absolute guards",)
-    per: ClassVar[Per] = Per.TENSOR
+    version: ClassVar[int] = 2
 
     iterations: Annotated[int, Field(ge=0, description="at most this many steps; 0: the mean of the directions")] = 10
     tolerance: Annotated[
@@ -32,22 +32,28 @@ class Karcher(Method):
         """Weights: directions of the models themselves."""
         return "weights"
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """Mean norm × u, with u ← exp_u(mean of log_u(θ_t / ‖θ_t‖)).
+    def statistics(self) -> Mapping[str, Statistic]:
+        """The experts' inner products."""
+        return {"products": Products()}
 
-        u lies in the span of the experts and each step needs only their inner products, so the iteration runs on the
-        T coefficients of u and reads the tensors twice.
-        """
-        products = gram(experts)[0]
+    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
+        """How much of each expert: u lies in their span and each step needs only their inner products, so the iteration runs
+        on the T coefficients of u."""
+        count = len(block.ids)
+        products = gram_of(block.name, count, statistics)
         norms = products.diagonal().sqrt()
         # A tensor of zeros has no direction; it still counts in the mean of the norms.
         present = (norms > 0).nonzero().reshape(-1)
-        coefficients = torch.zeros(len(experts), dtype=torch.float64)
+        coefficients = torch.zeros(count, dtype=torch.float64)
         if len(present):
             lengths = norms[present]
             cosines = products[present][:, present] / lengths[:, None] / lengths
             coefficients[present] = self._centre(cosines) / lengths * norms.mean()
-        return combination(coefficients.tolist(), experts)
+        return {"shares": coefficients.tolist()}
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        """Mean norm × u, with u ← exp_u(mean of log_u(θ_t / ‖θ_t‖))."""
+        return combined(arguments["shares"], experts)
 
     def _centre(self, cosines: Tensor) -> Tensor:
         """Coefficients of u over the unit vectors, whose inner products are `cosines`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.errors import SpecError
-from mergecore.linear_algebra import combination, gram
-from mergecore.method import Method, Per, moved
+from mergecore.method import Block, Method, Statistic, Statistics, moved
+from mergecore.statistics.products import Products, combined, gram_of
 
 PARALLEL = 1e-7
 """Directions whose weighted mean is shorter than this, relative to their weights, cancel."""
@@ -28,7 +28,7 @@ class Multislerp(Method):
 
     name: ClassVar[str] = "multislerp"
     paper: ClassVar[str] = "none; Goddard 2024, a note on barycentric interpolation on the sphere"
-    per: ClassVar[Per] = Per.TENSOR
+    version: ClassVar[int] = 2
     published: ClassVar[tuple[str, ...]] = (
         "mergekit's `multislerp` without a base",
         "`of: deltas` with one",
@@ -64,11 +64,20 @@ class Multislerp(Method):
         """Each weight moved along with its expert."""
         return self if self.weights is None else self.model_copy(update={"weights": moved(self.weights, order)})
 
+    def statistics(self) -> Mapping[str, Statistic]:
+        """The experts' inner products."""
+        return {"products": Products(of=self.of)}
+
+    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
+        """How much of each expert; a single one is itself, whatever its weight."""
+        count = len(block.ids)
+        return {"shares": [1.0] if count == 1 else self._shares(gram_of(block.name, count, statistics))}
+
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """(Σ w_t ‖θ_t‖) · m / ‖m‖ with m = Σ w_t θ_t/‖θ_t‖; a single expert is itself, whatever its weight."""
-        held = list(experts) if base is None or self.of == "weights" else [*experts, base]
-        shares = [1.0] if len(experts) == 1 else self._shares(gram(experts)[0])
-        return combination([*shares, *[1.0] * (len(held) - len(experts))], held)
+        """(Σ w_t ‖θ_t‖) · m / ‖m‖ with m = Σ w_t θ_t/‖θ_t‖, on top of the base where it is changes that are joined."""
+        if base is None or self.of == "weights":
+            return combined(arguments["shares"], experts)
+        return combined([*arguments["shares"], 1.0], [*experts, base])
 
     def _shares(self, products: Tensor) -> list[float]:
         """How much of each expert, from their inner products: the result lies in their span."""

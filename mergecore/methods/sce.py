@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.linear_algebra import blocks
+from mergecore.linear_algebra import blocks, order_statistics
 from mergecore.method import Method, Per
 
 
@@ -79,9 +79,11 @@ class Sce(Method):
         wanted = floor(Fraction(str(self.density)) * differing)
         if wanted == 0:
             return ~everything
-        threshold = torch.topk(variance, wanted).values[-1]
-        above, level = variance > threshold, variance == threshold
-        return above | (level & (level.cumsum(0) <= wanted - above.sum()))
+        (threshold,) = order_statistics(variance.cpu(), [count - wanted])
+        kept = variance > threshold
+        level = (variance == threshold).nonzero().reshape(-1)
+        kept[level[: wanted - int(kept.sum())]] = True
+        return kept
 
 
 def _matrix_weights(experts: Sequence[Tensor], kept: Tensor) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import acos, sin, sqrt
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.errors import SpecError
-from mergecore.linear_algebra import combination, gram
-from mergecore.method import Method, Per
+from mergecore.method import Block, Method, Statistic, Statistics
+from mergecore.statistics.products import Products, combined, gram_of
 
 
 class Slerp(Method):
@@ -20,7 +20,7 @@ class Slerp(Method):
     name: ClassVar[str] = "slerp"
     paper: ClassVar[str] = "Shoemake 1985, Animating rotation with quaternion curves"
     published: ClassVar[tuple[str, ...]] = ("`start: base` mergekit's `slerp`",)
-    per: ClassVar[Per] = Per.TENSOR
+    version: ClassVar[int] = 2
     ordered: ClassVar[bool] = True
 
     t: Annotated[float, Field(ge=0, le=1, description="where on the arc: 0 is the first model, 1 the second")]
@@ -50,11 +50,18 @@ class Slerp(Method):
             said = "the base and one expert" if self.needs_base else "two experts"
             raise SpecError(f"slerp goes between {said}, {count} experts are given; use karcher for more than two")
 
+    def statistics(self) -> Mapping[str, Statistic]:
+        """The two tensors' lengths and angle."""
+        return {"products": Products(of="base and weights" if self.needs_base else "weights")}
+
+    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
+        """How much of either."""
+        return {"shares": list(self._shares(gram_of(block.name, 2, statistics)))}
+
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """(sin((1−t)Ω) a + sin(tΩ) b) / sin Ω, where Ω is the angle between a and b."""
-        pair = [base, experts[0]] if self.needs_base and base is not None else list(experts)
-        first, second = self._shares(gram([one for one in pair if one is not None])[0])
-        return combination([first, second], [one for one in pair if one is not None])
+        first = [base] if self.needs_base and base is not None else []
+        return combined(arguments["shares"], [*first, *experts])
 
     def _shares(self, products: Tensor) -> tuple[float, float]:
         length = sqrt(float(products[0, 0])) * sqrt(float(products[1, 1]))

@@ -602,3 +602,33 @@ def test_errors_of_a_real_process(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.strip() == "Error: recipe.yaml does not exist"
+
+
+def test_a_merge_begins_where_its_statistics_ended(
+    models: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a page cache still has of a pool that is larger than it was read last."""
+    import mergecore.passes
+    import mergecore.run
+    import mergecore.single
+    from mergecore.merging import InProcess
+    from mergecore.spec import parse_recipe
+
+    base, experts = models
+    readings: list[list[int]] = []
+
+    class Noting(InProcess):
+        def each(self, function: Any, shared: Any, items: Any, at_once: int | None = None) -> Any:
+            readings.append(list(items))
+            return super().each(function, shared, items, at_once)
+
+    monkeypatch.setattr(
+        mergecore.run, "plan_spans", lambda tensors, per: mergecore.passes.plan_spans(tensors, per, size=1)
+    )
+    recipe = parse_recipe(
+        plain({"method": "ties", "density": 0.3, "count": "exact", "base": base, "experts": experts}), "recipe"
+    )
+    mergecore.single.merge_recipe(recipe, tmp_path / "out", find, Noting(), silent)
+    first, *_, merge = readings
+    assert len(readings) >= 2 and len(first) > 2
+    assert first == sorted(first) and merge == sorted(merge, reverse=True)

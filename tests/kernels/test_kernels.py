@@ -206,11 +206,11 @@ def test_sums_are_the_same_fused_or_not_and_right(library: Library, dtype: torch
     chunk = chunk_of(dtype)
 
     def values(base: Tensor, experts: Sequence[Tensor], half: float) -> list[Tensor]:
-        return [experts[1].abs(), experts[1] * half - experts[2]]
+        return [experts[1].abs(), experts[1] * half - experts[2], experts[1].double() * experts[2].double()]
 
     found = []
     for kept, cut in ((library, chunk.count), (None, chunk.count), (library, 256 * 5)):
-        lanes = np.zeros((2, LANES))
+        lanes = np.zeros((3, LANES))
         given = Fused(values, "deltas", "sums", kept, wait=True).given({"half": 0.5})
         for _, _, part in chunk.parts(cut):
             assert not given.sum(part, lanes)
@@ -222,7 +222,27 @@ def test_sums_are_the_same_fused_or_not_and_right(library: Library, dtype: torch
     for one, total in zip(expected, found[0], strict=True):
         assert total == pytest.approx(fsum(one.tolist()), rel=1e-12, abs=1e-12)
     chunk.experts[1][300] = float("inf")
-    assert Fused(values, "deltas", "sums", library, wait=True).given({"half": 0.5}).sum(chunk, np.zeros((2, LANES)))
+    assert Fused(values, "deltas", "sums", library, wait=True).given({"half": 0.5}).sum(chunk, np.zeros((3, LANES)))
+
+
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_float64_on_the_way_is_torchs(library: Library, stored: torch.dtype, out: torch.dtype) -> None:
+    """Numbers are float64 beside float64 values, also those that float32 does not hold."""
+
+    def joined(base: Tensor, experts: Sequence[Tensor], share: float) -> Tensor:
+        return (experts[0].double() * share + experts[1].double() * 0.1 - base.double() * (-1.0)).float()
+
+    chunk, found = chunk_of(stored), []
+    for kept in (library, None):
+        given = Fused(joined, "weights", out, kept, wait=True).given({"share": 1 / 3})
+        found.append(torch.empty(chunk.count, dtype=out))
+        assert given.store(chunk, found[-1]) == (False, False)
+        assert kept is None or all(given.fused.checked.values())
+    assert torch.equal(*found)
+    base, experts, _ = formed(chunk, "weights")
+    exact = experts[0].double() * (1 / 3) + experts[1].double() * 0.1 + base.double()
+    assert torch.equal(found[0], exact.float().to(out))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -61,7 +61,7 @@ def test_gram_does_not_depend_on_blocks_much(rows: int, monkeypatch: pytest.Monk
     tensors = random_tensors(6, 50)
     stacked = torch.stack([tensor.double().reshape(rows, -1) for tensor in tensors], 1)
     for grid in (1 << 20, 64):
-        monkeypatch.setattr("mergecore.linear_algebra.GRID", grid)
+        monkeypatch.setattr("mergecore.linear_algebra.BLOCK", grid)
         torch.testing.assert_close(gram(tensors, rows), stacked @ stacked.mT, rtol=1e-12, atol=1e-12)
 
 
