@@ -8,7 +8,7 @@ from typing import Any
 
 from mergecore.events import Event, Report
 from mergecore.identity import model_digest, tensor_digest
-from mergecore.method import Rescan, Result
+from mergecore.method import Per, Rescan, Result
 from mergecore.passes import Executor, PassOutcome, PassPlan, Round, SpanOutcome
 from mergecore.projection import at_once
 from mergecore.span import run_span
@@ -32,7 +32,7 @@ def run_pass(plan: PassPlan, executor: Executor, report: Report) -> PassOutcome:
     for job in plan.merges:
         job.sink.prepare()
     while numbers:
-        gathered = _read_round(round, numbers[::-1] if backwards else numbers, executor, report, workers)
+        gathered = _read_round(round, _in_order(plan, numbers, backwards), executor, report, workers)
         backwards = not backwards
         for key, held in gathered.digests.items():
             digests[key].update(held)
@@ -93,6 +93,15 @@ def _sorted_out(
         elif job.key in found:
             states[job.key] = pickle.dumps(one, pickle.HIGHEST_PROTOCOL)
     return states, {name: frozenset(starts) for name, starts in blocks.items()} | dict.fromkeys(whole)
+
+
+def _in_order(plan: PassPlan, numbers: Sequence[int], backwards: bool) -> Sequence[int]:
+    """The order in which spans are begun. Whole tensors differ in size a thousandfold: the largest first, for what is begun
+    last is waited for."""
+    if any(job.method.per is not Per.ELEMENT for job in plan.merges):
+        sizes = [sum(stop - start for unit in span for _, start, stop in unit) for span in plan.spans]
+        return sorted(numbers, key=lambda number: -sizes[number])
+    return numbers[::-1] if backwards else numbers
 
 
 def _read_in(round: Round) -> list[int]:

@@ -12,7 +12,6 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -122,12 +121,6 @@ def gram(tensors: Sequence[Tensor], rows: int = 1) -> Tensor:
         stacked = torch.stack([view[:, start : start + step].to("cpu", torch.float64) for view in views], 1)
         total += stacked @ stacked.mT
     return (total + total.mT) / 2
-
-
-def order_statistics(values: Tensor, ranks: Sequence[int]) -> list[float]:
-    """The elements of a flat tensor on the CPU that would stand at these places (from 0) in ascending order. Nothing is
-    sorted: a partition takes a sixth of the time that torch's topk does."""
-    return [float(one) for one in np.partition(values.numpy(), list(ranks))[list(ranks)]]
 
 
 def decomposition(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

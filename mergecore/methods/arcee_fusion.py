@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.errors import SpecError
-from mergecore.linear_algebra import BLOCK, order_statistics
+from mergecore.linear_algebra import BLOCK
 from mergecore.method import Method, Per
+from mergecore.ranking import order_statistics
 
 
 class ArceeFusion(Method):

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mergecore.method import Method, Per, check_each, each, moved
+from mergecore.ranking import largest
 from mergecore.trims import Shares, absolute_sum, joined, weighted
 
 
@@ -98,9 +99,7 @@ class Breadcrumbs(Method):
         density, outliers = (one[expert] if isinstance(one, tuple) else one for one in (self.density, self.outliers))
         kept = floor(Fraction(str(density)) * rows.shape[1])
         first = min(floor(Fraction(str(outliers)) * rows.shape[1]), rows.shape[1] - kept)
-        last = first + kept
-        order = rows.sort(dim=1, descending=True, stable=True).indices
-        keep = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, order[:, first:last], True)
+        keep = largest(rows, first + kept) & ~largest(rows, first)
         found = torch.where(keep.view(delta.shape), delta, 0.0)
         left = absolute_sum(found) if self.rescale == "l1" else 0.0
         return found * (absolute_sum(delta) / left) if left else found

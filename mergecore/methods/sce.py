@@ -11,8 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.linear_algebra import blocks, order_statistics
+from mergecore.linear_algebra import blocks
 from mergecore.method import Method, Per
+from mergecore.ranking import largest
 
 
 class Sce(Method):
@@ -77,13 +78,7 @@ class Sce(Method):
         if differing == 0:
             return everything
         wanted = floor(Fraction(str(self.density)) * differing)
-        if wanted == 0:
-            return ~everything
-        (threshold,) = order_statistics(variance.cpu(), [count - wanted])
-        kept = variance > threshold
-        level = (variance == threshold).nonzero().reshape(-1)
-        kept[level[: wanted - int(kept.sum())]] = True
-        return kept
+        return largest(variance[None], wanted)[0]
 
 
 def _matrix_weights(experts: Sequence[Tensor], kept: Tensor) -> list[float]:

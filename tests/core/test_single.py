@@ -604,31 +604,47 @@ def test_errors_of_a_real_process(tmp_path: Path) -> None:
     assert done.stderr.strip() == "Error: recipe.yaml does not exist"
 
 
-def test_a_merge_begins_where_its_statistics_ended(
-    models: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a page cache still has of a pool that is larger than it was read last."""
+def readings_of(
+    recipe: dict[str, Any], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The spans of every reading of a merge, in the order in which they were begun; and how many elements each has."""
     import mergecore.passes
     import mergecore.run
     import mergecore.single
     from mergecore.merging import InProcess
     from mergecore.spec import parse_recipe
 
-    base, experts = models
     readings: list[list[int]] = []
+    sizes: list[list[int]] = []
 
     class Noting(InProcess):
         def each(self, function: Any, shared: Any, items: Any, at_once: int | None = None) -> Any:
             readings.append(list(items))
+            spans = shared.plan.spans
+            sizes.append([sum(stop - start for unit in spans[n] for _, start, stop in unit) for n in items])
             return super().each(function, shared, items, at_once)
 
     monkeypatch.setattr(
         mergecore.run, "plan_spans", lambda tensors, per: mergecore.passes.plan_spans(tensors, per, size=1)
     )
-    recipe = parse_recipe(
-        plain({"method": "ties", "density": 0.3, "count": "exact", "base": base, "experts": experts}), "recipe"
-    )
-    mergecore.single.merge_recipe(recipe, tmp_path / "out", find, Noting(), silent)
-    first, *_, merge = readings
-    assert len(readings) >= 2 and len(first) > 2
-    assert first == sorted(first) and merge == sorted(merge, reverse=True)
+    mergecore.single.merge_recipe(parse_recipe(plain(recipe), "recipe"), out, find, Noting(), silent)
+    return readings, sizes
+
+
+def test_a_merge_begins_where_its_statistics_ended(
+    models: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a page cache still has of a pool that is larger than it was read last."""
+    base, experts = models
+    recipe = {"method": "ties", "density": 0.3, "base": base, "experts": experts}
+    (first, *_, merge), _ = readings_of(recipe, tmp_path / "out", monkeypatch)
+    assert first == sorted(first) and merge == sorted(merge, reverse=True) and len(merge) > 2
+
+
+def test_whole_tensors_are_begun_largest_first(
+    models: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, experts = models
+    recipe = {"method": "model_stock", "base": base, "experts": experts}
+    _, (sizes,) = readings_of(recipe, tmp_path / "out", monkeypatch)
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
