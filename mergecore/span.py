@@ -108,8 +108,8 @@ class _Work:
             place = reading.place(job.experts)
             summing = job.statistic.summing(place, job.statistics)
             if summing is not None:
-                kind = (summing.values, job.statistic.whole, job.statistic.on, summing.with_base)
-                sums.setdefault(kind, []).append((job, summing))
+                alike = (summing.values, job.statistic.whole, job.statistic.on, summing.with_base)
+                sums.setdefault(alike, []).append((job, summing))
                 continue
             counting = job.statistic.counting(self.outcome.states[job.key], place, job.statistics)
             if counting is None:
