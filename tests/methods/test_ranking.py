@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mergecore.ranking import largest, order_statistics
+from mergecore.ranking import ascending, largest, order_statistics
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -24,3 +24,11 @@ def test_order_statistics_are_those_of_a_sort() -> None:
     values = torch.randn(1001, generator=torch.Generator().manual_seed(4)).round(decimals=1)
     ordered = values.sort().values
     assert order_statistics(values, [0, 250, 500, 1000]) == [float(ordered[rank]) for rank in (0, 250, 500, 1000)]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_order_is_that_of_a_stable_sort(ties: bool) -> None:
+    values = torch.randn(7, 301, generator=torch.Generator().manual_seed(4)) * 1e-3
+    values = values.bfloat16().float() * (values.abs() > 3e-4) if ties else values
+    values[0, :5] = torch.tensor([0.0, -0.0, 1e-45, 3e38, 0.0])
+    assert torch.equal(ascending(values.abs()), values.abs().sort(dim=1, stable=True).indices)
