@@ -86,6 +86,7 @@ class Bench:
     against: Path | None
     repeats: int
     cold: bool
+    same_only: bool
 
     @property
     def cache(self) -> Path:
@@ -138,14 +139,15 @@ def warmed_up(bench: Bench, values: Mapping[str, Any], experts: int) -> Known:
 
 def rows_of(bench: Bench, name: str, pair: Pair, experts: int) -> list[dict[str, Any]]:
     """The rows of one pair: ours and their floors, and theirs, in turn."""
-    known = {one: warmed_up(bench, values, experts) for one, values in pair.ours.items()}
-    ours: dict[str, Runs] = {one: {} for one in pair.ours}
+    readings = dict(list(pair.ours.items())[: 1 if bench.same_only else None])
+    known = {one: warmed_up(bench, values, experts) for one, values in readings.items()}
+    ours: dict[str, Runs] = {one: {} for one in readings}
     theirs: Runs = {}
     ways = ("warm", "cold") if bench.cold else ("warm",)
     for _ in range(bench.repeats):
         for way in ways:
             forget = forget_files if way == "cold" else lambda: None
-            for one, values in pair.ours.items():
+            for one, values in readings.items():
                 forget()
                 run = bench.ours(values, experts, remembered=way == "cold")
                 ours[one].setdefault(f"{way} ours", []).append(run)
@@ -154,8 +156,8 @@ def rows_of(bench: Bench, name: str, pair: Pair, experts: int) -> list[dict[str,
             if bench.against:
                 forget()
                 theirs.setdefault(f"{way} theirs", []).append(bench.theirs(pair.theirs, experts))
-    first = next(iter(pair.ours))
-    return [row_of(one, name, one != first, experts, known[one], {**ours[one], **theirs}, ways) for one in pair.ours]
+    first = next(iter(readings))
+    return [row_of(one, name, one != first, experts, known[one], {**ours[one], **theirs}, ways) for one in readings]
 
 
 def row_of(
@@ -247,6 +249,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--cold", action="store_true", help="also with the page cache dropped before each run (as root)"
     )
+    parser.add_argument(
+        "--same-only",
+        action="store_true",
+        help="of each method only what means the same as mergekit's, no row marked *",
+    )
     add_common(parser, 3)
     options = parser.parse_args()
     if options.cold and not can_forget():
@@ -266,7 +273,9 @@ def main() -> None:
         library = watched_library(work / "cache" / "mergeloom" / "loops")
         library.function(HASHING, build=True, wait=True)
         against = options.against and options.against.absolute()
-        bench = Bench(folder.absolute(), work.absolute(), library, against, options.repeats, options.cold)
+        bench = Bench(
+            folder.absolute(), work.absolute(), library, against, options.repeats, options.cold, options.same_only
+        )
         torch_alone = command_run([sys.executable, "-c", "import torch"])
         table = Table(OURS)
         for experts in options.experts:
