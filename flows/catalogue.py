@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -64,31 +65,50 @@ def _paragraphs(text: str | None) -> list[str]:
 
 
 def _section(name: str, kind: type[Method]) -> str:
+    lines = [f"## {name}", "", *description(kind), ""]
+    lines += ["| parameter | values | default | meaning |", "|---|---|---|---|"]
+    lines += [f"| `{one.name}` | {one.values} | {one.default} | {_escaped(one.meaning)} |" for one in parameters(kind)]
+    return "\n".join([*lines, ""])
+
+
+def description(kind: type[Method]) -> list[str]:
+    """What a method is, takes and costs, and which values do as which published code: lines of Markdown."""
     module = __import__(kind.__module__, fromlist=["__doc__"])
     method = _built(kind)
-    lines = [f"## {name}", "", f"*{_paragraphs(module.__doc__)[0]}*", "", "\n\n".join(_paragraphs(kind.__doc__)), ""]
+    lines = [f"*{_paragraphs(module.__doc__)[0]}*", "", "\n\n".join(_paragraphs(kind.__doc__)), ""]
     lines += [f"Paper: {kind.paper}.", ""] if kind.paper else []
     lines += [f"Takes {_experts(kind)}; works on {_ground(kind)}, {_piece(method)}."]
     if kind.ordered:
         lines += ["The order of the experts counts."]
     lines += MADE[kind.makes]
-    lines += [f"Readings: {_cost(kind, method)}.", ""]
+    lines += [f"Readings: {_cost(kind, method)}."]
     if kind.published:
-        lines += ["Does as:", "", *(f"- {entry}" for entry in kind.published), ""]
-    lines += ["| parameter | values | default | meaning |", "|---|---|---|---|", *_rows(kind, ""), ""]
-    return "\n".join(lines)
+        lines += ["", "Does as:", "", *(f"- {entry}" for entry in kind.published)]
+    return lines
 
 
 # --- parameters -----------------------------------------------------------------------------------------------------
 
 
-def _rows(kind: type[BaseModel], prefix: str) -> Iterator[str]:
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter as YAML has it, a part of another with a dot: which values it takes, its default, its meaning."""
+
+    name: str
+    values: str
+    default: str
+    meaning: str
+
+
+def parameters(kind: type[BaseModel], prefix: str = "") -> Iterator[Parameter]:
+    """The parameters of a method, each followed by those inside it."""
     for field, info in kind.model_fields.items():
+        if prefix and field == "kind":
+            continue
+        yield Parameter(f"{prefix}{field}", _values(info), _default(info), info.description or "")
         inner = _inner(info.annotation)
-        meaning = _escaped(info.description or "")
-        yield f"| `{prefix}{field}` | {_values(info)} | {_default(info)} | {meaning} |"
         if inner is not None:
-            yield from (row for row in _rows(inner, f"{prefix}{field}.") if f"`{prefix}{field}.kind`" not in row)
+            yield from parameters(inner, f"{prefix}{field}.")
 
 
 def _inner(annotation: Any) -> type[BaseModel] | None:

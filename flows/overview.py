@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,8 @@ from mergecore.trajectories import outcome
 
 SHOWN_PASSES = 12
 SHOWN_TRIALS = 8
+WIDTHS = (20, 42, 26, 56)
+"""Characters at most in the columns of a table of parameters."""
 
 
 def plan_text(session: Session, found: Cost, cells: bool) -> str:
@@ -136,24 +140,27 @@ def methods_text() -> str:
 
 
 def method_text(name: str) -> str:
-    """One method: what it is, its source, its parameters with defaults and ranges."""
+    """One method as docs/methods.md has it: what it is, its source, its parameters with their values and defaults."""
+    from flows.catalogue import description, parameters
+
     if name not in METHODS:
         raise SpecError(f"there is no method '{name}'; {nearest(name, METHODS)}")
     kind = METHODS[name]
-    module = __import__(kind.__module__, fromlist=["__doc__"])
-    rows = []
-    for field, info in kind.model_fields.items():
-        limits = [str(limit) for limit in info.metadata if not hasattr(limit, "func")]
-        default = "must be given" if info.is_required() else repr(info.default)
-        rows.append([field, default, (info.description or "") + (f" [{', '.join(limits)}]" if limits else "")])
-    needs = "base and experts" if kind.model_construct().needs_base else "experts only"
-    if kind.makes == "adapter":
-        needs = "experts that are LoRA adapters, and the base they are on; makes an adapter"
-    statistics = ", ".join(kind.model_construct().statistics()) or "nothing"
-    head = f"{name} ({kind.__name__})\n{(kind.__doc__ or '').strip()}\n{(module.__doc__ or '').strip()}"
-    return f"{head}\nneeds: {needs}; worked out beforehand: {statistics}\n\n" + table(
-        ["parameter", "default", "meaning"], rows
-    )
+    rows = [
+        [one.name, one.values.replace("`", ""), one.default.replace("`", ""), one.meaning] for one in parameters(kind)
+    ]
+    head, *said = description(kind)
+    columns = ["parameter", "values", "default", "meaning"]
+    return "\n".join([name, "", head.strip("*"), *said, "", table(columns, _wrapped(rows))])
+
+
+def _wrapped(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The same with each cell in as many lines as its column is narrow."""
+    found = []
+    for row in rows:
+        cells = [textwrap.wrap(text, width) for text, width in zip(row, WIDTHS, strict=True)]
+        found += [list(line) for line in itertools.zip_longest(*cells, fillvalue="")]
+    return found
 
 
 def extraction_text(found: Extracted) -> str:

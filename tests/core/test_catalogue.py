@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from click.testing import CliRunner
 
-from flows.catalogue import methods_page
+from flows.catalogue import methods_page, parameters
 from flows.cli import main
+from flows.overview import WIDTHS
 from mergecore.method import Method
 from mergecore.registry import METHODS
 
@@ -55,3 +57,14 @@ def test_what_it_takes_and_costs() -> None:
     assert "| `boost.rate` | number ≥ 0 | `0.1` |" in section("ram")
     assert "runs each expert on training items" in section("fisher")
     assert "| `mask_scale` | list of number ≥ 0 or number ≥ 0 | `0.4` |" in section("tall_masks")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_command_says_of_a_method_what_the_page_says(name: str) -> None:
+    result = CliRunner().invoke(main, ["methods", name])
+    assert result.exit_code == 0 and not re.search(r"object at|function|Annotated|\bNone\b", result.output)
+    lines = result.output.splitlines()
+    for one in parameters(METHODS[name]):
+        line = next(line for line in lines if line.startswith(f"{one.name} "))
+        assert one.values.replace("`", "").split()[0] in line and one.default.strip("`[]").split(",")[0] in line
+    assert max(len(line) for line in lines[lines.index("") :] if line.startswith((" ", "-"))) <= sum(WIDTHS) + 6
