@@ -41,18 +41,21 @@ class Level:
     layers: Mapping[Reference, int]
 
 
-def depth_of(snapshot: Snapshot) -> int:
-    """Number of layers."""
-    found = [layer for layer in map(layer_of, snapshot.tensors) if layer is not None]
+def depth_of(snapshot: Snapshot, module: str = "") -> int:
+    """Number of layers, of the whole model or of one of its modules."""
+    mine = MODULES.get(str(snapshot.config.get("model_type")), {}).get(module, "")
+    found = [layer for name in snapshot.tensors if re.search(mine, name) and (layer := layer_of(name)) is not None]
     return max(found) + 1 if found else 0
 
 
-def slices_of(document: Document, inputs: Inputs, lookup: Lookup, where: str) -> tuple[OutputSlice, ...]:
-    """The slices of a document or module; whole models are one slice, to which the base belongs where there is one."""
+def slices_of(document: Document, module: str, lookup: Lookup, where: str) -> tuple[OutputSlice, ...]:
+    """The slices of a document ('') or module; whole models are one slice, to which the base belongs where there is one."""
+    inputs = document.inputs[module]
+    where = f"{where}.modules.{module}" if module else where
     if inputs.slices is not None:
         for number, out in enumerate(inputs.slices):
             for source in out.sources:
-                held = depth_of(lookup(source.model))
+                held = depth_of(lookup(source.model), module)
                 if source.layer_range[1] > held:
                     raise SpecError(
                         f"{where}.slices[{number}]: layer_range {list(source.layer_range)} of '{source.model}', which "
@@ -66,7 +69,7 @@ def slices_of(document: Document, inputs: Inputs, lookup: Lookup, where: str) ->
         raise SpecError(f"{where}.models: '{twice}' stands there twice; list each model once")
     if document.base_model is not None:
         given.setdefault(document.base_model, {})
-    counts = {str(model): depth_of(lookup(model)) for model in given}
+    counts = {str(model): depth_of(lookup(model), module) for model in given}
     if len(set(counts.values())) > 1:
         raise SpecError(
             f"{where}.models have different numbers of layers ({counts}); use slices to say which go together"

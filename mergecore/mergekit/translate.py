@@ -52,12 +52,12 @@ def recipe_from(document: Document, lookup: Lookup, where: str) -> Translation:
         resolver.check(parameters, f"{where}.{place}")
     cast = Cast(document, lookup, where)
     decisions: dict[str, Decision] = {}
-    piles: list[tuple[Level, ...]] = []
+    piles: dict[str, tuple[Level, ...]] = {}
     for module, inputs in document.inputs.items():
-        slices = slices_of(document, inputs, lookup, f"{where}.modules.{module}" if module else where)
+        slices = slices_of(document, module, lookup, where)
         mine = module_tensors(module, str(cast.ground.config.get("model_type")), cast.tensors(), where)
         decisions |= {made.name: resolver.decision(made) for made in made_tensors(slices, inputs, mine)}
-        piles.append(levels(slices))
+        piles[module] = levels(slices)
     cast.settle(decisions)
     head = cast.head(decisions)
     stack = _stack(piles, cast, where)
@@ -175,16 +175,21 @@ def _conditions(document: Document, cast: Cast) -> list[Condition]:
     return found
 
 
-def _stack(piles: Sequence[tuple[Level, ...]], cast: Cast, where: str) -> list[dict[str, Any]]:
+def _stack(piles: Mapping[str, tuple[Level, ...]], cast: Cast, where: str) -> list[dict[str, Any]]:
     """The result's layers by the inputs' numbers; nothing where every layer stays where it is."""
-    depths = {model: depth_of(cast.lookup(model)) for model in cast.models}
-    base = depth_of(cast.ground)
-    if all(_as_they_are(pile, base) for pile in piles) and len(set(depths.values())) == 1:
+    moved = [module for module, pile in piles.items() if not _as_they_are(pile, module, cast)]
+    if not moved:
         return []
     if len(piles) > 1:
-        raise SpecError(f"{where}.modules: slices of several modules cannot be put together; write one module")
+        raise SpecError(
+            f"{where}.modules.{moved[0]}: layers of a model with several modules cannot change place or number; "
+            "give every layer of the module, each where it is"
+        )
+    ((module, pile),) = piles.items()
+    depths = {model: depth_of(cast.lookup(model), module) for model in cast.models}
+    base = depth_of(cast.ground, module)
     found: list[dict[str, Any]] = []
-    for first, last, level in _level_runs(piles[0], base):
+    for first, last, level in _level_runs(pile, base):
         length = last - first
         runs = {cast.names[model]: [at, at + length] for model, at in level.layers.items() if model in cast.names}
         ours = next((at for model, at in level.layers.items() if cast.is_base(model)), None)
@@ -198,8 +203,11 @@ def _stack(piles: Sequence[tuple[Level, ...]], cast: Cast, where: str) -> list[d
     return found
 
 
-def _as_they_are(pile: Sequence[Level], depth: int) -> bool:
-    return len(pile) == depth and all(set(level.layers.values()) == {number} for number, level in enumerate(pile))
+def _as_they_are(pile: Sequence[Level], module: str, cast: Cast) -> bool:
+    """Whether every layer of a module stays where it is, in models of one depth."""
+    depths = {depth_of(cast.lookup(model), module) for model in cast.models}
+    still = all(set(level.layers.values()) == {number} for number, level in enumerate(pile))
+    return still and depths == {len(pile)}
 
 
 def _level_runs(pile: Sequence[Level], longest: int) -> list[tuple[int, int, Level]]:

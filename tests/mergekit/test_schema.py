@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner, Result
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from flows.cli import main
 from mergecore.events import silent
@@ -38,6 +39,57 @@ def run(folder: Path, recipe: str | dict[str, Any], *options: str) -> Result:
     path = folder / "recipe.yml"
     path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe, sort_keys=False))
     return CliRunner().invoke(main, ["merge", str(path), *options])
+
+
+# --- modules ------------------------------------------------------------------------------------------------------
+
+
+def write_t5(folder: Path, seed: float, encoder: int = 2, decoder: int = 3) -> None:
+    """A checkpoint with as many layers as a small T5's, one weight in each."""
+    folder.mkdir()
+    names = [
+        f"{side}.block.{n}.layer.0.w" for side, m in (("encoder", encoder), ("decoder", decoder)) for n in range(m)
+    ]
+    tensors = {name: torch.full((2, 2), seed + place) for place, name in enumerate(["shared.weight", *names])}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text('{"model_type": "t5", "tie_word_embeddings": true}')
+
+
+def modules(**ranges: tuple[int, int]) -> dict[str, Any]:
+    """The mean of two T5s, of these layers in each module."""
+    return {
+        "merge_method": "linear",
+        "dtype": "float32",
+        "modules": {
+            module: {
+                "parameters": {"weight": 1},
+                "slices": [{"sources": [{"model": name, "layer_range": list(held)} for name in ("t5-a", "t5-b")]}],
+            }
+            for module, held in ranges.items()
+        },
+    }
+
+
+def test_an_encoder_and_a_decoder_of_other_depths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_t5(tmp_path / "t5-a", 0.0)
+    write_t5(tmp_path / "t5-b", 10.0)
+    result = run(tmp_path, modules(encoder=(0, 2), decoder=(0, 3)), "out")
+    assert result.exit_code == 0, result.output
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("t5-a", "t5-b"))
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert made.keys() == a.keys()
+    for name, value in made.items():
+        torch.testing.assert_close(value, (a[name] + b[name]) / 2, rtol=0, atol=1e-6)
+    for held, said in (
+        (modules(encoder=(0, 3), decoder=(0, 3)), "layer_range [0, 3] of 't5-a', which has 2 layers"),
+        (
+            modules(encoder=(0, 2), decoder=(0, 2)),
+            "modules.decoder: layers of a model with several modules cannot change",
+        ),
+    ):
+        result = run(tmp_path, held, "--show")
+        assert result.exit_code == 1 and said in result.output
 
 
 # --- values -------------------------------------------------------------------------------------------------------
