@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from mergecore.plan import Cell, Plan, PlannedSearch
 from mergecore.scores import Trajectory, Trial, values_label
-from mergecore.search import Answer, Candidate, NoScore, Run, Score
+from mergecore.search import Answer, Candidate, NoScore, Run
 
 Known = Callable[[PlannedSearch, Cell], Answer]
 """What is known of a search's cell."""
@@ -61,13 +61,12 @@ class Growth:
             )  # fmt: skip
 
     def _trials(self, planned: PlannedSearch, run: Run) -> Iterator[Trial]:
-        means: dict[Candidate, float] = {}
+        best: float | None = None
         for number, round in enumerate(run.rounds, start=1):
             answers = list(zip(round.candidates, round.answers, strict=True))
-            means |= {candidate: answer.mean for candidate, answer in answers if isinstance(answer, Score)}
-            best = means.get(round.best) if round.best is not None else None
             for candidate, answer in answers:
                 score, reason = (None, answer.reason) if isinstance(answer, NoScore) else (answer.mean, "")
+                best = max((held for held in (best, score) if held is not None), default=None)
                 yield self._trial(planned, candidate, number, score, candidate == round.best, best, reason)
         for candidate in run.waiting:
             yield self._trial(planned, candidate, len(run.rounds) + 1, None, False, None, "")

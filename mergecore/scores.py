@@ -56,7 +56,7 @@ class CellScores:
 class Trial:
     """One thing that a search asked for. what: the experts or values that are its own. score: on validation items; None
     where it is not known, with the reason where it cannot be. kept: it was the best once its round was over. best: the
-    score of the best after its round.
+    largest score so far, its own included.
     """
 
     round: int

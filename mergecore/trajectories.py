@@ -89,6 +89,7 @@ def draw_searches(searches: Sequence[Trajectory], path: Path) -> Path | None:
             _panel(panel, way)
         for panel in panels[len(shown) :]:
             panel.remove()
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".figure-", dir=path.parent) as draft:
             figure.savefig(Path(draft) / path.name, dpi=150, metadata={"Software": None})
@@ -99,10 +100,13 @@ def draw_searches(searches: Sequence[Trajectory], path: Path) -> Path | None:
 def _panel(panel: Any, way: Trajectory) -> None:
     known = [(place, one) for place, one in enumerate(way.trials, start=1) if one.score is not None]
     kept = [(place, one) for place, one in known if one.kept]
-    panel.plot([place for place, _ in known], [one.score for _, one in known], "o", color="#56B4E9", markersize=4)
-    panel.plot([place for place, _ in kept], [one.score for _, one in kept], "o", color="#D55E00", markersize=5)
     best = [(place, one.best) for place, one in known if one.best is not None]
-    panel.step([place for place, _ in best], [value for _, value in best], where="post", color="#0072B2", linewidth=1.4)
+    panel.step(*zip(*best, strict=True), where="post", color="#0072B2", linewidth=1.4, label="best so far")
+    for style, label, held in (
+        ({"color": "#56B4E9", "markersize": 4}, "a model tried", known),
+        ({"color": "#D55E00", "markersize": 5}, "kept: the best when its round was over", kept),
+    ):
+        panel.plot([place for place, _ in held], [one.score for _, one in held], "o", label=label, **style)
     panel.set_title(f"{way.name} ({way.by})", fontsize=9)
     panel.set_xlabel("models tried", fontsize=8)
     panel.set_ylabel("score on validation items", fontsize=8)

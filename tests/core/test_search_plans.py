@@ -196,7 +196,7 @@ def test_a_soup_asks_for_experts_then_for_one_more_at_a_time(folder: Path, tmp_p
         assert frontier.measured(cell, "test") is opened, "test items are opened for the result only"
     (way,) = frontier.trajectories()
     assert [(one.round, one.score, one.kept, one.best) for one in way.trials] == [
-        (1, 0.4, False, 0.5), (1, 0.5, True, 0.5), (1, 0.3, False, 0.5), (2, 0.6, True, 0.6), (3, 0.55, False, 0.6),
+        (1, 0.4, False, 0.4), (1, 0.5, True, 0.5), (1, 0.3, False, 0.5), (2, 0.6, True, 0.6), (3, 0.55, False, 0.6),
     ]  # fmt: skip
     assert (way.state, way.result, way.most) == ("done", chosen[0].id, 5)
 
