@@ -81,6 +81,8 @@ class SelectRule(BaseModel):
 
 
 LEFT_OUT = "left out by select"
+HEAD = 3
+"""At most so many tensors that do not fit may be a task's head; more are another architecture."""
 
 
 def _is_expression(names: str) -> bool:
@@ -204,18 +206,25 @@ def check_fit(
         said = [f"lacks {_few(missing)}"] * bool(missing) + [f"has {_few(unknown)}, unknown to the base"] * bool(
             unknown
         )
-        raise MismatchError(f"{where} does not have the base's architecture: it {' and '.join(said)}")
+        hint = f"; {_without((missing + unknown)[0])}" if len(missing) + len(unknown) <= HEAD else ""
+        raise MismatchError(f"{where} does not have the base's architecture: it {' and '.join(said)}{hint}")
     for name in sorted(base):
         if name in expert and name not in ignored and tuple(base[name].shape) != tuple(expert[name].shape):
-            hint = "; the vocabularies differ" if re.search(r"embed|wte|lm_head|shared", name) else ""
+            wide = re.search(r"embed|wte|lm_head|shared", name)
+            hint = "the vocabularies differ: `tokenizer: union` brings them together" if wide else _without(name)
             raise MismatchError(
-                f"{where}: '{name}' has shape {list(expert[name].shape)}, in the base {list(base[name].shape)}{hint}"
+                f"{where}: '{name}' has shape {list(expert[name].shape)}, in the base {list(base[name].shape)}; {hint}"
             )
         if name in expert and base[name].dtype in MERGED and expert[name].dtype not in MERGED:
             raise MismatchError(
                 f"{where}: '{name}' has dtype {expert[name].dtype}, in the base {base[name].dtype}: quantized values "
                 "cannot be merged; give the checkpoint before it was quantized"
             )
+
+
+def _without(name: str) -> str:
+    """What may be done about a tensor that does not fit."""
+    return f"a task's head may be left out of the result: select: [{{names: '{name}', take: drop}}, {{}}]"
 
 
 def _few(names: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -256,6 +256,10 @@ class Recipe(Part):
         return method_from(self.method, dict(self.model_extra or {}), "recipe", Recipe.model_fields)
 
 
+ENTRY = ("search", "label", "counts")
+"""Keys of an entry of a spec's methods that are no values of its method."""
+
+
 def size_in_bytes(text: str) -> int:
     """'5GB' as bytes, with decimal units."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)B", text.strip())
@@ -333,7 +337,7 @@ def parse_recipe(held: Mapping[str, Any], where: str) -> Recipe:
         known = {*Recipe.model_fields, *kind.model_fields}
         strange = [str(key) for key in held if key not in known]
         if strange:
-            raise SpecError("; ".join(f"{where}.{key}: unknown key; {nearest(key, known)}" for key in strange))
+            raise SpecError("; ".join(f"{where}.{key}: {_strange(key, known)}" for key in strange))
     try:
         recipe = Recipe.model_validate(dict(held))
     except ValidationError as error:
@@ -342,6 +346,15 @@ def parse_recipe(held: Mapping[str, Any], where: str) -> Recipe:
     for number, rule in enumerate(recipe.select):
         method_of(rule, method, f"{where}.select.{number}")
     return recipe
+
+
+def _strange(key: str, known: Iterable[str]) -> str:
+    """What is wrong with a key that a recipe does not know."""
+    if key in ENTRY:
+        return "stands in an entry of a sweep's methods; a recipe makes one model"
+    if key in Spec.model_fields:
+        return "belongs to the spec of a sweep (`mergeloom sweep`); a recipe makes one model"
+    return f"unknown key; {nearest(key, known)}"
 
 
 def as_yaml(value: Any) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergecore.errors import SpecError
 from mergecore.linear_algebra import BLOCK
-from mergecore.method import Method, Per
+from mergecore.method import Method, Per, experts_given
 from mergecore.ranking import order_statistics
 
 
@@ -51,7 +51,7 @@ class ArceeFusion(Method):
     def validate_count(self, count: int) -> None:
         """Exactly one expert."""
         if count != 1:
-            raise SpecError(f"arcee_fusion fuses the base with one expert, {count} experts are given")
+            raise SpecError(f"arcee_fusion fuses the base with one expert, {experts_given(count)}")
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """θ_1 where its importance reaches the threshold, θ_0 elsewhere."""

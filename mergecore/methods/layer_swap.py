@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mergecore.architectures import LAYER, depths, outside
 from mergecore.errors import SpecError
-from mergecore.method import Block, Method, Statistics
+from mergecore.method import Block, Method, Statistics, experts_given
 from mergecore.trims import folded_sum, weighted
 
 Taken = Literal["outer", "middle", "average"]
@@ -66,7 +66,7 @@ class LayerSwap(Method):
     def validate_count(self, count: int) -> None:
         """Two experts."""
         if count != 2:
-            raise SpecError(f"layer_swap puts layers of two experts together, {count} are given")
+            raise SpecError(f"layer_swap puts layers of two experts together, {experts_given(count)}")
 
     def fitted(self, tensors: Iterable[str]) -> LayerSwap:
         """With the stacks of the base; every zone must find its layers."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.errors import SpecError
-from mergecore.method import Method
+from mergecore.method import Method, experts_given
 
 
 class Nearswap(Method):
@@ -40,7 +40,7 @@ class Nearswap(Method):
     def validate_count(self, count: int) -> None:
         """Exactly one expert."""
         if count != 1:
-            raise SpecError(f"nearswap goes from the base towards one expert, {count} experts are given")
+            raise SpecError(f"nearswap goes from the base towards one expert, {experts_given(count)}")
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """θ_1, but at least θ_0 − t and at most θ_0 + t."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergecore.errors import SpecError
 from mergecore.linear_algebra import combination, gram, row_combination
-from mergecore.method import Method, Per, moved
+from mergecore.method import Method, Per, experts_given, moved
 
 
 class Nuslerp(Method):
@@ -58,7 +58,7 @@ class Nuslerp(Method):
     def validate_count(self, count: int) -> None:
         """Exactly two experts."""
         if count != 2:
-            raise SpecError(f"nuslerp joins two experts, {count} are given; use multislerp or karcher for more")
+            raise SpecError(f"nuslerp joins two experts, {experts_given(count)}; use multislerp or karcher for more")
 
     def bound(self, order: Sequence[int]) -> Nuslerp:
         """Each weight moved along with its expert."""

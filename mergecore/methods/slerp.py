@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.errors import SpecError
-from mergecore.method import Block, Method, Statistic, Statistics
+from mergecore.method import Block, Method, Statistic, Statistics, experts_given
 from mergecore.statistics.products import Products, combined, gram_of
 
 
@@ -48,7 +48,7 @@ class Slerp(Method):
         wanted = 1 if self.needs_base else 2
         if count != wanted:
             said = "the base and one expert" if self.needs_base else "two experts"
-            raise SpecError(f"slerp goes between {said}, {count} experts are given; use karcher for more than two")
+            raise SpecError(f"slerp goes between {said}, {experts_given(count)}; use karcher for more than two")
 
     def statistics(self) -> Mapping[str, Statistic]:
         """The two tensors' lengths and angle."""

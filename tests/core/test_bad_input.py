@@ -115,7 +115,18 @@ RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "experts no list": ({"experts": "e1"}, (r"recipe\.yaml\.experts: must be a list \(given: 'e1'\)",)),
     "no experts": ({"experts": []}, (r"recipe\.yaml\.experts: at least one expert is needed",)),
     "no base": ({"base": None}, (r"recipe\.base: method 'ties' works on task vectors; give the base",)),
-    "base a number": ({"base": 3}, (r"recipe\.yaml\.base: must be a mapping of keys, or text",)),
+    "base a number": (
+        {"base": 3},
+        (r"recipe\.yaml\.base: must be a mapping with source, .*, or text \(given: 3\)",),
+    ),
+    "a drop that is a number": (
+        {"drop": 0.5},
+        (r"\(ties\)\.drop: must be a mapping with rate, rescale and seed \(given: 0\.5\)$",),
+    ),
+    "a search in a recipe": (
+        {"search": {"by": "greedy"}},
+        (r"recipe\.yaml\.search: stands in an entry of a sweep's methods; a recipe makes one model",),
+    ),
     "mergekit": ({"merge_method": "ties"}, (r"recipe\.yaml\.method: unknown key",)),
     "a statistic on data": ({"method": "fisher"}, (r"expert 'e[12]' on data.*write a spec .*mergeloom sweep",)),
     "weights of the wrong count": (
