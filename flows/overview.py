@@ -167,7 +167,8 @@ def extraction_text(found: Extracted) -> str:
     """What an extraction lost, per tensor and in total."""
     rows = [[row.tensor, str(row.rank), f"{row.norm:.4g}", f"{row.error:.3%}"] for row in found.rows]
     lines = [table(["tensor", "rank", "norm of its change", "lost"], rows), ""]
-    lines.append(f"lost of the change in these {len(found.rows)} layers: {found.error:.3%}")
+    these = f"these {len(found.rows)} layers" if len(found.rows) != 1 else "this layer"
+    lines.append(f"lost of the change in {these}: {found.error:.3%}")
     if found.left_out:
         largest = sorted(found.left_out, key=lambda row: -row.norm)[:3]
         names = ", ".join(row.tensor for row in largest)

@@ -21,11 +21,12 @@ from mergecore.snapshot import Snapshot, read_json, read_snapshot
 from mergecore.sources import Source
 from mergecore.spec import BaseSpec, ExpertSpec, SourceSpec
 from mergecore.stack import BASE, StackRule, layers_of, renamed, restacked
+from mergecore.vocabulary.companions import markers, said_of_markers
 from mergecore.vocabulary.rows import Rows
 from mergecore.vocabulary.rules import TokenizerRules
 from mergecore.vocabulary.shared import over_vocabulary, shared_vocabulary, updated
 from mergecore.vocabulary.snapshot import as_it_lies
-from mergecore.vocabulary.tokenizer import pieces_of
+from mergecore.vocabulary.tokenizer import TOKENIZER, pieces_of
 
 Resolver = Callable[[SourceSpec], Source]
 """Finds the source a spec names; the caller decides about caches, tokens and being offline."""
@@ -149,6 +150,9 @@ def resolve_pool(
         shared = shared_vocabulary(ground, taken, tokenizer, chat_template)
         ground, taken, rows = shared.base, dict(shared.experts), shared.adapters
         warnings += shared.warnings
+    elif chat_template is not None and TOKENIZER in ground.source.files:
+        tokens = _vocabulary(read_json(ground.source, TOKENIZER), f"{ground.source.uri}/{TOKENIZER}")
+        warnings += said_of_markers(markers(chat_template), tokens)
     for expert in experts:
         member = _stacked(expert, taken[expert.name], found, ground, select, stack, warnings, tokenizer is None)
         if rows is not None and member.factors is not None:
@@ -299,7 +303,7 @@ def _same_base(recorded: str, found: Snapshot, base: BaseSpec) -> bool:
 
 def _check_tokenizer(where: str, found: Snapshot, base: Snapshot, warnings: list[str]) -> None:
     """Raise MismatchError where the vocabularies differ; other differences of the tokenizer files are said aloud."""
-    name = "tokenizer.json"
+    name = TOKENIZER
     if name not in found.source.files or name not in base.source.files:
         return
     if found.source.files[name].sha256 == base.source.files[name].sha256:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mergecore.errors import SpecError
+from mergecore.errors import SpecError, nearest
 from mergecore.layout import tied_names
 from mergecore.mergekit.chat import chat_template
 from mergecore.mergekit.decision import Decision, Resolver, all_parameters
@@ -268,7 +268,10 @@ def _named(model: Reference, cast: Cast, what: str) -> str:
     if cast.is_base(model):
         return BASE
     if model not in cast.names:
-        raise SpecError(f"{what} is to be that of '{model}', which is not among the models")
+        known = ["union", BASE, *map(str, cast.names)]
+        raise SpecError(
+            f"{what} is to be that of '{model}', which is not among the models; {nearest(str(model), known)}"
+        )
     return BASE if model.lora is not None and "adapter" not in cast.entry(model) else cast.names[model]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from mergecore.errors import MismatchError
@@ -18,6 +19,8 @@ NAMES = ("token", "vocab", "merges", "special_tokens", "chat_template", "additio
 STALE = ("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json")
 """Files that say the vocabulary once more; a loader needs none of them beside tokenizer.json."""
 LISTS = ("extra_special_tokens", "additional_special_tokens")
+MARKER = re.compile(r"<\|[^|<>{}\s]+\|>")
+"""What is written like a special token."""
 MORE_IDS = ("suppress_tokens", "begin_suppress_tokens")
 
 
@@ -157,8 +160,11 @@ def said_of_splitting(result: ResultTokenizer, models: Sequence[Tokenizer]) -> l
     return found
 
 
-def said_of_template(text: str | None, result: ResultTokenizer, models: Sequence[Tokenizer]) -> list[str]:
-    """What the result's chat template writes that is a token of some model and none of the result's; or that it has none."""
+def said_of_template(
+    text: str | None, written: str | None, result: ResultTokenizer, models: Sequence[Tokenizer]
+) -> list[str]:
+    """What the result's chat template writes that is no token of the result though some model has it, or the recipe writes
+    it (`written`) like one; or that it has none."""
     if text is None:
         having = [one.owner for one in models if one.template]
         if having:
@@ -167,11 +173,21 @@ def said_of_template(text: str | None, result: ResultTokenizer, models: Sequence
             ]
         return []
     special = {token for one in models for token in one.added if len(token) > 2}
-    lost = sorted(token for token in special if token in text and token not in result.tokens)
-    if lost:
-        shown = ", ".join(map(repr, lost[:5]))
-        return [f"the chat template writes {shown}, no token of the result: it would be taken apart like any text"]
-    return []
+    return said_of_markers({token for token in special if token in text} | markers(written), result.tokens)
+
+
+def markers(written: str | None) -> set[str]:
+    """What a chat template writes like special tokens."""
+    return set(MARKER.findall(written or ""))
+
+
+def said_of_markers(found: set[str], tokens: Collection[str]) -> list[str]:
+    """Which of them are no tokens of the result."""
+    lost = sorted(token for token in found if token not in tokens)
+    if not lost:
+        return []
+    shown = ", ".join(map(repr, lost[:5]))
+    return [f"the chat template writes {shown}, no token of the result: it would be taken apart like any text"]
 
 
 def _listing(tokens: set[str]) -> str:

@@ -96,7 +96,7 @@ def shared_vocabulary(
     warnings += said_of_ends(result, owner.snapshot, [(tokenizers[one.name], one.snapshot) for one in models[1:]])
     warnings += said_of_splitting(result, list(tokenizers.values()))
     text = template_of(owner.snapshot) if chat_template is None else chat_template
-    warnings += said_of_template(text, result, list(tokenizers.values()))
+    warnings += said_of_template(text, chat_template, result, list(tokenizers.values()))
     ordered = [models[0], *sorted(models[1:], key=lambda one: one.snapshot.weights)]
     indices = Indices(
         tuple(_vocabulary(one, tokenizers, adapters) for one in ordered), result.tokens, _count(result, rules)

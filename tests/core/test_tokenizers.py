@@ -340,6 +340,19 @@ def test_special_tokens_and_template_of_a_named_expert(tmp_path: Path) -> None:
     assert any("the chat template writes '<end>', '<u>', no token of the result" in one for one in said)
 
 
+@pytest.mark.parametrize("rules", [{}, {"tokenizer": "base"}])
+def test_a_given_template_that_writes_what_nobody_has_is_said_aloud(rules: dict[str, Any], tmp_path: Path) -> None:
+    base, chat = write_model(tmp_path / "base", words(["a"])), write_model(tmp_path / "chat", words(["a"]), seed=1)
+    models = {"base": base, "chat": chat}
+    for template, lost in (
+        ("<|im_start|>{{ messages }}<|im_end|>", "'<|im_end|>', '<|im_start|>'"),
+        ("<|{{ x }}|>", ""),
+    ):
+        given = recipe(models, method="average", chat_template=template, **rules)
+        said = [one for one in made(given, tmp_path / f"out{len(lost)}").warnings if "chat template" in one]
+        assert len(said) == bool(lost) and lost in "".join(said)
+
+
 def test_the_first_holds_where_tokenizers_contradict_each_other(tmp_path: Path) -> None:
     """`conflicts: first`: another encoding's tokens are added by their text, settings are the base's; it is said aloud."""
     base = write_model(tmp_path / "base", byte_pairs(), added=["<m>"])
