@@ -170,8 +170,6 @@ def _message(found: Mapping[str, Any]) -> str:
     if isinstance(found["input"], Mapping) and set(found["input"]) == {"grid"}:
         return "a grid may stand in the methods of a sweep's spec only; write one value"
     for theirs, ours in PLAIN.items():
-        if theirs.endswith("of ") and message.startswith(theirs):
-            return ours
         message = message.replace(theirs, ours)
     return message
 
