@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mergecore.method import Block, Method, Statistic, Statistics, check_each, moved
-from mergecore.statistics.sign_majority import SignMajority, trimmed_deltas, trims
-from mergecore.statistics.threshold import Threshold
+from mergecore.statistics.sign_majority import SignMajority
+from mergecore.statistics.threshold import Threshold, trimmed_deltas, trims
 from mergecore.trims import agreeing, elected_sign, folded_sum
 
 DENSITY = 0.2

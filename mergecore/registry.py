@@ -18,11 +18,13 @@ from mergecore.statistics.dropped_norms import DroppedNorms
 from mergecore.statistics.fisher import DiagonalFisher
 from mergecore.statistics.magnitude_quantiles import MagnitudeQuantiles
 from mergecore.statistics.overlap_counts import OverlapCounts
+from mergecore.statistics.products import Products
 from mergecore.statistics.profile import Profile
 from mergecore.statistics.projected_sum import ProjectedSum
 from mergecore.statistics.sign_majority import SignMajority
 from mergecore.statistics.softmax_means import SoftmaxMeans
 from mergecore.statistics.threshold import Threshold
+from mergecore.statistics.trimmed_norms import TrimmedNorms
 from mergecore.statistics.unified_norms import UnifiedNorms
 
 Kind = TypeVar("Kind", bound=Plugin)
@@ -66,6 +68,8 @@ STATISTICS: dict[str, type[Statistic] | type[DataStatistic] | type[Link]] = {
         Profile,
         Threshold,
         SignMajority,
+        TrimmedNorms,
+        Products,
         DiagonalFisher,
         MagnitudeQuantiles,
         BalanceCut,

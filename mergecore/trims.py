@@ -16,6 +16,8 @@ from mergecore.method import EACH, ONE, ONE_OR_EACH, Block, Index, each, moved
 Share = Annotated[float, Field(ge=0, le=1)]
 Shares = Annotated[Annotated[Share, ONE] | Annotated[tuple[Share, ...], EACH], ONE_OR_EACH]
 """One share for all experts, or one per expert in the order of the recipe."""
+Elect = Literal["mass", "normfrac", "normmass"]
+"""How a coordinate's sign is elected: see `elected_sign`."""
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -90,9 +92,28 @@ def divided(values: Tensor, by: float) -> Tensor:
     return values / (values.new_full((), by) if isinstance(by, float | int) else by)
 
 
-def elected_sign(deltas: Sequence[Tensor], zero: float | None = None) -> Tensor:
-    """The sign of the sum per coordinate (TIES, Yadav et al. 2023, §3.2); `zero` (−1 or 1) where it cancels exactly."""
-    sign = torch.sign(folded_sum(deltas))
+def elected_sign(
+    deltas: Sequence[Tensor],
+    zero: float | None = None,
+    elect: Elect = "mass",
+    shares: Sequence[float] | None = None,
+) -> Tensor:
+    """The sign per coordinate (TIES, Yadav et al. 2023, §3.2) that has more mass; `zero` (−1 or 1) where it cancels exactly.
+
+    shares: 1/‖τ_t‖² of every delta, for the other rules of the authors' code, which count τ²/‖τ_t‖², in float64.
+    """
+    if elect == "mass" or shares is None:
+        sign = torch.sign(folded_sum(deltas))
+    else:
+        parts = [delta.double() * delta.double() * share for delta, share in zip(deltas, shares, strict=True)]
+        if elect == "normmass":
+            signed = [torch.sign(delta) * part for delta, part in zip(deltas, parts, strict=True)]
+            sign = torch.sign(folded_sum(signed)).float()
+        else:
+            sign, most = torch.sign(deltas[0]), parts[0]
+            for delta, part in zip(deltas[1:], parts[1:], strict=True):
+                sign = torch.where(part > most, torch.sign(delta), sign)
+                most = torch.maximum(most, part)
     return sign if zero is None else torch.where(sign == 0, zero, sign)
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mergecore.errors import SpecError
 from mergecore.method import Block, Method, Statistic, Statistics, check_each, moved
-from mergecore.statistics.sign_majority import SignMajority, trimmed_deltas, trims
-from mergecore.statistics.threshold import Count, Threshold
-from mergecore.trims import RandomDrop, Shares, agreeing, elected_sign, folded_sum, weighted, weighted_mean
+from mergecore.statistics.sign_majority import SignMajority
+from mergecore.statistics.threshold import Count, Threshold, trimmed_deltas, trims
+from mergecore.statistics.trimmed_norms import shares_of
+from mergecore.trims import Elect, RandomDrop, Shares, agreeing, elected_sign, folded_sum, weighted, weighted_mean
 
 
 class Ties(Method):
@@ -24,7 +25,7 @@ class Ties(Method):
         "Yadav et al. 2023, TIES-Merging: resolving interference when merging models, arXiv:2306.01708"
     )
     published: ClassVar[tuple[str, ...]] = (
-        "`count: published` the authors' code, with `aggregate` as its mean, sum or max",
+        "`count: published` the authors' code, with `aggregate` as its mean, sum or max and `elect` as its `resolve_method`",
         "`scope: tensor, count: exact, least: 1, zero_sign: positive` mergekit's `ties`",
         "with `drop: {rescale: l1}` and density 1 its `dare_ties`, of other random masks",
     )
@@ -43,6 +44,13 @@ class Ties(Method):
         Literal["global", "tensor"],
         Field(description="rank magnitudes over the whole selection (the paper) or within each tensor (mergekit)"),
     ] = "global"
+    elect: Annotated[
+        Elect,
+        Field(
+            description="how a coordinate's sign is elected: 'mass', the sign of the sum (the paper); of what each expert's "
+            "change there is of its squared norm, 'normmass' adds them up with their signs and 'normfrac' takes the largest"
+        ),
+    ] = "mass"
     aggregate: Annotated[
         Literal["mean", "sum", "max"], Field(description="how the values that agree with the elected sign are joined")
     ] = "mean"
@@ -79,9 +87,8 @@ class Ties(Method):
 
     def statistics(self) -> Mapping[str, Statistic]:
         """Each expert's threshold; the majority sign only where it decides something."""
-        needed = SignMajority(threshold=self.threshold).statistics()
-        needed.pop("profile", None)
-        return {**needed, **({"majority": SignMajority(threshold=self.threshold)} if self.by_majority else {})}
+        majority = SignMajority(threshold=self.threshold, elect=self.elect)
+        return {**majority.statistics(), **({"majority": majority} if self.by_majority else {})}
 
     def validate_count(self, count: int) -> None:
         """One value per expert, where there are several."""
@@ -100,8 +107,13 @@ class Ties(Method):
         return self.model_copy(update={**changes, "drop": self.drop and self.drop.bound(order)})
 
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """Where each expert is cut, and the sign that stands where the trimmed values cancel exactly."""
-        return {"trims": trims(self.threshold, block, statistics), "zero": self._zero(statistics)}
+        """Where each expert is cut, what its changes are divided by, and the sign where the trimmed values cancel exactly."""
+        found = {"trims": trims(self.threshold, block, statistics), "zero": self._zero(statistics), "shares": None}
+        if self.elect != "mass":
+            factors = self.weights or [1.0] * len(block.ids)
+            pairs = zip(shares_of(statistics, len(block.ids)), factors, strict=True)
+            found["shares"] = [share / weight**2 if weight else 0.0 for share, weight in pairs]
+        return found
 
     def _zero(self, statistics: Statistics) -> float | None:
         if self.by_majority:
@@ -113,7 +125,7 @@ class Ties(Method):
         """θ_0 + λ · (mean, sum or largest of the τ̂_t that agree with the elected sign)."""
         assert base is not None
         deltas = weighted(trimmed_deltas(experts, arguments["trims"]), self.weights)
-        sign = elected_sign(deltas, arguments["zero"])
+        sign = elected_sign(deltas, arguments["zero"], self.elect, arguments["shares"])
         return base + self._joined(agreeing(deltas, sign), sign) * self.scale
 
     def _joined(self, deltas: Sequence[Tensor], sign: Tensor) -> Tensor:

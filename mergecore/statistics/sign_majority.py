@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from mergecore.method import Block, Index, Result, Scope, Statistic, Statistics, Summing, TensorInfo
-from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
-from mergecore.statistics.threshold import Threshold, threshold_of
-from mergecore.trims import dropped, folded_sum, trimmed
+from mergecore.method import Block, Result, Scope, Statistic, Statistics, Summing, TensorInfo
+from mergecore.statistics.dropped_norms import drop_statistics
+from mergecore.statistics.threshold import Threshold, trimmed_deltas, trims
+from mergecore.statistics.trimmed_norms import TrimmedNorms, shares_of
+from mergecore.trims import Elect, elected_sign
 
 
 class SignMajority(Statistic):
@@ -21,10 +21,12 @@ class SignMajority(Statistic):
     scope: ClassVar[Scope] = Scope.POOL
 
     threshold: Threshold
+    elect: Elect = "mass"
 
     def statistics(self) -> dict[str, Statistic]:
-        """Each expert's threshold, and the l1 factors of the drop where it has them."""
-        return {"threshold": self.threshold, **drop_statistics(self.threshold.drop)}
+        """Each expert's threshold, the l1 factors of the drop where it has them, and norms where signs are elected by them."""
+        norms: dict[str, Statistic] = {} if self.elect == "mass" else {"norms": TrimmedNorms(threshold=self.threshold)}
+        return {"threshold": self.threshold, **drop_statistics(self.threshold.drop), **norms}
 
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> int:
         """Zero."""
@@ -32,7 +34,9 @@ class SignMajority(Statistic):
 
     def summing(self, block: Block, statistics: Statistics) -> Summing:
         """Positive minus negative elections."""
-        return Summing(_elected, trims(self.threshold, block, statistics))
+        shares = None if self.elect == "mass" else shares_of(statistics, len(block.ids))
+        given = {"trims": trims(self.threshold, block, statistics), "elect": self.elect, "shares": shares}
+        return Summing(_elected, given)
 
     def summed(self, state: int, tensor: str, start: int, sums: Sequence[float]) -> int:
         """Those of one more block."""
@@ -47,26 +51,7 @@ class SignMajority(Statistic):
         return Result({}, {"sum": state, "sign": (state > 0) - (state < 0)})
 
 
-def _elected(experts: Sequence[Tensor], **trims: Any) -> list[Tensor]:
-    return [torch.sign(folded_sum(trimmed_deltas(experts, trims)))]
-
-
-def trims(threshold: Threshold, block: Block, statistics: Statistics) -> dict[str, Any]:
-    """What `trimmed_deltas` needs for a block."""
-    held = [threshold_of(found, block.name) for found in statistics["threshold"]]
-    found: dict[str, Any] = {
-        "least": [least for least, _ in held],
-        "drawn": drawn_for(threshold.drop, block, statistics),
-    }
-    if threshold.count == "exact":
-        found |= {"last": [last for _, last in held], "index": Index()}
-    return found
-
-
-def trimmed_deltas(deltas: Sequence[Tensor], trims: Mapping[str, Any]) -> list[Tensor]:
-    """The deltas dropped and trimmed, τ̂_t."""
-    last = trims.get("last") or [None] * len(deltas)
-    return [
-        trimmed(delta, least, end, trims.get("index"))
-        for delta, least, end in zip(dropped(deltas, trims["drawn"]), trims["least"], last, strict=True)
-    ]
+def _elected(
+    experts: Sequence[Tensor], trims: Mapping[str, Any], elect: Elect, shares: Sequence[float] | None
+) -> list[Tensor]:
+    return [elected_sign(trimmed_deltas(experts, trims), None, elect, shares)]

@@ -15,6 +15,7 @@ from math import floor
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from mergecore.identity import GRID
 from mergecore.kernels.run import materialised
@@ -22,6 +23,7 @@ from mergecore.method import (
     Block,
     Counting,
     Found,
+    Index,
     Rescan,
     Result,
     Scope,
@@ -33,7 +35,7 @@ from mergecore.method import (
 from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
 from mergecore.statistics.profile import Profile, fine_counts, magnitudes
 from mergecore.statistics.radix import OrderStatistic, coarse, value_of
-from mergecore.trims import RandomDrop, Shares
+from mergecore.trims import RandomDrop, Shares, dropped, trimmed
 
 Count = Literal["at_least", "exact", "published"]
 ANY = 1 << 62
@@ -233,3 +235,24 @@ def threshold_of(found: Found, tensor: str) -> tuple[float, int]:
         return value, ANY
     name, index = group["cut"]
     return value, index if tensor == name else (ANY if tensor < name else -1)
+
+
+def trims(threshold: Threshold, block: Block, statistics: Statistics) -> dict[str, Any]:
+    """What `trimmed_deltas` needs for a block."""
+    held = [threshold_of(found, block.name) for found in statistics["threshold"]]
+    found: dict[str, Any] = {
+        "least": [least for least, _ in held],
+        "drawn": drawn_for(threshold.drop, block, statistics),
+    }
+    if threshold.count == "exact":
+        found |= {"last": [last for _, last in held], "index": Index()}
+    return found
+
+
+def trimmed_deltas(deltas: Sequence[Tensor], trims: Mapping[str, Any]) -> list[Tensor]:
+    """The deltas dropped and trimmed, τ̂_t."""
+    last = trims.get("last") or [None] * len(deltas)
+    return [
+        trimmed(delta, least, end, trims.get("index"))
+        for delta, least, end in zip(dropped(deltas, trims["drawn"]), trims["least"], last, strict=True)
+    ]

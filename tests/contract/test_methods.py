@@ -42,6 +42,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("ties", {"density": [0.2, 0.5, 0.7], "weights": [1, -0.5, 2], "least": 1, "scope": "tensor", "count": "exact"}),
     ("ties", {"density": [0.2, 0.5, 0.7], "weights": [1, 0.5, 2], "drop": {**DROP, "rate": [0.4, 0.1, 0.6]}}),
     ("ties", {"density": 0.5, "drop": DROP, "count": "exact", "zero_sign": "majority"}),
+    ("ties", {"density": 0.5, "elect": "normmass", "count": "published"}),
+    ("ties", {"density": 0.5, "elect": "normfrac", "drop": DROP}),
     ("fisher", {}),
     ("fisher", {"weights": [1, 0, 2], "normalize": False, "floor": 1e-3}),
     ("slerp", {"t": 0.3}),

@@ -62,6 +62,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"density": 0.4, "zero_sign": "majority", "scope": "tensor", "count": "exact"},
         {"density": 0.5, "drop": L1},
         {"density": 0.5, "drop": INVERSE, "count": "exact"},
+        {"density": 0.5, "elect": "normmass", "zero_sign": "majority"},
+        {"density": 0.5, "elect": "normfrac", "scope": "tensor"},
     ],
     "fisher": [{}, {"weights": [1, 0, 2], "normalize": False, "floor": 0.0009765625}],
     "breadcrumbs": [{"scale": 0.4}, {"scale": 0.4, "density": 0.5, "outliers": 0.25, "scope": "row"}],

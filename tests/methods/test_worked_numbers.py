@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -62,6 +63,40 @@ def test_ties_exact_top_share(split: int) -> None:
 def test_ties_as_published(split: int) -> None:
     found = merged_by_ties(TASK_VECTORS, split, density=0.2, count="published")
     close(found, [0.45, 0.15, 0, -0.3, -0.4, 0, 0, 0, -0.6, 0])
+
+
+def test_ties_elects_by_mass_or_by_shares_of_the_norm() -> None:
+    """‖τ‖² are 14 and 10, then 2, 2 and 1.8: in the last column of the first the shares are 4/14 and 4/10; in the first of the
+    second 1/2 + 1/2 stand against 0.8."""
+    rows = torch.tensor([[3.0, -1.0, 0.0, 2.0], [-1.0, 2.0, 1.0, -2.0]])
+    close(merged_by_ties(rows, density=1.0), [3.0, 2, 1, 0])
+    close(merged_by_ties(rows, density=1.0, elect="normmass"), [3.0, 2, 1, -2])
+    close(merged_by_ties(rows, 1, density=1.0, elect="normfrac"), [3.0, 2, 1, -2])
+    rows = torch.tensor([[1.0, 1.0], [1.0, 1.0], [-1.2, 0.6]])
+    close(merged_by_ties(rows, density=1.0, elect="normmass"), [1.0, 2.6 / 3])
+    close(merged_by_ties(rows, density=1.0, elect="normfrac"), [-1.2, 2.6 / 3])
+
+
+@pytest.mark.parametrize("elect", ["mass", "normmass", "normfrac"])
+@pytest.mark.parametrize("weights", [None, [0.5, -2.0, 3.0]])
+def test_ties_elections_against_their_formulas(elect: str, weights: list[float] | None) -> None:
+    """On values of few digits, so that many cancel: numpy in float64, trimmed by a sort, zeros drop out."""
+    rows = torch.randn(3, 400, generator=torch.Generator().manual_seed(6)).round(decimals=1)
+    held = rows.double().numpy()
+    least = np.sort(np.abs(held), axis=1)[:, ::-1][:, 199:200]
+    held = np.where(np.abs(held) >= least, held, 0.0) * (1.0 if weights is None else np.array(weights)[:, None])
+    parts = held**2 / (held**2).sum(1, keepdims=True)
+    sign = np.sign(held.sum(0).round(9))
+    if elect == "normmass":
+        sign = np.sign((np.sign(held) * parts).sum(0).round(12))
+    elif elect == "normfrac":
+        sign = np.sign(held[parts.argmax(0), np.arange(400)])
+    agreed = np.where(held * sign > 0, held, 0.0)
+    by = np.where(agreed != 0, 1.0 if weights is None else np.array(weights)[:, None], 0.0).sum(0)
+    expected = agreed.sum(0) / np.where(by == 0, 1.0, by)
+    found = merged_by_ties(rows, 150, density=0.5, elect=elect, weights=weights)
+    far = np.abs(found.numpy() - expected) > 1e-4
+    assert not far.any(), (np.flatnonzero(far), found[far.nonzero()], expected[far])
 
 
 def test_ties_majority_decides_exact_cancellation() -> None:

@@ -1,0 +1,61 @@
+"""Σ τ̂² of every expert's trimmed task vector: what its changes are divided by where signs are elected by shares (TIES' code)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from mergecore.method import Block, Result, Scope, Statistic, Statistics, Summing, TensorInfo
+from mergecore.statistics.dropped_norms import drop_statistics
+from mergecore.statistics.threshold import Threshold, trimmed_deltas, trims
+
+State = list[tuple[str, int, list[float]]]
+
+
+class TrimmedNorms(Statistic):
+    """squares[t] = ‖τ̂_t‖₂² over the whole selection, float64 products and sums over the fixed grid."""
+
+    name: ClassVar[str] = "trimmed_norms"
+    scope: ClassVar[Scope] = Scope.POOL
+
+    threshold: Threshold
+
+    def statistics(self) -> dict[str, Statistic]:
+        """Each expert's threshold, and the l1 factors of the drop where it has them."""
+        return {"threshold": self.threshold, **drop_statistics(self.threshold.drop)}
+
+    def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> State:
+        """No block seen yet."""
+        return []
+
+    def summing(self, block: Block, statistics: Statistics) -> Summing:
+        """One square per expert."""
+        return Summing(_squares, trims(self.threshold, block, statistics), len(block.ids))
+
+    def summed(self, state: State, tensor: str, start: int, sums: Sequence[float]) -> State:
+        """Those of one more block."""
+        return [*state, (tensor, start, list(sums))]
+
+    def combine(self, left: State, right: State) -> State:
+        """Both lists."""
+        return left + right
+
+    def finish(self, state: State, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
+        """{'squares': one per expert}, blocks folded in order."""
+        total: list[float] = []
+        for _, _, sums in sorted(state):
+            total = [one + more for one, more in zip(total, sums, strict=True)] if total else list(sums)
+        return Result({}, {"squares": total})
+
+
+def _squares(experts: Sequence[Tensor], **trims: Any) -> list[Tensor]:
+    wide = [delta.double() for delta in trimmed_deltas(experts, trims)]
+    return [one * one for one in wide]
+
+
+def shares_of(statistics: Statistics, count: int) -> list[float]:
+    """1/‖τ̂_t‖² of every expert, 0 where nothing of it is left."""
+    squares = statistics["norms"][0].numbers["squares"] or [0.0] * count
+    return [1.0 / one if one > 0 else 0.0 for one in squares]
