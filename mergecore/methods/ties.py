@@ -108,7 +108,8 @@ class Ties(Method):
 
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
         """Where each expert is cut, what its changes are divided by, and the sign where the trimmed values cancel exactly."""
-        found = {"trims": trims(self.threshold, block, statistics), "zero": self._zero(statistics), "shares": None}
+        cuts, zero = trims(self.threshold, block, statistics), self._zero(statistics)
+        found: dict[str, Any] = {"trims": cuts, "zero": zero, "shares": None}
         if self.elect != "mass":
             factors = self.weights or [1.0] * len(block.ids)
             pairs = zip(shares_of(statistics, len(block.ids)), factors, strict=True)
