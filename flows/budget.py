@@ -214,7 +214,7 @@ def measured_seconds_an_item(frontier: Frontier) -> float | None:
     seconds = items = 0.0
     for cell in frontier.plan.cells[:40]:
         for split in frontier.plan.splits:
-            for task in cell.tasks:
+            for task in cell.tasks_on(split):
                 record = frontier.store.record(frontier.plan.evaluation(cell, split, task))
                 if record is not None:
                     seconds += float(record.made.get("seconds", 0.0))
