@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flows.budget import cost
+from flows.budget import check_fit, cost
+from flows.session import models_at_once
 from mergecore.adapters import AdapterMethod
-from mergecore.errors import EvaluationError, SpecError
+from mergecore.errors import CapacityError, EvaluationError, SpecError
 from mergecore.frontier import Frontier, summary
 from mergecore.identity import Step, canonical
 from mergecore.plan import Cell, MergeBuilder, MergePlan, Plan
@@ -209,6 +210,26 @@ def test_the_cost_is_of_what_is_missing_now(folder: Path, tmp_path: Path) -> Non
     recorded(other, plan.evaluation(grid[0], "validation", grid[0].tasks[0]), score=0.5)
     after = cost(frontier, 1)
     assert (after.merges, after.evaluations) == (2, before.evaluations - 1)
+
+
+def test_disk_is_for_models_and_the_chains_that_they_are_read_off(folder: Path, tmp_path: Path) -> None:
+    """A model of three vectors of 16 numbers takes 192 bytes; a link of its chain, in float32, 48 more."""
+
+    def tried(disk: int) -> tuple[int, list[int]]:
+        methods, run = ({"method": "average"}, {"method": "opcm"}), {"disk": f"{disk}B"}
+        plan, store = of_two(folder, *methods, counts=[3], run=run), Store(tmp_path)
+        frontier = Frontier(plan, store, room=models_at_once(plan, store))
+        found = cost(frontier, 1)
+        check_fit(plan.spec, store, found)
+        return frontier.room, [one.disk for one in found.passes]
+
+    links = [240, 2 * 240, 2 * 240]  # of three experts; the one before lies beside the one that is written
+    assert tried(10_000) == (24, [*links, 240 + 2 * 192])
+    assert tried(500) == (1, [*links, 240 + 192, 240 + 192]), "the end of the chain leaves room for one model"
+    with pytest.raises(
+        CapacityError, match=r"one pass \(scan: 1 .*\) takes 480 B in .* 450 B may be used \(30 B too few\)"
+    ):
+        tried(450)
 
 
 # --- tombstones -------------------------------------------------------------------------------------------------------
