@@ -39,6 +39,16 @@ def byte_pairs(merges: Sequence[tuple[str, str]] = MERGES, letters: Sequence[str
     return tokenizer
 
 
+def pieces(scores: Mapping[str, float], byte_fallback: bool = False) -> Any:
+    """A Unigram model, as sentencepiece has them; blanks are ▁."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    held = [("<unk>", 0.0), *scores.items()]
+    tokenizer = Tokenizer(models.Unigram(held, unk_id=0, byte_fallback=byte_fallback))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return tokenizer
+
+
 def words(held: Sequence[str]) -> Any:
     """One token a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
