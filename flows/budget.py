@@ -18,6 +18,7 @@ from mergecore.projection import Models, block_bytes, blocks_in_flight, read_byt
 from mergecore.snapshot import DTYPES
 from mergecore.spec import Spec, size_in_bytes
 from mergecore.store import State, Store
+from mergecore.vocabulary.snapshot import is_gathered, tensors_as_opened
 
 EVALUATION_SECONDS_AN_ITEM = 0.05
 """What an item is expected to cost while nothing has been measured yet."""
@@ -207,8 +208,9 @@ def _pass_cost(
     memory: int,
 ) -> PassCost:
     members = [member for member in pool.members if member.id in experts]
-    held = tuple(member.snapshot.tensors if member.factors is None else None for member in members)
-    models = Models(pool.base.tensors, held)
+    held = tuple(tensors_as_opened(member.snapshot) if member.factors is None else None for member in members)
+    gathered = any(map(is_gathered, (pool.base, *(member.snapshot for member in members if member.factors is None))))
+    models = Models(tensors_as_opened(pool.base), held, gathered)
     block = block_bytes(models, methods, statistics)
     spans = blocks_in_flight(block, workers, memory)
     adapters = sum(member.snapshot.size for member in members if member.factors is not None)
