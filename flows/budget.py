@@ -11,13 +11,14 @@ from pathlib import Path
 from mergecore.adapters import AdapterMethod
 from mergecore.errors import CapacityError, StoreError
 from mergecore.frontier import Frontier
-from mergecore.method import DataStatistic, Link, Method, Statistic
+from mergecore.method import BEFORE, DataStatistic, Link, Method, Statistic
 from mergecore.plan import MergePlan, Plan, StatisticPlan
 from mergecore.pool import Pool
 from mergecore.projection import Models, block_bytes, blocks_in_flight, read_bytes
 from mergecore.snapshot import DTYPES
 from mergecore.spec import Spec, size_in_bytes
 from mergecore.store import State, Store
+from mergecore.vocabulary.snapshot import is_gathered, tensors_as_opened
 
 EVALUATION_SECONDS_AN_ITEM = 0.05
 """What an item is expected to cost while nothing has been measured yet."""
@@ -143,6 +144,8 @@ def passes_of(
     """The passes that complete these statistics (one per level, for some look at what others found) and merges (`room` at
     a time). Raises nothing: what does not fit is refused by `check_fit` and by the engine."""
     waiting, found = {one.step.key: one for one in statistics}, []
+    ends = chain_ends(merges)
+    lying: dict[str, int] = {}
     while waiting:
         ready = [
             one
@@ -153,11 +156,17 @@ def passes_of(
         names = {name for one in ready if not isinstance(one.statistic, AdapterMethod) for name in one.selection}
         what = f"scan: {len(ready)} statistics of {len(experts)} experts"
         scans = [one.statistic for one in ready if isinstance(one.statistic, Statistic)]
-        links = [one.written() for one in ready if isinstance(one.statistic, Link)]
-        written = sum(link.size for link in links)
-        methods = [link.method for link in links]
+        links = {one.step.key: one.written() for one in ready if isinstance(one.statistic, Link)}
+        written = sum(link.size for link in links.values())
+        methods = [link.method for link in links.values()]
         # While a chain goes on the link before lies beside the one that is written.
-        found.append(_pass_cost(pool, what, experts, names, methods, scans, written, 2 * written, workers, memory))
+        lying |= {key: link.size for key, link in links.items()}
+        disk = sum(lying.values())
+        found.append(_pass_cost(pool, what, experts, names, methods, scans, written, disk, workers, memory))
+        for passed in {
+            before.step.key for key in links for before in waiting[key].inputs.get(BEFORE, ())
+        } - ends.keys():
+            lying.pop(passed, None)
         waiting = {key: one for key, one in waiting.items() if one not in ready}
     for first in range(0, len(merges), max(room, 1)):
         held = merges[first : first + max(room, 1)]
@@ -165,21 +174,25 @@ def passes_of(
         names = {name for merge in held for name in (*merge.layout.merged, *merge.layout.copied)}
         what = f"merge: {len(held)} model{'s' * (len(held) > 1)} of {len(experts)} experts"
         if len(held) < len(merges):
-            what += f" ({room} at a time: what the disk holds)"
+            what += f" ({room} at a time)"
         needs = [one.statistic for merge in held for group in merge.statistics.values() for one in group]
         data = [one for one in needs if isinstance(one, DataStatistic)]
         written = sum(merge.size for merge in held)
         methods = [way.method for merge in held for way in merge.ways]
-        chains = {
-            one.step.key: one.written().size
-            for merge in held
-            for group in merge.statistics.values()
-            for one in group
-            if isinstance(one.statistic, Link)
-        }
-        disk = written + sum(chains.values())
+        disk = written + sum(lying.values())
         found.append(_pass_cost(pool, what, experts, names, methods, data, written, disk, workers, memory))
     return tuple(found)
+
+
+def chain_ends(merges: Sequence[MergePlan]) -> dict[str, int]:
+    """Bytes of the links that models are read off, by key. They stay, for an expert who comes later."""
+    return {
+        one.step.key: one.written().size
+        for merge in merges
+        for group in merge.statistics.values()
+        for one in group
+        if isinstance(one.statistic, Link)
+    }
 
 
 def _pass_cost(
@@ -195,8 +208,9 @@ def _pass_cost(
     memory: int,
 ) -> PassCost:
     members = [member for member in pool.members if member.id in experts]
-    held = tuple(member.snapshot.tensors if member.factors is None else None for member in members)
-    models = Models(pool.base.tensors, held)
+    held = tuple(tensors_as_opened(member.snapshot) if member.factors is None else None for member in members)
+    gathered = any(map(is_gathered, (pool.base, *(member.snapshot for member in members if member.factors is None))))
+    models = Models(tensors_as_opened(pool.base), held, gathered)
     block = block_bytes(models, methods, statistics)
     spans = blocks_in_flight(block, workers, memory)
     adapters = sum(member.snapshot.size for member in members if member.factors is not None)
@@ -214,7 +228,7 @@ def measured_seconds_an_item(frontier: Frontier) -> float | None:
     seconds = items = 0.0
     for cell in frontier.plan.cells[:40]:
         for split in frontier.plan.splits:
-            for task in cell.tasks:
+            for task in cell.tasks_on(split):
                 record = frontier.store.record(frontier.plan.evaluation(cell, split, task))
                 if record is not None:
                     seconds += float(record.made.get("seconds", 0.0))
@@ -238,9 +252,10 @@ def check_fit(spec: Spec, store: Store, found: Cost) -> None:
             f"({readable(found.peak_memory - memory)} more than there is); run fewer workers (run.workers) or raise run.memory"
         )
     if found.disk > disk:
+        worst = max(found.passes, key=lambda one: one.disk)
         raise CapacityError(
-            f"one model at a time needs {readable(found.disk)} in {store.root} and {readable(disk)} may be used "
-            f"({readable(found.disk - disk)} too few); free space, or put the store elsewhere (output.store)"
+            f"one pass ({worst.what}) takes {readable(worst.disk)} in {store.root} and {readable(disk)} may be used "
+            f"({readable(worst.disk - disk)} too few); free space, or put the store elsewhere (output.store)"
         )
 
 

@@ -27,7 +27,7 @@ def exported(session: Session, folder: Path) -> list[Path]:
     for cell in plan.cells:
         for split in plan.splits:
             joined: dict[str, Any] = {}
-            for task in cell.tasks:
+            for task in cell.tasks_on(split):
                 step = plan.evaluation(cell, split, task)
                 if not frontier.done(step):
                     continue

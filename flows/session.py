@@ -120,7 +120,9 @@ def session_of(spec: Spec, report: Report = silent) -> Session:
 
 def models_at_once(plan: Plan, store: Store) -> int:
     """How many models may lie on the disk at a time: what fits the budget, and no more than keeps evaluation fed."""
-    from flows.budget import disk_budget
+    from flows.budget import chain_ends, disk_budget
 
-    largest = max((cell.merge.size for cell in plan.cells if cell.merge is not None), default=1)
-    return max(1, min(disk_budget(plan.spec, store) // largest, 24))
+    merges = [cell.merge for cell in plan.cells if cell.merge is not None]
+    largest = max((merge.size for merge in merges), default=1)
+    room = disk_budget(plan.spec, store) - sum(chain_ends(merges).values())
+    return max(1, min(room // largest, 24))

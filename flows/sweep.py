@@ -244,7 +244,8 @@ def reused(session: Session) -> dict[str, int]:
     frontier = session.frontier
     for cell in session.plan.cells:
         for split in session.plan.splits:
-            counts["score"] += sum(frontier.done(session.plan.evaluation(cell, split, task)) for task in cell.tasks)
+            tasks = cell.tasks_on(split)
+            counts["score"] += sum(frontier.done(session.plan.evaluation(cell, split, task)) for task in tasks)
         if cell.merge is None or cell.model.key in seen:
             continue
         seen.add(cell.model.key)

@@ -52,7 +52,7 @@ def _cell(frontier: Frontier, cell: Cell) -> CellScores:
     items: dict[str, dict[str, NDArray[np.float64]]] = {}
     seconds = 0.0
     for split in plan.splits:
-        for task in cell.tasks:
+        for task in cell.tasks_on(split):
             step = plan.evaluation(cell, split, task)
             if frontier.done(step):
                 items.setdefault(split, {})[task] = item_scores(store, step)

@@ -210,7 +210,7 @@ class Frontier:
         if group in self._growth.runs:
             return self._growth.result(group)
         rivals = [other for other in self._groups[group] if not self.trouble(other)]
-        if len(rivals) <= 1:
+        if len(rivals) <= 1 or not any(other.deciding for other in rivals):
             return ""
         if not all(self.measured(other, "validation") for other in rivals):
             return None

@@ -55,12 +55,12 @@ class Cell:
     """Of a merge: what it merges and how, tensor by tensor."""
     merged: tuple[str, ...] | None = None
     """The experts that are merged, where a search merges some of `experts` only."""
-    deciding: tuple[str, ...] | None = None
-    """The tasks on whose validation items a search decides; None: all tasks have validation scores."""
+    deciding: tuple[str, ...] = ()
+    """The tasks on whose validation items something is decided."""
 
     def tasks_on(self, split: Split) -> tuple[str, ...]:
         """The tasks that are measured on a split."""
-        return self.tasks if split == "test" or self.deciding is None else self.deciding
+        return self.tasks if split == "test" else self.deciding
 
     @property
     def group(self) -> tuple[str, int, int]:
@@ -172,7 +172,8 @@ def make_plan(spec: Spec, pool: Pool, root: Path) -> Plan:
     )
     if not names:
         raise SpecError("evaluate: no task stands in held_in or held_out; a sweep needs something to measure")
-    tasks = {split: evaluator.resolve(names, split, folder) for split, evaluator in evaluators.items()}
+    asked = {"test": names, "validation": deciding(spec, names)}
+    tasks = {split: evaluator.resolve(asked[split], split, folder) for split, evaluator in evaluators.items()}
     planner = Planner(spec, pool, suite, evaluators["test"], tasks["test"], folder)
     cells = list(planner.cells())
     searches, refused = planner.searches()
@@ -180,6 +181,19 @@ def make_plan(spec: Spec, pool: Pool, root: Path) -> Plan:
     return Plan(
         spec, pool, suite, (*cells, *refused), evaluators, tasks, folder, searches, planner.candidate_cell, notes
     )  # fmt: skip
+
+
+def deciding(spec: Spec, tasks: Sequence[str], searches: Sequence[Searched] | None = None) -> tuple[str, ...]:
+    """Of these tasks those whose validation items decide something: the ones of the side that chooses grid values and the
+    model to register, and what searches name or look at. searches: all of the spec's where none are given."""
+    held_in, held_out = (
+        {task for held in side.values() for task in held} for side in (spec.evaluate.held_in, spec.evaluate.held_out)
+    )
+    register = spec.output.register_
+    wanted = set(held_out if register and register.by == "held_out" else held_in)
+    for one in spec.searches if searches is None else searches:
+        wanted.update(one.search.tasks, held_in if one.search.by_own_tasks else ())
+    return tuple(task for task in tasks if task in wanted)
 
 
 def leaks(
@@ -238,7 +252,10 @@ class Planner:
             dict.fromkeys(t for g in (self.suite.held_in, self.suite.held_out) for h in g.values() for t in h)
         )
         base = snapshot_step(as_it_lies(self.pool.base))
-        yield Cell(base.key[:16], "base", "base", "", {}, 0, -1, (), base, None, None, everything)
+        deciding = self._deciding(everything)
+        yield Cell(
+            base.key[:16], "base", "base", "", {}, 0, -1, (), base, None, None, everything, deciding=deciding
+        )  # fmt: skip
         for member in self.pool.members:
             own = member.tasks if member.name in self.pool.experts else None
             tasks = everything if own is None else self._tasks_of([member.name])
@@ -278,11 +295,15 @@ class Planner:
         kind: Kind = "expert" if member.name in self.pool.experts else "multitask"
         experts = (member.name,) if kind == "expert" else ()
         if member.factors is None:
-            step = snapshot_step(as_it_lies(member.snapshot))
-            return Cell(step.key[:16], kind, member.name, "", {}, len(experts), -1, experts, step, None, member, tasks)
-        merge = self.builder.build(Average(), [member])
-        key = digest(["baseline", merge.step.key])
-        return Cell(key[:16], kind, member.name, "", {}, len(experts), -1, experts, merge.step, merge, member, tasks)
+            step, merge = snapshot_step(as_it_lies(member.snapshot)), None
+            key = step.key
+        else:
+            merge = self.builder.build(Average(), [member])
+            step, key = merge.step, digest(["baseline", merge.step.key])
+        return Cell(
+            key[:16], kind, member.name, "", {}, len(experts), -1, experts, step, merge, member, tasks,
+            deciding=self._deciding(tasks),
+        )  # fmt: skip
 
     def searches(self) -> tuple[tuple[PlannedSearch, ...], tuple[Cell, ...]]:
         """A search for each entry and drawing, and a refused cell where its experts cannot be searched over."""
@@ -295,7 +316,7 @@ class Planner:
                 planned = PlannedSearch(entry, ground, count, subset)
                 try:
                     entry.search.check(ground)
-                    if not self._deciding(planned, self._tasks_of(chosen)):
+                    if not self._deciding(self._tasks_of(chosen), entry):
                         raise SpecError("none of the tasks that decide is measured for these experts; name their tasks")
                     found.append(planned)
                 except MergeloomError as error:
@@ -320,16 +341,11 @@ class Planner:
                 candidate.experts,
             )
             key = digest(["search", *planned.group, cell.model.key])
-            self._candidates[place] = replace(cell, id=key[:16], deciding=self._deciding(planned, cell.tasks))
+            self._candidates[place] = replace(cell, id=key[:16], deciding=self._deciding(cell.tasks, planned.entry))
         return self._candidates[place]
 
-    def _deciding(self, planned: PlannedSearch, tasks: Sequence[str]) -> tuple[str, ...]:
-        """Of these the held-in tasks, those of the side that decides everything else, and those that the search names."""
-        register = self.spec.output.register_
-        both = register is not None and register.by == "held_out"
-        sides = (self.suite.held_in, self.suite.held_out) if both else (self.suite.held_in,)
-        held = {task for side in sides for group in side.values() for task in group}
-        return tuple(task for task in tasks if task in held or task in planned.entry.search.tasks)
+    def _deciding(self, tasks: Sequence[str], *searches: Searched) -> tuple[str, ...]:
+        return deciding(self.spec, tasks, searches)
 
     def _cell(
         self, variant: Variant, count: int, subset: int, chosen: tuple[str, ...], merged: tuple[str, ...] | None = None
@@ -351,7 +367,7 @@ class Planner:
             refused, tasks = str(error), ()
         return Cell(
             model.key[:16], "merge", name, variant.label, dict(variant.values), count, subset, chosen, model, merge, None,
-            tasks, refused, loads, variant.select, None if merged == chosen else merged,
+            tasks, refused, loads, variant.select, None if merged == chosen else merged, self._deciding(tasks),
         )  # fmt: skip
 
     def _loads(self, chosen: Sequence[str]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from mergecore.sources import Source
 from mergecore.spec import BaseSpec, ExpertSpec, SourceSpec
 from mergecore.stack import BASE, StackRule, layers_of, renamed, restacked
 from mergecore.vocabulary.companions import markers, said_of_markers
+from mergecore.vocabulary.configuration import counts_in
 from mergecore.vocabulary.rows import Rows
 from mergecore.vocabulary.rules import TokenizerRules
 from mergecore.vocabulary.shared import over_vocabulary, shared_vocabulary, updated
@@ -260,18 +261,23 @@ def _member(
         )
         return Member(name, tasks, found, factors)
     _refuse_quantized(found, where)
-    for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
-        ours, theirs = base.config.get(key), found.config.get(key)
-        if ours is not None and theirs is not None and ours != theirs:
-            hint = f" ({VOCABULARIES})" if key == "vocab_size" else ""
-            raise MismatchError(
-                f"{where} has {key} {theirs}, the base has {ours}: they are no versions of one model{hint}"
-            )
+    ours, theirs = (_sizes(one.config) for one in (base, found))
+    for key in (key for key in ours if key in theirs and ours[key] != theirs[key]):
+        hint = f" ({VOCABULARIES})" if key.endswith("vocab_size") else ""
+        raise MismatchError(
+            f"{where} has {key} {theirs[key]}, the base has {ours[key]}: they are no versions of one model{hint}"
+        )
     _refuse_lost_head(found, base, where)
     check_fit(base.tensors, found.tensors, where, base.config, select)
     if same_tokens:
         _check_tokenizer(where, found, base, warnings)
     return Member(name, tasks, found, None)
+
+
+def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What versions of one model have alike, as far as it is said."""
+    named = {key: config.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers")}
+    return {**{key: value for key, value in named.items() if value is not None}, **counts_in(config)}
 
 
 def _refuse_quantized(found: Snapshot, where: str) -> None:

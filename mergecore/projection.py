@@ -13,6 +13,7 @@ from mergecore.method import DataStatistic, Link, Method, Per, Scope, Statistic,
 from mergecore.passes import PassPlan, coarsest
 from mergecore.reading import WINDOW
 from mergecore.snapshot import DTYPES
+from mergecore.vocabulary.rows import RowTensors, gathering
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -20,14 +21,23 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class Models:
-    """What is read: the base's tensors, and per expert its tensors, None where it is an adapter (formed in float32)."""
+    """What is read: the base's tensors, and per expert its tensors, None where it is an adapter (formed in float32).
+
+    gathered: whether rows of some of them are read from several places.
+    """
 
     base: Mapping[str, TensorInfo]
     experts: tuple[Mapping[str, TensorInfo] | None, ...]
+    gathered: bool = False
 
     def bytes_of(self, elements: int) -> int:
         """The widest that so many elements of every full checkpoint are."""
-        return elements * sum(_widest(held) for held in (self.base, *self.experts) if held is not None)
+        return elements * sum(map(_widest, self.full))
+
+    @property
+    def full(self) -> list[Mapping[str, TensorInfo]]:
+        """Those that are checkpoints, the base first."""
+        return [held for held in (self.base, *self.experts) if held is not None]
 
     @property
     def adapters(self) -> int:
@@ -51,8 +61,10 @@ def block_bytes(
         bytes_held += FLOAT * block * (models.adapters + 3)
     plain = FLOAT * min(EAGER, largest) * (3 * count + 8)
     bytes_held += plain + FLOAT * window * count * any(isinstance(one, DataStatistic) for one in statistics)
-    bytes_held += _scanned(models, [one for one in statistics if isinstance(one, Statistic)], block, count)
+    bytes_held += _scanned([one for one in statistics if isinstance(one, Statistic)], block, count)
     whole = [method for method in methods if method.per is not Per.ELEMENT]
+    if models.gathered:
+        bytes_held += gathering(largest if whole else window, max(map(_widest, models.full), default=0))
     if whole:
         seen = largest if coarsest(whole) is Per.TENSOR else sum(info.count for info in models.base.values())
         working = max(method.working for method in whole)
@@ -60,20 +72,23 @@ def block_bytes(
     return bytes_held
 
 
-def _scanned(models: Models, statistics: Sequence[Statistic], block: int, count: int) -> int:
-    """Bins of counts, for as many results as experts at least; and what other sums see of a block of the grid."""
-    if not statistics:
-        return 0
-    results = sum(count if one.scope is Scope.POOL else 1 for one in statistics)
-    sums = any(type(one).counting is Statistic.counting for one in statistics)
-    return results * FLOAT * (COPIES * stride(1) + BINS) + FLOAT * block * (2 * count + 4) * sums
+def _scanned(statistics: Sequence[Statistic], block: int, count: int) -> int:
+    """Bins of counts, for as many results as experts at least, and three times more while the first elements are counted both
+    ways (`Given.count`); and what scans see of a block of the grid that neither count nor add up window by window."""
+    counting = [one for one in statistics if type(one).counting is not Statistic.counting]
+    results = sum(count if one.scope is Scope.POOL else 1 for one in counting)
+    adding = [one for one in statistics if type(one).summing is not Statistic.summing]
+    blocks = len(counting) + len(adding) < len(statistics)
+    return results * FLOAT * (4 * COPIES * stride(1) + BINS) + FLOAT * block * (2 * count + 4) * blocks
 
 
 def pass_models(plan: PassPlan) -> Models:
     """What a planned pass reads."""
+    held = [expert.sources()[0] if expert.complete else None for expert in plan.experts]
     return Models(
         plan.base.tensors,
-        tuple(expert.sources()[0].tensors if expert.complete else None for expert in plan.experts),
+        tuple(None if source is None else source.tensors for source in held),
+        any(isinstance(source, RowTensors) for source in (plan.base, *held)),
     )
 
 
@@ -100,9 +115,8 @@ def blocks_in_flight(block: int, workers: int, memory: int) -> int:
 def read_bytes(models: Models, names: Iterable[str], adapters: int = 0) -> int:
     """Bytes of one reading of these tensors in the base and every full checkpoint, and of the adapters' files once."""
     wanted = set(names)
-    held = [held for held in (models.base, *models.experts) if held is not None]
     return adapters + sum(
-        info.count * DTYPES[info.dtype].itemsize for one in held for name, info in one.items() if name in wanted
+        info.count * DTYPES[info.dtype].itemsize for one in models.full for name, info in one.items() if name in wanted
     )
 
 

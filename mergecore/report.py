@@ -15,7 +15,7 @@ import pyarrow.parquet  # type: ignore[import-untyped,unused-ignore]
 
 from mergecore.averages import MEASURES
 from mergecore.curves import json_text
-from mergecore.summary import REFERENCE, Failure, Summary, best, summarise
+from mergecore.summary import REFERENCE, VALIDATION, Failure, Summary, best, summarise
 from mergecore.trajectories import outcome, search_rows, search_table
 
 __all__ = ["Failure", "Summary", "best", "markdown", "summarise", "write_tables"]
@@ -35,6 +35,13 @@ def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     safe = [[" ".join(text.split()).replace("|", "\\|") for text in row] for row in (head, *rows)]
     lines = ["| " + " | ".join(row) + " |" for row in safe]
     return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
+
+
+def _side(curve: Sequence[Mapping[str, Any]], name: str, split: str) -> str:
+    """Held-in or held-out; of validation items only those that decide something are scored."""
+    if split == VALIDATION and all(row[name] is None for row in curve):
+        return "Nothing is decided by these tasks, so their validation items are not scored; see the test items."
+    return _by_count(curve, name)
 
 
 def _by_count(curve: Sequence[Mapping[str, Any]], name: str) -> str:
@@ -65,7 +72,7 @@ def markdown(summary: Summary) -> str:
         parts.append(f"Best merge by {side} score on {summary.winner[1]} items: **{names[summary.winner[0]]}**.")
     for side, against in (("held_in", "the merge's own experts"), ("held_out", "the base")):
         parts.append(f"## {side.replace('_', '-').capitalize()}, relative to {against}")
-        parts.append(_by_count(curve, f"{side}_normalised") if curve else "No merge has been measured yet.")
+        parts.append(_side(curve, f"{side}_normalised", summary.split) if curve else "No merge has been measured yet.")
     parts += ["## Baselines", _baseline_grid(baselines) if baselines else "No baseline has been measured yet."]
     if curve:
         parts += ["## Differences at the same count", _difference_grid(curve)]

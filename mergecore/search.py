@@ -92,6 +92,11 @@ class Search(Plugin, ABC):
         Field(description="tasks whose mean decides; none: what decides everything else in the spec"),
     ] = ()
 
+    @property
+    def by_own_tasks(self) -> bool:
+        """Whether it looks at the scores of each expert's own tasks besides."""
+        return False
+
     @abstractmethod
     def rounds(self, ground: Ground) -> Rounds:
         """The search itself. Pure: the same ground and the same scores give the same rounds.

@@ -81,7 +81,11 @@ class Subsets(Part):
 
 
 class Validation(Part):
-    """Validation items: grid values are chosen on them; test items are then opened for the winners only."""
+    """Validation items: grid values are chosen on them; test items are then opened for the winners only.
+
+    They are scored for the tasks that decide something alone: held-in ones, or held-out ones where `output.register.by`
+    says so, and what a search names. No other task needs any.
+    """
 
     limit: Annotated[int | None, Field(ge=1, description="items a task; none: all of the validation split")] = None
 

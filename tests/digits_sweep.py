@@ -24,6 +24,7 @@ from mergecore.spec import Spec, parse_spec
 from mergecore.store import RECORD, Store
 from mergecore.sweep import complete
 from tests.digits import FACTORY, DigitsTier
+from tests.small_pool import changed
 
 EXPERTS = ("quarter", "mirror", "inverted", "rows")
 METHODS: tuple[Mapping[str, Any], ...] = (
@@ -36,7 +37,7 @@ METHODS: tuple[Mapping[str, Any], ...] = (
 def digits_spec(tier: DigitsTier, store: Path, **changes: Any) -> dict[str, Any]:
     """Three methods (one with a grid) on two and three of four experts; validation items choose. As YAML would be.
 
-    changes: of the top level, or with two underscores of one below it (`output__keep`, `evaluate__limit`).
+    changes: as `small_pool.changed` takes them.
     """
     spec: dict[str, Any] = {
         "name": "digits",
@@ -58,10 +59,7 @@ def digits_spec(tier: DigitsTier, store: Path, **changes: Any) -> dict[str, Any]
         },
         "output": {"store": str(store), "register": {"name": "digits", "by": "held_in"}, "shard_size": "100KB"},
     }
-    for name, value in changes.items():
-        part, _, inner = name.rpartition("__")
-        (spec[part] if part else spec)[inner] = value
-    return spec
+    return changed(spec, changes)
 
 
 @dataclass

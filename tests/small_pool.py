@@ -14,15 +14,16 @@ from torch import Tensor
 from mergecore.events import Report, silent
 from mergecore.merging import InProcess
 from mergecore.passes import Executor
-from mergecore.plan import MergeBuilder, MergePlan
+from mergecore.plan import MergeBuilder, MergePlan, Plan, make_plan
 from mergecore.pool import Member, Pool, resolve_pool
 from mergecore.registry import method_from
 from mergecore.run import Place, fetch, snapshots_of
 from mergecore.sources.resolve import resolve
-from mergecore.spec import BaseSpec, ExpertSpec
+from mergecore.spec import BaseSpec, ExpertSpec, parse_spec
 from mergecore.store import Store
 
 EXPERTS = 3
+NAMES = [f"expert-{number}" for number in range(EXPERTS)]
 
 
 def write_pool(folder: Path, tensors: int = 8, elements: int = 1000) -> Path:
@@ -67,6 +68,42 @@ def merge_plan(pool: Pool, method: str = "average", **values: Any) -> MergePlan:
 
 def _no_data(member: Member) -> dict[str, Any]:
     raise AssertionError("no statistic on data here")
+
+
+def planned(folder: Path, *methods: Any, **changes: Any) -> Plan:
+    """The plan of a sweep over all experts, each with a task of its name (in `folder`/tasks), and a held-out task 'other';
+    validation items choose. changes: as `changed` takes them."""
+    held = {
+        "name": "pool",
+        "base": str(folder / "base"),
+        "experts": [{"name": name, "source": str(folder / name), "tasks": [name]} for name in NAMES],
+        "methods": list(methods),
+        "counts": [EXPERTS],
+        "evaluate": {
+            "evaluator": "classification",
+            "model": "examples.make_digits:digits_cnn",
+            "path": "tasks",
+            "held_in": {name: [name] for name in NAMES},
+            "held_out": {"other": ["other"]},
+            "validation": {"limit": 4},
+            "recalibrate": "none",
+        },
+        "output": {"keep": "none"},
+    }
+    spec = parse_spec(changed(held, changes), "test")
+    return make_plan(spec, resolve_pool(spec.base, spec.experts, None, lambda one: resolve(one.source), silent), folder)
+
+
+def changed(spec: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A spec with other values at its top, or with two underscores one below it (`output__keep`, `evaluate__limit`)."""
+    found = dict(spec)
+    for name, value in changes.items():
+        part, _, inner = name.rpartition("__")
+        if part:
+            found[part] = {**found[part], inner: value}
+        else:
+            found[inner] = value
+    return found
 
 
 def files_below(folder: Path) -> dict[str, bytes]:

@@ -17,6 +17,7 @@ MERGES = [("a", "b"), ("c", "d"), ("ab", "cd")]
 EMBEDDING = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}
 HEAD = "lm_head.weight"
 SPECIAL = ("<s>", "</s>")
+IMAGE = "<image>"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,16 @@ def byte_pairs(merges: Sequence[tuple[str, str]] = MERGES, letters: Sequence[str
     vocabulary = {token: number for number, token in enumerate([*letters, *("".join(pair) for pair in merges)])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges), unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+def pieces(scores: Mapping[str, float], byte_fallback: bool = False) -> Any:
+    """A Unigram model, as sentencepiece has them; blanks are ▁."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    held = [("<unk>", 0.0), *scores.items()]
+    tokenizer = Tokenizer(models.Unigram(held, unk_id=0, byte_fallback=byte_fallback))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     return tokenizer
 
 
@@ -66,7 +77,7 @@ def write_model(
     special: tokens added as special ones, the first begins texts, the last ends them. added: plain ones.
     """
     from tokenizers import AddedToken
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.add_tokens([AddedToken(token, special=False) for token in added])
@@ -75,12 +86,7 @@ def write_model(
     ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": end, "tie_word_embeddings": tied}
     rows = max(tokens.values()) + 1 + padding
     torch.manual_seed(seed)
-    if shape == "llama":
-        sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=rows, initializer_range=0.5, **sizes, **ids))
-    else:
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=rows, n_embd=8, n_layer=1, n_head=2, n_positions=32, **ids))
-    model.to(dtype).save_pretrained(folder)
+    network(shape, rows, ids, tokens.get(IMAGE, end)).to(dtype).save_pretrained(folder)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=special[0],
@@ -98,6 +104,35 @@ def write_model(
                 held[name] = (base.tensors[name].float() + 0.1 * held[name].float()).to(dtype)
         save_file(held, folder / "model.safetensors", {"format": "pt"})
     return Made(folder, tokens, held)
+
+
+def network(shape: str, rows: int, ids: Mapping[str, int], image: int) -> Any:
+    """A tiny model with random weights. image: the token that stands for a patch of an image, where it takes images."""
+    import transformers
+
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    eyes = {**sizes, "image_size": 8, "patch_size": 4}
+    if shape == "llama":
+        held = transformers.LlamaConfig(vocab_size=rows, initializer_range=0.5, **sizes, **ids)
+        return transformers.LlamaForCausalLM(held)
+    if shape == "gpt2":
+        held = transformers.GPT2Config(vocab_size=rows, n_embd=8, n_layer=1, n_head=2, n_positions=32, **ids)
+        return transformers.GPT2LMHeadModel(held)
+    tied = ids["tie_word_embeddings"]
+    if shape == "gemma3":
+        text = {"vocab_size": rows, "num_key_value_heads": 1, "head_dim": 4, **sizes, **ids}
+        ends = {"boi_token_index": ids["bos_token_id"], "eoi_token_index": ids["eos_token_id"]}
+        parts = {"text_config": text, "vision_config": eyes, "mm_tokens_per_image": 4}
+        held = transformers.Gemma3Config(**parts, **ends, image_token_index=image, tie_word_embeddings=tied)
+        model = transformers.Gemma3ForConditionalGeneration(held)
+        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zeros would hide images
+        return model
+    assert shape == "llava"
+    text = {"model_type": "llama", "vocab_size": rows, **sizes, **ids}
+    eyes |= {"model_type": "clip_vision_model", "projection_dim": 8}
+    parts = {"text_config": text, "vision_config": eyes, "vision_feature_layer": -1}
+    held = transformers.LlavaConfig(**parts, image_token_index=image, tie_word_embeddings=tied)
+    return transformers.LlavaForConditionalGeneration(held)
 
 
 def rewritten(made: Made, file: str, **changes: Any) -> Made:

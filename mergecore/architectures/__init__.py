@@ -39,6 +39,9 @@ VOCABULARY = re.compile(
 )
 """Tensors that have a row (a bias: an element) for each token: input embeddings, output heads and their biases."""
 
+PER_LAYER_TOKENS = re.compile(r"(?:^|\.)embed_tokens_per_layer\.weight$")
+"""Tables that have rows for some of the tokens (Gemma 3n): what a token beyond them means is no matter of names."""
+
 TRANSPOSED: dict[str, tuple[str, ...]] = dict.fromkeys(
     ("gpt2", "openai-gpt", "imagegpt", "decision_transformer"),
     ("*c_attn.weight", "*c_proj.weight", "*c_fc.weight", "*q_attn.weight"),

@@ -45,6 +45,11 @@ class Grid(Search):
         return each_once(over)
 
     @property
+    def by_own_tasks(self) -> bool:
+        """To choose for each expert."""
+        return self.choose == "for_each"
+
+    @property
     def combinations(self) -> list[Combination]:
         """Every combination, in the order written."""
         names = [one.parameter for one in self.over]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mergecore.errors import MismatchError
 from mergecore.snapshot import Snapshot, read_json
+from mergecore.vocabulary.configuration import config_with, ends_in, ids_in, plain_ids
 from mergecore.vocabulary.result import ResultTokenizer
 from mergecore.vocabulary.tokenizer import SETTINGS, TOKENIZER, Tokenizer
 
@@ -21,7 +22,6 @@ STALE = ("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_
 LISTS = ("extra_special_tokens", "additional_special_tokens")
 MARKER = re.compile(r"<\|[^|<>{}\s]+\|>")
 """What is written like a special token."""
-MORE_IDS = ("suppress_tokens", "begin_suppress_tokens")
 
 
 def of_tokenizer(name: str) -> bool:
@@ -29,26 +29,6 @@ def of_tokenizer(name: str) -> bool:
     return (any(part in name for part in NAMES) or name.endswith(".model")) and not name.endswith(
         (".safetensors", ".yaml")
     )
-
-
-def ids_in(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """(key, id) of every token that a configuration speaks of."""
-    for key, value in config.items():
-        if key.endswith(("_token_id", "_token_ids")) or key in MORE_IDS:
-            for one in value if isinstance(value, list) else [value]:
-                if isinstance(one, int) and not isinstance(one, bool) and one >= 0:
-                    yield key, one
-
-
-def config_with(config: Mapping[str, Any], owner: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with the special tokens of another, the owner's."""
-    kept = {key: value for key, value in config.items() if not _is_id(key)}
-    given = {key: value for key, value in owner.items() if _is_id(key)}
-    return {**kept, **given}
-
-
-def _is_id(key: str) -> bool:
-    return key.endswith(("_token_id", "_token_ids")) or key in MORE_IDS
 
 
 def check_ids(result: ResultTokenizer, owner: Snapshot) -> None:
@@ -102,7 +82,8 @@ def files_of_tokenizer(base: Snapshot, owner: Snapshot) -> dict[str, bytes | Non
         read_json(one.source, GENERATION) if GENERATION in one.source.files else None for one in (base, owner)
     )
     if ours is not None or theirs is not None:
-        given = {key: value for key, value in owner.config.items() if key in (ours or {})} if theirs is None else theirs
+        said = plain_ids(owner.config)
+        given = {key: said[key] for key in ours or {} if key in said} if theirs is None else theirs
         changed[GENERATION] = _json(config_with(ours or {}, given))
     return changed
 
@@ -144,7 +125,7 @@ def _ends(snapshot: Snapshot, names: Mapping[int, str]) -> set[str]:
     held = [snapshot.config]
     if GENERATION in snapshot.source.files:
         held.append(read_json(snapshot.source, GENERATION))
-    return {names[number] for one in held for key, number in ids_in(one) if key == "eos_token_id" and number in names}
+    return {names[number] for one in held for number in ends_in(one) if number in names}
 
 
 def said_of_splitting(result: ResultTokenizer, models: Sequence[Tokenizer]) -> list[str]:

@@ -48,6 +48,7 @@ class Draft:
         self.added = {one["content"]: dict(one) for one in entries if one["content"] not in self.dropped}
         self.tokens = {token: number for token, number in ids.items() if token not in self.dropped}
         self.merges = list(owner.merges)
+        self.scores = owner.scores
         self.changed = bool(self.dropped)
 
     def _next(self) -> int:
@@ -77,9 +78,11 @@ class Draft:
 
     def held(self) -> dict[str, Any]:
         """tokenizer.json."""
-        model = dict(self.owner.model)
-        if not isinstance(model.get("vocab"), list):
-            model["vocab"] = dict(sorted(self.pieces.items(), key=lambda entry: entry[1]))
+        model, pieces = dict(self.owner.model), sorted(self.pieces.items(), key=lambda entry: entry[1])
+        if isinstance(model.get("vocab"), list):
+            model["vocab"] = [[piece, self.scores[piece]] for piece, _ in pieces]
+        else:
+            model["vocab"] = dict(pieces)
         raw = model.get("merges") or []
         if len(self.merges) > len(raw):
             as_text = all(isinstance(merge, str) for merge in raw) and not any(" " in p for m in self.merges for p in m)
@@ -143,14 +146,41 @@ def _join_pieces(draft: Draft, other: Tokenizer) -> list[str]:
             f"merge {differing} is {' + '.join(ours[differing])} in {owner.owner} and {' + '.join(theirs[differing])} in "
             f"{other.owner}, which has {len(new)} tokens of its own ({few(new)})"
         )
-    if new and owner.kind[0] == "Unigram":
-        reasons.append(f"{other.owner} has pieces of its own, whose scores do not compare: {few(new)}")
-    if not reasons and owner.kind[0] != "Unigram":
-        for token in other.pieces:
-            if token not in draft.pieces:
-                draft.add_piece(token)
+    own = {token: other.scores.get(token, 0.0) for token in other.pieces if token not in draft.pieces}
+    for token in other.added:  # what is special is looked for in the text before; it comes with the added tokens
+        if other.added[token].get("special") and token not in draft.tokens:
+            own.pop(token, None)
+    if owner.kind[0] == "Unigram":
+        reasons += _unlike_scores(draft, other, own)
+    if not reasons:
+        draft.scores.update(own)
+        for token in own:
+            draft.add_piece(token)
         if len(theirs) > len(ours):
             draft.add_merges(theirs[len(ours) :])
+    return reasons
+
+
+def _unlike_scores(draft: Draft, other: Tokenizer, own: Mapping[str, float]) -> list[str]:
+    """Why another Unigram model's own pieces, with their scores, cannot stand beside those that are there: where none of them
+    occurs, the best way to take a text apart must stay what it is."""
+    ours, reasons = draft.scores, list[str]()
+    differing = [piece for piece, score in other.scores.items() if ours.get(piece, score) != score]
+    if differing:
+        reasons.append(
+            f"{few(differing)} {'has' if len(differing) == 1 else 'have'} other scores in {other.owner} than before: it takes "
+            "text apart in another way"
+        )
+    if own and bool(draft.owner.model.get("byte_fallback")) != bool(other.model.get("byte_fallback")):
+        reasons.append(f"{other.owner} does not spell unknown characters as {draft.owner.owner} does (byte_fallback)")
+    # A character that no piece has costs 10 more than the costliest piece.
+    if low := [piece for piece, score in own.items() if score < min(ours.values(), default=0.0)]:
+        reasons.append(
+            f"{other.owner} has {few(low)} with lower scores than any before, by which unknown characters go"
+        )
+    # A piece's id is its place in the list; tokens that were added to it stand behind.
+    if own and max(draft.tokens.values()) >= len(draft.pieces):
+        reasons.append(f"{other.owner} has {few(own)} of its own, where {draft.owner.owner} has its added tokens")
     return reasons
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -134,9 +134,8 @@ class RowTensors:
 
     def _info(self, name: str) -> TensorInfo:
         own = self.sources[0].tensors[self.names[0][name]]
-        used = {held[name] for held, runs in zip(self._dtypes, self.rows.copies, strict=True) if len(runs.first)}
-        plain = used <= {own.dtype} and not len(self.rows.shared)
-        return TensorInfo(own.dtype if plain else "F32", (self.rows.count, *own.shape[1:]))
+        used = (held[name] for held, runs in zip(self._dtypes, self.rows.copies, strict=True) if len(runs.first))
+        return TensorInfo(opened_dtype(own.dtype, used, self.rows), (self.rows.count, *own.shape[1:]))
 
     def read(self, name: str, start: int = 0, stop: int | None = None, space: Tensor | None = None) -> Tensor:
         """Elements start … stop−1 of the flattened tensor; read into `space` where it is given."""
@@ -218,6 +217,17 @@ class RowTensors:
                     total += held.to(torch.float64).numpy().reshape(-1, width).sum(axis=0)
             self._means[name] = torch.from_numpy(total / max(count, 1))
         return self._means[name]
+
+
+def opened_dtype(own: str, used: Iterable[str], rows: Rows) -> str:
+    """As what a tensor opens. own, used: its dtype in the checkpoint, and in those that rows are copied from."""
+    return own if set(used) <= {own} and not len(rows.shared) else "F32"
+
+
+def gathering(elements: int, width: int) -> int:
+    """Bytes that reading so many elements of `width` bytes takes beside them, for what is gathered and then put in place;
+    and what a piece of means is made of."""
+    return elements * (width + 1) + 4 * 4 * AT_ONCE
 
 
 def _gather(source: FileTensors, name: str, width: int, lead: int, pieces: NDArray[np.int64], out: Tensor) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mergecore.architectures import VOCABULARY
+from mergecore.architectures import PER_LAYER_TOKENS, VOCABULARY
 from mergecore.errors import MismatchError, SpecError, nearest
 from mergecore.layout import tied_names
 from mergecore.method import TensorInfo
@@ -14,12 +14,12 @@ from mergecore.snapshot import Snapshot
 from mergecore.vocabulary.companions import (
     changed_files,
     check_ids,
-    config_with,
     files_of_tokenizer,
     said_of_ends,
     said_of_splitting,
     said_of_template,
 )
+from mergecore.vocabulary.configuration import config_with, counts_in, with_count
 from mergecore.vocabulary.index import Indices, Vocabulary, adapter_rows, given_rows, model_rows
 from mergecore.vocabulary.result import ResultTokenizer, result_tokenizer
 from mergecore.vocabulary.rows import Rows
@@ -149,9 +149,9 @@ def _model(name: str, snapshot: Snapshot) -> _Model:
         raise MismatchError(
             f"{where}: {', '.join(differing)} rows, '{next(iter(held))}' {found.rows}: of which tokens are they?"
         )
-    said = snapshot.config.get("vocab_size")
-    if said is not None and said != found.rows:
-        raise MismatchError(f"{where}: config.json says vocab_size {said}, '{next(iter(held))}' has {found.rows} rows")
+    for key, said in counts_in(snapshot.config).items():
+        if said != found.rows:
+            raise MismatchError(f"{where}: config.json says {key} {said}, '{next(iter(held))}' has {found.rows} rows")
     return found
 
 
@@ -206,14 +206,21 @@ def _gathered(model: _Model, rows: Rows, ordered: Sequence[_Model]) -> Snapshot:
     """The checkpoint with these rows, and with a configuration that says how many."""
     if rows.is_identity(model.rows):
         return model.snapshot
-    if "vocab_size" not in model.snapshot.config:
+    config = with_count(model.snapshot.config, rows.count)
+    if config is None:
         raise MismatchError(
-            f"{model.owner} ({model.snapshot.source.uri}): its config.json says no vocab_size at its top, where another "
-            "number of rows could be written"
+            f"{model.owner} ({model.snapshot.source.uri}): its config.json says vocab_size neither at its top nor in a "
+            "text_config, where another number of rows could be written"
+        )
+    other = next(filter(PER_LAYER_TOKENS.search, model.snapshot.tensors), None)
+    if other is not None:
+        raise MismatchError(
+            f"{model.owner} ({model.snapshot.source.uri}): '{other}' has rows for some of the tokens only, so its vocabulary "
+            "cannot be changed; leave `tokenizer` out"
         )
     sources = [(model.snapshot, model.names), *((one.snapshot, _called(model, one)) for one in ordered)]
     found = with_rows(model.snapshot, rows, sources)
-    return dataclasses.replace(found, config={**model.snapshot.config, "vocab_size": rows.count})
+    return dataclasses.replace(found, config=config)
 
 
 def _called(model: _Model, other: _Model) -> dict[str, str]:

@@ -14,7 +14,7 @@ from mergecore.identity import digest
 from mergecore.method import TensorInfo, TensorSource
 from mergecore.snapshot import Snapshot
 from mergecore.sources import Source, SourceFile
-from mergecore.vocabulary.rows import Rows, RowTensors
+from mergecore.vocabulary.rows import Rows, RowTensors, opened_dtype
 
 
 class RewrittenSource(Source):
@@ -71,6 +71,20 @@ class RowSnapshot(Snapshot):
     rows: Rows | None = field(kw_only=True, default=None, compare=False, repr=False)
     """None: as the checkpoint has them."""
 
+    @property
+    def opened(self) -> Mapping[str, TensorInfo]:
+        """The tensors with the dtypes as which they open."""
+        rows, models = self.rows, (self.origin, *self.donors)
+        if rows is None:
+            return self.tensors
+        found = dict(self.tensors)
+        for name, own in self.names[0].items():
+            held = zip(models, self.names, rows.copies, strict=True)
+            used = (model.tensors[names[name]].dtype for model, names, runs in held if len(runs.first))
+            dtype = opened_dtype(self.origin.tensors[own].dtype, used, rows)
+            found[name] = TensorInfo(dtype, self.tensors[name].shape)
+        return found
+
     def open(self, folder: Path) -> TensorSource:
         """The tensors. `folder` is not looked at: companions may lie in it, the weights lie where they did."""
         origin, *donors = (one.open(one.source.fetch(silent)) for one in (self.origin, *self.donors))
@@ -114,3 +128,13 @@ def _as_snapshot(snapshot: Snapshot) -> dict[str, Any]:
 def as_it_lies(snapshot: Snapshot) -> Snapshot:
     """The checkpoint as its files have it."""
     return snapshot.origin if isinstance(snapshot, RowSnapshot) else snapshot
+
+
+def tensors_as_opened(snapshot: Snapshot) -> Mapping[str, TensorInfo]:
+    """The tensors with the dtypes as which they open."""
+    return snapshot.opened if isinstance(snapshot, RowSnapshot) else snapshot.tensors
+
+
+def is_gathered(snapshot: Snapshot) -> bool:
+    """Whether its rows are read from several places."""
+    return isinstance(snapshot, RowSnapshot) and snapshot.rows is not None

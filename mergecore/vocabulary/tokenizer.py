@@ -57,6 +57,12 @@ class Tokenizer:
         return [_pair(merge) for merge in self.model.get("merges") or ()]
 
     @property
+    def scores(self) -> dict[str, float]:
+        """Of a Unigram model: what each piece adds to the score of a way of taking text apart."""
+        held = self.model.get("vocab")
+        return {str(piece): float(score) for piece, score in held} if isinstance(held, list) else {}
+
+    @property
     def kind(self) -> tuple[str, str]:
         """How text becomes tokens, and how a token spells its text: only between equal kinds is a token a name."""
         model = self.model
@@ -106,7 +112,7 @@ def read_tokenizer(snapshot: Snapshot, rows: int, owner: str, known: Known) -> T
         known[sha256] = held, _ids(held, where)
     held, tokens = known[sha256]
     beyond = frozenset(token for token, number in tokens.items() if number >= rows)
-    usable = {token: number for token, number in tokens.items() if number < rows}
+    usable = {token: number for token, number in tokens.items() if number < rows} if beyond else tokens
     return Tokenizer(owner, held, settings, usable, beyond, template_of(snapshot))
 
 

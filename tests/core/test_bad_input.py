@@ -289,7 +289,10 @@ SPECS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "name with a slash": ({"name": "a/b"}, (r"spec\.yaml\.name: ",)),
     "memory": ({"run": {"memory": "8 gigs"}}, (r"run\.memory: '8 gigs' is no size; write a number and a unit",)),
     "little memory": ({"run": {"memory": "1kB"}}, (r"needs .* of memory .* more than there is", r"run\.memory")),
-    "little disk": ({"run": {"disk": "1kB"}}, (r"one model at a time needs .* free space|output\.store",)),
+    "little disk": (
+        {"run": {"disk": "1kB"}},
+        (r"one pass \(merge: 1 model of 2 experts.*\) takes .* free space", r"output\.store"),
+    ),
 }
 
 

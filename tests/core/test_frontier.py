@@ -14,21 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flows.budget import cost
+from flows.budget import check_fit, cost
+from flows.session import models_at_once
 from mergecore.adapters import AdapterMethod
-from mergecore.errors import SpecError
-from mergecore.events import silent
+from mergecore.errors import CapacityError, EvaluationError, SpecError
 from mergecore.frontier import Frontier, summary
 from mergecore.identity import Step, canonical
-from mergecore.plan import Cell, MergeBuilder, MergePlan, Plan, make_plan
-from mergecore.pool import Member, resolve_pool
+from mergecore.plan import Cell, MergeBuilder, MergePlan, Plan
+from mergecore.pool import Member
 from mergecore.registry import METHODS, method_from
-from mergecore.sources.resolve import resolve
-from mergecore.spec import parse_spec
 from mergecore.store import RECORD, State, Store, write_json
-from tests.small_pool import EXPERTS, open_pool, write_pool
-
-NAMES = [f"expert-{number}" for number in range(EXPERTS)]
+from tests.small_pool import NAMES, open_pool, planned, write_pool
 
 
 @pytest.fixture(scope="module")
@@ -39,31 +35,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in [*NAMES, "other"]:
         arrays = {f"{split}.labels": np.zeros(4, dtype=np.int64) for split in ("train", "validation", "test")}
         np.savez(found / "tasks" / f"{name}.npz", **arrays, name=np.array(name))
+    np.savez(found / "tasks" / "untouched.npz", **{"test.labels": np.zeros(4, dtype=np.int64)})
     return found
 
 
-def planned(folder: Path, **changes: Any) -> Plan:
-    """Average and a grid of two values over two of three experts; validation items choose."""
-    held = {
-        "name": "frontier",
-        "base": str(folder / "base"),
-        "experts": [{"name": name, "source": str(folder / name), "tasks": [name]} for name in NAMES],
-        "methods": [{"method": "average"}, {"method": "ties", "density": 0.5, "scale": {"grid": [0.5, 1.0]}}],
-        "counts": [2],
-        "evaluate": {
-            "evaluator": "classification",
-            "model": "examples.make_digits:digits_cnn",
-            "path": "tasks",
-            "held_in": {name: [name] for name in NAMES},
-            "held_out": {"other": ["other"]},
-            "validation": {"limit": 2},
-            "recalibrate": "none",
-        },
-        "output": {"keep": "none"},
-        **changes,
-    }
-    spec = parse_spec(held, "test")
-    return make_plan(spec, resolve_pool(spec.base, spec.experts, None, lambda one: resolve(one.source), silent), folder)
+GRID = ({"method": "average"}, {"method": "ties", "density": 0.5, "scale": {"grid": [0.5, 1.0]}})
+
+
+def of_two(folder: Path, *methods: Any, **changes: Any) -> Plan:
+    """Average and a grid of two values over two of three experts."""
+    return planned(folder, *(methods or GRID), **{"counts": [2], "evaluate__validation": {"limit": 2}, **changes})
 
 
 def recorded(store: Store, step: Step, **result: Any) -> None:
@@ -74,8 +55,8 @@ def recorded(store: Store, step: Step, **result: Any) -> None:
 
 
 def measured(store: Store, plan: Plan, cell: Cell, split: str, score: float) -> None:
-    """All tasks of a cell scored on a split."""
-    for task in cell.tasks:
+    """All that is asked of a cell on a split is scored."""
+    for task in cell.tasks_on(split):  # type: ignore[arg-type]
         recorded(store, plan.evaluation(cell, split, task), score=score)  # type: ignore[arg-type]
 
 
@@ -92,7 +73,7 @@ def merges_of(plan: Plan) -> list[Cell]:
 
 
 def test_what_another_process_has_finished_is_not_asked_for_again(folder: Path, tmp_path: Path) -> None:
-    plan, other = planned(folder), Store(tmp_path)
+    plan, other = of_two(folder), Store(tmp_path)
     frontier = Frontier(plan, Store(tmp_path), room=2)
     base = plan.cells[0]
     step = plan.evaluation(base, "validation", base.tasks[0])
@@ -105,7 +86,7 @@ def test_what_another_process_has_finished_is_not_asked_for_again(folder: Path, 
 
 
 def test_models_and_statistics_of_another_process_are_seen(folder: Path, tmp_path: Path) -> None:
-    plan, other = planned(folder), Store(tmp_path)
+    plan, other = of_two(folder), Store(tmp_path)
     frontier = Frontier(plan, Store(tmp_path), room=8)
     ties = next(cell for cell in merges_of(plan) if cell.method == "ties")
     assert ties.merge is not None
@@ -135,7 +116,7 @@ def test_models_and_statistics_of_another_process_are_seen(folder: Path, tmp_pat
 
 
 def test_failures_of_another_process_are_seen_and_forgiven(folder: Path, tmp_path: Path) -> None:
-    plan, other = planned(folder), Store(tmp_path)
+    plan, other = of_two(folder), Store(tmp_path)
     frontier = Frontier(plan, Store(tmp_path), room=8)
     ties = [cell for cell in merges_of(plan) if cell.method == "ties"]
     assert ties[0].merge is not None and ties[1].merge is not None
@@ -154,7 +135,7 @@ def test_failures_of_another_process_are_seen_and_forgiven(folder: Path, tmp_pat
 
 
 def test_values_are_chosen_anew_where_a_rival_fails(folder: Path, tmp_path: Path) -> None:
-    plan, store = planned(folder), Store(tmp_path)
+    plan, store = of_two(folder), Store(tmp_path)
     frontier = Frontier(plan, store, room=8)
     low, high = (cell for cell in merges_of(plan) if cell.method == "ties")
     assert frontier.chosen(low) is None
@@ -169,8 +150,37 @@ def test_values_are_chosen_anew_where_a_rival_fails(folder: Path, tmp_path: Path
     assert {split for split, _, _ in frontier.wanted(low)} == {"test"}
 
 
+@pytest.mark.parametrize("by", [None, "held_in", "held_out"])
+def test_validation_items_are_scored_where_they_decide(folder: Path, tmp_path: Path, by: str | None) -> None:
+    """Of the side that chooses values and the model to register, for every cell; the other side is for test items."""
+    register = None if by is None else {"name": "best", "by": by}
+    frontier = Frontier(of_two(folder, output__register=register), Store(tmp_path), room=8)
+    for cell in frontier.plan.cells:
+        wanted = {
+            split: {one.task for held, one, _ in frontier.wanted(cell) if held == split}
+            for split in ("validation", "test")
+        }
+        side = {"other"} if by == "held_out" else set(NAMES)
+        assert wanted["validation"] == set(cell.tasks) & side
+        assert wanted["test"] == (set() if cell.method == "ties" else set(cell.tasks))
+    low, high = (cell for cell in merges_of(frontier.plan) if cell.method == "ties")
+    for cell, scores in ((low, (0.9, 0.1)), (high, (0.1, 0.9))):
+        for task in cell.tasks_on("validation"):
+            recorded(frontier.store, frontier.plan.evaluation(cell, "validation", task), score=scores[task == "other"])
+    frontier.refresh()
+    assert [cell for cell in (low, high) if frontier.chosen(cell)] == [high if by == "held_out" else low]
+
+
+def test_a_task_that_decides_nothing_needs_no_validation_items(folder: Path) -> None:
+    held_out = {"other": ["untouched"]}
+    plan = of_two(folder, evaluate__held_out=held_out)
+    assert "untouched" in plan.tasks["test"] and set(plan.tasks["validation"]) == set(NAMES)
+    with pytest.raises(EvaluationError, match=r"'untouched'.*validation"):
+        of_two(folder, evaluate__held_out=held_out, output__register={"name": "best", "by": "held_out"})
+
+
 def test_a_model_may_go_as_soon_as_another_process_has_scored_it(folder: Path, tmp_path: Path) -> None:
-    plan, other = planned(folder), Store(tmp_path)
+    plan, other = of_two(folder), Store(tmp_path)
     frontier = Frontier(plan, Store(tmp_path), room=8)
     average = next(cell for cell in merges_of(plan) if cell.method == "average")
     recorded(other, average.model)
@@ -185,7 +195,7 @@ def test_a_model_may_go_as_soon_as_another_process_has_scored_it(folder: Path, t
 
 
 def test_the_cost_is_of_what_is_missing_now(folder: Path, tmp_path: Path) -> None:
-    plan, other = planned(folder), Store(tmp_path)
+    plan, other = of_two(folder), Store(tmp_path)
     frontier = Frontier(plan, Store(tmp_path), room=8)
     before = cost(frontier, 1)
     # Three merges; a profile for each of two experts, and a threshold; base, experts and merges on validation items,
@@ -193,11 +203,33 @@ def test_the_cost_is_of_what_is_missing_now(folder: Path, tmp_path: Path) -> Non
     singles = [cell for cell in plan.cells if cell.method != "ties"]
     grid = [cell for cell in plan.cells if cell.method == "ties"]
     assert (before.merges, before.statistics) == (3, 4)
-    assert before.evaluations == sum(2 * len(cell.tasks) for cell in singles) + sum(len(cell.tasks) for cell in grid)
+    on_test = sum(len(cell.tasks) for cell in singles)
+    held_in = sum(task != "other" for cell in (*singles, *grid) for task in cell.tasks)
+    assert before.evaluations == on_test + held_in
     recorded(other, grid[0].model)
     recorded(other, plan.evaluation(grid[0], "validation", grid[0].tasks[0]), score=0.5)
     after = cost(frontier, 1)
     assert (after.merges, after.evaluations) == (2, before.evaluations - 1)
+
+
+def test_disk_is_for_models_and_the_chains_that_they_are_read_off(folder: Path, tmp_path: Path) -> None:
+    """A model of three vectors of 16 numbers takes 192 bytes; a link of its chain, in float32, 48 more."""
+
+    def tried(disk: int) -> tuple[int, list[int]]:
+        methods, run = ({"method": "average"}, {"method": "opcm"}), {"disk": f"{disk}B"}
+        plan, store = of_two(folder, *methods, counts=[3], run=run), Store(tmp_path)
+        frontier = Frontier(plan, store, room=models_at_once(plan, store))
+        found = cost(frontier, 1)
+        check_fit(plan.spec, store, found)
+        return frontier.room, [one.disk for one in found.passes]
+
+    links = [240, 2 * 240, 2 * 240]  # of three experts; the one before lies beside the one that is written
+    assert tried(10_000) == (24, [*links, 240 + 2 * 192])
+    assert tried(500) == (1, [*links, 240 + 192, 240 + 192]), "the end of the chain leaves room for one model"
+    with pytest.raises(
+        CapacityError, match=r"one pass \(scan: 1 .*\) takes 480 B in .* 450 B may be used \(30 B too few\)"
+    ):
+        tried(450)
 
 
 # --- tombstones -------------------------------------------------------------------------------------------------------
@@ -302,7 +334,7 @@ def test_equal_values_that_are_written_differently_keep_their_own_keys(folder: P
 
 
 def test_subsets_that_are_drawn_twice_are_planned_once(folder: Path) -> None:
-    plan = planned(folder, subsets={"per_count": 40, "seed": 0}, counts=[2, 3])
+    plan = of_two(folder, subsets={"per_count": 40, "seed": 0}, counts=[2, 3])
     sets = [(cell.count, frozenset(cell.experts)) for cell in merges_of(plan) if cell.method == "average"]
     assert len(set(sets)) == len(sets) == 3 + 1  # every pair of three, and all three
     assert len({cell.id for cell in plan.cells}) == len(plan.cells)

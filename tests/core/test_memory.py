@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from tests.recipes import find
 PROGRAM = """
 import json, re, sys, threading, time
 from pathlib import Path
-import mergecore.single, mergecore.projection as projection
+import mergecore.pool, mergecore.single, mergecore.projection as projection
 from flows.startup import digest_cache
 from flows.session import resolver
 from mergecore.kernels.library import library_in
@@ -50,10 +52,19 @@ projection.block_bytes = noted
 def measured(number, recipe):
     blocks.clear()
     before, peak, done = held(), [0], threading.Event()
+    resolve_pool, planning = mergecore.pool.resolve_pool, []
 
     def watch():
         while not done.wait(0.002):
             peak[0] = max(peak[0], held())
+
+    def resolved(*given):
+        pool = resolve_pool(*given)
+        planning[:] = [peak[0], held()]
+        peak[0] = 0
+        return pool
+
+    mergecore.single.resolve_pool = resolved
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -62,7 +73,8 @@ def measured(number, recipe):
     mergecore.single.merge_recipe(parsed, out / str(number), resolver(DigestCache()), executor, silent, library=library, memory=1 << 30)
     done.set()
     watcher.join()
-    return {"before": before, "peak": peak[0], "projected": before + workers * max(blocks)}
+    at_most, planned = planning
+    return {"before": before, "planning": at_most, "planned": planned, "peak": peak[0], "blocks": workers * max(blocks)}
 
 print(json.dumps([measured(number, recipe) for number, recipe in enumerate(recipes)]))
 """
@@ -89,6 +101,15 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+def measured(recipes: list[dict[str, Any]], folder: Path) -> list[dict[str, int]]:
+    """Bytes held while each recipe is made, one after the other in a process with two workers: before, at most while it is
+    planned, once it is planned, and at most from then on; and what its blocks were projected to take together."""
+    (folder / "out").mkdir()
+    command = [sys.executable, "-c", PROGRAM, json.dumps(recipes), str(folder / "out"), str(folder / "loops"), "2"]
+    found: list[dict[str, int]] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return found
+
+
 def test_the_peak_is_below_the_projection_and_not_far_below(pools: dict[str, Path], tmp_path: Path) -> None:
     ties, slerp = {"method": "ties", "density": 0.2}, {"method": "slerp", "t": 0.4}
     cases = [(ties, 2, "small"), (ties, 2, "large"), (ties, 8, "small"), (ties, 8, "large"), (slerp, 2, "small"), (slerp, 2, "large")]  # fmt: skip
@@ -96,14 +117,64 @@ def test_the_peak_is_below_the_projection_and_not_far_below(pools: dict[str, Pat
         {**method, "base": str(pools[size] / "0"), "experts": [str(pools[size] / str(n + 1)) for n in range(experts)]}
         for method, experts, size in cases
     ]
-    (tmp_path / "out").mkdir()
-    command = [sys.executable, "-c", PROGRAM, json.dumps(recipes), str(tmp_path / "out"), str(tmp_path / "loops"), "2"]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    found = measured(recipes, tmp_path)
     for case, held in zip(cases, found, strict=True):
-        assert 0.7 * held["projected"] <= held["peak"] <= held["projected"], (case, held)
+        projected, peak = held["before"] + held["blocks"], max(held["peak"], held["planning"])
+        assert 0.7 * projected <= peak <= projected, (case, held)
         assert held["peak"] - held["before"] < 1 << 30
     for small, large in zip(found[::2], found[1::2], strict=True):  # twenty times the model is no more memory
         assert large["peak"] - large["before"] < small["peak"] - small["before"] + (24 << 20)
+
+
+TOKENS, WIDTH = 8_000, 256
+
+
+@pytest.fixture(scope="module")
+def vocabularies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Embeddings and heads of 8,000 rows by 256 in bfloat16, and the tokens that these stand for."""
+    folder, tokens = tmp_path_factory.mktemp("vocabularies"), [f"token{number}" for number in range(TOKENS)]
+    held = {
+        "base": tokens,
+        "more": [*tokens, "<m>"],
+        "mixed": random.Random(0).sample(tokens, TOKENS),
+        "back": tokens[::-1],
+        "thirds": [token for number, token in enumerate(tokens) if number % 3],
+    }
+    for seed, (name, own) in enumerate(held.items()):
+        rows = torch.randn(len(own), WIDTH, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+        (folder / name).mkdir()
+        tensors = {"model.embed_tokens.weight": rows, "lm_head.weight": rows.flip(0).contiguous()}
+        save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
+        (folder / name / "config.json").write_text(json.dumps({"model_type": "matrices", "vocab_size": len(own)}))
+        ids = {"type": "WordLevel", "vocab": {token: number for number, token in enumerate(own)}}
+        (folder / name / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": ids}))
+    return folder
+
+
+def test_rows_of_other_vocabularies_are_projected_too(vocabularies: Path, tmp_path: Path) -> None:
+    """A token more, rows in any order, and rows that are means. Of a method that sees whole tensors only that it stays below:
+    what each of these works with is one number for all."""
+    union, mean = {"source": "union"}, {"source": "union", "missing": "mean", "pad_to_multiple_of": 1000}
+    ties, whole = {"method": "ties", "density": 0.2}, {"method": "model_stock"}
+    cases: list[tuple[dict[str, Any], list[str], dict[str, Any]]] = [
+        ({"method": "average"}, ["more", "back"], union), (ties, ["mixed", "back"], union),
+        (ties, ["thirds", "mixed", "back"], mean), (whole, ["thirds", "mixed", "back"], mean),
+    ]  # fmt: skip
+    recipes = [
+        {
+            **method,
+            "base": str(vocabularies / "base"),
+            "experts": [str(vocabularies / name) for name in names],
+            "tokenizer": rules,
+        }
+        for method, names, rules in cases
+    ]
+    found = measured(recipes, tmp_path)
+    for case, held in zip(cases, found, strict=True):
+        projected = held["planned"] + held["blocks"]
+        assert held["peak"] <= projected, (case, held)
+        assert case[0] is whole or held["peak"] >= 0.7 * projected, (case, held)
+    assert found[0]["planning"] - found[0]["before"] < 500 * 3 * TOKENS, "bytes a token and model, while planning"
 
 
 def test_a_budget_too_small_for_one_block_is_refused_by_name(pools: dict[str, Path], tmp_path: Path) -> None:

@@ -260,6 +260,20 @@ def test_best_prefers_validation_and_never_takes_a_baseline() -> None:
     assert best(sweep(BASE, ALPHA, BETA, champion, merge("t", high.items["test"] | {}), MERGED)) == ("t", "test")
 
 
+def test_what_is_not_scored_on_validation_items_is_said_once() -> None:
+    """Held-in tasks decide here: of held-out ones there are no numbers, and a sentence instead of a table of dashes."""
+
+    def without_held_out(c: CellScores) -> dict[str, Any]:
+        return {"validation": {task: held for task, held in c.items["test"].items() if task in ("a1", "a2", "b1")}}
+
+    cells = [cell(c.cell, c.kind, without_held_out(c)) for c in (BASE, ALPHA, BETA)]
+    decided = merge("m", without_held_out(MERGED))
+    text = markdown(summarise(sweep(*cells, decided), "validation", draws=QUICK))
+    held_in, held_out = text.partition("## Held-out")[::2]
+    assert "| average |" in held_in and "decided by these tasks" not in held_in
+    assert held_out.partition("##")[0].count("Nothing is decided by these tasks") == 1
+
+
 def test_best_goes_by_the_side_it_is_told_and_breaks_ties_by_cell_id() -> None:
     scores = dict(MERGED.items["test"])
     out = merge("z", {**scores, "a1": [0.0, 0.0], "d1": [0.9, 0.9]})

@@ -20,22 +20,17 @@ from torch import Tensor
 from flows.cli import main
 from mergecore import run
 from mergecore.errors import SpecError
-from mergecore.events import silent
 from mergecore.frontier import Frontier, summary
 from mergecore.passes import PassPlan
-from mergecore.plan import Cell, Plan, make_plan
-from mergecore.pool import resolve_pool
+from mergecore.plan import Cell
 from mergecore.report import markdown, summarise
 from mergecore.run import Done
-from mergecore.sources.resolve import resolve
-from mergecore.spec import Spec, parse_spec
 from mergecore.store import Store
 from tests.digits import DigitsTier, digits_tier
 from tests.digits_sweep import EXPERTS as EXPERTS_OF_THE_TIER
 from tests.digits_sweep import digits_spec, opened, records
-from tests.small_pool import EXPERTS, write_pool
+from tests.small_pool import NAMES, planned, write_pool
 
-NAMES = [f"expert-{number}" for number in range(EXPERTS)]
 SOUP = {"method": "average", "label": "soup", "search": {"by": "greedy"}}
 PCB = {
     "method": "pcb",
@@ -60,37 +55,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             arrays |= {f"{split}.labels": np.zeros(4, dtype=np.int64)}
         np.savez(found / "tasks" / f"{name}.npz", **arrays)
     return found
-
-
-def spec_of(folder: Path, *methods: Any, **changes: Any) -> Spec:
-    held = {
-        "name": "searches",
-        "base": str(folder / "base"),
-        "experts": [{"name": name, "source": str(folder / name), "tasks": [name]} for name in NAMES],
-        "methods": list(methods),
-        "counts": [3],
-        "evaluate": {
-            "evaluator": "classification",
-            "model": "examples.make_digits:digits_cnn",
-            "path": "tasks",
-            "held_in": {name: [name] for name in NAMES},
-            "held_out": {"other": ["other"]},
-            "validation": {"limit": 4},
-            "recalibrate": "none",
-        },
-        "output": {"keep": "none"},
-        **{name: value for name, value in changes.items() if "__" not in name},
-    }
-    for name, value in changes.items():
-        part, _, inner = name.partition("__")
-        if inner:
-            held[part] = {**held[part], inner: value}
-    return parse_spec(held, "test")
-
-
-def planned(folder: Path, *methods: Any, **changes: Any) -> Plan:
-    spec = spec_of(folder, *methods, **changes)
-    return make_plan(spec, resolve_pool(spec.base, spec.experts, None, lambda one: resolve(one.source), silent), folder)
 
 
 def cells_of(frontier: Frontier, label: str) -> list[Cell]:
@@ -151,22 +115,29 @@ OVER = [{"parameter": "scale", "values": [0.3]}]
 )  # fmt: skip
 def test_what_cannot_be_meant_is_said_with_its_place(folder: Path, entry: Any, said: str) -> None:
     with pytest.raises(SpecError, match=said):
-        spec_of(folder, entry)
+        planned(folder, entry)
 
 
 def test_a_search_asks_for_validation_items(folder: Path) -> None:
     with pytest.raises(
         SpecError, match=r"methods\[0\]: a search decides by validation items.*validation: {limit: 100}"
     ):
-        spec_of(folder, SOUP, evaluate__validation=None)
+        planned(folder, SOUP, evaluate__validation=None)
 
 
 def test_validation_items_must_not_be_the_test_items(folder: Path) -> None:
+    register = {"name": "best", "by": "held_out"}
+
+    def found(task: str, *methods: Any, **changes: Any) -> tuple[str, ...]:
+        return planned(folder, *methods, evaluate__held_out={"other": [task]}, **changes).notes
+
     with pytest.raises(SpecError, match="task 'leaky': its validation items are its test items"):
-        planned(folder, SOUP, evaluate__held_out={"other": ["leaky"]})
-    assert planned(folder, evaluate__held_out={"other": ["leaky"]}).notes == (), "without a search nothing is refused"
-    found = planned(folder, SOUP, evaluate__held_out={"other": ["partly"]})
-    assert found.notes == ("task 'partly': 2 of 4 validation items are test items too",)
+        found("leaky", SOUP, output__register=register)
+    assert found("leaky", output__register=register) == (), "without a search nothing is refused"
+    assert found("leaky", SOUP) == (), "where it decides nothing its validation items are not looked at"
+    said = ("task 'partly': 2 of 4 validation items are test items too",)
+    assert found("partly", SOUP, output__register=register) == said
+    assert found("partly", {**SOUP, "search": {"by": "greedy", "tasks": ["partly"]}}) == said
     assert planned(folder, SOUP).notes == ()
 
 
@@ -255,7 +226,7 @@ def test_the_rules_of_an_entry_hold_for_everything_it_asks_for(folder: Path, tmp
     for cell in cells_of(frontier, "soup"):
         assert cell.merge is not None and set(cell.merge.layout.merged) == {"layer.0"}
     with pytest.raises(SpecError, match="nor a grid in rules that it takes from the spec"):
-        spec_of(folder, SOUP, select=[{"names": {"grid": ["layer.0", "layer.1"]}}, {"take": "copy"}])
+        planned(folder, SOUP, select=[{"names": {"grid": ["layer.0", "layer.1"]}}, {"take": "copy"}])
 
 
 def test_what_fails_on_test_items_changes_nothing_that_was_decided(folder: Path, tmp_path: Path) -> None:

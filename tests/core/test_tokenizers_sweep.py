@@ -36,16 +36,15 @@ def extended(base: Path, folder: Path, tokens: list[str], seed: int) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
-    folder = tmp_path_factory.mktemp("sweep")
+def sweep_in(folder: Path) -> dict[str, Any]:
+    """A sweep over two fine-tunes with tokens of their own and an adapter, everything in `folder`."""
     base = tiny_lm.write_base(folder / "base")
     experts = {
         "chat": extended(base, folder / "chat", ["<m>", "<u>"], 1),
         "code": extended(base, folder / "code", ["<c>"], 2),
         "lora": tiny_lm.write_adapter(base, folder / "lora", seed=3),
     }
-    spec: dict[str, Any] = {
+    return {
         "name": "tokens",
         "base": {"source": str(base), "known_as": "tiny"},
         "experts": [{"name": name, "source": str(path), "tasks": ["tiny_choice"]} for name, path in experts.items()],
@@ -58,7 +57,11 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
         },
         "output": {"store": str(folder / "store"), "keep": "all", "register": {"name": "tokens"}},
     }  # fmt: skip
-    found = opened(spec)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    found = opened(sweep_in(tmp_path_factory.mktemp("sweep")))
     done = found.run()
     assert not done.failures, done.failures
     return found

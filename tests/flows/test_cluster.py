@@ -14,11 +14,18 @@ from distributed import Client, LocalCluster
 from flows import services
 from flows.cluster import SLOT, connected, dask_client, local_cluster
 from mergecore.errors import ServiceError
+from mergecore.events import silent
+from mergecore.merging import InProcess
+from mergecore.single import merge_recipe
+from mergecore.spec import parse_recipe
 from tasks.spread import OnDask
 from tests.core.test_sweep_parts import paired
 from tests.core.test_sweep_parts import tier as tier
+from tests.core.test_tokenizers_sweep import sweep_in
 from tests.digits import DigitsTier
 from tests.digits_sweep import contents, opened
+from tests.recipes import find, plain
+from tests.vocabularies import words, write_model
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +56,46 @@ def test_a_sweep_in_parts_on_workers_is_that_of_one_process(
     alone, spread = (opened(paired(tier, tmp_path / name)) for name in ("alone", "spread"))
     assert not alone.run().failures
     spread.place = replace(spread.place, executor=OnDask(client, spread.store.root, threading.Event()))
+    assert not spread.run().failures
+    assert contents(spread.store) == contents(alone.store)
+
+
+def test_a_recipe_over_vocabularies_on_workers_is_that_of_one_process(
+    cluster: tuple[Path, Client], tmp_path: Path
+) -> None:
+    """Rows from other places, from other models, and means of several: read on the cluster as here."""
+    _, client = cluster
+    texts = [f"word{number}" for number in range(40)]
+    base = write_model(tmp_path / "base", words(texts))
+    others = {"back": texts[::-1], "half": texts[::2], "more": [*texts[::3], "new"], "most": ["new", *texts[5:]]}
+    experts = [
+        write_model(tmp_path / name, words(held), seed=seed, base=base).folder
+        for seed, (name, held) in enumerate(others.items(), start=1)
+    ]
+    rules = {"source": "union", "missing": "mean", "pad_to_multiple_of": 64}
+    recipe = parse_recipe(
+        plain({"method": "ties", "density": 0.5, "base": base.folder, "experts": experts, "tokenizer": rules}), "recipe"
+    )
+    executors = {"alone": InProcess(), "spread": OnDask(client, tmp_path / "passes")}
+    made = {name: merge_recipe(recipe, tmp_path / name, find, executor, silent) for name, executor in executors.items()}
+    assert made["alone"].digest == made["spread"].digest
+    alone, spread = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.is_file()} for name in made
+    )
+    assert alone == spread and "tokenizer.json" in alone
+
+
+def test_a_sweep_over_vocabularies_on_workers_is_that_of_one_process(
+    cluster: tuple[Path, Client], tmp_path: Path
+) -> None:
+    """Merged, scored with the tokenizer of the union, and registered."""
+    _, client = cluster
+    spec = sweep_in(tmp_path)
+    alone, spread = (
+        opened({**spec, "output": {**spec["output"], "store": str(tmp_path / name)}}) for name in ("alone", "spread")
+    )
+    assert not alone.run().failures
+    spread.place = replace(spread.place, executor=OnDask(client, spread.store.root))
     assert not spread.run().failures
     assert contents(spread.store) == contents(alone.store)
 
