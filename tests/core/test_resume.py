@@ -108,7 +108,7 @@ def test_killed_again_and_again(tier: DigitsTier, tmp_path: Path, undisturbed: d
     store, done = Store(tmp_path), 0
     for number in range(40):
         try:
-            was_killed(sweep, tier, tmp_path, "os:rename" if number % 2 else "os:replace", 12)
+            was_killed(sweep, tier, tmp_path, "os:rename" if number % 2 else "os:replace", 8)
         except AssertionError:
             break
         assert len(stamps(store)) >= done
