@@ -32,7 +32,7 @@ def run_pass(plan: PassPlan, executor: Executor, report: Report) -> PassOutcome:
     for job in plan.merges:
         job.sink.prepare()
     while numbers:
-        gathered = _read_round(round, _in_order(plan, numbers, backwards), executor, report, workers)
+        gathered = _read_round(round, numbers, backwards, executor, report, workers)
         backwards = not backwards
         for key, held in gathered.digests.items():
             digests[key].update(held)
@@ -53,14 +53,21 @@ def run_pass(plan: PassPlan, executor: Executor, report: Report) -> PassOutcome:
     return outcome
 
 
-def _read_round(round: Round, numbers: Sequence[int], executor: Executor, report: Report, workers: int) -> SpanOutcome:
-    """All spans' digests and states together; states are joined as they come, for one of each is enough to hold."""
+def _read_round(
+    round: Round, numbers: Sequence[int], backwards: bool, executor: Executor, report: Report, workers: int
+) -> SpanOutcome:
+    """All spans' digests and states together; states are joined as they come, for one of each is enough to hold.
+
+    Whole tensors differ in size a thousandfold: the largest are begun first then, for what is begun last is waited for.
+    """
     together = SpanOutcome()
     statistics = {job.key: job.statistic for job in round.plan.statistics}
     spans = round.plan.spans
     sizes = [sum(stop - start for unit in span for _, start, stop in round.wanted(unit)) for span in spans]
     total, done = sum(sizes[number] for number in numbers), 0
-    for position, found in executor.each(run_span, round, numbers, workers):
+    whole = any(job.method.per is not Per.ELEMENT for job in round.plan.merges)
+    order = sorted(numbers, key=lambda number: -sizes[number]) if whole else numbers[::-1] if backwards else numbers
+    for position, found in executor.each(run_span, round, order, workers):
         for key, digests in found.digests.items():
             held = together.digests.setdefault(key, {})
             for name, blocks in digests.items():
@@ -68,7 +75,7 @@ def _read_round(round: Round, numbers: Sequence[int], executor: Executor, report
         for key, state in found.states.items():
             known = together.states.get(key)
             together.states[key] = state if known is None else statistics[key].combine(known, state)
-        done += sizes[numbers[position]]
+        done += sizes[order[position]]
         report(Event("reading", done, total, "elements"))
     return together
 
@@ -93,15 +100,6 @@ def _sorted_out(
         elif job.key in found:
             states[job.key] = pickle.dumps(one, pickle.HIGHEST_PROTOCOL)
     return states, {name: frozenset(starts) for name, starts in blocks.items()} | dict.fromkeys(whole)
-
-
-def _in_order(plan: PassPlan, numbers: Sequence[int], backwards: bool) -> Sequence[int]:
-    """The order in which spans are begun. Whole tensors differ in size a thousandfold: the largest first, for what is begun
-    last is waited for."""
-    if any(job.method.per is not Per.ELEMENT for job in plan.merges):
-        sizes = [sum(stop - start for unit in span for _, start, stop in unit) for span in plan.spans]
-        return sorted(numbers, key=lambda number: -sizes[number])
-    return numbers[::-1] if backwards else numbers
 
 
 def _read_in(round: Round) -> list[int]:

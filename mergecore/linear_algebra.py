@@ -75,14 +75,19 @@ def squared_norm(tensor: Tensor) -> float:
     return total
 
 
+def combined(shares: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    """Σ c_i x_i, element by element: folded left in float64, rounded once to float32."""
+    total = tensors[0].double() * shares[0]
+    for tensor, share in zip(tensors[1:], shares[1:], strict=True):
+        total = total + tensor.double() * share
+    return total.float()
+
+
 def combination(coefficients: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    """Σ c_i x_i in the tensors' shape: folded left in float64, rounded once to float32."""
+    """`combined` of whole tensors, in their shape, block by block."""
     result = torch.empty(tensors[0].numel(), dtype=torch.float32, device=tensors[0].device)
     for part, values in blocks(tensors):
-        total = values[0] * coefficients[0]
-        for value, coefficient in zip(values[1:], coefficients[1:], strict=True):
-            total = total + value * coefficient
-        result[part] = total
+        result[part] = combined(coefficients, values)
     return result.reshape(tensors[0].shape)
 
 

@@ -10,8 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mergecore.linear_algebra import combined
 from mergecore.method import Block, Method, Statistic, Statistics
-from mergecore.statistics.products import Products, combined, gram_of
+from mergecore.statistics.products import Products, gram_of
 
 
 class Karcher(Method):

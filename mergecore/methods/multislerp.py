@@ -11,8 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.errors import SpecError
+from mergecore.linear_algebra import combined
 from mergecore.method import Block, Method, Statistic, Statistics, moved
-from mergecore.statistics.products import Products, combined, gram_of
+from mergecore.statistics.products import Products, gram_of
 
 PARALLEL = 1e-7
 """Directions whose weighted mean is shorter than this, relative to their weights, cancel."""

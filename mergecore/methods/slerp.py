@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.errors import SpecError
+from mergecore.linear_algebra import combined
 from mergecore.method import Block, Method, Statistic, Statistics, experts_given
-from mergecore.statistics.products import Products, combined, gram_of
+from mergecore.statistics.products import Products, gram_of
 
 
 class Slerp(Method):

@@ -8,12 +8,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mergecore.method import Block, Result, Scope, Statistic, Statistics, Summing, TensorInfo
+from mergecore.statistics.block_sums import BlockSums, State, folded
 from mergecore.trims import RandomDrop, dropped
 
-State = list[tuple[str, int, float, float]]
 
-
-class DroppedNorms(Statistic):
+class DroppedNorms(BlockSums):
     """factor[tensor] = ‖τ‖₁ / ‖τ after the drop‖₁ (1 where nothing is left), float64 sums over the fixed grid."""
 
     name: ClassVar[str] = "dropped_norms"
@@ -28,29 +27,13 @@ class DroppedNorms(Statistic):
         own = self.drop.of_expert(position)
         return self if own is self.drop else self.model_copy(update={"drop": own})
 
-    def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> State:
-        """No block seen yet."""
-        return []
-
     def summing(self, block: Block, statistics: Statistics) -> Summing:
         """Both l1 norms."""
         return Summing(_magnitudes, {"drawn": self.drop.drawn(block, [1.0])}, 2)
 
-    def summed(self, state: State, tensor: str, start: int, sums: Sequence[float]) -> State:
-        """Those of one more block."""
-        return [*state, (tensor, start, sums[0], sums[1])]
-
-    def combine(self, left: State, right: State) -> State:
-        """Both lists."""
-        return left + right
-
     def finish(self, state: State, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
         """{'factor': {tensor: ratio}} as numbers, blocks folded in order."""
-        sums: dict[str, tuple[float, float]] = {}
-        for name, _, whole, left in sorted(state):
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = (before[0] + whole, before[1] + left)
-        factor: dict[str, Any] = {name: whole / left if left else 1.0 for name, (whole, left) in sums.items()}
+        factor: dict[str, Any] = {name: whole / left if left else 1.0 for name, (whole, left) in folded(state).items()}
         return Result({}, {"factor": factor})
 
 

@@ -9,12 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.method import Block, Result, Scope, Statistic, Statistics, Summing, TensorInfo
+from mergecore.method import Block, Result, Scope, Statistics, Summing, TensorInfo
+from mergecore.statistics.block_sums import BlockSums, State, folded
 
-State = list[tuple[str, int, list[float]]]
 
-
-class Products(Statistic):
+class Products(BlockSums):
     """products[tensor] = (x_i · x_j) of every pair, float64 products and sums over the fixed grid."""
 
     name: ClassVar[str] = "products"
@@ -30,33 +29,15 @@ class Products(Statistic):
         """What the vectors are."""
         return "deltas" if self.of == "deltas" else "weights"
 
-    def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> State:
-        """No block seen yet."""
-        return []
-
     def summing(self, block: Block, statistics: Statistics) -> Summing:
         """One product for every pair, a vector with itself included."""
         with_base = self.of == "base and weights"
         count = len(block.ids) + with_base
         return Summing(_multiplied, {}, count * (count + 1) // 2, with_base)
 
-    def summed(self, state: State, tensor: str, start: int, sums: Sequence[float]) -> State:
-        """Those of one more block."""
-        return [*state, (tensor, start, list(sums))]
-
-    def combine(self, left: State, right: State) -> State:
-        """Both lists."""
-        return left + right
-
     def finish(self, state: State, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
         """{'products': {tensor: the upper triangle, row by row}} as numbers, blocks folded in order."""
-        found: dict[str, list[float]] = {}
-        for name, _, sums in sorted(state):
-            before = found.get(name)
-            found[name] = (
-                list(sums) if before is None else [one + other for one, other in zip(before, sums, strict=True)]
-            )
-        return Result({}, {"products": found})
+        return Result({}, {"products": folded(state)})
 
 
 def _multiplied(experts: Sequence[Tensor]) -> list[Tensor]:
@@ -71,11 +52,3 @@ def gram_of(tensor: str, count: int, statistics: Statistics) -> Tensor:
     rows, columns = torch.triu_indices(count, count)
     found[rows, columns] = found[columns, rows] = torch.tensor(held, dtype=torch.float64)
     return found
-
-
-def combined(shares: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    """Σ c_i x_i, element by element: folded left in float64, rounded once to float32."""
-    total = tensors[0].double() * shares[0]
-    for tensor, share in zip(tensors[1:], shares[1:], strict=True):
-        total = total + tensor.double() * share
-    return total.float()

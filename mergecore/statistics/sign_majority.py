@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mergecore.method import Block, Result, Scope, Statistic, Statistics, Summing, TensorInfo
-from mergecore.statistics.dropped_norms import drop_statistics
-from mergecore.statistics.threshold import Threshold, trimmed_deltas, trims
+from mergecore.statistics.threshold import Threshold, trim_statistics, trimmed_deltas, trims
 from mergecore.statistics.trimmed_norms import TrimmedNorms, shares_of
 from mergecore.trims import Elect, elected_sign
 
@@ -26,7 +25,7 @@ class SignMajority(Statistic):
     def statistics(self) -> dict[str, Statistic]:
         """Each expert's threshold, the l1 factors of the drop where it has them, and norms where signs are elected by them."""
         norms: dict[str, Statistic] = {} if self.elect == "mass" else {"norms": TrimmedNorms(threshold=self.threshold)}
-        return {"threshold": self.threshold, **drop_statistics(self.threshold.drop), **norms}
+        return {**trim_statistics(self.threshold), **norms}
 
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> int:
         """Zero."""

@@ -237,6 +237,11 @@ def threshold_of(found: Found, tensor: str) -> tuple[float, int]:
     return value, index if tensor == name else (ANY if tensor < name else -1)
 
 
+def trim_statistics(threshold: Threshold) -> dict[str, Statistic]:
+    """What `trims` is worked out from: each expert's threshold, and the l1 factors of the drop where it has them."""
+    return {"threshold": threshold, **drop_statistics(threshold.drop)}
+
+
 def trims(threshold: Threshold, block: Block, statistics: Statistics) -> dict[str, Any]:
     """What `trimmed_deltas` needs for a block."""
     held = [threshold_of(found, block.name) for found in statistics["threshold"]]

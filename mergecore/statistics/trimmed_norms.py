@@ -8,13 +8,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mergecore.method import Block, Result, Scope, Statistic, Statistics, Summing, TensorInfo
-from mergecore.statistics.dropped_norms import drop_statistics
-from mergecore.statistics.threshold import Threshold, trimmed_deltas, trims
-
-State = list[tuple[str, int, list[float]]]
+from mergecore.statistics.block_sums import BlockSums, State, folded
+from mergecore.statistics.threshold import Threshold, trim_statistics, trimmed_deltas, trims
 
 
-class TrimmedNorms(Statistic):
+class TrimmedNorms(BlockSums):
     """squares[t] = ‖τ̂_t‖₂² over the whole selection, float64 products and sums over the fixed grid."""
 
     name: ClassVar[str] = "trimmed_norms"
@@ -24,30 +22,15 @@ class TrimmedNorms(Statistic):
 
     def statistics(self) -> dict[str, Statistic]:
         """Each expert's threshold, and the l1 factors of the drop where it has them."""
-        return {"threshold": self.threshold, **drop_statistics(self.threshold.drop)}
-
-    def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> State:
-        """No block seen yet."""
-        return []
+        return trim_statistics(self.threshold)
 
     def summing(self, block: Block, statistics: Statistics) -> Summing:
         """One square per expert."""
         return Summing(_squares, trims(self.threshold, block, statistics), len(block.ids))
 
-    def summed(self, state: State, tensor: str, start: int, sums: Sequence[float]) -> State:
-        """Those of one more block."""
-        return [*state, (tensor, start, list(sums))]
-
-    def combine(self, left: State, right: State) -> State:
-        """Both lists."""
-        return left + right
-
     def finish(self, state: State, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
         """{'squares': one per expert}, blocks folded in order."""
-        total: list[float] = []
-        for _, _, sums in sorted(state):
-            total = [one + more for one, more in zip(total, sums, strict=True)] if total else list(sums)
-        return Result({}, {"squares": total})
+        return Result({}, {"squares": folded(state, lambda name: "").get("", [])})
 
 
 def _squares(experts: Sequence[Tensor], **trims: Any) -> list[Tensor]:

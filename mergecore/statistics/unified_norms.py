@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.method import Block, Result, Scope, Statistic, Statistics, Summing, TensorInfo
+from mergecore.method import Block, Result, Scope, Statistics, Summing, TensorInfo
+from mergecore.statistics.block_sums import BlockSums, State, folded
 from mergecore.trims import agreeing, elected_sign
 
 ZeroSign = Annotated[
@@ -18,10 +19,9 @@ ZeroSign = Annotated[
         description="where the changes cancel exactly: nothing is shared (sgn 0 = 0), or the negative ones (the code)"
     ),
 ]
-State = list[tuple[str, int, list[float], list[float]]]
 
 
-class UnifiedNorms(Statistic):
+class UnifiedNorms(BlockSums):
     """'elements': per expert Σ|τ_t| / Σ|M_t ⊙ τ_uni| over the whole selection; 'tensors': of the means of each tensor, summed,
     so that every tensor weighs the same. Float64 sums over the fixed grid; 1 where a task has no share in the vector."""
 
@@ -30,29 +30,14 @@ class UnifiedNorms(Statistic):
 
     zero_sign: ZeroSign = "drop"
 
-    def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> State:
-        """No block seen yet."""
-        return []
-
     def summing(self, block: Block, statistics: Statistics) -> Summing:
         """Both l1 norms of every expert."""
         return Summing(_shares, {"zero_sign": self.zero_sign}, 2 * len(block.ids))
 
-    def summed(self, state: State, tensor: str, start: int, sums: Sequence[float]) -> State:
-        """Those of one more block."""
-        return [*state, (tensor, start, list(sums[::2]), list(sums[1::2]))]
-
-    def combine(self, left: State, right: State) -> State:
-        """Both lists."""
-        return left + right
-
     def finish(self, state: State, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
         """The factors, blocks folded in order."""
-        whole: dict[str, list[float]] = {}
-        kept: dict[str, list[float]] = {}
-        for name, _, first, second in sorted(state):
-            whole[name] = _added(whole.get(name), first)
-            kept[name] = _added(kept.get(name), second)
+        sums = folded(state)
+        whole, kept = ({name: held[first::2] for name, held in sums.items()} for first in (0, 1))
         counts = {name: max(selection[name].count, 1) for name in whole}
         return Result(
             {},
@@ -78,10 +63,6 @@ def _shares(experts: Sequence[Tensor], zero_sign: str) -> list[Tensor]:
     shared, masks = unified(experts, zero_sign)
     pairs = [(delta.abs(), torch.where(mask, shared, 0.0).abs()) for delta, mask in zip(experts, masks, strict=True)]
     return [one for pair in pairs for one in pair]
-
-
-def _added(before: Sequence[float] | None, more: Sequence[float]) -> list[float]:
-    return list(more) if before is None else [one + other for one, other in zip(before, more, strict=True)]
 
 
 def _ratios(

@@ -12,11 +12,12 @@ from mergecore.engine import run_pass
 from mergecore.errors import NonFiniteError
 from mergecore.events import silent
 from mergecore.kernels.library import Function, Library, library_in
+from mergecore.linear_algebra import combined
 from mergecore.merging import InProcess
 from mergecore.method import Per
 from mergecore.passes import PassPlan, StatisticJob, plan_spans
 from mergecore.snapshot import MemoryTensors
-from mergecore.statistics.products import Products, combined, gram_of
+from mergecore.statistics.products import Products, gram_of
 
 SHAPES = {"matrix": (300, 7), "vector": (33,), "scalar": (), "none": (0, 4)}
 
