@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mergecore.adapters import CONFIG, STEM, AdapterMethod, is_transposed, made, made_factor, outputs, ranks_made
 from mergecore.delta import AdapterExpert
-from mergecore.identity import block_digests, model_digest, tensor_digest
+from mergecore.identity import block_digests, bytes_of, model_digest, tensor_digest
 from mergecore.method import TensorInfo, TensorSource
 from mergecore.snapshot import DTYPES, check_finite
 from mergecore.span import TAME
@@ -46,7 +46,7 @@ class AdapterFile:
             info = self.infos[name]
             values = wide.reshape(info.shape).to(DTYPES[info.dtype]).contiguous()
             check_finite(values, name, owner, TAME)
-            self._sink.write(name, 0, values.reshape(-1))
+            self._sink.write(name, 0, bytes_of(values.reshape(-1)))
             self._digests[name] = tensor_digest(list(block_digests(values.reshape(-1)).values()))
             held.append(values)
         return held[0], held[1]

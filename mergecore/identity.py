@@ -81,6 +81,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
+def bytes_of(values: Tensor) -> memoryview:
+    """The bytes of a flat tensor on the processor, not copied where it is contiguous."""
+    return memoryview(values.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
 class BlockDigests:
     """XXH3 (128 bits) of each block of `GRID` elements of a tensor that is given piece by piece, in order.
 
@@ -91,13 +96,12 @@ class BlockDigests:
         self._at, self._found = start, dict[int, str]()
         self._state = xxhash.xxh3_128()
 
-    def update(self, values: Tensor) -> None:
-        """The next elements, flat."""
-        done = 0
-        while done < values.numel():
-            size = min(GRID - self._at % GRID, values.numel() - done)
-            part = values[done : done + size].contiguous().view(torch.uint8)
-            self._state.update(memoryview(part.numpy()))  # type: ignore[arg-type]
+    def update(self, data: memoryview, count: int) -> None:
+        """The bytes of the next `count` elements."""
+        done, width = 0, len(data) // max(count, 1)
+        while done < count:
+            size = min(GRID - self._at % GRID, count - done)
+            self._state.update(data if size == count else data[done * width : (done + size) * width])
             done += size
             self._at += size
             if self._at % GRID == 0:
@@ -117,7 +121,7 @@ class BlockDigests:
 def block_digests(values: Tensor) -> dict[int, str]:
     """The digests of all blocks of a flat tensor."""
     held = BlockDigests()
-    held.update(values)
+    held.update(bytes_of(values), values.numel())
     return held.finished()
 
 

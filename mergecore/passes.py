@@ -23,6 +23,9 @@ from mergecore.writer import Sink
 SPAN_BYTES = 64 << 20
 """Bytes of the base that one span covers, about: large enough that scheduling it costs nothing beside reading it."""
 
+BLOCKS = 4
+"""Blocks of the grid that are worked out with one set of arguments, where nothing must be seen at once."""
+
 Shared = TypeVar("Shared")
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
@@ -141,8 +144,8 @@ def _units(tensors: Mapping[str, TensorInfo], per: Per) -> Iterator[Unit]:
     if per is Per.ELEMENT:
         for name in names:
             count = tensors[name].count
-            for start in range(0, max(count, 1), GRID):
-                yield ((name, start, min(start + GRID, count)),)
+            for start in range(0, max(count, 1), BLOCKS * GRID):
+                yield ((name, start, min(start + BLOCKS * GRID, count)),)
         return
     groups: dict[str, list[Piece]] = {}
     for name in names:

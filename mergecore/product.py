@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergecore.errors import SourceError, SpecError, nearest
 from mergecore.events import Event, Report
-from mergecore.identity import GRID, BlockDigests, model_digest, tensor_digest
+from mergecore.identity import GRID, BlockDigests, bytes_of, model_digest, tensor_digest
 from mergecore.masks import MASK, MaskedModel
 from mergecore.method import TensorInfo, TensorSource
 from mergecore.output import whole_directory
@@ -211,8 +211,9 @@ def _write(model: MaskedModel, folder: Path, shard_size: int, report: Report) ->
             values = model.read(name, start, min(start + GRID, info.count))
             if values.is_floating_point():
                 check_finite(values, name, "the unpacked model", "unpack it in a wider dtype")
-            digests.update(values)
-            sink.write(name, start, values)
+            data = bytes_of(values)
+            digests.update(data, values.numel())
+            sink.write(name, start, data)
         blocks = digests.finished()
         held[name] = (info.dtype, info.shape, tensor_digest([blocks[at] for at in sorted(blocks)]))
     return model_digest(held)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mergecore.delta import FullExpert
 from mergecore.kernels.run import Chunk
-from mergecore.method import Block
+from mergecore.method import Block, TensorSource
+from mergecore.identity import GRID, bytes_of
 from mergecore.passes import PassPlan, Unit
 from mergecore.snapshot import DTYPES, check_finite
 
@@ -20,22 +21,38 @@ KEEP_OUT = (
 )
 """What to do about values of a model that are not finite."""
 
+Filler = Callable[[memoryview, int], None]
+"""Fills memory with a tensor's bytes, from this byte of it on."""
 WINDOW = 1 << 18
 """Elements of every model that are at hand at once: what lies between reading and writing stays in the processor's cache."""
 
-_buffers = threading.local()
+_spaces = threading.local()
 
 
-def buffer(place: object, count: int, dtype: torch.dtype, pinned: bool = False) -> Tensor:
-    """A flat tensor of `count` elements for this thread and place, its content left from before; the same memory each time.
+class Space:
+    """Memory that is used again and again: as a flat tensor, and as its bytes."""
 
-    pinned: from which a CUDA device can copy while other work goes on.
+    __slots__ = ("bytes", "count", "values")
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.count = values, values.numel()
+        self.bytes = bytes_of(values)
+
+
+def space(place: object, count: int, dtype: torch.dtype, pinned: bool = False) -> Space:
+    """`count` elements for this thread and place, their content left from before; the same memory each time.
+
+    pinned: from which a CUDA device can copy while other work goes on. What is asked for over and over, whole windows, is
+    found made: between two windows the interpreter's own data have left the processor's cache, and every step costs.
     """
-    held: dict[tuple[object, torch.dtype], Tensor] = _buffers.__dict__.setdefault("held", {})
+    held: dict[tuple[object, torch.dtype], list[Space]] = _spaces.__dict__.setdefault("held", {})
     found = held.get((place, dtype))
-    if found is None or found.numel() < count:
-        found = held[place, dtype] = torch.empty(count, dtype=dtype, pin_memory=pinned)
-    return found[:count]
+    if found is None or found[0].count < count:
+        whole = Space(torch.empty(count, dtype=dtype, pin_memory=pinned))
+        found = held[place, dtype] = [whole, whole]
+    if found[1].count != count:
+        found[1] = Space(found[0].values[:count])
+    return found[1]
 
 
 @runtime_checkable
@@ -46,28 +63,63 @@ class ReadsAhead(Protocol):
         """These elements will be read soon."""
 
 
-def expect(plan: PassPlan, unit: Unit) -> None:
-    """Have the system read ahead what the next unit is made of, while this one is worked on."""
-    held = [expert.held for expert in plan.experts if isinstance(expert, FullExpert)]
-    for source in (plan.base, *held):
-        if isinstance(source, ReadsAhead):
-            for name, start, stop in unit:
+@runtime_checkable
+class Fills(Protocol):
+    """A source that can read into given memory."""
+
+    def filler(self, name: str) -> Filler:
+        """What reads this tensor."""
+
+
+class Models:
+    """The models of a pool as one thread reads them: who reads a tensor, looked up once for all of its pieces."""
+
+    def __init__(self, plan: PassPlan) -> None:
+        self.plan = plan
+        self.pinned = plan.device.startswith("cuda")
+        self.complete = tuple(expert.complete for expert in plan.experts)
+        held = [expert.held for expert in plan.experts if isinstance(expert, FullExpert)]
+        self._ahead = [source for source in (plan.base, *held) if isinstance(source, ReadsAhead)]
+        self._lanes: dict[int, tuple[torch.dtype, Filler | None]] = {}
+        self._name = ""
+
+    def expect(self, unit: Unit) -> None:
+        """Have the system read ahead what the next unit is made of, while this one is worked on."""
+        for name, start, stop in unit:
+            for source in self._ahead:
                 if name in source.tensors:
                     source.expect(name, start, stop)
+
+    def source(self, position: int) -> TensorSource:
+        """The base (−1) or the checkpoint of an expert."""
+        return self.plan.base if position < 0 else self.plan.experts[position].sources()[0]
+
+    def lane(self, position: int, name: str) -> tuple[torch.dtype, Filler | None]:
+        """Of the base (−1) or of an expert's checkpoint the dtype of a tensor, and what reads it into given memory."""
+        if name != self._name:
+            self._lanes.clear()
+            self._name = name
+        found = self._lanes.get(position)
+        if found is None:
+            source = self.source(position)
+            filler = source.filler(name) if isinstance(source, Fills) else None
+            found = self._lanes[position] = DTYPES[source.tensors[name].dtype], filler
+        return found
 
 
 class Reading:
     """Elements start … stop−1 of one tensor; at any time a part of them, the `window`, is at hand."""
 
-    def __init__(self, plan: PassPlan, name: str, start: int, stop: int) -> None:
-        self.plan, self.name, self.start, self.stop = plan, name, start, stop
-        self.shape = tuple(plan.base.tensors[name].shape)
+    def __init__(self, models: Models, name: str, start: int, stop: int) -> None:
+        self.models, self.name, self.start, self.stop = models, name, start, stop
+        self.plan = models.plan
+        self.shape = tuple(self.plan.base.tensors[name].shape)
         self.reuse = True
-        """Whether what is read lies in this thread's buffers, where the next reading will overwrite it."""
+        """Whether what is read lies in this thread's memory, where the next reading will overwrite it."""
         self._low, self._high, self._slot = start, stop, 0
         self._raw: dict[int, Tensor] = {}
         self._wide: dict[tuple[str, int], Tensor] = {}
-        self._deltas: dict[int, Tensor] = {}
+        self._deltas: dict[int, tuple[int, Tensor]] = {}
 
     def window(self, start: int, stop: int, slot: int = 0) -> None:
         """Have elements start … stop−1 at hand from now on. slot: one of several sets of buffers, for windows of which
@@ -79,36 +131,45 @@ class Reading:
 
     def raw_base(self) -> Tensor:
         """The base in its own dtype."""
-        if -1 not in self._raw:
-            dtype = DTYPES[self.plan.base.tensors[self.name].dtype]
-            space = self._space(-1, dtype)
-            self._raw[-1] = self.plan.base.read(self.name, self._low, self._high, space)
-        return self._raw[-1]
+        return self._raw[-1] if -1 in self._raw else self._read(-1)
 
     def raw_expert(self, position: int) -> Tensor:
         """What the expert's files hold, in its own dtype: weights, or of an adapter the delta in float32."""
-        expert = self.plan.experts[position]
-        if position not in self._raw:
-            if expert.complete:
-                space = self._space(position, expert.dtype(self.name))
-                self._raw[position] = expert.block(self.name, self._low, self._high, space)
-            else:  # formed from factors over fixed rows: for the whole piece at once
-                if position not in self._deltas:
-                    self._deltas[position] = expert.block(self.name, self.start, self.stop)
-                whole = self._deltas[position]
-                self._raw[position] = whole[self._low - self.start : self._high - self.start]
-        return self._raw[position]
+        if position in self._raw:
+            return self._raw[position]
+        return self._read(position) if self.models.complete[position] else self._formed(position)
 
-    def _space(self, position: int, dtype: torch.dtype) -> Tensor | None:
+    def _read(self, position: int) -> Tensor:
+        low, high = self._low, self._high
+        dtype, filler = self.models.lane(position, self.name)
         if not self.reuse:
-            return None
-        return buffer((position, self._slot), self._high - self._low, dtype, self.plan.device.startswith("cuda"))
+            values = self.models.source(position).read(self.name, low, high)
+        elif filler is None:
+            held = space((position, self._slot), high - low, dtype, self.models.pinned)
+            values = self.models.source(position).read(self.name, low, high, held.values)
+        else:
+            held = space((position, self._slot), high - low, dtype, self.models.pinned)
+            filler(held.bytes, low * dtype.itemsize)
+            values = held.values
+        self._raw[position] = values
+        return values
+
+    def _formed(self, position: int) -> Tensor:
+        """A window of an adapter's delta, which is formed from its factors for a block of the grid at once."""
+        first = self._low // GRID * GRID
+        found = self._deltas.get(position)
+        if found is None or found[0] > self._low or found[0] + found[1].numel() < self._high:
+            stop = max(min(first + GRID, self.stop), self._high)
+            found = self._deltas[position] = first, self.plan.experts[position].block(self.name, first, stop)
+        self._raw[position] = found[1][self._low - found[0] : self._high - found[0]]
+        return self._raw[position]
 
     def chunk(self, positions: Sequence[int], with_base: bool) -> Chunk:
         """The window as it is stored."""
-        deltas = tuple(not self.plan.experts[position].complete for position in positions)
-        base = self.raw_base() if with_base or any(deltas) else None
-        return Chunk(base, tuple(self.raw_expert(position) for position in positions), deltas, self._low)
+        complete = self.models.complete
+        deltas = tuple([not complete[position] for position in positions])
+        base = self.raw_base() if with_base or True in deltas else None
+        return Chunk(base, tuple([self.raw_expert(position) for position in positions]), deltas, self._low)
 
     # --- in float32, for what is not fused ------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mergecore.errors import MergeloomError
-from mergecore.identity import Step, block_digests, model_digest, tensor_digest
+from mergecore.identity import Step, block_digests, bytes_of, model_digest, tensor_digest
 from mergecore.method import Found, Result, TensorInfo, TensorSource
 from mergecore.plan import StatisticPlan
 from mergecore.snapshot import NAMES, FileTensors, MemoryTensors, open_file, open_files
@@ -27,7 +27,7 @@ def commit_result(store: Store, draft: Draft, result: Result, made: Mapping[str,
         sink = ShardSink(draft.path, infos, plan_shards(infos, sys.maxsize, Path(TENSORS).stem))
         sink.prepare()
         for name, value in tensors.items():
-            sink.write(name, 0, value.reshape(-1))
+            sink.write(name, 0, bytes_of(value.reshape(-1)))
     held = {
         name: (
             NAMES[value.dtype],

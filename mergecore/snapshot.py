@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mergecore.errors import NonFiniteError, SourceError
-from mergecore.identity import digest
+from mergecore.identity import bytes_of, digest
 from mergecore.method import TensorInfo, TensorSource
 from mergecore.sources import Source
 
@@ -101,18 +101,24 @@ class FileTensors:
         info = self.tensors[name]
         dtype = DTYPES[info.dtype]
         stop = info.count if stop is None else stop
-        file, offset = self.locations[name]
         out = torch.empty(stop - start, dtype=dtype) if space is None else space
-        if stop == start:
-            return out
-        wanted = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]
-        handle, position, done = self._handle(file), offset + start * dtype.itemsize, 0
-        while done < len(wanted):
-            size = os.preadv(handle, [wanted[done:]], position + done)
-            if size == 0:
-                raise SourceError(f"{self.folder}/{file} ends inside tensor '{name}': fetch or write the file again")
-            done += size
+        self.filler(name)(bytes_of(out), start * dtype.itemsize)
         return out
+
+    def filler(self, name: str) -> Callable[[memoryview, int], None]:
+        """What fills memory with the tensor's bytes, from a byte of it on. Raises SourceError as `read` does."""
+        file, offset = self.locations[name]
+        handle, folder = self._handle(file), self.folder
+
+        def fill(wanted: memoryview, at: int) -> None:
+            done, size = 0, len(wanted)
+            while done < size:
+                here = os.preadv(handle, [wanted[done:] if done else wanted], offset + at + done)
+                if here == 0:
+                    raise SourceError(f"{folder}/{file} ends inside tensor '{name}': fetch or write the file again")
+                done += here
+
+        return fill
 
     def gather(self, name: str, rows: NDArray[np.int64], out: Tensor) -> None:
         """Rows of a tensor in any order, into `out` (as many × their width, of this dtype), by one gather over the mapped file.

@@ -20,7 +20,7 @@ from mergecore.kernels.run import HALF, Chunk, Fused, Given, counts_of, empty_bi
 from mergecore.kernels.source import LANES, Out
 from mergecore.method import Block, Counting, Method, Per, Sparse, Summing
 from mergecore.passes import MergeJob, PassPlan, Round, SpanOutcome, StatisticJob
-from mergecore.reading import WINDOW, Reading, buffer, expect
+from mergecore.reading import WINDOW, Models, Reading, Space, space
 from mergecore.snapshot import DTYPES, check_finite
 from mergecore.staging import Launched, Stage, in_smaller_windows
 
@@ -51,10 +51,11 @@ def run_span(round: Round, number: int) -> SpanOutcome:
     work = _Work(round, outcome, open_merges, observers)
     with torch.inference_mode():
         units = [wanted for unit in span if (wanted := round.wanted(unit))]
+        models = Models(plan)
         for place, unit in enumerate(units):
             if place + 1 < len(units):
-                expect(plan, units[place + 1])
-            readings = [Reading(plan, *piece) for piece in unit]
+                models.expect(units[place + 1])
+            readings = [Reading(models, *piece) for piece in unit]
             for reading in readings:
                 work.observe(reading)
                 work.merge(reading)
@@ -238,7 +239,8 @@ class _Work:
         for start, stop in _cut(reading, WINDOW) if copying else ():
             reading.window(start, stop)
             for job in copying:
-                target = self._target(job, reading.name, stop - start).copy_(reading.raw_base())
+                target = self._target(job, reading.name, stop - start)
+                target.values.copy_(reading.raw_base())
                 self._emit(job, reading.name, start, target, digests[job.key])
         if merging and self.plan.device == "cpu":
             for start, stop in _cut(reading, WINDOW):
@@ -246,7 +248,7 @@ class _Work:
                 for job in merging:
                     target = self._target(job, reading.name, stop - start)
                     chunk = reading.chunk(job.experts, job.method.needs_base)
-                    self._settle(job, reading, *given[job.key].store(chunk, target), target)
+                    self._settle(job, reading, *given[job.key].store(chunk, target.values), target.values)
                     self._emit(job, reading.name, start, target, digests[job.key])
         elif merging:
             stage = self._stage()
@@ -282,7 +284,7 @@ class _Work:
         """The piece on a device, window by window: one is written here while the next is worked out there."""
         for job in jobs:  # a try in larger windows may have begun
             digests[job.key] = BlockDigests(reading.start)
-        under_way: list[tuple[MergeJob, int, int, Launched]] = []
+        under_way: list[tuple[MergeJob, int, int, Launched, Space]] = []
         for number, (start, stop) in enumerate(_cut(reading, size)):
             slot = number % 2
             reading.window(start, stop, slot)
@@ -290,8 +292,8 @@ class _Work:
             for place, job in enumerate(jobs):
                 chunk = self._on_device(job, reading, stage, start, stop)
                 dtype = DTYPES[job.outputs[reading.name].dtype]
-                host = buffer(("write", place, slot), stop - start, dtype, stage.device.type == "cuda")
-                begun.append((job, start, stop, stage.launch(given[job.key], chunk, dtype, host)))
+                host = space(("write", place, slot), stop - start, dtype, stage.device.type == "cuda")
+                begun.append((job, start, stop, stage.launch(given[job.key], chunk, dtype, host.values), host))
             self._land(under_way, reading, digests)
             under_way = begun
         self._land(under_way, reading, digests)
@@ -310,16 +312,16 @@ class _Work:
 
     def _land(
         self,
-        under_way: Sequence[tuple[MergeJob, int, int, Launched]],
+        under_way: Sequence[tuple[MergeJob, int, int, Launched, Space]],
         reading: Reading,
         digests: Mapping[str, BlockDigests],
     ) -> None:
-        for job, start, stop, launched in under_way:
+        for job, start, stop, launched, host in under_way:
             values, read, made = launched.ready()
             if read or made:
                 reading.window(start, stop, 2)
             self._settle(job, reading, read, made, values)
-            self._emit(job, reading.name, start, values, digests[job.key])
+            self._emit(job, reading.name, start, host, digests[job.key])
 
     def _given(self, job: MergeJob, reading: Reading) -> Given:
         method, dtype = job.method, DTYPES[job.outputs[reading.name].dtype]
@@ -327,12 +329,12 @@ class _Work:
         fused = self._fused(("merge", job.key, dtype), method.merge, method.on, dtype)
         return fused.given(method.arguments(reading.place(job.experts), job.statistics))
 
-    def _target(self, job: MergeJob, name: str, count: int) -> Tensor:
-        return buffer("write", count, DTYPES[job.outputs[name].dtype])
+    def _target(self, job: MergeJob, name: str, count: int) -> Space:
+        return space("write", count, DTYPES[job.outputs[name].dtype])
 
-    def _emit(self, job: MergeJob, name: str, start: int, values: Tensor, digests: BlockDigests) -> None:
-        digests.update(values)
-        job.sink.write(name, start, values)
+    def _emit(self, job: MergeJob, name: str, start: int, made: Space, digests: BlockDigests) -> None:
+        digests.update(made.bytes, made.count)
+        job.sink.write(name, start, made.bytes)
 
     def merge_whole(self, job: MergeJob, readings: Sequence[Reading]) -> None:
         """A method that sees a tensor, a layer or the model: its outputs may have other names and shapes than its inputs."""
@@ -350,7 +352,7 @@ class _Work:
                 if rounded.is_floating_point():
                     check_finite(rounded, name, f"method '{method.name}'", TAME)
                 digests = BlockDigests(0)
-                self._emit(job, name, 0, rounded, digests)
+                self._emit(job, name, 0, Space(rounded), digests)
                 self.outcome.digests[job.key].setdefault(name, {}).update(digests.finished())
 
     # --- fused loops --------------------------------------------------------------------------------------------

@@ -7,14 +7,16 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mergecore.errors import CapacityError
+from mergecore.identity import bytes_of
 from mergecore.method import TensorInfo
-from mergecore.snapshot import DTYPES, Location, OpenFiles
+from mergecore.snapshot import DTYPES, OpenFiles
 
 INDEX = "model.safetensors.index.json"
 
@@ -27,8 +29,8 @@ class Sink(ABC):
         """Make room. Called once, before the first write; what is there already is kept."""
 
     @abstractmethod
-    def write(self, name: str, start: int, values: Tensor) -> None:
-        """Elements from flat index `start` on; `values` are flat and of the tensor's own dtype."""
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Elements from flat index `start` on, as bytes in the tensor's own dtype."""
 
 
 @dataclass
@@ -43,9 +45,11 @@ class MemorySink(Sink):
         for name, info in self.tensors.items():
             self.held[name] = torch.empty(info.shape, dtype=DTYPES[info.dtype])
 
-    def write(self, name: str, start: int, values: Tensor) -> None:
+    def write(self, name: str, start: int, data: memoryview) -> None:
         """Copy a piece in."""
-        self.held[name].view(-1)[start : start + values.numel()].copy_(values)
+        held = self.held[name].view(-1)
+        at = start * held.element_size()
+        bytes_of(held)[at : at + len(data)] = data
 
 
 @dataclass(frozen=True)
@@ -91,27 +95,25 @@ class ShardSink(Sink):
         if len(self.shards) > 1:
             (self.folder / INDEX).write_text(index_text(self.shards, self.tensors))
 
-    def write(self, name: str, start: int, values: Tensor) -> None:
+    def write(self, name: str, start: int, data: memoryview) -> None:
         """Write a piece at its place."""
-        file, offset = self.locations[name]
-        data = memoryview(values.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
-        position = offset + start * values.element_size()
-        path = self.folder / file
+        path, offset, width = self._places[name]
+        position = offset + start * width
         try:
-            handle, done = self.handles.of(str(path)), 0
-            while done < len(data):
-                done += os.pwrite(handle, data[done:], position + done)
+            handle, done, size = self.handles.of(path), 0, len(data)
+            while done < size:
+                done += os.pwrite(handle, data[done:] if done else data, position + done)
         except OSError as error:
-            raise no_room(path, len(data), error) from error
+            raise no_room(Path(path), len(data), error) from error
 
-    @property
-    def locations(self) -> dict[str, Location]:
-        """{tensor: (file, offset)}."""
-        found = self.__dict__.get("_locations")
-        if found is None:
-            found = {name: (shard.name, at) for shard in self.shards for name, at in shard.offsets.items()}
-            self.__dict__["_locations"] = found
-        return found
+    @cached_property
+    def _places(self) -> dict[str, tuple[str, int, int]]:
+        """Of each tensor the file, its first byte there, and the bytes of an element."""
+        return {
+            name: (str(self.folder / shard.name), at, DTYPES[self.tensors[name].dtype].itemsize)
+            for shard in self.shards
+            for name, at in shard.offsets.items()
+        }
 
 
 def no_room(path: Path, size: int, error: OSError) -> CapacityError:

@@ -11,6 +11,7 @@ there is nothing to count any more.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -36,7 +37,7 @@ def signed_bits(values: Tensor) -> Tensor:
 def value_of(pattern: int) -> float:
     """The float32 value whose pattern (signed or of a magnitude) this is."""
     held = pattern if pattern >= 0 else pattern ^ 0x7FFFFFFF
-    return float(torch.tensor(held, dtype=torch.int32).view(torch.float32))
+    return float(struct.unpack("f", struct.pack("i", held))[0])
 
 
 def joined(left: Sparse | None, right: Sparse) -> Sparse:

@@ -7,7 +7,8 @@ are above and at it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import pickle
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -65,13 +66,25 @@ class Group:
 
 @dataclass
 class ThresholdState:
-    """The groups; once one of them has a block, the last elements that are kept are being looked for."""
+    """The groups that are not found yet, and the others, pickled: every span is sent the state, and needs the first alone.
+    Once a group has a block, the last elements that are kept are being looked for."""
 
     groups: list[Group]
+    found: bytes
 
-    def group_of(self, tensor: str) -> Group:
-        """The group that ranks this tensor."""
-        return self.groups[0] if len(self.groups) == 1 else self._by_tensor[tensor]
+    @classmethod
+    def of(cls, groups: Sequence[Group], unfound: Callable[[Group], bool]) -> ThresholdState:
+        """The state of all groups."""
+        rest = [group for group in groups if not unfound(group)]
+        return cls([group for group in groups if unfound(group)], pickle.dumps(rest, pickle.HIGHEST_PROTOCOL))
+
+    def every(self) -> list[Group]:
+        """All groups, in the order of their tensors."""
+        return sorted([*self.groups, *pickle.loads(self.found)], key=lambda group: min(group.tensors))
+
+    def group_of(self, tensor: str) -> Group | None:
+        """The group that ranks this tensor, where it is not found yet."""
+        return self._by_tensor.get(tensor)
 
     @cached_property
     def _by_tensor(self) -> dict[str, Group]:
@@ -135,7 +148,9 @@ class Threshold(Statistic):
                 group.order.locate_fine(held)
         unsettled = sorted(name for group in groups if group.order.left for name in group.tensors)
         blocks = [(name, start) for name in unsettled for start in range(0, selection[name].count, GRID)]
-        return Rescan(ThresholdState(groups), tuple(blocks)) if blocks else Result({}, self._numbers(groups))
+        if not blocks:
+            return Result({}, self._numbers(groups))
+        return Rescan(ThresholdState.of(groups, lambda group: bool(group.order.left)), tuple(blocks))
 
     def _group(self, tensors: frozenset[str], total: int) -> Group:
         if self.keeps_all:  # whatever is at least 0
@@ -145,20 +160,23 @@ class Threshold(Statistic):
     def counting(self, state: ThresholdState, block: Block, statistics: Statistics) -> Counting | None:
         """In the first scan the low half-words inside the bin; then it looks into the blocks that hold a cut."""
         group = state.group_of(block.name)
-        if group.cut < 0 and group.holds_cut(block):
+        if group is not None and group.cut < 0 and group.holds_cut(block):
             return None
-        windows = ((group.order.bin,),) if group.order.left else ()
+        windows = ((group.order.bin,),) if group is not None and group.order.left else ()
         arguments = {"drawn": drawn_for(self.drop, block, statistics)}
         return Counting(magnitudes, arguments, 1, windows, by_block=self.count == "exact")
 
     def counted(self, state: ThresholdState, tensor: str, start: int, counts: Sequence[Sparse]) -> ThresholdState:
         """The group's counts; by block only where the one that holds the cut will be looked for."""
-        state.group_of(tensor).order.counted((tensor, start) if self.count == "exact" else ("", 0), counts[0])
+        group = state.group_of(tensor)
+        assert group is not None
+        group.order.counted((tensor, start) if self.count == "exact" else ("", 0), counts[0])
         return state
 
     def add(self, state: ThresholdState, block: Block, statistics: Statistics) -> ThresholdState:
         """For count exact: where in its block, which comes in parts from the first on, the last one kept lies."""
         group = state.group_of(block.name)
+        assert group is not None
         deltas = [delta.reshape(-1) for delta in block.experts]
         arguments = {"drawn": drawn_for(self.drop, block, statistics)}
         pattern = magnitudes(deltas, **materialised(arguments, block.start, deltas[0].numel(), deltas[0].device))[0]
@@ -185,8 +203,8 @@ class Threshold(Statistic):
                 _descend(group)
             blocks = sorted(group.block for group in state.groups if group.block)
             if blocks:
-                return Rescan(state, tuple(blocks))
-        return Result({}, self._numbers(state.groups))
+                return Rescan(ThresholdState.of(state.every(), lambda group: bool(group.block)), tuple(blocks))
+        return Result({}, self._numbers(state.every()))
 
     def _numbers(self, held: Sequence[Group]) -> dict[str, Any]:
         orders = [group.order for group in held]
