@@ -42,7 +42,7 @@ from mergecore.events import silent
 from mergecore.kernels.run import Chunk, Fused, Given
 from mergecore.merging import find_statistics
 from mergecore.method import Beside, Block, DataStatistic, Method, Per
-from mergecore.reading import WINDOW
+from mergecore.reading import window_of
 from mergecore.registry import METHODS, method_from
 from mergecore.snapshot import MemoryTensors
 
@@ -134,10 +134,10 @@ def given_data(method: Method, count: int, experts: int, device: str) -> dict[st
     }
 
 
-def seconds_of(work: Callable[[int, int], Any], count: int, threads: int) -> float:
+def seconds_of(work: Callable[[int, int], Any], count: int, window: int, threads: int) -> float:
     """Wall time of work(first, end) over all windows, each thread taking every so manieth."""
     torch.set_num_threads(1)
-    windows = [(first, min(first + WINDOW, count)) for first in range(0, count, WINDOW)]
+    windows = [(first, min(first + window, count)) for first in range(0, count, window)]
 
     def share(number: int) -> None:
         torch.set_num_threads(1)  # of this thread
@@ -157,7 +157,7 @@ def on_processor(case: Case, threads: int, repeats: int) -> dict[str, list[Run]]
     count, size = case.chunk.count, case.bytes // 2
     target, source, copied = (torch.ones(n, dtype=kind) for n, kind in
                               ((count, torch.bfloat16), (size, torch.uint8), (size, torch.uint8)))  # fmt: skip
-    per = size / count
+    per, window = size / count, window_of(case.bytes // count)
 
     def copy(first: int, end: int) -> None:
         part = slice(int(first * per), int(end * per))
@@ -169,13 +169,13 @@ def on_processor(case: Case, threads: int, repeats: int) -> dict[str, list[Run]]
     ways = {"copy": copy, "loop": made(case.fused), "eager": made(case.eager)}
     runs: dict[str, list[Run]] = {name: [] for name in ways}
     for name in ("copy", "loop"):  # first touch, first check
-        seconds_of(ways[name], count, threads)
+        seconds_of(ways[name], count, window, threads)
     if problem := case.fused.fused.problem:
         print(f"note: {case.name} runs without a loop: {problem}", file=sys.stderr)
     for _ in range(repeats):
         for name, way in ways.items():
             with process_run() as found:
-                seconds = seconds_of(way, count, threads)
+                seconds = seconds_of(way, count, window, threads)
             runs[name].append({**found, "seconds": seconds})
     return runs
 

@@ -11,7 +11,7 @@ from mergecore.kernels.run import EAGER
 from mergecore.kernels.source import BINS, COPIES, stride
 from mergecore.method import DataStatistic, Link, Method, Per, Scope, Statistic, TensorInfo
 from mergecore.passes import PassPlan, coarsest
-from mergecore.reading import WINDOW
+from mergecore.reading import window_of
 from mergecore.snapshot import DTYPES
 from mergecore.vocabulary.rows import RowTensors, gathering
 
@@ -40,6 +40,11 @@ class Models:
         return [held for held in (self.base, *self.experts) if held is not None]
 
     @property
+    def window(self) -> int:
+        """Elements of every model that are at hand at once."""
+        return window_of(self.bytes_of(1) + FLOAT * self.adapters)
+
+    @property
     def adapters(self) -> int:
         """How many experts are adapters."""
         return sum(held is None for held in self.experts)
@@ -54,7 +59,7 @@ def block_bytes(
     in float32, and what they say they work with.
     """
     largest = max((info.count for info in models.base.values()), default=0)
-    window, block = min(WINDOW, largest), min(GRID, largest)
+    window, block = min(models.window, largest), min(GRID, largest)
     count = len(models.experts)
     bytes_held = models.bytes_of(window) + FLOAT * window
     if models.adapters:

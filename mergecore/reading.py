@@ -23,8 +23,10 @@ KEEP_OUT = (
 
 Filler = Callable[[memoryview, int], None]
 """Fills memory with a tensor's bytes, from this byte of it on."""
-WINDOW = 1 << 18
-"""Elements of every model that are at hand at once: what lies between reading and writing stays in the processor's cache."""
+AT_HAND = 5 << 19
+"""Bytes of all models that are at hand at once: what lies between reading and writing stays in the processor's cache."""
+WINDOWS = 1 << 14, 1 << 20
+"""The fewest and the most elements of a window."""
 
 _spaces = threading.local()
 
@@ -71,11 +73,16 @@ class Fills(Protocol):
         """What reads this tensor."""
 
 
-class Models:
+def window_of(width: int) -> int:
+    """Elements of every model that are at hand at once, a power of two; width: bytes of one element of all of them."""
+    return min(max(1 << (AT_HAND // max(width, 1)).bit_length() - 1, WINDOWS[0]), WINDOWS[1])
+
+
+class Readers:
     """The models of a pool as one thread reads them: who reads a tensor, looked up once for all of its pieces."""
 
-    def __init__(self, plan: PassPlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: PassPlan, window: int) -> None:
+        self.plan, self.window = plan, window
         self.pinned = plan.device.startswith("cuda")
         self.complete = tuple(expert.complete for expert in plan.experts)
         held = [expert.held for expert in plan.experts if isinstance(expert, FullExpert)]
@@ -110,9 +117,9 @@ class Models:
 class Reading:
     """Elements start … stop−1 of one tensor; at any time a part of them, the `window`, is at hand."""
 
-    def __init__(self, models: Models, name: str, start: int, stop: int) -> None:
-        self.models, self.name, self.start, self.stop = models, name, start, stop
-        self.plan = models.plan
+    def __init__(self, readers: Readers, name: str, start: int, stop: int) -> None:
+        self.readers, self.name, self.start, self.stop = readers, name, start, stop
+        self.plan = readers.plan
         self.shape = tuple(self.plan.base.tensors[name].shape)
         self.reuse = True
         """Whether what is read lies in this thread's memory, where the next reading will overwrite it."""
@@ -137,18 +144,18 @@ class Reading:
         """What the expert's files hold, in its own dtype: weights, or of an adapter the delta in float32."""
         if position in self._raw:
             return self._raw[position]
-        return self._read(position) if self.models.complete[position] else self._formed(position)
+        return self._read(position) if self.readers.complete[position] else self._formed(position)
 
     def _read(self, position: int) -> Tensor:
         low, high = self._low, self._high
-        dtype, filler = self.models.lane(position, self.name)
+        dtype, filler = self.readers.lane(position, self.name)
         if not self.reuse:
-            values = self.models.source(position).read(self.name, low, high)
+            values = self.readers.source(position).read(self.name, low, high)
         elif filler is None:
-            held = space((position, self._slot), high - low, dtype, self.models.pinned)
-            values = self.models.source(position).read(self.name, low, high, held.values)
+            held = space((position, self._slot), high - low, dtype, self.readers.pinned)
+            values = self.readers.source(position).read(self.name, low, high, held.values)
         else:
-            held = space((position, self._slot), high - low, dtype, self.models.pinned)
+            held = space((position, self._slot), high - low, dtype, self.readers.pinned)
             filler(held.bytes, low * dtype.itemsize)
             values = held.values
         self._raw[position] = values
@@ -166,7 +173,7 @@ class Reading:
 
     def chunk(self, positions: Sequence[int], with_base: bool) -> Chunk:
         """The window as it is stored."""
-        complete = self.models.complete
+        complete = self.readers.complete
         deltas = tuple([not complete[position] for position in positions])
         base = self.raw_base() if with_base or True in deltas else None
         return Chunk(base, tuple([self.raw_expert(position) for position in positions]), deltas, self._low)

@@ -20,7 +20,8 @@ from mergecore.kernels.run import HALF, Chunk, Fused, Given, counts_of, empty_bi
 from mergecore.kernels.source import LANES, Out
 from mergecore.method import Block, Counting, Method, Per, Sparse, Summing
 from mergecore.passes import MergeJob, PassPlan, Round, SpanOutcome, StatisticJob
-from mergecore.reading import WINDOW, Models, Reading, Space, space
+from mergecore.projection import pass_models
+from mergecore.reading import Readers, Reading, Space, space
 from mergecore.snapshot import DTYPES, check_finite
 from mergecore.staging import Launched, Stage, in_smaller_windows
 
@@ -51,11 +52,11 @@ def run_span(round: Round, number: int) -> SpanOutcome:
     work = _Work(round, outcome, open_merges, observers)
     with torch.inference_mode():
         units = [wanted for unit in span if (wanted := round.wanted(unit))]
-        models = Models(plan)
+        readers = Readers(plan, pass_models(plan).window)
         for place, unit in enumerate(units):
             if place + 1 < len(units):
-                models.expect(units[place + 1])
-            readings = [Reading(models, *piece) for piece in unit]
+                readers.expect(units[place + 1])
+            readings = [Reading(readers, *piece) for piece in unit]
             for reading in readings:
                 work.observe(reading)
                 work.merge(reading)
@@ -114,7 +115,7 @@ class _Work:
                 continue
             counting = job.statistic.counting(self.outcome.states[job.key], place, job.statistics)
             if counting is None:
-                for start, stop in _cut(reading, step):
+                for start, stop in _cut(reading.start, reading.stop, step):
                     reading.window(start, stop)
                     place = reading.place(job.experts)
                     if job.statistic.counting(self.outcome.states[job.key], place, job.statistics) is None:
@@ -126,8 +127,7 @@ class _Work:
         for (_, per, whole, by_block), group in groups.items():
             self._count(reading, group, per, whole, by_block)
         for adding in sums.values():
-            for start, stop in _cut(reading, GRID):
-                self._sum(reading, start, stop, adding)
+            self._sum(reading, list(_cut(reading.start, reading.stop, GRID)), adding)
 
     def _add(self, job: StatisticJob, reading: Reading) -> None:
         try:
@@ -154,29 +154,33 @@ class _Work:
         fused = self._fused((out, tuple(job.key for job, _, _ in scans)), function, on, out, per)
         return positions, fused.given({f"job {number}": given for number, (_, _, given) in enumerate(scans)})
 
-    def _sum(self, reading: Reading, start: int, stop: int, group: list[tuple[StatisticJob, Summing]]) -> None:
-        """The sums over one block of the grid, for scans that add up by one function, of the same things, in one loop."""
+    def _sum(
+        self, reading: Reading, blocks: Sequence[tuple[int, int]], group: list[tuple[StatisticJob, Summing]]
+    ) -> None:
+        """The sums over blocks of the grid, for scans that add up by one function, of the same things, in one loop."""
         statistic, with_base = group[0][0].statistic, group[0][1].with_base
         whole, on = statistic.whole, statistic.on
         needed = with_base or on == "deltas"
         scans = [(job, one.values, one.arguments) for job, one in group]
         positions, given = self._riding(scans, "sums", with_base=with_base)
-        lanes, lost = np.zeros((sum(one.results for _, one in group), LANES)), False
-        for low in range(start, stop, WINDOW):
-            reading.window(low, min(low + WINDOW, stop))
-            lost |= given.sum(reading.chunk(positions, needed), lanes)
-        if lost and not whole:
-            reading.window(start, stop)
-            reading.block(on, needed, positions, flat=True)  # which says what is not finite, and where
-        elif lost and len(group) > 1:  # one expert's trouble is not the others'; its own block is left out
-            for alone in group:
-                self._sum(reading, start, stop, [alone])
-        elif not lost:
-            found = total_of(lanes)
-            for job, one in group:
-                own, found = found[: one.results], found[one.results :]
-                state = self.outcome.states[job.key]
-                self.outcome.states[job.key] = job.statistic.summed(state, reading.name, start, own)
+        lanes = np.zeros((len(blocks), sum(one.results for _, one in group), LANES))
+        lost = [False] * len(blocks)
+        for number, (start, stop) in enumerate(blocks):
+            for low, high in _cut(start, stop, reading.readers.window):
+                reading.window(low, high)
+                lost[number] |= given.sum(reading.chunk(positions, needed), lanes[number])
+        for (start, stop), not_finite, found in zip(blocks, lost, total_of(lanes), strict=True):
+            if not_finite and not whole:
+                reading.window(start, stop)
+                reading.block(on, needed, positions, flat=True)  # which says what is not finite, and where
+            elif not_finite and len(group) > 1:  # one expert's trouble is not the others'; its own block is left out
+                for alone in group:
+                    self._sum(reading, [(start, stop)], [alone])
+            elif not not_finite:
+                for job, one in group:
+                    own, found = found[: one.results], found[one.results :]
+                    state = self.outcome.states[job.key]
+                    self.outcome.states[job.key] = job.statistic.summed(state, reading.name, start, own)
 
     def _count(
         self, reading: Reading, group: list[tuple[StatisticJob, Counting]], per: int, whole: bool, by_block: bool
@@ -184,7 +188,7 @@ class _Work:
         positions, given = self._riding([(job, one.patterns, one.arguments) for job, one in group], "counts", per)
         key = tuple(job.key for job, _ in group)
         windows = [window for _, one in group for result in one.windows or () for window in result]
-        for start, stop in _cut(reading, WINDOW):
+        for start, stop in _cut(reading.start, reading.stop, reading.readers.window):
             bins = self._bins(reading.name, start // GRID * GRID if by_block else 0, key, group, per)
             reading.window(start, stop)
             if given.count(reading.chunk(positions, with_base=True), windows, bins):
@@ -236,14 +240,14 @@ class _Work:
         merging = [job for job in self.merges if job.method.per is Per.ELEMENT and reading.name in job.merged]
         given = {job.key: self._given(job, reading) for job in merging}
         digests = {job.key: BlockDigests(reading.start) for job in (*copying, *merging)}
-        for start, stop in _cut(reading, WINDOW) if copying else ():
+        for start, stop in _cut(reading.start, reading.stop, reading.readers.window) if copying else ():
             reading.window(start, stop)
             for job in copying:
                 target = self._target(job, reading.name, stop - start)
                 target.values.copy_(reading.raw_base())
                 self._emit(job, reading.name, start, target, digests[job.key])
         if merging and self.plan.device == "cpu":
-            for start, stop in _cut(reading, WINDOW):
+            for start, stop in _cut(reading.start, reading.stop, reading.readers.window):
                 reading.window(start, stop)
                 for job in merging:
                     target = self._target(job, reading.name, stop - start)
@@ -285,7 +289,7 @@ class _Work:
         for job in jobs:  # a try in larger windows may have begun
             digests[job.key] = BlockDigests(reading.start)
         under_way: list[tuple[MergeJob, int, int, Launched, Space]] = []
-        for number, (start, stop) in enumerate(_cut(reading, size)):
+        for number, (start, stop) in enumerate(_cut(reading.start, reading.stop, size)):
             slot = number % 2
             reading.window(start, stop, slot)
             begun = []
@@ -385,9 +389,9 @@ def _together(
     return results
 
 
-def _cut(reading: Reading, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(reading.start, reading.stop, size):
-        yield start, min(start + size, reading.stop)
+def _cut(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    for first in range(start, stop, size):
+        yield first, min(first + size, stop)
 
 
 def _sparse(counts: NDArray[np.uint32], first: int) -> Sparse:

@@ -79,7 +79,7 @@ class Library:
     def name_of(self, text: str) -> str:
         """What the library is called."""
         assert self.compiler is not None
-        return hashlib.sha256(f"{text}\0{_surroundings(self.compiler)}".encode()).hexdigest()[:40]
+        return _name_of(text, self.compiler)
 
     def _load(self, name: str) -> Function | str | None:
         path = self.folder / f"{name}.so"
@@ -122,6 +122,11 @@ class Library:
 def library_in(folder: Path) -> Library:
     """The library in this folder with the compiler of this machine."""
     return Library(folder, next((found for name in COMPILERS if (found := shutil.which(name))), None))
+
+
+@functools.lru_cache(4096)
+def _name_of(text: str, compiler: str) -> str:
+    return hashlib.sha256(f"{text}\0{_surroundings(compiler)}".encode()).hexdigest()[:40]
 
 
 @functools.cache

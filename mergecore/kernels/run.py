@@ -306,12 +306,12 @@ class Given:
         return False
 
 
-def total_of(lanes: NDArray[np.float64]) -> list[float]:
-    """Per result the sum of its lanes, halves onto halves."""
-    while lanes.shape[1] > 1:
-        half = lanes.shape[1] // 2
-        lanes = lanes[:, :half] + lanes[:, half:]
-    return [float(one) for one in lanes[:, 0]]
+def total_of(lanes: NDArray[np.float64]) -> Any:
+    """Per result, in as many dimensions as there are before the last, the sum of its lanes, halves onto halves: as lists."""
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0].tolist()
 
 
 def empty_bins(results: int, windows: int) -> NDArray[np.uint32]:

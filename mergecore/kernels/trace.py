@@ -65,11 +65,23 @@ class Trace:
 
 def leaves(arguments: Any) -> list[Any]:
     """The numbers, `Index` and `Beside` in nested arguments, in order; texts, bools and None are the function's form."""
-    if isinstance(arguments, Mapping):
-        return [leaf for value in arguments.values() for leaf in leaves(value)]
-    if isinstance(arguments, list | tuple):
-        return [leaf for value in arguments for leaf in leaves(value)]
-    return [] if arguments is None or isinstance(arguments, str | bool) else [arguments]
+    found: list[Any] = []
+    _gather(arguments, found)
+    return found
+
+
+def _gather(arguments: Any, found: list[Any]) -> None:
+    kind = type(arguments)
+    if kind is float or kind is int:  # nearly all are: and this is done for every piece of every tensor
+        found.append(arguments)
+    elif isinstance(arguments, list | tuple):
+        for value in arguments:
+            _gather(value, found)
+    elif isinstance(arguments, Mapping):
+        for value in arguments.values():
+            _gather(value, found)
+    elif arguments is not None and not isinstance(arguments, str | bool):
+        found.append(arguments)
 
 
 def mapped(arguments: Any, change: Callable[[Any], Any]) -> Any:
@@ -83,13 +95,14 @@ def mapped(arguments: Any, change: Callable[[Any], Any]) -> Any:
 
 def form(arguments: Any) -> Any:
     """What of the arguments decides the loop: everything but the numbers."""
-    if isinstance(arguments, Mapping):
-        return tuple((name, form(value)) for name, value in arguments.items())
+    kind = type(arguments)
+    if kind is float or kind is int:
+        return kind
     if isinstance(arguments, list | tuple):
-        return tuple(form(value) for value in arguments)
-    if arguments is None or isinstance(arguments, str | bool):
-        return arguments
-    return type(arguments)
+        return tuple([form(value) for value in arguments])
+    if isinstance(arguments, Mapping):
+        return tuple([(name, form(value)) for name, value in arguments.items()])
+    return arguments if arguments is None or isinstance(arguments, str | bool) else kind
 
 
 def trace(

@@ -15,7 +15,7 @@ from torch import Tensor
 import mergecore.kernels.run as kernels
 import mergecore.merging as merging
 import mergecore.passes as passes
-import mergecore.span as span
+import mergecore.reading as reading
 from mergecore import merge
 from mergecore.adapters import AdapterMethod
 from mergecore.errors import MergeloomError, NonFiniteError, SpecError
@@ -204,7 +204,7 @@ def test_same_bytes_twice_for_any_chunk_and_order(method: Method, monkeypatch: p
     assert same(first, merged(method, base, experts))
     for chunk in (7, 64):
         monkeypatch.setattr(kernels, "EAGER", chunk)
-        monkeypatch.setattr(span, "WINDOW", 3 * chunk)
+        monkeypatch.setattr(reading, "WINDOWS", (3 * chunk, 3 * chunk))
         assert same(first, merged(method, base, experts))
     turned = {name: base[name] for name in reversed(base)}
     assert same(first, merged(method, turned, experts))

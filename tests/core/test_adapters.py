@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mergecore import merge, passes, span
+from mergecore import merge, passes, reading, span
 from mergecore.delta import ROWS, AdapterExpert
 from mergecore.errors import MismatchError, SourceError
 from mergecore.events import silent
@@ -225,7 +225,7 @@ def test_the_same_bytes_for_any_span_and_grid(
     recipe = {"method": "ties", "density": 0.4, "base": base, "experts": [adapter]}
     first = made(recipe, tmp_path / "first")
     monkeypatch.setattr(passes.plan_spans, "__defaults__", (1,))
-    monkeypatch.setattr(span, "WINDOW", 17)
+    monkeypatch.setattr(reading, "WINDOWS", (17, 17))
     assert made(recipe, tmp_path / "second").digest == first.digest
     for module in (passes, span, threshold):
         monkeypatch.setattr(module, "GRID", 100)

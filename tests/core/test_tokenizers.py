@@ -142,7 +142,7 @@ def test_rules_for_single_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ids_in_any_order_and_any_cut(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vocabularies with the same words in other places; the bytes do not depend on how much is read at a time."""
-    from mergecore import reading, span
+    from mergecore import reading
     from mergecore.events import silent
     from mergecore.merging import InProcess
     from mergecore.single import merge_recipe
@@ -158,8 +158,7 @@ def test_ids_in_any_order_and_any_cut(dtype: torch.dtype, tmp_path: Path, monkey
     given = recipe(models, method="ties", density=0.5, tokenizer={"source": "union", "pad_to_multiple_of": 16})
     found = []
     for number, (window, workers) in enumerate([(1 << 18, 1), (5, 1), (13, 2)]):
-        for module in (reading, span):
-            monkeypatch.setattr(module, "WINDOW", window)
+        monkeypatch.setattr(reading, "WINDOWS", (window, window))
         out = tmp_path / str(number)
         merge_recipe(parse_recipe(plain(given), "recipe"), out, find, InProcess(workers), silent)
         found.append((out / "model.safetensors").read_bytes())

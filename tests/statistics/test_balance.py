@@ -31,7 +31,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("mergecore.passes", "mergecore.span", "mergecore.identity"):
         monkeypatch.setattr(f"{module}.GRID", 2048)
     monkeypatch.setattr("mergecore.statistics.softmax_means.PIECE", 1500)
-    monkeypatch.setattr("mergecore.span.WINDOW", 1500)
+    monkeypatch.setattr("mergecore.reading.WINDOWS", (1500, 1500))
 
 
 def vectors(kind: str, experts: int = 3) -> Tensor:
