@@ -41,7 +41,8 @@ class _Job:
 class DigestCache:
     """SHA-256 of files, remembered by (path, inode, size, mtime_ns) in a file of JSON lines; None: in memory only.
 
-    Files stand in a queue; whoever waits for one hashes what is there, two at a time where `library` can (lanes.py). Safe
+    Files stand in a queue; whoever waits for one hashes what is there, two at a time where `library` can (lanes.py), for a
+    quarter of a second, and then takes again what has most left. Safe
     with several processes: each entry is appended in one write under a lock, lines that cannot be read (a writer was
     killed) are ignored, and what others have written is seen at the next miss.
     """
@@ -52,6 +53,7 @@ class DigestCache:
         self._known: dict[Stamp, str] = {}
         self._under_way: dict[Stamp, _Job] = {}
         self._queue: deque[_Job] = deque()
+        self._open: list[tuple[_Job, Lane]] = []
         self._read_up_to = 0
         self._lock = threading.Lock()
 
@@ -86,28 +88,33 @@ class DigestCache:
         return job.digest
 
     def work(self, chunk: int = CHUNK) -> None:
-        """Hash what is in the queue, until it is empty; `chunk`: bytes at a time where `hashlib` does it."""
-        running: list[tuple[_Job, Lane]] = []
+        """Hash what is in the queue, until nobody is needed for the rest; `chunk`: bytes at a time where `hashlib` does it."""
         while True:
-            while (job := self._next(len(running))) is not None:
+            while (job := self._next()) is not None:
                 job.report(Event(f"hash {job.path.name}", 0, job.held[2], "bytes"))
                 function = function_in(self._library) if job.held[2] >= SMALL else None
                 if function is None:
                     self._settle(job, partial(file_sha256, job.path, chunk))
                 elif (lane := self._lane(job, function)) is not None:
-                    running.append((job, lane))
-            if not running:
+                    with self._lock:
+                        self._open.append((job, lane))
+            with self._lock:
+                self._open.sort(key=lambda held: held[1].left)
+                taken, self._open = self._open[-LANES:], self._open[:-LANES]
+            if not taken:
                 return
-            advance([lane for _, lane in running])
-            for job, lane in running:
+            advance([lane for _, lane in taken])
+            for job, lane in taken:
                 if lane.ended:
                     self._settle(job, lane.hexdigest)
-            running = [(job, lane) for job, lane in running if not lane.ended]
+            with self._lock:
+                self._open += [held for held in taken if not held[1].ended]
 
-    def _next(self, running: int) -> _Job | None:
-        """The next job for a thread with so many under way: two at a time, and the last one of an odd number with them."""
+    def _next(self) -> _Job | None:
+        """The next job, where there are fewer files than one thread takes; the last one of an odd number joins them, so
+        that three files end together, or a thread that comes later finds one."""
         with self._lock:
-            room = running < LANES or (running == LANES and len(self._queue) == 1)
+            room = len(self._open) < LANES or (len(self._open) == LANES and len(self._queue) == 1)
             return self._queue.popleft() if room and self._queue else None
 
     def _lane(self, job: _Job, function: Function) -> Lane | None:

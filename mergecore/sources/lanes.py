@@ -66,13 +66,9 @@ class Lane:
 
 
 def advance(lanes: Sequence[Lane]) -> None:
-    """Hash some more of the one or two lanes with most left to read. The interpreter is free meanwhile.
-
-    So three files end together, after one and a half times as long as two; two and then one would take twice as long.
-    """
-    chosen = sorted(lanes, key=lambda lane: lane.left)[-LANES:]
-    states = (ctypes.POINTER(_State) * LANES)(*(ctypes.pointer(lane.state) for lane in chosen))
-    lanes[0].function(states, ctypes.c_int(len(chosen)), ctypes.c_int64(STEPS))
+    """Hash some more of one or two lanes. The interpreter is free meanwhile."""
+    states = (ctypes.POINTER(_State) * LANES)(*(ctypes.pointer(lane.state) for lane in lanes))
+    lanes[0].function(states, ctypes.c_int(len(lanes)), ctypes.c_int64(STEPS))
 
 
 def function_in(library: Library | None) -> Function | None:
