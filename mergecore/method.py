@@ -151,15 +151,13 @@ Statistics = Mapping[str, Sequence[Found]]
 class Counting:
     """What a scan counts of one block: patterns(experts, **arguments) gives int32 values, one or more per element, in plain
     torch on flat float32 deltas. windows: None: counts their high half-words; else, per result, the low half-words inside
-    each of these high ones (as many for every result; none at all: nothing is counted). by_block: the counts are handed
-    over for each block of the grid, not for larger parts of a tensor.
+    each of these high ones (as many for every result; none at all: nothing is counted).
     """
 
     patterns: Callable[..., Sequence[Tensor]]
     arguments: Mapping[str, Any]
     results: int = 1
     windows: tuple[tuple[int, ...], ...] | None = None
-    by_block: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,12 +220,11 @@ class Statistic(Plugin, ABC):
         """What this scan counts of the block (of which only the place is known); None where it has to `add` it."""
         return None
 
-    def counted(self, state: Any, tensor: str, start: int, counts: Sequence[Sparse]) -> Any:
-        """The state after counts of a part of one tensor, from element `start` on: per result one of high half-words, or one
-        per window."""
+    def counted(self, state: Any, tensor: str, counts: Sequence[Sparse]) -> Any:
+        """The state after counts of a part of one tensor: per result one of high half-words, or one per window."""
         raise NotImplementedError
 
-    def summing(self, block: Block, statistics: Statistics) -> Summing | None:
+    def summing(self, state: Any, block: Block, statistics: Statistics) -> Summing | None:
         """What this scan adds up of the block (of which only the place is known); None where it does something else."""
         return None
 

@@ -74,7 +74,6 @@ class _Counted:
     """Counts of a part of a tensor under way: of which scans, how many results each has, and the bins."""
 
     tensor: str
-    start: int
     jobs: list[tuple[StatisticJob, int]]
     windows: int
     bins: NDArray[np.uint32]
@@ -108,7 +107,7 @@ class _Work:
             if reading.name not in job.selection or reading.start == reading.stop:
                 continue
             place = reading.place(job.experts)
-            summing = job.statistic.summing(place, job.statistics)
+            summing = job.statistic.summing(self.outcome.states[job.key], place, job.statistics)
             if summing is not None:
                 alike = (summing.values, job.statistic.whole, job.statistic.on, summing.with_base)
                 sums.setdefault(alike, []).append((job, summing))
@@ -122,10 +121,10 @@ class _Work:
                         self._add(job, reading)
             elif counting.windows != ():
                 per = len(counting.windows[0]) if counting.windows else 0
-                kind = (counting.patterns, per, job.statistic.whole, counting.by_block)
+                kind = (counting.patterns, per, job.statistic.whole)
                 groups.setdefault(kind, []).append((job, counting))
-        for (_, per, whole, by_block), group in groups.items():
-            self._count(reading, group, per, whole, by_block)
+        for (_, per, whole), group in groups.items():
+            self._count(reading, group, per, whole)
         for adding in sums.values():
             self._sum(reading, list(_cut(reading.start, reading.stop, GRID)), adding)
 
@@ -182,14 +181,12 @@ class _Work:
                     state = self.outcome.states[job.key]
                     self.outcome.states[job.key] = job.statistic.summed(state, reading.name, start, own)
 
-    def _count(
-        self, reading: Reading, group: list[tuple[StatisticJob, Counting]], per: int, whole: bool, by_block: bool
-    ) -> None:
+    def _count(self, reading: Reading, group: list[tuple[StatisticJob, Counting]], per: int, whole: bool) -> None:
         positions, given = self._riding([(job, one.patterns, one.arguments) for job, one in group], "counts", per)
         key = tuple(job.key for job, _ in group)
         windows = [window for _, one in group for result in one.windows or () for window in result]
         for start, stop in _cut(reading.start, reading.stop, reading.readers.window):
-            bins = self._bins(reading.name, start // GRID * GRID if by_block else 0, key, group, per)
+            bins = self._bins(reading.name, key, group, per)
             reading.window(start, stop)
             if given.count(reading.chunk(positions, with_base=True), windows, bins):
                 if not whole:
@@ -205,17 +202,17 @@ class _Work:
         given = Fused(function, "deltas", "counts", None, windows=per).given({"job 0": counting.arguments})
         bins = empty_bins(counting.results, per)
         given.count(reading.chunk(job.experts, with_base=True), [w for r in counting.windows or () for w in r], bins)
-        self._hand_over(_Counted(reading.name, 0, [(job, counting.results)], per, bins))
+        self._hand_over(_Counted(reading.name, [(job, counting.results)], per, bins))
 
     def _bins(
-        self, tensor: str, start: int, key: Any, group: list[tuple[StatisticJob, Counting]], per: int
+        self, tensor: str, key: Any, group: list[tuple[StatisticJob, Counting]], per: int
     ) -> NDArray[np.uint32]:
         held = self.counted.get(key)
-        if held is None or (held.tensor, held.start) != (tensor, start):
+        if held is None or held.tensor != tensor:
             if held is not None:
                 self._hand_over(held)
             jobs = [(job, one.results) for job, one in group]
-            held = _Counted(tensor, start, jobs, per, empty_bins(sum(results for _, results in jobs), per))
+            held = _Counted(tensor, jobs, per, empty_bins(sum(results for _, results in jobs), per))
             self.counted[key] = held
         return held.bins
 
@@ -230,7 +227,7 @@ class _Work:
         for job, results in held.jobs:
             own, counts = counts[: results * max(held.windows, 1)], counts[results * max(held.windows, 1) :]
             state = self.outcome.states[job.key]
-            self.outcome.states[job.key] = job.statistic.counted(state, held.tensor, held.start, own)
+            self.outcome.states[job.key] = job.statistic.counted(state, held.tensor, own)
 
     # --- merges -------------------------------------------------------------------------------------------------
 

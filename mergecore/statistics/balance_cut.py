@@ -62,11 +62,11 @@ class BalanceCut(Statistic):
         windows = tuple((high.bin, low.bin) for high, low in state.wanted) if state.wanted else None
         return Counting(_patterns, arguments, count, windows)
 
-    def counted(self, state: CutState, tensor: str, start: int, counts: Sequence[Sparse]) -> CutState:
+    def counted(self, state: CutState, tensor: str, counts: Sequence[Sparse]) -> CutState:
         """Counts added; both values may lie in one bin, whose counts then come first."""
         for position, (high, low) in enumerate(state.wanted):
-            high.counted(("", 0), counts[2 * position])
-            low.counted(("", 0), counts[2 * position if low.bin == high.bin else 2 * position + 1])
+            high.counted(counts[2 * position])
+            low.counted(counts[2 * position if low.bin == high.bin else 2 * position + 1])
         if not state.wanted:
             state.high = [joined(old, new) for old, new in zip(state.high or [None] * len(counts), counts, strict=True)]
         return state

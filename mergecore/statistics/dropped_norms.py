@@ -27,7 +27,7 @@ class DroppedNorms(BlockSums):
         own = self.drop.of_expert(position)
         return self if own is self.drop else self.model_copy(update={"drop": own})
 
-    def summing(self, block: Block, statistics: Statistics) -> Summing:
+    def summing(self, state: Any, block: Block, statistics: Statistics) -> Summing:
         """Both l1 norms."""
         return Summing(_magnitudes, {"drawn": self.drop.drawn(block, [1.0])}, 2)
 

@@ -51,10 +51,10 @@ class MagnitudeQuantiles(Statistic):
         """The low half-words inside both bins."""
         return Counting(magnitudes, {"drawn": None}, 1, (tuple(wanted.bin for wanted in state),) if state else ())
 
-    def counted(self, state: State, tensor: str, start: int, counts: Sequence[Sparse]) -> State:
+    def counted(self, state: State, tensor: str, counts: Sequence[Sparse]) -> State:
         """Counts added; both values may lie in one bin."""
         for wanted in state:
-            wanted.counted(("", 0), counts[0] if wanted.bin == state[0].bin else counts[1])
+            wanted.counted(counts[0] if wanted.bin == state[0].bin else counts[1])
         return state
 
     def combine(self, left: State, right: State) -> State:

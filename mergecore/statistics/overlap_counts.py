@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -31,7 +31,7 @@ class OverlapCounts(Statistic):
         """Nothing counted."""
         return {}
 
-    def summing(self, block: Block, statistics: Statistics) -> Summing:
+    def summing(self, state: Any, block: Block, statistics: Statistics) -> Summing:
         """Per expert what it changes, and what it alone changes."""
         return Summing(_changes, {"epsilon": self.epsilon}, 2 * len(block.ids))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -29,7 +29,7 @@ class Products(BlockSums):
         """What the vectors are."""
         return "deltas" if self.of == "deltas" else "weights"
 
-    def summing(self, block: Block, statistics: Statistics) -> Summing:
+    def summing(self, state: Any, block: Block, statistics: Statistics) -> Summing:
         """One product for every pair, a vector with itself included."""
         with_base = self.of == "base and weights"
         count = len(block.ids) + with_base

@@ -46,7 +46,7 @@ class Profile(Statistic):
         """The finer bin of every magnitude."""
         return Counting(_fine, {"drawn": drawn_for(self.drop, block, statistics)})
 
-    def counted(self, state: State, tensor: str, start: int, counts: Sequence[Sparse]) -> State:
+    def counted(self, state: State, tensor: str, counts: Sequence[Sparse]) -> State:
         """Counts added."""
         state[tensor] = joined(state.get(tensor), counts[0])
         return state

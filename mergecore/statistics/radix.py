@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -79,18 +79,19 @@ class OrderStatistic:
     """The rank-th largest value (rank ≥ 1): `locate` after the first scan, `counted` in the second; it is found as soon as
     everything inside the bin has been counted.
 
-    low: counts of the low half-words inside the bin, by what they were counted under (tensor and block, say); once
-    `value` is known only those equal to it. above: how many values are larger.
+    low: counts of the low half-words inside the bin. above, equal: how many values are larger, and how many are the one
+    that was found.
     """
 
     rank: int
     bin: int = -1
     above: int = 0
-    low: dict[tuple[str, int], Sparse] = field(default_factory=dict)
+    low: Sparse | None = None
     left: int = 0
     """How many values inside the bin are still to be counted."""
     value: int = -1
     """The pattern of the value found; −1, which no value has, before."""
+    equal: int = 0
 
     def locate(self, counts: Iterable[Sparse]) -> None:
         """Find the bin from the counts of the high half-words."""
@@ -102,31 +103,21 @@ class OrderStatistic:
         if place & 1:
             self.locate(coarse(part) for part in counts)
         else:
-            self.bin, self.above, self.value = place >> 1, above, place >> 1 << 16
-            self.low = {("", 0): (np.zeros(1, dtype=np.int64), np.array([inside]))}
+            self.bin, self.above, self.value, self.equal = place >> 1, above, place >> 1 << 16, inside
 
-    def counted(self, name: tuple[str, int], counts: Sparse) -> None:
+    def counted(self, counts: Sparse) -> None:
         """Take in counts of the low half-words inside the bin; once the value is found there is nothing to take."""
         if self.left and len(counts[0]):
-            self.low[name] = joined(self.low.get(name), counts)
+            self.low = joined(self.low, counts)
             self.left -= int(counts[1].sum())
             if self.left == 0:
-                self._settle()
+                low, above, self.equal = bin_of_rank([self.low], self.rank - self.above)
+                self.above += above
+                self.value, self.low = (self.bin << 16) | low, None
 
     def join(self, other: OrderStatistic) -> None:
         """Add what another worker counted, from the same start."""
         if other.left == 0:
-            self.low, self.left, self.above, self.value = other.low, 0, other.above, other.value
-        elif self.left:
-            for name, counts in other.low.items():
-                self.counted(name, counts)
-
-    def _settle(self) -> None:
-        low, above, _ = bin_of_rank(self.low.values(), self.rank - self.above)
-        self.above += above
-        self.value = (self.bin << 16) | low
-        self.low = {name: (bins[bins == low], held[bins == low]) for name, (bins, held) in self.low.items()}
-
-    def equal(self) -> int:
-        """How many values are exactly the one found."""
-        return int(sum(counts.sum() for _, counts in self.low.values()))
+            self.low, self.left, self.above, self.value, self.equal = None, 0, other.above, other.value, other.equal
+        elif other.low is not None:
+            self.counted(other.low)

@@ -31,7 +31,7 @@ class SignMajority(Statistic):
         """Zero."""
         return 0
 
-    def summing(self, block: Block, statistics: Statistics) -> Summing:
+    def summing(self, state: Any, block: Block, statistics: Statistics) -> Summing:
         """Positive minus negative elections."""
         shares = None if self.elect == "mass" else shares_of(statistics, len(block.ids))
         given = {"trims": trims(self.threshold, block, statistics), "elect": self.elect, "shares": shares}

@@ -8,14 +8,15 @@ are above and at it.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from math import floor
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
+import torch
 from torch import Tensor
 
 from mergecore.identity import GRID
@@ -31,11 +32,12 @@ from mergecore.method import (
     Sparse,
     Statistic,
     Statistics,
+    Summing,
     TensorInfo,
 )
 from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
 from mergecore.statistics.profile import Profile, fine_counts, magnitudes
-from mergecore.statistics.radix import OrderStatistic, coarse, value_of
+from mergecore.statistics.radix import OrderStatistic, value_of
 from mergecore.trims import RandomDrop, Shares, dropped, trimmed
 
 Count = Literal["at_least", "exact", "published"]
@@ -50,12 +52,19 @@ class Group:
     tensors: frozenset[str]
     total: int
     order: OrderStatistic
+    equal: dict[tuple[str, int], int] = field(default_factory=dict)
+    """How many elements exactly at the threshold each block has, where not all of them are kept (count exact)."""
     needed: int = 0
-    """How many of the elements exactly at the threshold are still to be kept (count exact)."""
+    """How many of them are still to be kept in `block`."""
     block: tuple[str, int] | None = None
-    """Tensor and first element of the block in which the last of them lies that is kept; None where all of them are."""
+    """Tensor and first element of the block in which the last of them lies that is kept."""
     cut: int = -1
     """Its flat index, once it is found."""
+
+    @property
+    def divided(self) -> bool:
+        """Whether some of the elements at the threshold are to be kept, and others not."""
+        return 0 < self.order.rank - self.order.above < self.order.equal
 
     def holds_cut(self, block: Block) -> bool:
         """Whether the last one may lie in this part of a tensor."""
@@ -66,24 +75,20 @@ class Group:
 
 @dataclass
 class ThresholdState:
-    """The groups that are not found yet, and the others, pickled: every span is sent the state, and needs the first alone.
-    Once a group has a block, the last elements that are kept are being looked for."""
+    """What of which groups is looked for, and all other groups, pickled: every span is sent the state, and needs the first
+    alone. It goes through up to three readings: 'bin' counts what lies in a group's bin, 'equal' how many elements of each
+    block are exactly at its threshold, 'cut' looks into the block where the last one lies that is kept."""
 
+    wanted: Literal["bin", "equal", "cut"]
     groups: list[Group]
-    found: bytes
-
-    @classmethod
-    def of(cls, groups: Sequence[Group], unfound: Callable[[Group], bool]) -> ThresholdState:
-        """The state of all groups."""
-        rest = [group for group in groups if not unfound(group)]
-        return cls([group for group in groups if unfound(group)], pickle.dumps(rest, pickle.HIGHEST_PROTOCOL))
+    others: bytes
 
     def every(self) -> list[Group]:
         """All groups, in the order of their tensors."""
-        return sorted([*self.groups, *pickle.loads(self.found)], key=lambda group: min(group.tensors))
+        return sorted([*self.groups, *pickle.loads(self.others)], key=lambda group: min(group.tensors))
 
     def group_of(self, tensor: str) -> Group | None:
-        """The group that ranks this tensor, where it is not found yet."""
+        """The group that ranks this tensor, where something of it is looked for."""
         return self._by_tensor.get(tensor)
 
     @cached_property
@@ -141,16 +146,30 @@ class Threshold(Statistic):
         groups = [self._group(tensors, sum(selection[name].count for name in tensors)) for tensors in members]
         counts = {} if self.keeps_all else fine_counts(statistics["profile"][0], selection)
         for group in groups if counts else ():
-            held = [counts[name] for name in group.tensors]
-            if group.order.rank and self.count == "exact":
-                group.order.locate(coarse(part) for part in held)
-            elif group.order.rank:
-                group.order.locate_fine(held)
-        unsettled = sorted(name for group in groups if group.order.left for name in group.tensors)
-        blocks = [(name, start) for name in unsettled for start in range(0, selection[name].count, GRID)]
-        if not blocks:
+            if group.order.rank:
+                group.order.locate_fine([counts[name] for name in group.tensors])
+        return self._onward(groups, selection)
+
+    def _onward(self, groups: Sequence[Group], selection: Mapping[str, TensorInfo]) -> Rescan | Result:
+        """What is to be looked for next, or the result."""
+        wanted: Literal["bin", "equal", "cut"] = "bin"
+        open_ones = [group for group in groups if group.order.left]
+        if not open_ones and self.count == "exact":
+            divided = [group for group in groups if group.divided and group.cut < 0]
+            wanted, open_ones = "equal", [group for group in divided if not group.equal]
+            if divided and not open_ones:
+                wanted, open_ones = "cut", divided
+                for group in divided:
+                    _descend(group)
+        if not open_ones:
             return Result({}, self._numbers(groups))
-        return Rescan(ThresholdState.of(groups, lambda group: bool(group.order.left)), tuple(blocks))
+        tensors = sorted(name for group in open_ones for name in group.tensors)
+        blocks = [(name, start) for name in tensors for start in range(0, selection[name].count, GRID)]
+        if wanted == "cut":
+            blocks = sorted(group.block for group in open_ones if group.block)
+        chosen = {id(group) for group in open_ones}
+        others = pickle.dumps([group for group in groups if id(group) not in chosen], pickle.HIGHEST_PROTOCOL)
+        return Rescan(ThresholdState(wanted, open_ones, others), tuple(blocks))
 
     def _group(self, tensors: frozenset[str], total: int) -> Group:
         if self.keeps_all:  # whatever is at least 0
@@ -158,19 +177,32 @@ class Threshold(Statistic):
         return Group(tensors, total, OrderStatistic(self.rank(total)))
 
     def counting(self, state: ThresholdState, block: Block, statistics: Statistics) -> Counting | None:
-        """In the first scan the low half-words inside the bin; then it looks into the blocks that hold a cut."""
+        """The low half-words inside the group's bin; nothing (None: it looks for itself) once that is found."""
         group = state.group_of(block.name)
-        if group is not None and group.cut < 0 and group.holds_cut(block):
+        if state.wanted == "cut" and group is not None and group.cut < 0 and group.holds_cut(block):
             return None
-        windows = ((group.order.bin,),) if group is not None and group.order.left else ()
-        arguments = {"drawn": drawn_for(self.drop, block, statistics)}
-        return Counting(magnitudes, arguments, 1, windows, by_block=self.count == "exact")
+        windows = ((group.order.bin,),) if state.wanted == "bin" and group is not None else ()
+        return Counting(magnitudes, {"drawn": drawn_for(self.drop, block, statistics)}, 1, windows)
 
-    def counted(self, state: ThresholdState, tensor: str, start: int, counts: Sequence[Sparse]) -> ThresholdState:
-        """The group's counts; by block only where the one that holds the cut will be looked for."""
+    def counted(self, state: ThresholdState, tensor: str, counts: Sequence[Sparse]) -> ThresholdState:
+        """The group's counts."""
         group = state.group_of(tensor)
         assert group is not None
-        group.order.counted((tensor, start) if self.count == "exact" else ("", 0), counts[0])
+        group.order.counted(counts[0])
+        return state
+
+    def summing(self, state: ThresholdState, block: Block, statistics: Statistics) -> Summing | None:
+        """How many elements are exactly at the group's threshold, once that is found."""
+        group = state.group_of(block.name)
+        if state.wanted != "equal" or group is None:
+            return None
+        return Summing(_equal, {"drawn": drawn_for(self.drop, block, statistics), "value": group.order.value})
+
+    def summed(self, state: ThresholdState, tensor: str, start: int, sums: Sequence[float]) -> ThresholdState:
+        """Of one more block."""
+        group = state.group_of(tensor)
+        assert group is not None
+        group.equal[tensor, start] = int(sums[0])
         return state
 
     def add(self, state: ThresholdState, block: Block, statistics: Statistics) -> ThresholdState:
@@ -191,29 +223,24 @@ class Threshold(Statistic):
         """Join what two workers counted or found."""
         for ours, theirs in zip(left.groups, right.groups, strict=True):
             ours.order.join(theirs.order)
+            ours.equal |= theirs.equal
             ours.cut = max(ours.cut, theirs.cut)
         return left
 
     def finish(
         self, state: ThresholdState, selection: Mapping[str, TensorInfo], statistics: Statistics
     ) -> Result | Rescan:
-        """The thresholds; for count exact first a look into the blocks in which a cut lies."""
-        if self.count == "exact" and not any(group.block for group in state.groups):
-            for group in state.groups:
-                _descend(group)
-            blocks = sorted(group.block for group in state.groups if group.block)
-            if blocks:
-                return Rescan(ThresholdState.of(state.every(), lambda group: bool(group.block)), tuple(blocks))
-        return Result({}, self._numbers(state.every()))
+        """The thresholds, or what is still looked for."""
+        return self._onward(state.every(), selection)
 
     def _numbers(self, held: Sequence[Group]) -> dict[str, Any]:
         orders = [group.order for group in held]
-        kept = [order.rank if self.count == "exact" else order.above + order.equal() for order in orders]
+        kept = [order.rank if self.count == "exact" else order.above + order.equal for order in orders]
         groups = [
             {
                 "bits": group.order.value,
                 "above": group.order.above,
-                "equal": group.order.equal(),
+                "equal": group.order.equal,
                 "cut": [group.block[0], group.cut] if group.block else None,
                 "kept": here,
             }
@@ -225,16 +252,16 @@ class Threshold(Statistic):
         return {"groups": groups, "tensors": names, "kept": sum(kept), "of": of, "density": share}
 
 
+def _equal(experts: Sequence[Tensor], drawn: Mapping[str, Any] | None, value: int) -> list[Tensor]:
+    return [torch.where(pattern == value, 1.0, 0.0) for pattern in magnitudes(experts, drawn)]
+
+
 def _descend(group: Group) -> None:
-    """Where some of those at the threshold go: find the block in which the last one kept lies, from how many each has."""
-    order = group.order
-    group.needed = order.rank - order.above
-    if not order.rank or group.needed == order.equal():
-        return
-    for block in sorted(order.low):
-        here = int(order.low[block][1].sum())
+    """Find the block in which the last one kept lies, from how many each has."""
+    group.needed = group.order.rank - group.order.above
+    for block, here in sorted(group.equal.items()):
         if group.needed <= here:
-            group.block = block
+            group.block, group.equal = block, {block: here}
             return
         group.needed -= here
 

@@ -24,7 +24,7 @@ class TrimmedNorms(BlockSums):
         """Each expert's threshold, and the l1 factors of the drop where it has them."""
         return trim_statistics(self.threshold)
 
-    def summing(self, block: Block, statistics: Statistics) -> Summing:
+    def summing(self, state: Any, block: Block, statistics: Statistics) -> Summing:
         """One square per expert."""
         return Summing(_squares, trims(self.threshold, block, statistics), len(block.ids))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -30,7 +30,7 @@ class UnifiedNorms(BlockSums):
 
     zero_sign: ZeroSign = "drop"
 
-    def summing(self, block: Block, statistics: Statistics) -> Summing:
+    def summing(self, state: Any, block: Block, statistics: Statistics) -> Summing:
         """Both l1 norms of every expert."""
         return Summing(_shares, {"zero_sign": self.zero_sign}, 2 * len(block.ids))
 
