@@ -82,24 +82,24 @@ def _read_round(
 
 def _sorted_out(
     plan: PassPlan, found: Mapping[str, Any], outcome: PassOutcome
-) -> tuple[dict[str, bytes], dict[str, frozenset[int] | None]]:
+) -> tuple[dict[str, bytes], dict[str, tuple[tuple[int, int], ...] | None]]:
     """Of what statistics began with or ended in: results go to the outcome; returns the states of those that go on, and
     what of which tensor the wishes among them name."""
     states: dict[str, bytes] = {}
     whole: set[str] = set()
-    blocks: dict[str, set[int]] = {}
+    parts: dict[str, set[tuple[int, int]]] = {}
     for job in plan.statistics:
         one = found.get(job.key)
         if isinstance(one, Result):
             outcome.results[job.key] = one
         elif isinstance(one, Rescan):
             states[job.key] = pickle.dumps(one.state, pickle.HIGHEST_PROTOCOL)
-            whole.update(job.selection if one.blocks is None else ())
-            for name, start in one.blocks or ():
-                blocks.setdefault(name, set()).add(start)
+            whole.update(job.selection if one.parts is None else ())
+            for name, start, stop in one.parts or ():
+                parts.setdefault(name, set()).add((start, stop))
         elif job.key in found:
             states[job.key] = pickle.dumps(one, pickle.HIGHEST_PROTOCOL)
-    return states, {name: frozenset(starts) for name, starts in blocks.items()} | dict.fromkeys(whole)
+    return states, {name: tuple(sorted(held)) for name, held in parts.items()} | dict.fromkeys(whole)
 
 
 def _read_in(round: Round) -> list[int]:

@@ -164,13 +164,15 @@ class Counting:
 class Summing:
     """What a scan adds up of one block: values(experts, **arguments) gives float32 or float64 values, one or more per element,
     in plain torch on flat float32 deltas (or what else the statistic is `on`); their sums are float64, formed in one order
-    whatever runs it. with_base: the base comes first, before the experts.
+    whatever runs it. with_base: the base comes first, before the experts. grain: elements whose sums are handed over
+    together, a divisor of the grid's blocks; None: a block.
     """
 
     values: Callable[..., Sequence[Tensor]]
     arguments: Mapping[str, Any]
     results: int = 1
     with_base: bool = False
+    grain: int | None = None
 
 
 Sparse = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -229,7 +231,7 @@ class Statistic(Plugin, ABC):
         return None
 
     def summed(self, state: Any, tensor: str, start: int, sums: Sequence[float]) -> Any:
-        """The state after the sums, one per result, over the block of the grid that starts there."""
+        """The state after the sums, one per result, over the block (of the grid, or a grain) that starts there."""
         raise NotImplementedError
 
     def add(self, state: Any, block: Block, statistics: Statistics) -> Any:
@@ -255,11 +257,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Rescan:
-    """Read again with this state. blocks: only these blocks of the grid (tensor, first element), which then come in parts, in
-    order, and perhaps others beside; None: all of the selection."""
+    """Read again with this state. parts: only these of tensors (name, first element, end), and perhaps others beside;
+    None: all of the selection."""
 
     state: Any
-    blocks: tuple[tuple[str, int], ...] | None = None
+    parts: tuple[tuple[str, int, int], ...] | None = None
 
 
 class DataStatistic(Plugin, ABC):

@@ -165,12 +165,12 @@ def coarsest(methods: Sequence[Method | Link]) -> Per:
 @dataclass(frozen=True)
 class Round:
     """One reading of the pass: the plan, the states from which every span's statistics start (pickled: each span has its
-    own, and unpickling is the fastest copy), and of a reading that a statistic has asked for which tensors are read, whole or (where there are first elements) only those blocks of the
-    grid. Merges are done in the first reading."""
+    own, and unpickling is the fastest copy), and of a reading that a statistic has asked for which tensors are read, whole
+    or only those parts (first elements and ends, in order). Merges are done in the first reading."""
 
     plan: PassPlan
     states: Mapping[str, bytes]
-    only: Mapping[str, frozenset[int] | None] | None = None
+    only: Mapping[str, tuple[tuple[int, int], ...] | None] | None = None
     fused: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     """What this process has worked out about the jobs' functions; never sent."""
 
@@ -180,11 +180,12 @@ class Round:
             return unit
         pieces: list[Piece] = []
         for name, start, stop in unit:
-            if self.only.get(name, frozenset()) is None:
+            parts = self.only.get(name, ())
+            if parts is None:
                 pieces.append((name, start, stop))
-            for block in sorted(self.only.get(name) or ()):
-                if start <= block < stop:
-                    pieces.append((name, block, min(block + GRID, stop)))
+            for first, end in parts or ():
+                if first < stop and start < end:
+                    pieces.append((name, max(first, start), min(end, stop)))
         return tuple(pieces)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mergecore.delta import FullExpert
+from mergecore.identity import GRID, bytes_of
 from mergecore.kernels.run import Chunk
 from mergecore.method import Block, TensorSource
-from mergecore.identity import GRID, bytes_of
 from mergecore.passes import PassPlan, Unit
 from mergecore.snapshot import DTYPES, check_finite
 

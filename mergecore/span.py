@@ -27,8 +27,8 @@ from mergecore.staging import Launched, Stage, in_smaller_windows
 
 WORTH_BUILDING = 1 << 24
 """Elements of a pass from which on a fused loop that is not at hand is built."""
-LOOK = 1 << 16
-"""Elements at once of a block in which a statistic looks for something: its values stay in the processor's cache."""
+ON_DEVICE = 1 << 20
+"""Elements of a window on a device, where they fit."""
 TAME = "its experts are finite, its result is not: choose a smaller scale or a wider dtype"
 """What to do about values of a result that are not finite."""
 
@@ -98,9 +98,7 @@ class _Work:
 
     def observe(self, reading: Reading) -> None:
         """Show every statistic the piece: counts window by window, all scans that count by one function in one loop; the
-        rest block by block of the grid, for their sums must not depend on any other cut, or what they look for in it."""
-        only = self.round.only
-        step = LOOK if only is not None and only[reading.name] is not None else GRID
+        rest block by block of the grid, for their sums must not depend on any other cut."""
         groups: dict[Any, list[tuple[StatisticJob, Counting]]] = {}
         sums: dict[Any, list[tuple[StatisticJob, Summing]]] = {}
         for job in self.observers:
@@ -109,16 +107,14 @@ class _Work:
             place = reading.place(job.experts)
             summing = job.statistic.summing(self.outcome.states[job.key], place, job.statistics)
             if summing is not None:
-                alike = (summing.values, job.statistic.whole, job.statistic.on, summing.with_base)
+                alike = (summing.values, job.statistic.whole, job.statistic.on, summing.with_base, summing.grain)
                 sums.setdefault(alike, []).append((job, summing))
                 continue
             counting = job.statistic.counting(self.outcome.states[job.key], place, job.statistics)
             if counting is None:
-                for start, stop in _cut(reading.start, reading.stop, step):
+                for start, stop in _cut(reading.start, reading.stop, GRID):
                     reading.window(start, stop)
-                    place = reading.place(job.experts)
-                    if job.statistic.counting(self.outcome.states[job.key], place, job.statistics) is None:
-                        self._add(job, reading)
+                    self._add(job, reading)
             elif counting.windows != ():
                 per = len(counting.windows[0]) if counting.windows else 0
                 kind = (counting.patterns, per, job.statistic.whole)
@@ -126,7 +122,7 @@ class _Work:
         for (_, per, whole), group in groups.items():
             self._count(reading, group, per, whole)
         for adding in sums.values():
-            self._sum(reading, list(_cut(reading.start, reading.stop, GRID)), adding)
+            self._sum(reading, reading.start, reading.stop, adding)
 
     def _add(self, job: StatisticJob, reading: Reading) -> None:
         try:
@@ -153,28 +149,30 @@ class _Work:
         fused = self._fused((out, tuple(job.key for job, _, _ in scans)), function, on, out, per)
         return positions, fused.given({f"job {number}": given for number, (_, _, given) in enumerate(scans)})
 
-    def _sum(
-        self, reading: Reading, blocks: Sequence[tuple[int, int]], group: list[tuple[StatisticJob, Summing]]
-    ) -> None:
-        """The sums over blocks of the grid, for scans that add up by one function, of the same things, in one loop."""
+    def _sum(self, reading: Reading, first: int, end: int, group: list[tuple[StatisticJob, Summing]]) -> None:
+        """The sums over blocks from `first` on, for scans that add up by one function, of the same things, in one loop."""
         statistic, with_base = group[0][0].statistic, group[0][1].with_base
         whole, on = statistic.whole, statistic.on
         needed = with_base or on == "deltas"
         scans = [(job, one.values, one.arguments) for job, one in group]
         positions, given = self._riding(scans, "sums", with_base=with_base)
+        grain, window = group[0][1].grain or GRID, reading.readers.window
+        blocks = list(_cut(first, end, grain))
         lanes = np.zeros((len(blocks), sum(one.results for _, one in group), LANES))
         lost = [False] * len(blocks)
-        for number, (start, stop) in enumerate(blocks):
-            for low, high in _cut(start, stop, reading.readers.window):
+        for start, stop in _cut(first, end, window // grain * grain or grain):
+            for low, high in _cut(start, stop, window):
                 reading.window(low, high)
-                lost[number] |= given.sum(reading.chunk(positions, needed), lanes[number])
+                for at, _, part in reading.chunk(positions, needed).parts(grain):
+                    number = (low + at - first) // grain
+                    lost[number] |= given.sum(part, lanes[number])
         for (start, stop), not_finite, found in zip(blocks, lost, total_of(lanes), strict=True):
             if not_finite and not whole:
                 reading.window(start, stop)
                 reading.block(on, needed, positions, flat=True)  # which says what is not finite, and where
             elif not_finite and len(group) > 1:  # one expert's trouble is not the others'; its own block is left out
                 for alone in group:
-                    self._sum(reading, [(start, stop)], [alone])
+                    self._sum(reading, start, stop, [alone])
             elif not not_finite:
                 for job, one in group:
                     own, found = found[: one.results], found[one.results :]
@@ -204,9 +202,7 @@ class _Work:
         given.count(reading.chunk(job.experts, with_base=True), [w for r in counting.windows or () for w in r], bins)
         self._hand_over(_Counted(reading.name, [(job, counting.results)], per, bins))
 
-    def _bins(
-        self, tensor: str, key: Any, group: list[tuple[StatisticJob, Counting]], per: int
-    ) -> NDArray[np.uint32]:
+    def _bins(self, tensor: str, key: Any, group: list[tuple[StatisticJob, Counting]], per: int) -> NDArray[np.uint32]:
         held = self.counted.get(key)
         if held is None or held.tensor != tensor:
             if held is not None:
@@ -254,7 +250,7 @@ class _Work:
         elif merging:
             stage = self._stage()
             in_smaller_windows(
-                lambda size: self._merge_staged(merging, reading, given, digests, stage, size), GRID, stage
+                lambda size: self._merge_staged(merging, reading, given, digests, stage, size), ON_DEVICE, stage
             )
         for key, found in digests.items():
             self.outcome.digests[key].setdefault(reading.name, {}).update(found.finished())

@@ -57,6 +57,9 @@ class Chunk:
 
     def parts(self, size: int) -> Iterator[tuple[int, int, Chunk]]:
         """(first, end, part) of at most `size` elements, in order."""
+        if 0 < self.count <= size:
+            yield 0, self.count, self
+            return
         for first in range(0, self.count, size):
             end = min(first + size, self.count)
             yield first, end, self.part(first, end)

@@ -8,6 +8,7 @@ are above and at it.
 from __future__ import annotations
 
 import pickle
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -15,11 +16,10 @@ from functools import cached_property
 from math import floor
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from mergecore.identity import GRID
 from mergecore.kernels.run import materialised
 from mergecore.method import (
     Block,
@@ -41,6 +41,8 @@ from mergecore.statistics.radix import OrderStatistic, value_of
 from mergecore.trims import RandomDrop, Shares, dropped, trimmed
 
 Count = Literal["at_least", "exact", "published"]
+GRAIN = 1 << 16
+"""Elements of which it is counted how many are exactly at the threshold, before one is looked for."""
 ANY = 1 << 62
 """A flat index that no tensor has: everything comes before it."""
 
@@ -52,12 +54,13 @@ class Group:
     tensors: frozenset[str]
     total: int
     order: OrderStatistic
-    equal: dict[tuple[str, int], int] = field(default_factory=dict)
-    """How many elements exactly at the threshold each block has, where not all of them are kept (count exact)."""
+    equal: dict[str, array[int]] = field(default_factory=dict)
+    """Per tensor first elements of grains, and how many elements exactly at the threshold each has (count exact, where not
+    all of them are kept)."""
     needed: int = 0
-    """How many of them are still to be kept in `block`."""
-    block: tuple[str, int] | None = None
-    """Tensor and first element of the block in which the last of them lies that is kept."""
+    """How many of them are still to be kept in `grain`."""
+    grain: tuple[str, int] | None = None
+    """Tensor and first element of the grain in which the last of them lies that is kept."""
     cut: int = -1
     """Its flat index, once it is found."""
 
@@ -66,18 +69,24 @@ class Group:
         """Whether some of the elements at the threshold are to be kept, and others not."""
         return 0 < self.order.rank - self.order.above < self.order.equal
 
-    def holds_cut(self, block: Block) -> bool:
-        """Whether the last one may lie in this part of a tensor."""
-        if self.block is None or block.name != self.block[0]:
-            return False
-        return block.start < self.block[1] + GRID and self.block[1] < block.stop
+    def locate(self) -> None:
+        """Find the grain in which the last one kept lies, from how many each has."""
+        self.needed = self.order.rank - self.order.above
+        for tensor in sorted(self.equal):
+            held = self.equal[tensor]
+            for start, here in sorted(zip(held[::2], held[1::2], strict=True)):
+                if self.needed <= here:
+                    self.grain = tensor, start
+                    self.equal.clear()
+                    return
+                self.needed -= here
 
 
 @dataclass
 class ThresholdState:
     """What of which groups is looked for, and all other groups, pickled: every span is sent the state, and needs the first
     alone. It goes through up to three readings: 'bin' counts what lies in a group's bin, 'equal' how many elements of each
-    block are exactly at its threshold, 'cut' looks into the block where the last one lies that is kept."""
+    grain are exactly at its threshold, 'cut' looks into the grain where the last one lies that is kept."""
 
     wanted: Literal["bin", "equal", "cut"]
     groups: list[Group]
@@ -155,21 +164,20 @@ class Threshold(Statistic):
         wanted: Literal["bin", "equal", "cut"] = "bin"
         open_ones = [group for group in groups if group.order.left]
         if not open_ones and self.count == "exact":
-            divided = [group for group in groups if group.divided and group.cut < 0]
-            wanted, open_ones = "equal", [group for group in divided if not group.equal]
-            if divided and not open_ones:
-                wanted, open_ones = "cut", divided
-                for group in divided:
-                    _descend(group)
+            wanted, open_ones = "equal", [group for group in groups if group.divided and group.cut < 0]
+            if any(group.equal for group in open_ones):
+                wanted = "cut"
+                for group in open_ones:
+                    group.locate()
         if not open_ones:
             return Result({}, self._numbers(groups))
-        tensors = sorted(name for group in open_ones for name in group.tensors)
-        blocks = [(name, start) for name in tensors for start in range(0, selection[name].count, GRID)]
+        parts = [(name, 0, selection[name].count) for group in open_ones for name in sorted(group.tensors)]
         if wanted == "cut":
-            blocks = sorted(group.block for group in open_ones if group.block)
+            grains = [group.grain for group in open_ones if group.grain]
+            parts = [(name, start, min(start + GRAIN, selection[name].count)) for name, start in grains]
         chosen = {id(group) for group in open_ones}
         others = pickle.dumps([group for group in groups if id(group) not in chosen], pickle.HIGHEST_PROTOCOL)
-        return Rescan(ThresholdState(wanted, open_ones, others), tuple(blocks))
+        return Rescan(ThresholdState(wanted, open_ones, others), tuple(parts))
 
     def _group(self, tensors: frozenset[str], total: int) -> Group:
         if self.keeps_all:  # whatever is at least 0
@@ -179,7 +187,7 @@ class Threshold(Statistic):
     def counting(self, state: ThresholdState, block: Block, statistics: Statistics) -> Counting | None:
         """The low half-words inside the group's bin; nothing (None: it looks for itself) once that is found."""
         group = state.group_of(block.name)
-        if state.wanted == "cut" and group is not None and group.cut < 0 and group.holds_cut(block):
+        if state.wanted == "cut" and group is not None and group.grain == (block.name, block.start):
             return None
         windows = ((group.order.bin,),) if state.wanted == "bin" and group is not None else ()
         return Counting(magnitudes, {"drawn": drawn_for(self.drop, block, statistics)}, 1, windows)
@@ -196,34 +204,32 @@ class Threshold(Statistic):
         group = state.group_of(block.name)
         if state.wanted != "equal" or group is None:
             return None
-        return Summing(_equal, {"drawn": drawn_for(self.drop, block, statistics), "value": group.order.value})
+        arguments = {"drawn": drawn_for(self.drop, block, statistics), "value": group.order.value}
+        return Summing(_equal, arguments, grain=GRAIN)
 
     def summed(self, state: ThresholdState, tensor: str, start: int, sums: Sequence[float]) -> ThresholdState:
         """Of one more block."""
         group = state.group_of(tensor)
         assert group is not None
-        group.equal[tensor, start] = int(sums[0])
+        group.equal.setdefault(tensor, array("q")).extend((start, int(sums[0])))
         return state
 
     def add(self, state: ThresholdState, block: Block, statistics: Statistics) -> ThresholdState:
-        """For count exact: where in its block, which comes in parts from the first on, the last one kept lies."""
+        """For count exact: where in its grain the last one kept lies."""
         group = state.group_of(block.name)
         assert group is not None
         deltas = [delta.reshape(-1) for delta in block.experts]
         arguments = {"drawn": drawn_for(self.drop, block, statistics)}
         pattern = magnitudes(deltas, **materialised(arguments, block.start, deltas[0].numel(), deltas[0].device))[0]
-        equal = pattern == group.order.value
-        here = int(equal.sum())
-        if group.needed <= here:
-            group.cut = block.start + int(equal.nonzero()[group.needed - 1])
-        group.needed -= here
+        group.cut = block.start + int((pattern == group.order.value).nonzero()[group.needed - 1])
         return state
 
     def combine(self, left: ThresholdState, right: ThresholdState) -> ThresholdState:
         """Join what two workers counted or found."""
         for ours, theirs in zip(left.groups, right.groups, strict=True):
             ours.order.join(theirs.order)
-            ours.equal |= theirs.equal
+            for tensor, held in theirs.equal.items():
+                ours.equal.setdefault(tensor, array("q")).extend(held)
             ours.cut = max(ours.cut, theirs.cut)
         return left
 
@@ -241,7 +247,7 @@ class Threshold(Statistic):
                 "bits": group.order.value,
                 "above": group.order.above,
                 "equal": group.order.equal,
-                "cut": [group.block[0], group.cut] if group.block else None,
+                "cut": [group.grain[0], group.cut] if group.grain else None,
                 "kept": here,
             }
             for group, here in zip(held, kept, strict=True)
@@ -254,16 +260,6 @@ class Threshold(Statistic):
 
 def _equal(experts: Sequence[Tensor], drawn: Mapping[str, Any] | None, value: int) -> list[Tensor]:
     return [torch.where(pattern == value, 1.0, 0.0) for pattern in magnitudes(experts, drawn)]
-
-
-def _descend(group: Group) -> None:
-    """Find the block in which the last one kept lies, from how many each has."""
-    group.needed = group.order.rank - group.order.above
-    for block, here in sorted(group.equal.items()):
-        if group.needed <= here:
-            group.block, group.equal = block, {block: here}
-            return
-        group.needed -= here
 
 
 def threshold_of(found: Found, tensor: str) -> tuple[float, int]:

@@ -22,7 +22,6 @@ from mergecore.methods import Average
 from mergecore.pool import Pool, resolve_pool
 from mergecore.registry import METHODS
 from mergecore.spec import BaseSpec, ExpertSpec
-from mergecore.statistics import threshold
 from tests.recipes import find, made
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -227,7 +226,7 @@ def test_the_same_bytes_for_any_span_and_grid(
     monkeypatch.setattr(passes.plan_spans, "__defaults__", (1,))
     monkeypatch.setattr(reading, "WINDOWS", (17, 17))
     assert made(recipe, tmp_path / "second").digest == first.digest
-    for module in (passes, span, threshold):
+    for module in (passes, span):
         monkeypatch.setattr(module, "GRID", 100)
     made(recipe, tmp_path / "third")
     assert (tmp_path / "third/model.safetensors").read_bytes() == (tmp_path / "first/model.safetensors").read_bytes()

@@ -58,7 +58,7 @@ def merged(method: Method, device: str, base_id: str = "", library: Library | No
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(span, "GRID", 700)
+    monkeypatch.setattr(span, "ON_DEVICE", 700)
     span._stages.__dict__.clear()
 
 

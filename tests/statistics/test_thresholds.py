@@ -55,9 +55,9 @@ def deltas(kind: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("density", [0.0, 0.0001, 0.01, 0.2, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("ranked", ["global", "tensor"])
 def test_equals_a_full_sort(kind: str, density: float, ranked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("passes", "span", "identity", "statistics.threshold"):
+    for module in ("passes", "span", "identity"):
         monkeypatch.setattr(f"mergecore.{module}.GRID", 1024)
-    monkeypatch.setattr("mergecore.span.LOOK", 100)
+    monkeypatch.setattr("mergecore.statistics.threshold.GRAIN", 256)
     delta = deltas(kind)
     for count in ("at_least", "exact"):
         statistic = Threshold.model_validate({"density": density, "ranked": ranked, "count": count})
