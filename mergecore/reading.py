@@ -25,7 +25,7 @@ Filler = Callable[[memoryview, int], None]
 """Fills memory with a tensor's bytes, from this byte of it on."""
 AT_HAND = 5 << 19
 """Bytes of all models that are at hand at once: what lies between reading and writing stays in the processor's cache."""
-WINDOWS = 1 << 14, 1 << 20
+WINDOWS = 1 << 14, 1 << 19
 """The fewest and the most elements of a window."""
 
 _spaces = threading.local()

@@ -6,6 +6,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from mergecore.staging import Launched, Stage, in_smaller_windows
 
 WORTH_BUILDING = 1 << 24
 """Elements of a pass from which on a fused loop that is not at hand is built."""
+LEFT_OUT = 1 << 14
+"""Elements that a scan beyond selections leaves out where one of them is not finite."""
 ON_DEVICE = 1 << 20
 """Elements of a window on a device, where they fit."""
 TAME = "its experts are finite, its result is not: choose a smaller scale or a wider dtype"
@@ -174,8 +177,9 @@ class _Work:
                 for alone in group:
                     self._sum(reading, start, stop, [alone])
             elif not not_finite:
+                every = iter(found)
                 for job, one in group:
-                    own, found = found[: one.results], found[one.results :]
+                    own = list(islice(every, one.results))
                     state = self.outcome.states[job.key]
                     self.outcome.states[job.key] = job.statistic.summed(state, reading.name, start, own)
 
@@ -189,12 +193,14 @@ class _Work:
             if given.count(reading.chunk(positions, with_base=True), windows, bins):
                 if not whole:
                     reading.block("deltas", True, positions, flat=True)  # which says what is not finite, and where
-                elif len(group) > 1:  # one expert's trouble is not the others'
+                for low, high in _cut(start, stop, LEFT_OUT):
+                    reading.window(low, high)
                     for one in group:
                         self._count_window(reading, one, per)
 
     def _count_window(self, reading: Reading, one: tuple[StatisticJob, Counting], per: int) -> None:
-        """The window alone for one scan that looks beyond selections; where it is not finite it is left out."""
+        """The window alone for one scan that looks beyond selections; where it is not finite it is left out: one expert's
+        trouble is not the others', and what is left out must not depend on how many are read."""
         job, counting = one
         function = _together([(counting.patterns, list(range(len(job.experts))))], with_base=False)
         given = Fused(function, "deltas", "counts", None, windows=per).given({"job 0": counting.arguments})

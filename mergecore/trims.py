@@ -71,8 +71,10 @@ def dropped(deltas: Sequence[Tensor], drawn: Mapping[str, Any] | None) -> list[T
     ]
 
 
-def trimmed(delta: Tensor, least: float, last: int | None = None, index: Tensor | None = None) -> Tensor:
-    """The delta where |τ| ≥ least, else 0; with a `last` those exactly at it only up to that flat index."""
+def trimmed(delta: Tensor, least: float | None, last: int | None = None, index: Tensor | None = None) -> Tensor:
+    """The delta where |τ| ≥ least, else 0; with a `last` those exactly at it only up to that flat index. None: as it is."""
+    if least is None:
+        return delta
     magnitude = delta.abs()
     if last is None or index is None:
         return torch.where(magnitude >= least, delta, 0.0)

@@ -287,7 +287,7 @@ def trims(threshold: Threshold, block: Block, statistics: Statistics) -> dict[st
     """What `trimmed_deltas` needs for a block."""
     held = [threshold_of(found, block.name) for found in statistics["threshold"]]
     found: dict[str, Any] = {
-        "least": [least for least, _ in held],
+        "least": [None if threshold.keeps_all else least for least, _ in held],
         "drawn": drawn_for(threshold.drop, block, statistics),
     }
     if threshold.count == "exact":
