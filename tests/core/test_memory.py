@@ -196,7 +196,7 @@ def test_memory_for_one_block_means_one_at_a_time_and_the_same_bytes(pools: dict
             lambda e: said.append(e.what),
             memory=memory,
         ).digest
-        for name, memory in (("scarce", 6 << 20), ("ample", None))
+        for name, memory in (("scarce", 8 << 20), ("ample", None))
     }
     assert len(digests) == 1 and "memory is for 1 of 2 spans at a time" in said
 
