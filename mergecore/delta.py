@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mergecore.errors import MismatchError
 from mergecore.method import TensorInfo, TensorSource
-from mergecore.snapshot import DTYPES
 
 ROWS = 256
 """LoRA products are formed over fixed blocks of this many rows, so that they are the same for any span."""
@@ -60,13 +59,8 @@ class Expert(ABC):
         """What is read."""
 
     @abstractmethod
-    def dtype(self, name: str) -> torch.dtype:
-        """Of what `block` gives."""
-
-    @abstractmethod
-    def block(self, name: str, start: int, stop: int, space: Tensor | None = None) -> Tensor:
-        """What is read once for elements start … stop−1: weights in their own dtype (into `space` where it is given), or
-        the delta in float32."""
+    def block(self, name: str, start: int, stop: int) -> Tensor:
+        """What is read once for elements start … stop−1: weights in their own dtype, or the delta in float32."""
 
     @abstractmethod
     def weights(self, held: Tensor, base: Tensor) -> Tensor:
@@ -94,13 +88,9 @@ class FullExpert(Expert):
         """The checkpoint."""
         return (self.held,)
 
-    def dtype(self, name: str) -> torch.dtype:
-        """The checkpoint's own."""
-        return DTYPES[self.held.tensors[name].dtype]
-
-    def block(self, name: str, start: int, stop: int, space: Tensor | None = None) -> Tensor:
+    def block(self, name: str, start: int, stop: int) -> Tensor:
         """Weights in their own dtype."""
-        return self.held.read(name, start, stop, space)
+        return self.held.read(name, start, stop)
 
     def weights(self, held: Tensor, base: Tensor) -> Tensor:
         """The weights themselves."""
@@ -140,11 +130,7 @@ class AdapterExpert(Expert):
         """The adapter's own file."""
         return (self.held,)
 
-    def dtype(self, name: str) -> torch.dtype:
-        """float32."""
-        return torch.float32
-
-    def block(self, name: str, start: int, stop: int, space: Tensor | None = None) -> Tensor:
+    def block(self, name: str, start: int, stop: int) -> Tensor:
         """The delta in float32, from fixed blocks of `ROWS` rows."""
         if name not in self.factors:
             return torch.zeros(stop - start)

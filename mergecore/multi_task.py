@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mergecore.method import Block, Method, Statistic, Statistics, check_each, moved
+from mergecore.method import Block, Method, Statistic, Statistics
+from mergecore.per_expert import check_each, moved
 from mergecore.statistics.sign_majority import SignMajority
 from mergecore.statistics.threshold import Threshold, trimmed_deltas, trims
 from mergecore.trims import agreeing, elected_sign, folded_sum

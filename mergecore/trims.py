@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from mergecore.identity import GRID, drop_limit, random_key, word_key, words_at
-from mergecore.method import EACH, ONE, ONE_OR_EACH, Block, Index, each, moved
+from mergecore.method import Block, Index
+from mergecore.per_expert import EACH, ONE, ONE_OR_EACH, each, moved
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Shares = Annotated[Annotated[Share, ONE] | Annotated[tuple[Share, ...], EACH], ONE_OR_EACH]

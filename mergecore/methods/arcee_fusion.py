@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mergecore.errors import SpecError
 from mergecore.linear_algebra import BLOCK
-from mergecore.method import Method, Per, experts_given
+from mergecore.method import Method, Per
+from mergecore.per_expert import experts_given
 from mergecore.ranking import order_statistics
 
 

@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.errors import SpecError
-from mergecore.method import Block, Method, Statistic, Statistics, check_each, moved
+from mergecore.method import Block, Method, Statistic, Statistics
+from mergecore.per_expert import check_each, moved
 from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
 from mergecore.trims import RandomDrop, divided, dropped, folded_sum, weighted
 

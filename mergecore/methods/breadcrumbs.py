@@ -11,7 +11,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mergecore.method import Method, Per, check_each, each, moved
+from mergecore.method import Method, Per
+from mergecore.per_expert import check_each, each, moved
 from mergecore.ranking import largest
 from mergecore.trims import Shares, absolute_sum, joined, weighted
 

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.method import each
 from mergecore.multi_task import MaskMethod, multi_task_vector, task_masks
+from mergecore.per_expert import each
 from mergecore.trims import folded_sum
 
 

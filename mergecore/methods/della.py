@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mergecore.identity import random_key, random_words
 from mergecore.linear_algebra import BLOCK
-from mergecore.method import EACH, ONE, ONE_OR_EACH, Block, Method, Per, Statistics, check_each, each, moved
+from mergecore.method import Block, Method, Per, Statistics
+from mergecore.per_expert import EACH, ONE, ONE_OR_EACH, check_each, each, moved
 from mergecore.ranking import ascending
 from mergecore.trims import absolute_sum, joined, weighted
 

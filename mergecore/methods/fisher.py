@@ -10,7 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.method import Beside, Block, DataStatistic, Method, Statistic, Statistics, check_weights, moved
+from mergecore.method import Beside, Block, DataStatistic, Method, Statistic, Statistics
+from mergecore.per_expert import check_weights, moved
 from mergecore.statistics.fisher import DiagonalFisher
 from mergecore.trims import divided, folded_sum
 

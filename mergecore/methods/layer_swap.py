@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mergecore.architectures import LAYER, depths, outside
 from mergecore.errors import SpecError
-from mergecore.method import Block, Method, Statistics, experts_given
+from mergecore.method import Block, Method, Statistics
+from mergecore.per_expert import experts_given
 from mergecore.trims import folded_sum, weighted
 
 Taken = Literal["outer", "middle", "average"]

@@ -11,7 +11,8 @@ from pydantic import Field
 from mergecore.adapters import AdapterMethod, Combined, LowRank, padded, relative_error
 from mergecore.errors import SpecError
 from mergecore.linear_algebra import decomposition
-from mergecore.method import Method, check_weights, moved
+from mergecore.method import Method
+from mergecore.per_expert import check_weights, moved
 
 
 class LoraArithmetic(AdapterMethod):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.errors import SpecError
-from mergecore.linear_algebra import base_and_mean, gram
-from mergecore.method import Method, Per
+from mergecore.linear_algebra import base_and_mean, combined, gram
+from mergecore.method import Block, Method, Per, Statistic, Statistics
+from mergecore.statistics.products import Products, gram_of
 
 
 class ModelStock(Method):
@@ -25,7 +26,7 @@ class ModelStock(Method):
         "`negative: extrapolate` mergekit's `model_stock`, `group: filter` its `filter_wise`, without its absolute guards",
         "`angle: mean_angle` fusion_bench's",
     )
-    per: ClassVar[Per] = Per.TENSOR
+    version: ClassVar[int] = 2
 
     angle: Annotated[
         Literal["mean_cosine", "mean_angle"],
@@ -47,9 +48,24 @@ class ModelStock(Method):
     ] = "clamp"
 
     @property
+    def per(self) -> Per:  # type: ignore[override]
+        """Whole tensors where every filter has a t of its own; else t is known beforehand."""
+        return Per.TENSOR if self.group == "filter" else Per.ELEMENT
+
+    @property
     def on(self) -> str:
         """Deltas."""
         return "deltas"
+
+    def statistics(self) -> Mapping[str, Statistic]:
+        """The task vectors' inner products, tensor by tensor."""
+        return {} if self.group == "filter" else {"products": Products(of="deltas")}
+
+    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
+        """t of the tensor."""
+        if self.group == "filter":
+            return {}
+        return {"ratio": float(self._ratios(gram_of(block.name, len(block.ids), statistics)[None]))}
 
     def validate_count(self, count: int) -> None:
         """An angle needs two."""
@@ -59,10 +75,10 @@ class ModelStock(Method):
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """θ_0 + t · mean(τ_t)."""
         assert base is not None
-        rows = base.shape[0] if self.group == "filter" and base.ndim > 1 else 1
+        if self.group == "tensor":
+            return combined([1.0] + [arguments["ratio"] / len(experts)] * len(experts), [base, *experts])
+        rows = base.shape[0] if base.ndim > 1 else 1
         ratios = self._ratios(gram(experts, rows))
-        if rows == 1:
-            return base_and_mean(base, experts, float(ratios))
         full = base_and_mean(torch.zeros_like(base), experts, 1.0).to(torch.float64)
         spread = ratios.to(base.device).reshape(-1, *[1] * (base.ndim - 1))
         return (base.to(torch.float64) + spread * full).to(torch.float32)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mergecore.errors import SpecError
 from mergecore.linear_algebra import combined
-from mergecore.method import Block, Method, Statistic, Statistics, moved
+from mergecore.method import Block, Method, Statistic, Statistics
+from mergecore.per_expert import moved
 from mergecore.statistics.products import Products, gram_of
 
 PARALLEL = 1e-7

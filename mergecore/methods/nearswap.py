@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.errors import SpecError
-from mergecore.method import Method, experts_given
+from mergecore.method import Method
+from mergecore.per_expert import experts_given
 
 
 class Nearswap(Method):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -10,8 +10,10 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from mergecore.errors import SpecError
-from mergecore.linear_algebra import combination, gram, row_combination
-from mergecore.method import Method, Per, experts_given, moved
+from mergecore.linear_algebra import combined, gram, row_combination
+from mergecore.method import Block, Method, Per, Statistic, Statistics
+from mergecore.per_expert import experts_given, moved
+from mergecore.statistics.products import Products, gram_of
 
 
 class Nuslerp(Method):
@@ -23,7 +25,7 @@ class Nuslerp(Method):
 
     name: ClassVar[str] = "nuslerp"
     paper: ClassVar[str] = "none; mergekit's code. The arc is Shoemake's (1985)"
-    per: ClassVar[Per] = Per.TENSOR
+    version: ClassVar[int] = 2
     published: ClassVar[tuple[str, ...]] = (
         "mergekit's `nuslerp` without a base",
         "`of: deltas` with one",
@@ -51,9 +53,24 @@ class Nuslerp(Method):
         return weights
 
     @property
+    def per(self) -> Per:  # type: ignore[override]
+        """Whole tensors where rows or columns have directions; those of tensors are known beforehand."""
+        return Per.ELEMENT if self.along == "tensor" else Per.TENSOR
+
+    @property
     def on(self) -> str:
         """What is joined."""
         return self.of
+
+    def statistics(self) -> Mapping[str, Statistic]:
+        """The two tensors' lengths and angle."""
+        return {"products": Products(of=self.of)} if self.along == "tensor" else {}
+
+    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
+        """How much of either."""
+        if self.along != "tensor":
+            return {}
+        return {"shares": [float(share) for share in self._shares(gram_of(block.name, 2, statistics)[None])]}
 
     def validate_count(self, count: int) -> None:
         """Exactly two experts."""
@@ -67,14 +84,14 @@ class Nuslerp(Method):
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """(sin((1−t)Ω) a + sin(tΩ) b) / sin Ω, on top of the base where it is changes that are joined."""
         held = list(experts) if base is None or self.of == "weights" else [*experts, base]
+        if self.along == "tensor":
+            return combined([*arguments["shares"], 1.0][: len(held)], held)
         turned = [tensor.movedim(0, -1) if self.along == "columns" and tensor.ndim > 1 else tensor for tensor in held]
         rows = 1
-        if self.along != "tensor" and turned[0].ndim > 1 and turned[0].numel():
+        if turned[0].ndim > 1 and turned[0].numel():
             rows = turned[0].numel() // turned[0].shape[-1]
         first, second = self._shares(gram(turned[:2], rows))
         ones = [torch.ones_like(first)] * (len(held) - 2)
-        if rows == 1:
-            return combination([float(share) for share in (first, second, *ones)], held)
         joined = row_combination(torch.stack([first, second, *ones]), turned)
         return joined.movedim(-1, 0) if turned[0] is not held[0] else joined
 

@@ -9,7 +9,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mergecore.method import EACH, ONE, ONE_OR_EACH, Block, Method, Statistic, Statistics, check_each, each, moved
+from mergecore.method import Block, Method, Statistic, Statistics
+from mergecore.per_expert import EACH, ONE, ONE_OR_EACH, check_each, each, moved
 from mergecore.statistics.balance_cut import BalanceCut
 from mergecore.statistics.balance_scores import Form, balancing, scores
 from mergecore.trims import divided, folded_sum

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mergecore.errors import SpecError
 from mergecore.linear_algebra import combined
-from mergecore.method import Block, Method, Statistic, Statistics, experts_given
+from mergecore.method import Block, Method, Statistic, Statistics
+from mergecore.per_expert import experts_given
 from mergecore.statistics.products import Products, gram_of
 
 

@@ -9,8 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.masks import DTYPE_NAMES, mask_block, mask_outputs
-from mergecore.method import Block, Per, Statistics, TensorInfo, each
+from mergecore.method import Block, Per, Statistics, TensorInfo
 from mergecore.multi_task import MaskMethod, multi_task_vector, task_masks
+from mergecore.per_expert import each
 
 
 class TallMasks(MaskMethod):

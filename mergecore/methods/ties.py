@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.errors import SpecError
-from mergecore.method import Block, Method, Statistic, Statistics, check_each, moved
+from mergecore.method import Block, Method, Statistic, Statistics
+from mergecore.per_expert import check_each, moved
 from mergecore.statistics.sign_majority import SignMajority
 from mergecore.statistics.threshold import Count, Threshold, trimmed_deltas, trims
 from mergecore.statistics.trimmed_norms import shares_of

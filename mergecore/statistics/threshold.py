@@ -148,7 +148,7 @@ class Threshold(Statistic):
         return max(wanted, min(self.least, total)) if self.density > 0 else wanted
 
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Rescan | Result:
-        """Find each group's threshold from the profile, or its bin; for count exact its bin alone, to count by blocks."""
+        """Find each group's threshold from the profile, or its bin."""
         members = (
             [frozenset(selection)] if self.ranked == "global" else [frozenset([name]) for name in sorted(selection)]
         )
