@@ -6,6 +6,7 @@ Both give the same bytes. The first chunk that a loop is used on is worked out b
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -324,7 +325,7 @@ def empty_bins(results: int, windows: int) -> NDArray[np.uint32]:
 
 def counts_of(bins: NDArray[np.uint32], windows: int) -> list[NDArray[np.uint32]]:
     """Per result, and in it per window (or of the high half-words), the 2^16 counts."""
-    whole: NDArray[np.uint32] = bins.sum(axis=1, dtype=np.uint32)
+    whole: NDArray[np.uint32] = functools.reduce(np.add, (bins[:, copy] for copy in range(COPIES)))
     return [row[slot * BINS : (slot + 1) * BINS] for row in whole for slot in range(max(windows, 1))]
 
 
