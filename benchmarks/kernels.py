@@ -38,6 +38,7 @@ from torch import Tensor
 from benchmarks.loops import WatchedLibrary, watched_library
 from benchmarks.machine import Run, Table, add_common, cores, median, number, print_company, process_run, write_json
 from mergecore.delta import FullExpert
+from mergecore.errors import SpecError
 from mergecore.events import silent
 from mergecore.kernels.run import Chunk, Fused, Given
 from mergecore.merging import find_statistics
@@ -55,6 +56,8 @@ VALUES: dict[str, dict[str, Any]] = {
     "ties, exact count": {"method": "ties", "density": 0.2, "count": "exact"},
     "ties, drop": {"method": "ties", "density": 0.2, "drop": {"rate": 0.5}},
     "consensus": {"method": "consensus", "scale": 0.3},
+    "slerp": {"method": "slerp", "t": 0.5},
+    "nearswap": {"method": "nearswap", "t": 0.0005},
 }
 """Settings of element-wise methods; one of which nothing stands here is taken with its defaults."""
 HEADS = {"method": 26, "experts": 7, "where": 12, "copy GB/s": 9, "loop GB/s": 9, "share": 6, "eager GB/s": 10,
@@ -75,10 +78,18 @@ class Case:
 def settings() -> dict[str, dict[str, Any]]:
     """Every element-wise method of the registry."""
     told = {values["method"] for values in VALUES.values()}
-    others = {name: {"method": name} for name, kind in METHODS.items() if name not in told}
-    return {
-        name: values for name, values in {**VALUES, **others}.items() if METHODS[values["method"]].per is Per.ELEMENT
-    }
+    others = {name: {"method": name} for name, kind in METHODS.items() if name not in told and not _needs_more(kind)}
+    return {name: values for name, values in {**VALUES, **others}.items() if made(name, values).per is Per.ELEMENT}
+
+
+def _needs_more(kind: type[Method]) -> bool:
+    """Whether the method has values without a default; one that is element-wise and has stands in VALUES (a test)."""
+    return any(field.is_required() for field in kind.model_fields.values())
+
+
+def made(name: str, values: Mapping[str, Any]) -> Method:
+    """The method of these settings."""
+    return method_from(values["method"], {key: value for key, value in values.items() if key != "method"}, name)
 
 
 def models(count: int, experts: int) -> list[Tensor]:
@@ -100,7 +111,7 @@ def case_of(
     """The method with what it must know beforehand, found here, over these models so many times one after the other, which
     then lie on the device."""
     base, *experts = held
-    method = method_from(values["method"], {key: value for key, value in values.items() if key != "method"}, name)
+    method = made(name, values)
     source = MemoryTensors({NAME: base})
     pool = [FullExpert(f"{number}", f"{number}", MemoryTensors({NAME: one})) for number, one in enumerate(experts)]
     found = find_statistics(
@@ -231,6 +242,10 @@ def rows_of(library: WatchedLibrary, held: list[Tensor], options: argparse.Names
     """Every method over these models, with each number of threads, and on a device."""
     found = []
     for name in options.methods:
+        try:
+            made(name, settings()[name]).validate_count(len(held) - 1)
+        except SpecError:  # one that joins two, say
+            continue
         library.watch.cleared()
         case = case_of(name, settings()[name], held, library)
         for threads in dict.fromkeys((1, cores())):
@@ -256,7 +271,7 @@ def main() -> None:
         default=128,
         help="the same on a CUDA device, of which copies lie there (%(default)s)",
     )
-    parser.add_argument("--experts", type=int, nargs="+", default=[2, 8], help="how many are merged (2 and 8)")
+    parser.add_argument("--experts", type=int, nargs="+", default=[1, 2, 8], help="how many are merged (1, 2 and 8)")
     parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="METHOD", help="; ".join(known))
     add_common(parser, 5)
     options, rows = parser.parse_args(), []

@@ -62,10 +62,12 @@ class ModelStock(Method):
         return {} if self.group == "filter" else {"products": Products(of="deltas")}
 
     def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """t of the tensor."""
+        """How much of the base, all of it, and of every task vector: t/N of the tensor."""
         if self.group == "filter":
             return {}
-        return {"ratio": float(self._ratios(gram_of(block.name, len(block.ids), statistics)[None]))}
+        count = len(block.ids)
+        ratio = float(self._ratios(gram_of(block.name, count, statistics)[None]))
+        return {"shares": [1.0] + [ratio / count] * count}
 
     def validate_count(self, count: int) -> None:
         """An angle needs two."""
@@ -76,7 +78,7 @@ class ModelStock(Method):
         """θ_0 + t · mean(τ_t)."""
         assert base is not None
         if self.group == "tensor":
-            return combined([1.0] + [arguments["ratio"] / len(experts)] * len(experts), [base, *experts])
+            return combined(arguments["shares"], [base, *experts])
         rows = base.shape[0] if base.ndim > 1 else 1
         ratios = self._ratios(gram(experts, rows))
         full = base_and_mean(torch.zeros_like(base), experts, 1.0).to(torch.float64)
