@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +17,13 @@ import mergecore.kernels.run as kernels
 import mergecore.merging as merging
 import mergecore.passes as passes
 import mergecore.reading as reading
+import mergecore.span as span
 from mergecore import merge
 from mergecore.adapters import AdapterMethod
 from mergecore.errors import MergeloomError, NonFiniteError, SpecError
-from mergecore.method import DataStatistic, Method
+from mergecore.kernels.library import library_in
+from mergecore.kernels.run import Fused
+from mergecore.method import DataStatistic, Method, Per
 from mergecore.methods import Della, RandomDrop, Ties
 from mergecore.registry import METHODS
 
@@ -213,6 +217,25 @@ def test_same_bytes_twice_for_any_chunk_and_order(method: Method, monkeypatch: p
         return
     order = [position for position in (2, 0, 1) if position < accepted(method)]
     assert same(first, merged(method.bound(order), base, [experts[p] for p in order], [IDS[p] for p in order]))
+
+
+def test_element_by_element_means_a_loop(method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an element-wise method does of elements can be one loop (whose bytes tests/kernels compares)."""
+    library, made = library_in(tmp_path), list[Fused]()
+    if library.compiler is None:
+        pytest.skip("no C++ compiler")
+
+    class Kept(Fused):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            made.append(self)
+
+    monkeypatch.setattr(span, "Fused", Kept)
+    merged(method, *models(), library=library)
+    merging_loops = [fused for fused in made if fused.out not in ("counts", "sums")]
+    assert bool(merging_loops) == (method.per is Per.ELEMENT)
+    assert not [fused.problem for fused in made if fused.problem]
+    assert all(loop is not None for fused in made for loop in fused.loops.values())
 
 
 def test_spans_and_workers_do_not_matter(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
