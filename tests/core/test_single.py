@@ -645,6 +645,6 @@ def test_whole_tensors_are_begun_largest_first(
     models: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, experts = models
-    recipe = {"method": "model_stock", "base": base, "experts": experts}
+    recipe = {"method": "sce", "base": base, "experts": experts}
     _, (sizes,) = readings_of(recipe, tmp_path / "out", monkeypatch)
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import signal
@@ -105,7 +106,8 @@ class Sweeping:
 
     def busy(self) -> list[int]:
         """Workers in the middle of a span, once at least one span of the merge is journalled."""
-        if not list((self.store.root / "drafts").glob("*/journal-*/*.json")):
+        # Not Path.glob, which fails where a draft is renamed while it looks.
+        if not glob.glob(str(self.store.root / "drafts/*/journal-*/*.json")):
             return []
         return [int(path.name.partition("-")[2]) for path in self.store.root.glob("busy-*")]
 
