@@ -37,8 +37,8 @@ from torch import Tensor
 
 from benchmarks.loops import WatchedLibrary, watched_library
 from benchmarks.machine import Run, Table, add_common, cores, median, number, print_company, process_run, write_json
+from flows.catalogue import accepts, built
 from mergecore.delta import FullExpert
-from mergecore.errors import SpecError
 from mergecore.events import silent
 from mergecore.kernels.run import Chunk, Fused, Given
 from mergecore.merging import find_statistics
@@ -78,16 +78,12 @@ class Case:
 def settings() -> dict[str, dict[str, Any]]:
     """Every element-wise method of the registry."""
     told = {values["method"] for values in VALUES.values()}
-    others = {name: {"method": name} for name, kind in METHODS.items() if name not in told and not _needs_more(kind)}
-    return {name: values for name, values in {**VALUES, **others}.items() if made(name, values).per is Per.ELEMENT}
+    others = {name: {"method": name} for name in METHODS if name not in told}
+    wanted = {name for name, kind in METHODS.items() if built(kind).per is Per.ELEMENT}
+    return {name: values for name, values in {**VALUES, **others}.items() if values["method"] in wanted}
 
 
-def _needs_more(kind: type[Method]) -> bool:
-    """Whether the method has values without a default; one that is element-wise and has stands in VALUES (a test)."""
-    return any(field.is_required() for field in kind.model_fields.values())
-
-
-def made(name: str, values: Mapping[str, Any]) -> Method:
+def method_of(name: str, values: Mapping[str, Any]) -> Method:
     """The method of these settings."""
     return method_from(values["method"], {key: value for key, value in values.items() if key != "method"}, name)
 
@@ -111,7 +107,7 @@ def case_of(
     """The method with what it must know beforehand, found here, over these models so many times one after the other, which
     then lie on the device."""
     base, *experts = held
-    method = made(name, values)
+    method = method_of(name, values)
     source = MemoryTensors({NAME: base})
     pool = [FullExpert(f"{number}", f"{number}", MemoryTensors({NAME: one})) for number, one in enumerate(experts)]
     found = find_statistics(
@@ -242,9 +238,7 @@ def rows_of(library: WatchedLibrary, held: list[Tensor], options: argparse.Names
     """Every method over these models, with each number of threads, and on a device."""
     found = []
     for name in options.methods:
-        try:
-            made(name, settings()[name]).validate_count(len(held) - 1)
-        except SpecError:  # one that joins two, say
+        if not accepts(method_of(name, settings()[name]), len(held) - 1):  # one that joins two, say
             continue
         library.watch.cleared()
         case = case_of(name, settings()[name], held, library)

@@ -44,7 +44,7 @@ TRIED = 8
 def methods_page() -> str:
     """The page, in Markdown."""
     rows = [
-        f"| [`{name}`](#{name}) | {_escaped(_summary(kind))} | {_readings(_built(kind))} |"
+        f"| [`{name}`](#{name}) | {_escaped(_summary(kind))} | {_readings(built(kind))} |"
         for name, kind in METHODS.items()
     ]
     table = ["| method | what it does | readings |", "|---|---|---|", *rows, ""]
@@ -74,7 +74,7 @@ def _section(name: str, kind: type[Method]) -> str:
 def description(kind: type[Method]) -> list[str]:
     """What a method is, takes and costs, and which values do as which published code: lines of Markdown."""
     module = __import__(kind.__module__, fromlist=["__doc__"])
-    method = _built(kind)
+    method = built(kind)
     lines = [f"*{_paragraphs(module.__doc__)[0]}*", "", "\n\n".join(_paragraphs(kind.__doc__)), ""]
     lines += [f"Paper: {kind.paper}.", ""] if kind.paper else []
     lines += [f"Takes {_experts(kind)}; works on {_ground(kind)}, {_piece(method)}."]
@@ -170,20 +170,21 @@ def _limits(metadata: list[Any]) -> str:
 # --- what it takes and costs ----------------------------------------------------------------------------------------
 
 
-def _built(kind: type[Method], **values: Any) -> Method:
+def built(kind: type[Method], **values: Any) -> Method:
     """The method with its defaults, and a 1 for every number that must be given."""
     needed = dict.fromkeys((name for name, info in kind.model_fields.items() if info.is_required()), 1.0)
     return kind.model_validate({**needed, **values})
 
 
 def _experts(kind: type[Method]) -> str:
-    taken = [count for count in range(1, TRIED + 1) if _accepts(_built(kind), count)]
+    taken = [count for count in range(1, TRIED + 1) if accepts(built(kind), count)]
     if len(taken) == 1:
         return "one expert" if taken == [1] else f"{taken[0]} experts"
     return "any number of experts" if taken[0] == 1 else f"at least {taken[0]} experts"
 
 
-def _accepts(method: Method, count: int) -> bool:
+def accepts(method: Method, count: int) -> bool:
+    """Whether the method merges so many experts."""
     try:
         method.validate_count(count)
     except SpecError:
@@ -192,7 +193,7 @@ def _accepts(method: Method, count: int) -> bool:
 
 
 def _ground(kind: type[Method]) -> str:
-    method = _built(kind)
+    method = built(kind)
     if method.makes == "adapter":
         return "the factors of the experts' adapters"
     if method.on in ("deltas", "state"):
@@ -216,17 +217,17 @@ def _cost(kind: type[Method], method: Method) -> str:
     for field, info in kind.model_fields.items():
         for option in _options(info.annotation):
             try:
-                other = _built(kind, **{field: option})
+                other = built(kind, **{field: option})
             except ValueError:
                 continue
             if _readings(other) != usual:
                 told.append(f"{_readings(other)} with `{field}: {_plain(option)}`")
     if "drop" in kind.model_fields:
-        other = _built(kind, drop={"rate": 0.5, "rescale": "l1"})
+        other = built(kind, drop={"rate": 0.5, "rescale": "l1"})
         if _readings(other) != usual:
             told.append(f"{_readings(other)} with `drop: {{rescale: l1}}`")
     if "boost" in kind.model_fields:
-        told.append(f"{_readings(_built(kind, boost={}))} with `boost`")
+        told.append(f"{_readings(built(kind, boost={}))} with `boost`")
     return "; ".join(told)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -136,6 +136,13 @@ class Reading:
             self._raw.clear()
             self._wide.clear()
 
+    def windows(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of all windows, one after another at hand."""
+        for start in range(self.start, self.stop, self.readers.window):
+            stop = min(start + self.readers.window, self.stop)
+            self.window(start, stop)
+            yield start, stop
+
     def raw_base(self) -> Tensor:
         """The base in its own dtype."""
         return self._raw[-1] if -1 in self._raw else self._read(-1)
@@ -149,15 +156,13 @@ class Reading:
     def _read(self, position: int) -> Tensor:
         low, high = self._low, self._high
         dtype, filler = self.readers.lane(position, self.name)
-        if not self.reuse:
-            values = self.readers.source(position).read(self.name, low, high)
-        elif filler is None:
-            held = space((position, self._slot), high - low, dtype, self.readers.pinned)
-            values = self.readers.source(position).read(self.name, low, high, held.values)
-        else:
-            held = space((position, self._slot), high - low, dtype, self.readers.pinned)
+        held = space((position, self._slot), high - low, dtype, self.readers.pinned) if self.reuse else None
+        if held is not None and filler is not None:
             filler(held.bytes, low * dtype.itemsize)
             values = held.values
+        else:
+            source = self.readers.source(position)
+            values = source.read(self.name, low, high, None if held is None else held.values)
         self._raw[position] = values
         return values
 

@@ -187,9 +187,8 @@ class _Work:
         positions, given = self._riding([(job, one.patterns, one.arguments) for job, one in group], "counts", per)
         key = tuple(job.key for job, _ in group)
         windows = [window for _, one in group for result in one.windows or () for window in result]
-        for start, stop in _cut(reading.start, reading.stop, reading.readers.window):
+        for start, stop in reading.windows():
             bins = self._bins(reading.name, key, group, per)
-            reading.window(start, stop)
             if given.count(reading.chunk(positions, with_base=True), windows, bins):
                 if not whole:
                     reading.block("deltas", True, positions, flat=True)  # which says what is not finite, and where
@@ -239,15 +238,13 @@ class _Work:
         merging = [job for job in self.merges if job.method.per is Per.ELEMENT and reading.name in job.merged]
         given = {job.key: self._given(job, reading) for job in merging}
         digests = {job.key: BlockDigests(reading.start) for job in (*copying, *merging)}
-        for start, stop in _cut(reading.start, reading.stop, reading.readers.window) if copying else ():
-            reading.window(start, stop)
+        for start, stop in reading.windows() if copying else ():
             for job in copying:
                 target = self._target(job, reading.name, stop - start)
                 target.values.copy_(reading.raw_base())
                 self._emit(job, reading.name, start, target, digests[job.key])
         if merging and self.plan.device == "cpu":
-            for start, stop in _cut(reading.start, reading.stop, reading.readers.window):
-                reading.window(start, stop)
+            for start, stop in reading.windows():
                 for job in merging:
                     target = self._target(job, reading.name, stop - start)
                     chunk = reading.chunk(job.experts, job.method.needs_base)

@@ -15,8 +15,8 @@ from benchmarks import kernels, models, pairs, profile
 from benchmarks.floor import digest_seconds, floor_run
 from benchmarks.loops import watched_library
 from benchmarks.machine import ROOT, command_run
-from mergecore.errors import SpecError
-from mergecore.method import Method, Per
+from flows.catalogue import accepts, built
+from mergecore.method import Per
 from mergecore.registry import METHODS
 from mergecore.spec import parse_recipe
 
@@ -74,23 +74,11 @@ def test_every_recipe_of_a_pair_is_one_and_every_element_wise_method_has_its_spe
     for pair in pairs.PAIRS.values():
         for recipe in pair.ours.values() if pair.known else ():
             parse_recipe(pairs.ours_recipe(recipe, Path("models"), pair.counts.start + 1), "recipe")
-    needed = {
-        kind: [name for name, field in kind.model_fields.items() if field.is_required()] for kind in METHODS.values()
-    }
-    built = {name: kind.model_validate(dict.fromkeys(needed[kind], 1.0)) for name, kind in METHODS.items()}
-    wanted = {name for name, method in built.items() if method.per is Per.ELEMENT}
+    wanted = {name for name, kind in METHODS.items() if built(kind).per is Per.ELEMENT}
     assert {values["method"] for values in kernels.settings().values()} == wanted
     for name, values in kernels.settings().items():  # each can be measured with one of the numbers of experts tried
-        fits = [count for count in (1, 2, 8) if _fits(kernels.made(name, values), count)]
+        fits = [count for count in (1, 2, 8) if accepts(kernels.method_of(name, values), count)]
         assert fits, name
-
-
-def _fits(method: Method, count: int) -> bool:
-    try:
-        method.validate_count(count)
-    except SpecError:
-        return False
-    return True
 
 
 def test_thresholds_are_checked_against_torch(tmp_path: Path) -> None:
