@@ -11,19 +11,24 @@ from typing import Any
 from benchmarks.loops import WatchedLibrary
 from benchmarks.machine import cores
 from benchmarks.models import model_folders, weights
-from flows.budget import passes_of, sensible_memory
-from flows.session import resolver
+from flows.session.limits import sensible_memory
+from flows.session.session import resolver
+from mergecore.checkpoints.sources.digests import DigestCache
+from mergecore.engine.executor import InProcess
 from mergecore.events import Event, Report, silent
-from mergecore.kernels.library import Library
-from mergecore.merging import InProcess
-from mergecore.method import Statistic
-from mergecore.plan import MergeBuilder, MergePlan, StatisticPlan
-from mergecore.pool import Pool, Resolver, resolve_pool
+from mergecore.execution.fetch import fetch
+from mergecore.execution.outcome import Done
+from mergecore.execution.passes import run_merges, run_statistics
+from mergecore.execution.place import Place, snapshots_of
+from mergecore.native.library import Library
+from mergecore.planning.merge_builder import MergeBuilder
+from mergecore.planning.plans import MergePlan, StatisticPlan
+from mergecore.planning.pool import Pool, resolve_pool
+from mergecore.plugins.statistic import Statistic
 from mergecore.registry import method_from
-from mergecore.run import Done, Place, fetch, run_merges, run_statistics, snapshots_of
-from mergecore.sources.digests import DigestCache
-from mergecore.spec import BaseSpec, ExpertSpec
-from mergecore.store import State, Store
+from mergecore.spec.sources import BaseSpec, ExpertSpec, Resolver
+from mergecore.store.store import State, Store
+from mergecore.sweeps.cost import passes_of
 
 SHARD = 5_000_000_000
 """Bytes of a shard, as a recipe has them."""

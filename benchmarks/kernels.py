@@ -37,15 +37,17 @@ from torch import Tensor
 
 from benchmarks.loops import WatchedLibrary, watched_library
 from benchmarks.machine import Run, Table, add_common, cores, median, number, print_company, process_run, write_json
-from flows.catalogue import accepts, built
-from mergecore.delta import FullExpert
+from flows.cli.methods_page import accepts, built
+from mergecore.checkpoints.experts import FullExpert
+from mergecore.engine.kernels.run import Chunk, Fused, Given
+from mergecore.engine.windows import window_of
 from mergecore.events import silent
-from mergecore.kernels.run import Chunk, Fused, Given
-from mergecore.merging import find_statistics
-from mergecore.method import Beside, Block, DataStatistic, Method, Per
-from mergecore.reading import window_of
+from mergecore.plugins.block import Beside, Block, Per
+from mergecore.plugins.method import Method
+from mergecore.plugins.statistic import DataStatistic
+from mergecore.recipes.in_memory import find_statistics
 from mergecore.registry import METHODS, method_from
-from mergecore.snapshot import MemoryTensors
+from mergecore.tensors.memory import MemoryTensors
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 VALUES: dict[str, dict[str, Any]] = {

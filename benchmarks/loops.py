@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mergecore.kernels.library import Function, Library, library_in
+from mergecore.native.library import Function, Library, library_in
 
 
 @dataclass

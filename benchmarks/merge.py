@@ -65,7 +65,7 @@ from benchmarks.machine import (
 )
 from benchmarks.models import add_models, write_models
 from benchmarks.pairs import PAIRS, Pair, Theirs, ours_recipe
-from mergecore.sources.lanes import SOURCE as HASHING
+from mergecore.native.sha256_lanes import SOURCE as HASHING
 
 STAGES = ("start", "checkpoints", "scan", "merge", "finish")
 OURS = {"method": 26, "experts": 7, "wall": 7, "CPU": 7, "GB": 5, "start": 6, "hash": 6, "scan": 6, "merge": 6,
@@ -100,7 +100,7 @@ class Bench:
         recipe, out, timings = (self.work / name for name in ("ours.yaml", "ours", "timings.json"))
         recipe.write_text(yaml.safe_dump(ours_recipe(values, self.folder, experts)))
         settings = {"XDG_CACHE_HOME": str(self.cache), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "flows.cli", "merge", recipe, out, "--timings", timings]
+        command = [sys.executable, "-m", "flows.cli.main", "merge", recipe, out, "--timings", timings]
         found = command_run(command, settings)
         shutil.rmtree(out)
         return {**found, **json.loads(timings.read_text())}

@@ -32,10 +32,12 @@ if __name__ == "__main__":
 import yaml
 
 from benchmarks import tiny_world
-from flows.budget import cost
-from flows.overview import plan_text
-from flows.session import open_session, session_of
-from mergecore.spec import parse_spec, read_yaml
+from flows.cli.texts import plan_text
+from flows.session.limits import memory_budget
+from flows.session.session import open_session, session_of
+from mergecore.spec.sweep import parse_spec
+from mergecore.spec.yaml_files import read_yaml
+from mergecore.sweeps.cost import cost
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA_7B_TENSORS = 290
@@ -85,7 +87,7 @@ class Rows:
 
 def mergeloom(*words: str | Path) -> list[str]:
     """The command line of this checkout."""
-    return [sys.executable, "-m", "flows.cli", *map(str, words)]
+    return [sys.executable, "-m", "flows.cli.main", *map(str, words)]
 
 
 @contextmanager
@@ -111,7 +113,10 @@ def plan(rows: Rows, cells: int) -> None:
         rows.add("plan", "parsed spec to plan", time.perf_counter() - began, time.process_time() - used, count)
         rows.timed("plan", "plan to first round", count, session.frontier.round)
         rows.timed(
-            "plan", "what it costs, and the text", count, lambda: plan_text(session, cost(session.frontier, 2), False)
+            "plan",
+            "what it costs, and the text",
+            count,
+            lambda: plan_text(session, cost(session.frontier, 2, memory_budget(session.spec)), False),
         )
         stages = [row for row in rows.held if row["part"] == "plan"]
         rows.add("plan", "these three", *(sum(row[kind] for row in stages) for kind in ("wall", "cpu")), count)

@@ -43,16 +43,17 @@ from benchmarks.machine import (
     process_run,
     write_json,
 )
-from mergecore.delta import FullExpert
-from mergecore.engine import run_pass
+from mergecore.checkpoints.experts import FullExpert
+from mergecore.engine.executor import InProcess
+from mergecore.engine.pass_plan import PassPlan, StatisticJob, plan_spans
+from mergecore.engine.run_pass import run_pass
 from mergecore.events import silent
-from mergecore.merging import InProcess
-from mergecore.method import Found, Per, Result, Statistic, Statistics
-from mergecore.passes import PassPlan, StatisticJob, plan_spans
-from mergecore.snapshot import MemoryTensors
+from mergecore.plugins.block import Per
+from mergecore.plugins.statistic import Found, Result, Statistic, Statistics
 from mergecore.statistics.profile import Profile
 from mergecore.statistics.radix import value_of
 from mergecore.statistics.threshold import Threshold
+from mergecore.tensors.memory import MemoryTensors
 
 PIECE = 1 << 24
 """Elements that are made at a time."""

@@ -53,8 +53,8 @@ from benchmarks.machine import (
 )
 from benchmarks.models import add_models, model_folders, weights, write_models
 from benchmarks.pairs import PAIRS
-from mergecore.plan import MergePlan
-from mergecore.pool import Pool
+from mergecore.planning.plans import MergePlan
+from mergecore.planning.pool import Pool
 
 EXPERTS = 8
 CELLS: tuple[dict[str, Any], ...] = (

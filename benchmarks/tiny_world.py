@@ -120,7 +120,7 @@ def score(model: Path, tasks: Path, names: list[str]) -> dict[str, float]:
     """The accuracy of the model in a folder on each task, on test items."""
     from mergecore.evaluators.classification import Classification
     from mergecore.events import silent
-    from mergecore.snapshot import open_files
+    from mergecore.tensors.files import open_files
 
     evaluator = Classification(model=FACTORY)
     resident = evaluator.open(model, tasks)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mergecore.sources.digests import file_sha256
+from mergecore.checkpoints.sources.digests import file_sha256
 
 FACTORY = "examples.make_digits:digits_cnn"
 """What a spec's `evaluate.model` says for these checkpoints."""

@@ -50,11 +50,11 @@ def kept_rows(spec: Path) -> list[dict[str, str]]:
 
     Products have no model for held-out tasks. Cells that are not done yet are left out.
     """
-    from flows.session import open_session
-    from mergecore.averages import SplitScores
-    from mergecore.collect import collect
-    from mergecore.curves import Sampled, points
-    from mergecore.summary import DRAWS, NO_CHANCE, summarise
+    from flows.session.session import open_session
+    from mergecore.reporting.averages import SplitScores
+    from mergecore.reporting.curves import Sampled, points
+    from mergecore.reporting.summary import DRAWS, NO_CHANCE, summarise
+    from mergecore.sweeps.measured import collect
 
     sweep = collect(open_session(spec).frontier)
     tried = Counter((cell.method, cell.count) for cell in sweep.cells if cell.kind == "merge")
@@ -169,7 +169,8 @@ def score_table(name: str) -> str:
 
 def unmeasured(name: str) -> str:
     """Which merges of the spec have no score yet, as a sentence."""
-    from mergecore.spec import parse_spec, read_yaml
+    from mergecore.spec.sweep import parse_spec
+    from mergecore.spec.yaml_files import read_yaml
 
     variants = parse_spec(read_yaml(EXAMPLES / f"{name}.yaml"), name).variants
     known = merges(read(name))

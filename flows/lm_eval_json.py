@@ -8,11 +8,11 @@ from typing import Any
 
 from pyarrow import parquet
 
-from flows.session import Session
+from flows.session.session import Session
 from mergecore.errors import EvaluationError
 from mergecore.evaluators.lm_results import results_json
-from mergecore.run import ITEMS
-from mergecore.store import write_json
+from mergecore.store.results import ITEMS
+from mergecore.store.store import write_json
 
 
 def exported(session: Session, folder: Path) -> list[Path]:

@@ -15,17 +15,18 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed
 from pydantic import Field
 
-from flows.budget import readable
 from flows.cancelling import cancelling
-from flows.cluster import dask_client
 from flows.pages import logged, run_name, slug
-from flows.session import resolver
-from flows.startup import digest_cache, loops
-from mergecore.recipe_files import make_file
-from mergecore.single import Made, Origin
-from mergecore.spec import Recipe, as_yaml
+from flows.session.limits import readable
+from flows.session.session import resolver
+from flows.session.startup import digest_cache, loops
+from mergecore.recipes.merge_file import make_file
+from mergecore.recipes.merge_recipe import Made, Origin
+from mergecore.spec.recipe import Recipe
+from mergecore.spec.yaml_files import as_yaml
+from tasks.cluster.executor import OnDask, Stopped
+from tasks.cluster.workers import dask_client
 from tasks.merge import Order, merge_recipe
-from tasks.spread import OnDask, Stopped
 
 
 @flow(

@@ -9,7 +9,7 @@ from pathlib import Path
 from prefect import get_run_logger
 from prefect.runtime import flow_run
 
-from flows.conduct import Outcome
+from flows.outcome import Outcome
 from mergecore.events import Event, Report
 
 PAGES = {"leaderboard": "Leaderboard", "curves": "Curves", "charts": "Charts", "model": "Registered model"}

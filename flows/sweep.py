@@ -17,32 +17,34 @@ from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from flows.budget import check_fit, cores, cost
 from flows.cancelling import cancelling
-from flows.cluster import cuda_devices, dask_client
-from flows.conduct import conclusion, finished, mlflow_uri, projected, stays
+from flows.mlflow_view import mlflow_uri, projected, stays
+from flows.outcome import conclusion
 from flows.pages import listed, logged, report_page, run_name, slug
-from flows.session import Session, open_session, session_of
-from mergecore.collect import collect
+from flows.session.limits import check_fit, cores, memory_budget
+from flows.session.session import Session, open_session, session_of
+from mergecore.engine.executor import Executor, InProcess
 from mergecore.errors import ServiceError, SpecError, nearest
 from mergecore.events import Report
-from mergecore.frontier import Round, summary
-from mergecore.merging import InProcess
-from mergecore.passes import Executor
+from mergecore.execution.place import Place, drop_models, snapshots_of
 from mergecore.registry import METHODS
-from mergecore.run import Place, drop_models, snapshots_of
-from mergecore.spec import Spec, parse_spec, read_yaml
+from mergecore.spec.sweep import Spec, parse_spec
+from mergecore.spec.yaml_files import read_yaml
 from mergecore.statistics.profile import Profile
-from mergecore.sweep import settle
+from mergecore.sweeps.complete import finished, settle
+from mergecore.sweeps.cost import cost
+from mergecore.sweeps.measured import collect
+from mergecore.sweeps.remaining import Round, summary
+from tasks.cluster.executor import OnDask, Stopped, stoppable
+from tasks.cluster.workers import cuda_devices, dask_client
 from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.merge import merge
-from tasks.projection import Projection
-from tasks.projection import track as show
 from tasks.register import register
-from tasks.spread import OnDask, Stopped, stoppable
 from tasks.statistics import statistics
 from tasks.task_vectors import task_vectors
+from tasks.track import Projection
+from tasks.track import track as show
 from tasks.work import Work, counted, reuse
 
 MethodName = Annotated[str, Field(json_schema_extra={"enum": list(METHODS)})]
@@ -161,10 +163,11 @@ def narrowed(path: str, methods: Sequence[str], counts: Sequence[int]) -> Spec:
 def _executor(handed: Handed, workers: int | None, stop: threading.Event) -> Iterator[Executor]:
     """Where the sweep's work is done: a Dask cluster, unless nothing is missing. Raises CapacityError."""
     session, chosen = handed.session, handed.session.spec.run
-    if (not session.frontier.round()) if handed.whole else (finished(session) is not None):
+    if (not session.frontier.round()) if handed.whole else (finished(session.frontier) is not None):
         yield InProcess()
         return
-    check_fit(session.spec, session.store, cost(session.frontier, workers or chosen.workers or cores()))
+    count = workers or chosen.workers or cores()
+    check_fit(session.spec, session.store, cost(session.frontier, count, memory_budget(session.spec)))
     address = None if chosen.dask in ("local", "gpu") else chosen.dask
     devices = cuda_devices() if chosen.dask == "gpu" else None
     with dask_client(session.store.root, address, workers or chosen.workers, devices) as client:

@@ -6,8 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mergecore import methods as methods
-    from mergecore.merging import merge as merge
+    from mergecore.recipes.in_memory import merge as merge
 
 __all__ = ["merge", "methods"]
 
@@ -15,7 +14,7 @@ __all__ = ["merge", "methods"]
 def __getattr__(name: str) -> Any:
     """`merge` and `methods` on first use, so that help and errors do not wait for torch."""
     if name == "merge":
-        return import_module("mergecore.merging").merge
+        return import_module("mergecore.recipes.in_memory").merge
     if name == "methods":
         return import_module("mergecore.methods")
     raise AttributeError(f"module 'mergecore' has no attribute '{name}'")

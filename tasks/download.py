@@ -7,8 +7,8 @@ from typing import Any
 from prefect import task
 from prefect.client.schemas.objects import State
 
-from mergecore.pool import snapshot_step
-from mergecore.run import fetch
+from mergecore.execution.fetch import fetch
+from mergecore.planning.pool import snapshot_step
 from tasks.work import OPTIONS, Work, cached, ended
 
 

@@ -8,14 +8,14 @@ from typing import Any
 from prefect import task
 from prefect.client.schemas.objects import State
 
-from mergecore import single
+from mergecore.engine.executor import Executor
 from mergecore.events import Report
-from mergecore.kernels.library import Library
-from mergecore.passes import Executor
-from mergecore.pool import Resolver
-from mergecore.run import run_merges
-from mergecore.spec import Recipe
-from mergecore.store import State as StoreState
+from mergecore.execution.passes import run_merges
+from mergecore.native.library import Library
+from mergecore.recipes import merge_recipe as single
+from mergecore.spec.recipe import Recipe
+from mergecore.spec.sources import Resolver
+from mergecore.store.store import State as StoreState
 from tasks.work import OPTIONS, Work, cached, ended
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from prefect import task
 from prefect.client.schemas.objects import State
 
-from mergecore.frontier import Frontier
-from mergecore.sweep import register_best
+from mergecore.sweeps.complete import register_best
+from mergecore.sweeps.remaining import Frontier
 from tasks.work import OPTIONS, Work, cached, ended
 
 

@@ -7,8 +7,10 @@ from typing import Any
 from prefect import task
 from prefect.client.schemas.objects import State
 
-from mergecore.method import DataStatistic
-from mergecore.run import Done, run_data_statistics, run_statistics
+from mergecore.execution.evaluations import run_data_statistics
+from mergecore.execution.outcome import Done
+from mergecore.execution.passes import run_statistics
+from mergecore.plugins.statistic import DataStatistic
 from tasks.work import OPTIONS, Work, cached, ended
 
 

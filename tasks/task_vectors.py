@@ -7,7 +7,7 @@ from typing import Any
 from prefect import task
 from prefect.client.schemas.objects import State
 
-from mergecore.run import run_statistics
+from mergecore.execution.passes import run_statistics
 from tasks.work import OPTIONS, Work, cached, ended
 
 

@@ -1,250 +1,36 @@
-"""The only place that writes MLflow: projects what the store knows of a sweep, as often as wanted, always the same.
-
-    experiment mergeloom/<sweep name>
-      ├── run of kind 'sweep'    note, cells table, spec, report, figures
-      ├── runs of kind 'series'  one per curve; step = number of experts
-      ├── runs of kind 'search'  one per search; step = models tried
-      └── runs of kind 'cell'    one per cell, below the sweep's run; out of the spec: tagged retired
-
-MLflow is a view: nothing is ever read back from it but what it already shows.
-"""
+"""The sweep shown in MLflow as a Prefect task; `tasks/tracking/project.py` does the writing and knows nothing of Prefect."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
-import json
-import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
-
-import requests
-from mlflow import MlflowClient
-from mlflow.entities import Experiment, Run
-from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
+from prefect import get_run_logger, task
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
 
 from mergecore.errors import ServiceError
-from mergecore.scores import Sweep
-from mergecore.sources.digests import file_sha256
-from mergecore.summary import NO_CHANCE, TEST, VALIDATION, summarise
-from tasks import records, runs, versions, views
-from tasks.notes import sweep_note
-from tasks.records import RunRecord
+from tasks.work import OPTIONS
 
-LOGGER = logging.getLogger(__name__)
-QUIET = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "1"}
-PROBE = {**QUIET, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-WRITE = {
-    **QUIET,
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-}
-UNREACHABLE = (MlflowException, requests.RequestException, SQLAlchemyError, OSError)
+if TYPE_CHECKING:
+    from tasks.tracking.project import TrackResult
 
 
-@dataclass(frozen=True)
-class TrackResult:
-    """Where a projection can be looked at, and what it had to do.
+class Projection:
+    """How the sweep is projected, and the pages that came out of it."""
 
-    urls: 'sweep', 'runs', 'leaderboard', 'curves', 'charts' and, where a model is registered, 'model'; empty where the
-    tracking store has no pages (a database file). written, unchanged, retired: numbers of runs. version: of the
-    registered model, '' where there is none.
-    """
-
-    experiment_id: str
-    parent_run_id: str
-    urls: Mapping[str, str] = field(default_factory=dict)
-    written: int = 0
-    unchanged: int = 0
-    retired: int = 0
-    version: str = ""
+    def __init__(self, project: Callable[[], TrackResult]) -> None:
+        self.project = project
+        self.pages: dict[str, str] = {}
 
 
-def project(
-    sweep: Sweep,
-    tracking_uri: str | None,
-    artifacts: Mapping[str, Path],
-    links: Mapping[str, str],
-    lock_folder: Path,
-    *,
-    chance: Mapping[str, float] = NO_CHANCE,
-) -> TrackResult:
-    """Make MLflow show exactly this sweep; what it shows already costs one look.
-
-    tracking_uri: None for the one MLflow itself finds (MLFLOW_TRACKING_URI, credentials). artifacts: name → file put
-    on the sweep's run (report, figures). links: title → address, for the note. chance: as for `summarise`.
-    lock_folder: where a lock per sweep keeps two projections apart. Raises ServiceError, soon, where MLflow does not
-    answer; the projection can be made at any later time.
-    """
-    with _locked(lock_folder, sweep.name), _reached(tracking_uri) as client:
-        return _project(client, sweep, artifacts, links, chance)
-
-
-def rebuild(
-    sweep: Sweep,
-    tracking_uri: str | None,
-    artifacts: Mapping[str, Path],
-    links: Mapping[str, str],
-    lock_folder: Path,
-    *,
-    chance: Mapping[str, float] = NO_CHANCE,
-) -> TrackResult:
-    """As `project`, after deleting every run of the sweep, retired ones too (they stay restorable in MLflow)."""
-    with _locked(lock_folder, sweep.name), _reached(tracking_uri) as client:
-        for run in runs.existing(client, _experiment(client, sweep.name).experiment_id, sweep.name):
-            client.delete_run(run.info.run_id)
-        return _project(client, sweep, artifacts, links, chance)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, name: str) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"track-{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # goes with the process, however that ends
-        yield
-
-
-@contextlib.contextmanager
-def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
+@task(name="track", task_run_name="track {name}", **OPTIONS)
+def track(name: str, projection: Projection) -> State[Any]:
+    """MLflow is a view: where it is away the task completes saying so, and the sweep can be projected later."""
     try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _reached(tracking_uri: str | None) -> Iterator[MlflowClient]:
-    """A client of an MLflow that answers. MLflow's own patience with one that does not is many minutes."""
-    where = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "its default place"
-    with _environment(PROBE):
-        try:
-            client = MlflowClient(tracking_uri)
-            client.search_experiments(max_results=1)
-        except UNREACHABLE as error:
-            raise ServiceError(f"MLflow at {where} does not answer: {_first_line(error)}") from error
-    with _environment(WRITE):
-        try:
-            yield client
-        except UNREACHABLE as error:
-            raise ServiceError(
-                f"MLflow at {where} stopped the projection: {_first_line(error)}. "
-                "Nothing is lost: the store has everything, and `mergeloom track` projects it again."
-            ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
-
-
-def _experiment(client: MlflowClient, sweep_name: str) -> Experiment:
-    """The experiment of a sweep, made or brought back from the bin when needed."""
-    name = f"mergeloom/{sweep_name}"
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        return client.get_experiment(client.create_experiment(name))
-    if found.lifecycle_stage != "active":
-        client.restore_experiment(found.experiment_id)
-    return found
-
-
-def _project(
-    client: MlflowClient,
-    sweep: Sweep,
-    artifacts: Mapping[str, Path],
-    links: Mapping[str, str],
-    chance: Mapping[str, float],
-) -> TrackResult:
-    has = {split: any(cell.items.get(split) for cell in sweep.cells) for split in (TEST, VALIDATION)}
-    summary = summarise(sweep, TEST if has[TEST] or not has[VALIDATION] else VALIDATION, chance=chance)
-    other = summarise(sweep, VALIDATION, chance=chance) if has[VALIDATION] and has[TEST] else None
-    experiment = _experiment(client, sweep.name)
-    cells = list(records.cell_records(sweep, summary, other))
-    note = sweep_note(sweep, summary, experiment.experiment_id, links)
-    parent = _parent_record(sweep, cells, note, artifacts)
-    board = runs.Board(client, experiment.experiment_id, sweep.name)
-    parent_run = board.show(parent, artifacts=artifacts)
-    shown = {record.identity: board.show(record, parent=parent_run).info.run_id for record in cells}
-    for record in records.series_records(sweep, summary):
-        board.show(record)
-    for record in records.search_records(sweep):
-        board.show(record)
-    board.close()
-    _save_pages(client, experiment, sweep, cells, note)
-    version = None
-    if sweep.registered is not None:
-        version = versions.register(client, sweep, shown[str(sweep.registered["cell"])])
-    return TrackResult(
-        experiment_id=experiment.experiment_id,
-        parent_run_id=parent_run.info.run_id,
-        urls=_urls(client, experiment.experiment_id, parent_run, version.name if version else None),
-        written=board.written,
-        unchanged=board.unchanged,
-        retired=board.retired,
-        version=str(version.version) if version else "",
-    )
-
-
-def _parent_record(sweep: Sweep, cells: Sequence[RunRecord], note: str, artifacts: Mapping[str, Path]) -> RunRecord:
-    pending = any(cell.status == "pending" for cell in sweep.cells)
-    return RunRecord(
-        kind="sweep",
-        identity=sweep.name,
-        name=sweep.name,
-        status="SCHEDULED" if pending else "FINISHED",
-        tags={
-            records.SWEEP: sweep.name,
-            records.KIND: "sweep",
-            records.identity_tag("sweep"): sweep.name,
-            records.STATE: records.CURRENT,
-            records.NOTE: note,
-            "mlflow.loggedArtifacts": json.dumps([{"path": "cells.json", "type": "table"}]),
-        },
-        files={"spec.yaml": sweep.spec, "cells.json": records.cells_table(cells)},
-        attached={name: file_sha256(path) for name, path in artifacts.items()},
-        seconds=sum(record.seconds for record in cells),
-    )
-
-
-def _save_pages(
-    client: MlflowClient, experiment: Experiment, sweep: Sweep, cells: Sequence[RunRecord], note: str
-) -> None:
-    """The note and the saved views of the experiment. Views are a convenience: without them the sweep is all there."""
-    tags = {records.NOTE: note, "mlflow.experimentKind": "custom_model_development"}
-    wanted = {name: text for name, text in tags.items() if experiment.tags.get(name) != text}
-    params = list(dict.fromkeys(name for record in cells for name in record.params))
-    try:
-        for key, state in views.view_states(sweep.select_by, params).items():
-            if not views.is_saved(experiment.tags.get(views.PREFIX + key), key, state):
-                wanted[views.PREFIX + key] = views.packed(key, state)
-        for name, text in wanted.items():
-            client.set_experiment_tag(experiment.experiment_id, name, text)
-    except Exception as error:
-        LOGGER.warning("MLflow took no saved views of sweep %s: %s", sweep.name, error)
-
-
-def _urls(client: MlflowClient, experiment_id: str, parent: Run, model: str | None) -> dict[str, str]:
-    server = client.tracking_uri.rstrip("/")
-    if not server.startswith(("http://", "https://")):
-        return {}
-    query = "?workflowType=machine_learning"
-    urls = {
-        "sweep": f"{server}/#/experiments/{experiment_id}/runs/{parent.info.run_id}{query}",
-        "runs": f"{server}/{views.page(experiment_id)}",
-        "leaderboard": f"{server}/{views.page(experiment_id, views.LEADERBOARD)}",
-        "curves": f"{server}/{views.page(experiment_id, views.CURVES)}",
-        "charts": f"{server}/{views.page(experiment_id, views.CHARTS)}",
-    }
-    return {**urls, "model": f"{server}/#/models/{model}{query}"} if model else urls
+        result = projection.project()
+    except ServiceError as error:
+        get_run_logger().warning("not shown in MLflow: %s", error)
+        return Completed(name="Without MLflow", message=str(error), data=None)
+    projection.pages.update(result.urls)
+    return Completed(message=f"{result.written} runs written, {result.unchanged} unchanged", data=None)

@@ -10,7 +10,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from mergecore.run import Done, Place
+from mergecore.execution.outcome import Done
+from mergecore.execution.place import Place
 
 OPTIONS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 """Prefect's own result cache is off: the store is the one truth."""

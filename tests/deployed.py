@@ -14,7 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from flows import services, supervise
+from flows.services import servers as services
+from flows.services import supervise
 from tests import tiny_sweep
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -11,18 +11,21 @@ from typing import Any
 
 import torch
 
-from mergecore.collect import collect
+from mergecore.checkpoints.sources.resolve import resolve
+from mergecore.engine.executor import InProcess
 from mergecore.events import Report, silent
-from mergecore.frontier import Frontier, read_registration
-from mergecore.merging import InProcess
-from mergecore.plan import Cell, Plan, make_plan
-from mergecore.pool import resolve_pool
-from mergecore.run import Done, Place
-from mergecore.scores import Sweep
-from mergecore.sources.resolve import resolve
-from mergecore.spec import Spec, parse_spec
-from mergecore.store import RECORD, Store
-from mergecore.sweep import complete
+from mergecore.execution.outcome import Done
+from mergecore.execution.place import Place
+from mergecore.planning.cells import Cell, Plan
+from mergecore.planning.planner import make_plan
+from mergecore.planning.pool import resolve_pool
+from mergecore.reporting.scores import Sweep
+from mergecore.spec.sweep import Spec, parse_spec
+from mergecore.store.store import RECORD, Store
+from mergecore.sweeps.complete import complete
+from mergecore.sweeps.measured import collect
+from mergecore.sweeps.registration_record import read_registration
+from mergecore.sweeps.remaining import Frontier
 from tests.digits import FACTORY, DigitsTier
 from tests.small_pool import changed
 

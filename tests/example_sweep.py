@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mergecore.scores import CellScores, Kind, Suite, Sweep
+from mergecore.reporting.scores import CellScores, Kind, Suite, Sweep
 
 EXPERTS = ("addition", "category", "lookup", "mood", "order", "parity", "rhyme", "spelling")
 HELD_OUT = ("category_new", "lookup_far")

@@ -12,7 +12,13 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
-IMPORTED = ["pytest", "mergecore.sweep", "mergecore.single", "mergecore.evaluators.classification", "tests.small_pool"]
+IMPORTED = [
+    "pytest",
+    "mergecore.sweeps.complete",
+    "mergecore.recipes.merge_recipe",
+    "mergecore.evaluators.classification",
+    "tests.small_pool",
+]
 
 CONTEXT: ForkServerContext = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([*IMPORTED, "tests.digits_sweep"])

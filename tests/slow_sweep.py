@@ -15,19 +15,19 @@ from typing import Any
 import yaml
 from distributed import Client, Worker, WorkerPlugin
 
-import flows.cluster
-import flows.services
+import flows.services.servers
 import flows.sweep
-import mergecore.passes
-import mergecore.span
-from flows.cli import main
-from flows.cluster import dask_client
+import mergecore.engine.pass_plan
+import mergecore.engine.span
+import tasks.cluster.workers
+from flows.cli.main import main
+from tasks.cluster.workers import dask_client
 
 
 def patiently() -> None:
     """Wait longer for services to come up: tests run on machines that are busy with other tests."""
-    flows.services.Service.wait.__defaults__ = (600.0,)
-    flows.cluster.START_SECONDS = 600.0
+    flows.services.servers.Service.wait.__defaults__ = (600.0,)
+    tasks.cluster.workers.START_SECONDS = 600.0
 
 
 class Slow(WorkerPlugin):
@@ -44,10 +44,10 @@ class Slow(WorkerPlugin):
         import time
         from pathlib import Path
 
-        import mergecore.passes
-        import mergecore.span
+        import mergecore.engine.pass_plan
+        import mergecore.engine.span
 
-        original, folder, seconds = mergecore.span.write_journal, self.folder, self.seconds
+        original, folder, seconds = mergecore.engine.span.write_journal, self.folder, self.seconds
 
         def slowly(*given: Any) -> None:
             mark = Path(folder) / f"busy-{os.getpid()}"
@@ -56,13 +56,13 @@ class Slow(WorkerPlugin):
             original(*given)
             mark.unlink()
 
-        mergecore.span.write_journal = slowly
+        mergecore.engine.span.write_journal = slowly
 
 
 def run(spec: str, seconds: float) -> None:
     """The command line with the plug-in on every worker."""
     folder = yaml.safe_load(Path(spec).read_text())["output"]["store"]
-    mergecore.passes.plan_spans.__defaults__ = (20_000,)
+    mergecore.engine.pass_plan.plan_spans.__defaults__ = (20_000,)
     patiently()
 
     @contextlib.contextmanager

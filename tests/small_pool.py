@@ -11,16 +11,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mergecore.checkpoints.sources.resolve import resolve
+from mergecore.engine.executor import Executor, InProcess
 from mergecore.events import Report, silent
-from mergecore.merging import InProcess
-from mergecore.passes import Executor
-from mergecore.plan import MergeBuilder, MergePlan, Plan, make_plan
-from mergecore.pool import Member, Pool, resolve_pool
+from mergecore.execution.fetch import fetch
+from mergecore.execution.place import Place, snapshots_of
+from mergecore.planning.cells import Plan
+from mergecore.planning.merge_builder import MergeBuilder
+from mergecore.planning.planner import make_plan
+from mergecore.planning.plans import MergePlan
+from mergecore.planning.pool import Member, Pool, resolve_pool
 from mergecore.registry import method_from
-from mergecore.run import Place, fetch, snapshots_of
-from mergecore.sources.resolve import resolve
-from mergecore.spec import BaseSpec, ExpertSpec, parse_spec
-from mergecore.store import Store
+from mergecore.spec.sources import BaseSpec, ExpertSpec
+from mergecore.spec.sweep import parse_spec
+from mergecore.store.store import Store
 
 EXPERTS = 3
 NAMES = [f"expert-{number}" for number in range(EXPERTS)]

@@ -20,13 +20,13 @@ from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from mergecore.checkpoints.sources.digests import file_sha256
 from mergecore.errors import EvaluationError, NonFiniteError, SpecError, nearest
-from mergecore.evaluators import Evaluator, Resident, Split, TaskIdentity
 from mergecore.evaluators.weights import blank, check_fit, fill
 from mergecore.events import Event, Report
-from mergecore.identity import digest
-from mergecore.method import TensorSource
-from mergecore.sources.digests import file_sha256
+from mergecore.identity.keys import digest
+from mergecore.plugins.evaluator import Evaluator, Resident, Split, TaskIdentity
+from mergecore.tensors.source import TensorSource
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

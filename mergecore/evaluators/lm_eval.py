@@ -20,23 +20,15 @@ import torch
 from pydantic import Field
 
 from mergecore.errors import EvaluationError
-from mergecore.evaluators import Evaluator, Resident, Split, TaskIdentity
 from mergecore.evaluators.lm_loglikelihood import Encoded, Likelihood, batches, likelihoods
 from mergecore.evaluators.lm_prepared import LanguageItems, Prepared, prepare, training_items
 from mergecore.evaluators.lm_results import results_json, row, table
 from mergecore.evaluators.lm_shell import renamed, shell
-from mergecore.evaluators.lm_tasks import (
-    TaskFile,
-    build,
-    documents_digest,
-    find_task,
-    lm_eval_version,
-    quiet,
-    tasks_in,
-)
+from mergecore.evaluators.lm_tasks import TaskFile, build, documents_digest, find_task, lm_eval_version, quiet, tasks_in
 from mergecore.evaluators.weights import blank, check_fit, fill, mismatches
 from mergecore.events import Event, Report
-from mergecore.method import TensorSource
+from mergecore.plugins.evaluator import Evaluator, Resident, Split, TaskIdentity
+from mergecore.tensors.source import TensorSource
 
 __all__ = ["LmEval", "results_json"]
 

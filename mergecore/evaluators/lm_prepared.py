@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mergecore.errors import EvaluationError
 from mergecore.evaluators.lm_loglikelihood import Encoded, batches, forward_options
 from mergecore.evaluators.lm_tasks import document_text, quiet
-from mergecore.identity import digest
+from mergecore.identity.keys import digest
 
 Prompt = Callable[[Any, Any, int], tuple[Any, bool]]
 """(lm-eval task, document, number of examples) → the prompt as lm-eval builds it, and whether it is a chat turn."""

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from mergecore.errors import EvaluationError, NonFiniteError
-from mergecore.evaluators import TaskIdentity
 from mergecore.evaluators.lm_prepared import Document
+from mergecore.plugins.evaluator import TaskIdentity
 
 _COLUMNS = ("item", "document", "target", "prediction", "score", "loglikelihoods")
 

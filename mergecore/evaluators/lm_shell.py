@@ -9,8 +9,8 @@ import torch
 
 from mergecore.errors import EvaluationError
 from mergecore.evaluators.lm_tasks import quiet
-from mergecore.method import TensorSource
-from mergecore.snapshot import MemoryTensors
+from mergecore.tensors.memory import MemoryTensors
+from mergecore.tensors.source import TensorSource
 
 
 def shell(companions: Path, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -19,9 +19,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
+from mergecore.checkpoints.sources.digests import file_sha256
 from mergecore.errors import EvaluationError, nearest
-from mergecore.evaluators import Split
-from mergecore.sources.digests import file_sha256
+from mergecore.plugins.evaluator import Split
 
 READERS = ("json", "parquet", "csv", "text")
 """Values of `dataset_path` that read local files; their digests stand for the data."""

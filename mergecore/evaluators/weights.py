@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mergecore.errors import MismatchError
-from mergecore.method import TensorSource
-from mergecore.snapshot import check_finite
+from mergecore.tensors.finite import check_finite
+from mergecore.tensors.source import TensorSource
 
 _CHUNK = 1 << 24
 """Elements read at a time: no second copy of a large embedding is ever held."""

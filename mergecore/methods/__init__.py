@@ -1,5 +1,6 @@
 """One file per method. `from mergecore import methods` gives the classes by their names."""
 
+from mergecore.arithmetic.trims import RandomDrop
 from mergecore.methods.arcee_fusion import ArceeFusion
 from mergecore.methods.average import Average
 from mergecore.methods.breadcrumbs import Breadcrumbs
@@ -27,7 +28,6 @@ from mergecore.methods.task_arithmetic import TaskArithmetic
 from mergecore.methods.ties import Ties
 from mergecore.methods.tsv_m import TsvM
 from mergecore.methods.wudi import Wudi
-from mergecore.trims import RandomDrop
 
 __all__ = [
     "ArceeFusion",

@@ -9,11 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mergecore.arithmetic.linear_algebra import BLOCK
+from mergecore.arithmetic.order_statistics import order_statistics
 from mergecore.errors import SpecError
-from mergecore.linear_algebra import BLOCK
-from mergecore.method import Method, Per
-from mergecore.per_expert import experts_given
-from mergecore.ranking import order_statistics
+from mergecore.plugins.block import Per
+from mergecore.plugins.method import Method
+from mergecore.plugins.per_expert import experts_given
 
 
 class ArceeFusion(Method):

@@ -9,11 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
+from mergecore.arithmetic.trims import RandomDrop, divided, dropped, folded_sum, weighted
 from mergecore.errors import SpecError
-from mergecore.method import Block, Method, Statistic, Statistics
-from mergecore.per_expert import check_each, moved
+from mergecore.plugins.block import Block
+from mergecore.plugins.method import Method
+from mergecore.plugins.per_expert import check_each, moved
+from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
-from mergecore.trims import RandomDrop, divided, dropped, folded_sum, weighted
 
 
 class Average(Method):

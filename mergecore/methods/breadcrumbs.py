@@ -11,10 +11,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mergecore.method import Method, Per
-from mergecore.per_expert import check_each, each, moved
-from mergecore.ranking import largest
-from mergecore.trims import Shares, absolute_sum, joined, weighted
+from mergecore.arithmetic.order_statistics import largest
+from mergecore.arithmetic.trims import Shares, absolute_sum, joined, weighted
+from mergecore.plugins.block import Per
+from mergecore.plugins.method import Method
+from mergecore.plugins.per_expert import check_each, each, moved
 
 
 class Breadcrumbs(Method):

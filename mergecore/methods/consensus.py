@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.multi_task import MaskMethod, multi_task_vector, task_masks
-from mergecore.per_expert import each
-from mergecore.trims import folded_sum
+from mergecore.arithmetic.trims import folded_sum
+from mergecore.methods.mask_method import MaskMethod, multi_task_vector, task_masks
+from mergecore.plugins.per_expert import each
 
 
 class Consensus(MaskMethod):

@@ -10,12 +10,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mergecore.identity import random_key, random_words
-from mergecore.linear_algebra import BLOCK
-from mergecore.method import Block, Method, Per, Statistics
-from mergecore.per_expert import EACH, ONE, ONE_OR_EACH, check_each, each, moved
-from mergecore.ranking import ascending
-from mergecore.trims import absolute_sum, joined, weighted
+from mergecore.arithmetic.linear_algebra import BLOCK
+from mergecore.arithmetic.order_statistics import ascending
+from mergecore.arithmetic.trims import absolute_sum, joined, weighted
+from mergecore.identity.draws import random_key, random_words
+from mergecore.plugins.block import Block, Per
+from mergecore.plugins.method import Method
+from mergecore.plugins.per_expert import EACH, ONE, ONE_OR_EACH, check_each, each, moved
+from mergecore.plugins.statistic import Statistics
 
 Kept = Annotated[float, Field(gt=0, le=1)]
 Window = Annotated[float, Field(ge=0, lt=1)]

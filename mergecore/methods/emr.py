@@ -8,16 +8,20 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.masks import DTYPE_NAMES, mask_block, mask_outputs
-from mergecore.method import Block, Method, Per, Statistic, Statistics, TensorInfo
+from mergecore.plugins.block import Block, Per
+from mergecore.plugins.method import Method
+from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.unified_norms import UnifiedNorms, ZeroSign, unified
+from mergecore.tensors.dtypes import DTYPE_NAMES
+from mergecore.tensors.masked import mask_block, mask_outputs
+from mergecore.tensors.source import TensorInfo
 
 
 class Emr(Method):
     """Keeps of every expert one bit a weight and one number: the model of task t is θ_0 + ρ_t M_t ⊙ τ_uni.
 
     τ_uni has the sign of Σ τ_t and the largest magnitude among the experts with that sign; M_t is where τ_t has it too,
-    and ρ_t gives the task back as much change as it had. What is written is a product of masks (mergecore/masks.py).
+    and ρ_t gives the task back as much change as it had. What is written is a product of masks (mergecore/tensors/masked.py).
     """
 
     name: ClassVar[str] = "emr"

@@ -10,10 +10,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.method import Beside, Block, DataStatistic, Method, Statistic, Statistics
-from mergecore.per_expert import check_weights, moved
+from mergecore.arithmetic.trims import divided, folded_sum
+from mergecore.plugins.block import Beside, Block
+from mergecore.plugins.method import Method
+from mergecore.plugins.per_expert import check_weights, moved
+from mergecore.plugins.statistic import DataStatistic, Statistic, Statistics
 from mergecore.statistics.fisher import DiagonalFisher
-from mergecore.trims import divided, folded_sum
 
 LIFT = 2.0**64
 """Squared gradients reach down to the smallest float32 there is, where a product with a weight keeps no digit; a power

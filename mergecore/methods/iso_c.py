@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.linear_algebra import (
+from mergecore.arithmetic.linear_algebra import (
     Convolutions,
     Excluded,
     Rank,
@@ -19,8 +19,10 @@ from mergecore.linear_algebra import (
     rank_of,
     wide,
 )
-from mergecore.method import Block, Method, Per, Statistics
-from mergecore.trims import folded_sum
+from mergecore.arithmetic.trims import folded_sum
+from mergecore.plugins.block import Block, Per
+from mergecore.plugins.method import Method
+from mergecore.plugins.statistic import Statistics
 
 
 class IsoC(Method):

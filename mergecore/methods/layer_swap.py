@@ -8,11 +8,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from mergecore.architectures import LAYER, depths, outside
+from mergecore.arithmetic.trims import folded_sum, weighted
+from mergecore.checkpoints.architectures import LAYER, depths, outside
 from mergecore.errors import SpecError
-from mergecore.method import Block, Method, Statistics
-from mergecore.per_expert import experts_given
-from mergecore.trims import folded_sum, weighted
+from mergecore.plugins.block import Block
+from mergecore.plugins.method import Method
+from mergecore.plugins.per_expert import experts_given
+from mergecore.plugins.statistic import Statistics
 
 Taken = Literal["outer", "middle", "average"]
 SHARES: dict[Taken, float] = {"outer": 1.0, "middle": 0.0, "average": 0.5}

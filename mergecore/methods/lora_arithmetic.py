@@ -8,11 +8,12 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from mergecore.adapters import AdapterMethod, Combined, LowRank, padded, relative_error
+from mergecore.arithmetic.linear_algebra import decomposition
+from mergecore.checkpoints.adapters import LowRank, padded, relative_error
 from mergecore.errors import SpecError
-from mergecore.linear_algebra import decomposition
-from mergecore.method import Method
-from mergecore.per_expert import check_weights, moved
+from mergecore.plugins.adapter_method import AdapterMethod, Combined
+from mergecore.plugins.method import Method
+from mergecore.plugins.per_expert import check_weights, moved
 
 
 class LoraArithmetic(AdapterMethod):

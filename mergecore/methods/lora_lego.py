@@ -11,10 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.adapters import AdapterMethod, Combined, LowRank, padded
+from mergecore.arithmetic.linear_algebra import ROUNDING
+from mergecore.checkpoints.adapters import LowRank, padded
 from mergecore.errors import SpecError
-from mergecore.identity import canonical
-from mergecore.linear_algebra import ROUNDING
+from mergecore.identity.keys import canonical
+from mergecore.plugins.adapter_method import AdapterMethod, Combined
 
 SWEEPS = 100
 """At most so often all signs are looked at; each change raises a bounded sum, so it ends by itself."""

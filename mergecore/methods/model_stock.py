@@ -9,9 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mergecore.arithmetic.linear_algebra import base_and_mean, combined, gram
 from mergecore.errors import SpecError
-from mergecore.linear_algebra import base_and_mean, combined, gram
-from mergecore.method import Block, Method, Per, Statistic, Statistics
+from mergecore.plugins.block import Block, Per
+from mergecore.plugins.method import Method
+from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.products import Products, gram_of
 
 

@@ -10,10 +10,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mergecore.arithmetic.linear_algebra import combined
 from mergecore.errors import SpecError
-from mergecore.linear_algebra import combined
-from mergecore.method import Block, Method, Statistic, Statistics
-from mergecore.per_expert import moved
+from mergecore.plugins.block import Block
+from mergecore.plugins.method import Method
+from mergecore.plugins.per_expert import moved
+from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.products import Products, gram_of
 
 PARALLEL = 1e-7

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.errors import SpecError
-from mergecore.method import Method
-from mergecore.per_expert import experts_given
+from mergecore.plugins.method import Method
+from mergecore.plugins.per_expert import experts_given
 
 
 class Nearswap(Method):

@@ -9,10 +9,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from mergecore.arithmetic.linear_algebra import combined, gram, row_combination
 from mergecore.errors import SpecError
-from mergecore.linear_algebra import combined, gram, row_combination
-from mergecore.method import Block, Method, Per, Statistic, Statistics
-from mergecore.per_expert import experts_given, moved
+from mergecore.plugins.block import Block, Per
+from mergecore.plugins.method import Method
+from mergecore.plugins.per_expert import experts_given, moved
+from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.products import Products, gram_of
 
 

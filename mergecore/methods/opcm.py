@@ -8,11 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from mergecore.architectures import EMBEDDINGS
+from mergecore.arithmetic.linear_algebra import Excluded
+from mergecore.checkpoints.architectures import EMBEDDINGS
 from mergecore.errors import SpecError
-from mergecore.identity import digest
-from mergecore.linear_algebra import Excluded
-from mergecore.method import Beside, Block, Link, Method, Statistics
+from mergecore.identity.keys import digest
+from mergecore.plugins.block import Beside, Block
+from mergecore.plugins.chain import Link
+from mergecore.plugins.method import Method
+from mergecore.plugins.statistic import Statistics
 from mergecore.statistics.projected_sum import ProjectedSum, Projection, Share, merged_factor
 
 

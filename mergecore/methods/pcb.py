@@ -9,11 +9,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mergecore.method import Block, Method, Statistic, Statistics
-from mergecore.per_expert import EACH, ONE, ONE_OR_EACH, check_each, each, moved
+from mergecore.arithmetic.trims import divided, folded_sum
+from mergecore.plugins.block import Block
+from mergecore.plugins.method import Method
+from mergecore.plugins.per_expert import EACH, ONE, ONE_OR_EACH, check_each, each, moved
+from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.balance_cut import BalanceCut
 from mergecore.statistics.balance_scores import Form, balancing, scores
-from mergecore.trims import divided, folded_sum
 
 Coefficients = Annotated[Annotated[float, ONE] | Annotated[tuple[float, ...], EACH], ONE_OR_EACH]
 CLIP = 0.01

@@ -9,9 +9,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from mergecore.method import Block, Method, Statistic, Statistics
+from mergecore.arithmetic.trims import folded_sum
+from mergecore.plugins.block import Block
+from mergecore.plugins.method import Method
+from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.overlap_counts import SHARED, UNIQUE, OverlapCounts
-from mergecore.trims import folded_sum
 
 
 class Boost(BaseModel):

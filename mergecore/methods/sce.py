@@ -11,9 +11,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.linear_algebra import blocks
-from mergecore.method import Method, Per
-from mergecore.ranking import largest
+from mergecore.arithmetic.linear_algebra import blocks
+from mergecore.arithmetic.order_statistics import largest
+from mergecore.plugins.block import Per
+from mergecore.plugins.method import Method
 
 
 class Sce(Method):

@@ -8,16 +8,19 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.masks import DTYPE_NAMES, mask_block, mask_outputs
-from mergecore.method import Block, Per, Statistics, TensorInfo
-from mergecore.multi_task import MaskMethod, multi_task_vector, task_masks
-from mergecore.per_expert import each
+from mergecore.methods.mask_method import MaskMethod, multi_task_vector, task_masks
+from mergecore.plugins.block import Block, Per
+from mergecore.plugins.per_expert import each
+from mergecore.plugins.statistic import Statistics
+from mergecore.tensors.dtypes import DTYPE_NAMES
+from mergecore.tensors.masked import mask_block, mask_outputs
+from mergecore.tensors.source import TensorInfo
 
 
 class TallMasks(MaskMethod):
     """Keeps of every expert one bit a weight: M_t = |τ_t| > λ_t |τ_m − τ_t|; the model of task t is θ_0 + M_t ⊙ τ_m.
 
-    What is written is no model but a product of masks (mergecore/masks.py): base, shared vector and bits, from which
+    What is written is no model but a product of masks (mergecore/tensors/masked.py): base, shared vector and bits, from which
     `mergeloom unpack` makes the model of any task. The comparison is strict, as in the authors' code.
     """
 

@@ -9,13 +9,24 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mergecore.arithmetic.trims import (
+    Elect,
+    RandomDrop,
+    Shares,
+    agreeing,
+    elected_sign,
+    folded_sum,
+    weighted,
+    weighted_mean,
+)
 from mergecore.errors import SpecError
-from mergecore.method import Block, Method, Statistic, Statistics
-from mergecore.per_expert import check_each, moved
+from mergecore.plugins.block import Block
+from mergecore.plugins.method import Method
+from mergecore.plugins.per_expert import check_each, moved
+from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.sign_majority import SignMajority
 from mergecore.statistics.threshold import Count, Threshold, trimmed_deltas, trims
 from mergecore.statistics.trimmed_norms import shares_of
-from mergecore.trims import Elect, RandomDrop, Shares, agreeing, elected_sign, folded_sum, weighted, weighted_mean
 
 
 class Ties(Method):

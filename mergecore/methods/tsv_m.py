@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.linear_algebra import (
+from mergecore.arithmetic.linear_algebra import (
     Convolutions,
     Excluded,
     Rank,
@@ -21,7 +21,9 @@ from mergecore.linear_algebra import (
     rank_of,
     wide,
 )
-from mergecore.method import Block, Method, Per, Statistics
+from mergecore.plugins.block import Block, Per
+from mergecore.plugins.method import Method
+from mergecore.plugins.statistic import Statistics
 
 
 class TsvM(Method):

@@ -11,9 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.linear_algebra import Convolutions, Excluded, base_and_matrix, base_and_mean, matrix_of, wide
-from mergecore.method import Block, Method, Per, Statistics
-from mergecore.trims import folded_sum
+from mergecore.arithmetic.linear_algebra import Convolutions, Excluded, base_and_matrix, base_and_mean, matrix_of, wide
+from mergecore.arithmetic.trims import folded_sum
+from mergecore.plugins.block import Block, Per
+from mergecore.plugins.method import Method
+from mergecore.plugins.statistic import Statistics
 
 EMBEDDINGS = ("*embed*", "*wte.*", "*wpe.*", "*shared.weight", "*relative_attention_bias*")
 HEADS = ("*lm_head*", "*text_projection*", "*visual_projection*", "*classifier*", "*score.weight")

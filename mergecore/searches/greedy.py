@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from mergecore.errors import SpecError
-from mergecore.search import Ask, Ground, Rounds, Search
+from mergecore.plugins.search import Ask, Ground, Rounds, Search
 
 
 class Greedy(Search):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mergecore.errors import SpecError
-from mergecore.search import Ask, Candidate, Ground, Rounds, Score, Search
+from mergecore.plugins.search import Ask, Candidate, Ground, Rounds, Score, Search
 
 Combination = Mapping[str, float]
 

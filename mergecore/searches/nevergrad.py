@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mergecore.errors import EvaluationError, SpecError
-from mergecore.search import Ask, Candidate, Ground, Rounds, Search
+from mergecore.plugins.search import Ask, Candidate, Ground, Rounds, Search
 from mergecore.searches.grid import each_once
 
 OPTIMIZERS = {"cma": "CMA", "one_plus_one": "OnePlusOne", "two_points_de": "TwoPointsDE", "ngopt": "NGOpt"}

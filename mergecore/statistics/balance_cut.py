@@ -15,11 +15,13 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.method import Block, Counting, Rescan, Result, Scope, Sparse, Statistic, Statistics, TensorInfo
+from mergecore.plugins.block import Block
+from mergecore.plugins.statistic import Counting, Rescan, Result, Scope, Sparse, Statistic, Statistics
 from mergecore.statistics.balance_scores import Form, balancing, scores
 from mergecore.statistics.magnitude_quantiles import MagnitudeQuantiles
 from mergecore.statistics.radix import OrderStatistic, joined, signed_bits, value_of
 from mergecore.statistics.softmax_means import SoftmaxMeans
+from mergecore.tensors.source import TensorInfo
 
 
 @dataclass

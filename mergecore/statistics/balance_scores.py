@@ -19,10 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mergecore.method import Statistics
+from mergecore.arithmetic.transcendental import exponential, small_tanh, tanh
+from mergecore.arithmetic.trims import divided, folded_sum
+from mergecore.plugins.statistic import Statistics
 from mergecore.statistics.softmax_means import normalized, pairs, scaling
-from mergecore.transcendental import exponential, small_tanh, tanh
-from mergecore.trims import divided, folded_sum
 
 Form = Literal["es", "vision", "nlp", "paper"]
 

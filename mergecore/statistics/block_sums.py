@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from mergecore.method import Statistic, Statistics, TensorInfo
+from mergecore.plugins.statistic import Statistic, Statistics
+from mergecore.tensors.source import TensorInfo
 
 State = list[tuple[str, int, list[float]]]
 """Tensor, first element and sums of every block that was seen."""

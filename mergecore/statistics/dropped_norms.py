@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mergecore.method import Block, Result, Scope, Statistic, Statistics, Summing, TensorInfo
+from mergecore.arithmetic.trims import RandomDrop, dropped
+from mergecore.plugins.block import Block
+from mergecore.plugins.statistic import Result, Scope, Statistic, Statistics, Summing
 from mergecore.statistics.block_sums import BlockSums, State, folded
-from mergecore.trims import RandomDrop, dropped
+from mergecore.tensors.source import TensorInfo
 
 
 class DroppedNorms(BlockSums):

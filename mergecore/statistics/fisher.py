@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from mergecore.errors import CapacityError, MismatchError, NonFiniteError
 from mergecore.events import Event, Report
-from mergecore.identity import random_key, random_words
-from mergecore.method import Calibration, DataStatistic, Result, TensorInfo
+from mergecore.identity.draws import random_key, random_words
+from mergecore.plugins.statistic import Calibration, DataStatistic, Result
+from mergecore.tensors.source import TensorInfo
 
 _MOST_CLASSES = 4096
 """An exact expectation takes one backward pass per class and position; a vocabulary would take days."""

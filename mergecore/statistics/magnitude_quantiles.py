@@ -12,9 +12,11 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from mergecore.method import Block, Counting, Result, Scope, Sparse, Statistic, Statistics, TensorInfo
+from mergecore.plugins.block import Block
+from mergecore.plugins.statistic import Counting, Result, Scope, Sparse, Statistic, Statistics
 from mergecore.statistics.profile import Profile, fine_counts, magnitudes
 from mergecore.statistics.radix import OrderStatistic, value_of
+from mergecore.tensors.source import TensorInfo
 
 State = list[OrderStatistic]
 

@@ -9,8 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.method import Block, Result, Scope, Statistic, Statistics, Summing, TensorInfo
-from mergecore.trims import folded_sum
+from mergecore.arithmetic.trims import folded_sum
+from mergecore.plugins.block import Block
+from mergecore.plugins.statistic import Result, Scope, Statistic, Statistics, Summing
+from mergecore.tensors.source import TensorInfo
 
 SHARED, UNIQUE = 0, 1
 """Rows of a tensor's counts."""

@@ -9,8 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.method import Block, Result, Scope, Statistics, Summing, TensorInfo
+from mergecore.plugins.block import Block
+from mergecore.plugins.statistic import Result, Scope, Statistics, Summing
 from mergecore.statistics.block_sums import BlockSums, State, folded
+from mergecore.tensors.source import TensorInfo
 
 
 class Products(BlockSums):

@@ -15,10 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergecore.method import Block, Counting, Found, Result, Scope, Sparse, Statistic, Statistics, TensorInfo
+from mergecore.arithmetic.trims import RandomDrop, dropped
+from mergecore.plugins.block import Block
+from mergecore.plugins.statistic import Counting, Found, Result, Scope, Sparse, Statistic, Statistics
 from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
 from mergecore.statistics.radix import bits, fine, joined
-from mergecore.trims import RandomDrop, dropped
+from mergecore.tensors.source import TensorInfo
 
 State = dict[str, Sparse]
 """Counts per tensor."""

@@ -14,9 +14,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.architectures import EMBEDDINGS
-from mergecore.linear_algebra import Excluded, decomposition, matrix_of, rank_of, squared_norm, wide
-from mergecore.method import BEFORE, Block, Found, Link, Statistics, TensorInfo, TensorSource
+from mergecore.arithmetic.linear_algebra import Excluded, decomposition, matrix_of, rank_of, squared_norm, wide
+from mergecore.checkpoints.architectures import EMBEDDINGS
+from mergecore.plugins.block import Block
+from mergecore.plugins.chain import BEFORE, Link
+from mergecore.plugins.statistic import Found, Statistics
+from mergecore.tensors.source import TensorInfo, TensorSource
 
 Share = Annotated[
     float,

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergecore.method import Sparse
+from mergecore.plugins.statistic import Sparse
 
 
 def bits(magnitude: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mergecore.method import Block, Result, Scope, Statistic, Statistics, Summing, TensorInfo
+from mergecore.arithmetic.trims import Elect, elected_sign
+from mergecore.plugins.block import Block
+from mergecore.plugins.statistic import Result, Scope, Statistic, Statistics, Summing
 from mergecore.statistics.threshold import Threshold, trim_statistics, trimmed_deltas, trims
 from mergecore.statistics.trimmed_norms import TrimmedNorms, shares_of
-from mergecore.trims import Elect, elected_sign
+from mergecore.tensors.source import TensorInfo
 
 
 class SignMajority(Statistic):

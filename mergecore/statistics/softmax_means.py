@@ -14,9 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mergecore.method import Block, Rescan, Result, Scope, Statistic, Statistics, TensorInfo
-from mergecore.transcendental import exponential
-from mergecore.trims import divided
+from mergecore.arithmetic.transcendental import exponential
+from mergecore.arithmetic.trims import divided
+from mergecore.plugins.block import Block
+from mergecore.plugins.statistic import Rescan, Result, Scope, Statistic, Statistics
+from mergecore.tensors.source import TensorInfo
 
 PIECE = 1 << 16
 """Elements that are worked on at once, to stay in the processor's cache; sums are per block of the grid."""

@@ -20,25 +20,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.kernels.run import materialised
-from mergecore.method import (
-    Block,
-    Counting,
-    Found,
-    Index,
-    Rescan,
-    Result,
-    Scope,
-    Sparse,
-    Statistic,
-    Statistics,
-    Summing,
-    TensorInfo,
-)
+from mergecore.arithmetic.trims import RandomDrop, Shares, dropped, trimmed
+from mergecore.engine.kernels.run import materialised
+from mergecore.plugins.block import Block, Index
+from mergecore.plugins.statistic import Counting, Found, Rescan, Result, Scope, Sparse, Statistic, Statistics, Summing
 from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
 from mergecore.statistics.profile import Profile, fine_counts, magnitudes
 from mergecore.statistics.radix import OrderStatistic, value_of
-from mergecore.trims import RandomDrop, Shares, dropped, trimmed
+from mergecore.tensors.source import TensorInfo
 
 Count = Literal["at_least", "exact", "published"]
 GRAIN = 1 << 16

@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mergecore.method import Block, Result, Scope, Statistic, Statistics, Summing, TensorInfo
+from mergecore.plugins.block import Block
+from mergecore.plugins.statistic import Result, Scope, Statistic, Statistics, Summing
 from mergecore.statistics.block_sums import BlockSums, State, folded
 from mergecore.statistics.threshold import Threshold, trim_statistics, trimmed_deltas, trims
+from mergecore.tensors.source import TensorInfo
 
 
 class TrimmedNorms(BlockSums):

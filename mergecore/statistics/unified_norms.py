@@ -9,9 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.method import Block, Result, Scope, Statistics, Summing, TensorInfo
+from mergecore.arithmetic.trims import agreeing, elected_sign
+from mergecore.plugins.block import Block
+from mergecore.plugins.statistic import Result, Scope, Statistics, Summing
 from mergecore.statistics.block_sums import BlockSums, State, folded
-from mergecore.trims import agreeing, elected_sign
+from mergecore.tensors.source import TensorInfo
 
 ZeroSign = Annotated[
     Literal["drop", "negative"],

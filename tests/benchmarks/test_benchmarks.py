@@ -15,10 +15,10 @@ from benchmarks import kernels, models, pairs, profile
 from benchmarks.floor import digest_seconds, floor_run
 from benchmarks.loops import watched_library
 from benchmarks.machine import ROOT, command_run
-from flows.catalogue import accepts, built
-from mergecore.method import Per
+from flows.cli.methods_page import accepts, built
+from mergecore.plugins.block import Per
 from mergecore.registry import METHODS
-from mergecore.spec import parse_recipe
+from mergecore.spec.recipe import parse_recipe
 
 
 def values(path: Path) -> dict[str, torch.Tensor]:

@@ -13,15 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergecore import merge
+from mergecore.engine.executor import InProcess
 from mergecore.events import silent
-from mergecore.masks import MaskedModel
-from mergecore.merging import InProcess
-from mergecore.method import DataStatistic, Method
-from mergecore.recipe_files import merge_file
+from mergecore.plugins.method import Method
+from mergecore.plugins.statistic import DataStatistic
+from mergecore.recipes.merge_file import merge_file
 from mergecore.registry import METHODS
-from mergecore.snapshot import MemoryTensors
+from mergecore.tensors.masked import MaskedModel
+from mergecore.tensors.memory import MemoryTensors
 from tests.contract.test_methods import IDS, VARIANTS, accepted, same
-from tests.recipes import find, made
+from tests.recipe_files import find, made
 
 Model = dict[str, Tensor]
 AT_MOST = 3

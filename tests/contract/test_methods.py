@@ -13,18 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-import mergecore.kernels.run as kernels
-import mergecore.merging as merging
-import mergecore.passes as passes
-import mergecore.reading as reading
-import mergecore.span as span
+import mergecore.engine.kernels.run as kernels
+import mergecore.engine.pass_plan as passes
+import mergecore.engine.span as span
+import mergecore.engine.windows as reading
+import mergecore.recipes.in_memory as merging
 from mergecore import merge
-from mergecore.adapters import AdapterMethod
+from mergecore.engine.kernels.run import Fused
 from mergecore.errors import MergeloomError, NonFiniteError, SpecError
-from mergecore.kernels.library import library_in
-from mergecore.kernels.run import Fused
-from mergecore.method import DataStatistic, Method, Per
 from mergecore.methods import Della, RandomDrop, Ties
+from mergecore.native.library import library_in
+from mergecore.plugins.adapter_method import AdapterMethod
+from mergecore.plugins.block import Per
+from mergecore.plugins.method import Method
+from mergecore.plugins.statistic import DataStatistic
 from mergecore.registry import METHODS
 
 DROP = {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 3}
@@ -126,7 +128,7 @@ inprocess = merging.InProcess
 
 
 def test_every_method_is_covered() -> None:
-    """Methods that make adapters of adapters have a contract of their own: tests/core/test_adapter_methods.py."""
+    """Methods that make adapters of adapters have a contract of their own: tests/methods/test_adapter_methods.py."""
     assert {name for name, _ in VARIANTS} == {n for n, kind in METHODS.items() if not issubclass(kind, AdapterMethod)}
 
 
@@ -254,7 +256,7 @@ def test_blocks_of_the_grid_do_not_matter(method: Method, monkeypatch: pytest.Mo
     first = merged(method, base, experts)
     for module in ("passes", "span", "identity"):
         monkeypatch.setattr(f"mergecore.{module}.GRID", 64)
-    monkeypatch.setattr("mergecore.linear_algebra.BLOCK", 64)
+    monkeypatch.setattr("mergecore.arithmetic.linear_algebra.BLOCK", 64)
     second = merged(method, base, experts)
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=1e-6, atol=1e-7)

@@ -11,9 +11,12 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore import merge
-from mergecore.method import Block, Method, Per, Statistics, TensorInfo
+from mergecore.plugins.block import Block, Per
+from mergecore.plugins.method import Method
+from mergecore.plugins.statistic import Statistics
 from mergecore.registry import METHODS, method_from
-from mergecore.spec import parse_recipe
+from mergecore.spec.recipe import parse_recipe
+from mergecore.tensors.source import TensorInfo
 
 
 class Median(Method):

@@ -15,7 +15,7 @@ from flows.pages import listed, slug
 from flows.sweep import narrowed, sweep
 from mergecore.errors import SpecError
 from mergecore.registry import METHODS
-from mergecore.spec import as_yaml
+from mergecore.spec.yaml_files import as_yaml
 from tests import tiny_sweep
 from tests.deployed import REPOSITORY, Project
 
@@ -122,7 +122,7 @@ def test_a_form_that_cannot_be_meant_is_refused(project: Project) -> None:
 def test_a_merge_is_the_one_of_the_command_line(project: Project) -> None:
     ours, theirs = project.folder / "by-flow", project.folder / "by-command"
     run = project.start("merge", recipe=str(project.folder / "recipe.yaml"), out=str(ours), workers=1)
-    command = [sys.executable, "-m", "flows.cli", "merge", str(project.folder / "recipe.yaml"), str(theirs)]
+    command = [sys.executable, "-m", "flows.cli.main", "merge", str(project.folder / "recipe.yaml"), str(theirs)]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
     state = project.ended(run)["state"]
     assert state["name"] == "Completed" and str(ours) in state["message"], state

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped,unused-ignore]
 import pytest
 
-from flows import services
-from flows.services import Addresses, Ports
+from flows.services import servers as services
+from flows.services.servers import Addresses, Ports
 from mergecore.errors import ServiceError
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -20,10 +20,10 @@ import torch
 import yaml
 from mlflow import MlflowClient
 
-from flows import services
-from flows.services import Addresses
+from flows.services import servers as services
+from flows.services.servers import Addresses
 from mergecore.events import silent
-from mergecore.store import Store
+from mergecore.store.store import Store
 from tests.digits import DigitsTier, digits_tier
 from tests.digits_sweep import EXPERTS, contents, digits_spec, leftovers, opened, stamps
 from tests.processes import Started, kill_at, was_killed
@@ -245,7 +245,7 @@ def test_cancelling_in_prefect_stops_the_work(
 def conducted(path: Path, address: str, call: int) -> None:
     """The sweep in one process, killed at the n-th thing it writes to MLflow (0: never)."""
     from flows.conduct import conduct
-    from flows.session import open_session
+    from flows.session.session import open_session
 
     os.environ.update(MLFLOW_TRACKING_URI=address, XDG_CACHE_HOME=str(path.parent / "cache"))
     if call:

@@ -21,13 +21,19 @@ import torch
 from torch import Tensor
 
 from mergecore import merge
-from mergecore.adapters import AdapterMethod, made
-from mergecore.delta import AdapterExpert, Factor
-from mergecore.identity import model_digest, random_key, random_words, tensor_digest
-from mergecore.method import DataStatistic, Link, Method, Per, TensorInfo
+from mergecore.checkpoints.experts import AdapterExpert, Factor
+from mergecore.identity.content import model_digest, tensor_digest
+from mergecore.identity.draws import random_key, random_words
+from mergecore.plugins.adapter_method import AdapterMethod, made
+from mergecore.plugins.block import Per
+from mergecore.plugins.chain import Link
+from mergecore.plugins.method import Method
+from mergecore.plugins.statistic import DataStatistic
 from mergecore.registry import METHODS
-from mergecore.snapshot import NAMES, MemoryTensors
 from mergecore.statistics.products import Products
+from mergecore.tensors.dtypes import NAMES
+from mergecore.tensors.memory import MemoryTensors
+from mergecore.tensors.source import TensorInfo
 
 STORED = Path(__file__).with_name("golden.json")
 TOLERANCE = 1e-4

@@ -15,13 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mergecore.engine.executor import InProcess
 from mergecore.events import silent
-from mergecore.mergekit.methods import MERGEKIT_METHODS
-from mergecore.merging import InProcess
-from mergecore.recipe_files import merge_file
+from mergecore.recipes.merge_file import merge_file
+from mergecore.spec.mergekit.methods import MERGEKIT_METHODS
 from tests.mergekit.make_results import RESULTS, recipes
 from tests.mergekit.models import HIDDEN, VOCABULARY, shapes, weights, write_models
-from tests.recipes import find
+from tests.recipe_files import find
 
 PLAIN = [recipe.stem for recipe in recipes() if not recipe.stem.startswith("random")]
 FLOAT32 = 2e-6

@@ -13,11 +13,11 @@ import yaml
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from flows.cli import main
+from flows.cli.main import main
+from mergecore.engine.executor import InProcess
 from mergecore.events import silent
-from mergecore.mergekit.rules import Condition, rules_for
-from mergecore.mergekit.setting import found, setting_from
-from mergecore.merging import InProcess
+from mergecore.spec.mergekit.rules import Condition, rules_for
+from mergecore.spec.mergekit.setting import found, setting_from
 from tests.mergekit.models import write_models
 
 
@@ -117,7 +117,7 @@ def test_switches_are_not_mixed() -> None:
 
 def test_rules_say_what_was_decided() -> None:
     """Any decisions, told by two overlapping conditions and the layer, or by nothing the rules know of."""
-    from mergecore.layout import SelectRule
+    from mergecore.checkpoints.select import SelectRule
 
     names = [
         f"model.layers.{n}.{kind}.{part}" for n in range(12) for kind in ("attn", "mlp") for part in ("q", "up.mlp")

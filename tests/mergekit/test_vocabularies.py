@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mergecore.engine.executor import InProcess
 from mergecore.events import silent
-from mergecore.merging import InProcess
-from mergecore.recipe_files import merge_file
+from mergecore.recipes.merge_file import merge_file
 from tests.mergekit.make_results import VOCABULARIES, vocabulary_recipes
 from tests.mergekit.models import HIDDEN, shapes, write_models_of_vocabularies
-from tests.recipes import find
+from tests.recipe_files import find
 
 OVER_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
 

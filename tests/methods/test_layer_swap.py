@@ -12,8 +12,8 @@ from torch import Tensor
 from mergecore import merge
 from mergecore.errors import SpecError
 from mergecore.methods import LayerSwap
-from tests.core.test_parts import models as models
-from tests.core.test_parts import result
+from tests.planning.test_parts import models as models
+from tests.planning.test_parts import result
 
 Model = dict[str, Tensor]
 FAMILIES: dict[str, dict[str, Any]] = {

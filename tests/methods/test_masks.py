@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mergecore import merge
 from mergecore.errors import MergeloomError
-from mergecore.masks import MaskedModel, packed, unpacked
 from mergecore.registry import method_from
-from mergecore.snapshot import MemoryTensors
+from mergecore.tensors.masked import MaskedModel, packed, unpacked
+from mergecore.tensors.memory import MemoryTensors
 
 ROWS = torch.tensor([[1.0, 0.0, 0.2, -0.5], [0.1, 0.0, 0.3, 0.4], [-0.2, 0.0, -0.1, 0.3]])
 PAIR = torch.tensor([[0.5, -0.2, 0.1], [0.3, 0.4, -0.1]])

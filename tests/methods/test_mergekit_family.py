@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mergecore import merge, methods
 from mergecore.errors import SpecError
-from mergecore.method import Method
+from mergecore.plugins.method import Method
 from mergecore.registry import method_from
 
 BASE = torch.tensor([[1.0, -2.0, 0.5], [0.25, 3.0, -1.0]])

@@ -14,9 +14,9 @@ from scipy.linalg import polar
 from torch import Tensor
 
 from mergecore import merge, methods
+from mergecore.arithmetic.linear_algebra import combination, gram, matrix_of, polar_factor, rank_of
 from mergecore.errors import SpecError
-from mergecore.linear_algebra import combination, gram, matrix_of, polar_factor, rank_of
-from mergecore.method import Method
+from mergecore.plugins.method import Method
 from mergecore.registry import METHODS
 
 Array = NDArray[np.float64]
@@ -61,7 +61,7 @@ def test_gram_does_not_depend_on_blocks_much(rows: int, monkeypatch: pytest.Monk
     tensors = random_tensors(6, 50)
     stacked = torch.stack([tensor.double().reshape(rows, -1) for tensor in tensors], 1)
     for grid in (1 << 20, 64):
-        monkeypatch.setattr("mergecore.linear_algebra.BLOCK", grid)
+        monkeypatch.setattr("mergecore.arithmetic.linear_algebra.BLOCK", grid)
         torch.testing.assert_close(gram(tensors, rows), stacked @ stacked.mT, rtol=1e-12, atol=1e-12)
 
 

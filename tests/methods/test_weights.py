@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mergecore import merge, methods
+from mergecore.arithmetic.trims import RandomDrop
 from mergecore.errors import SpecError
-from mergecore.method import Method
-from mergecore.trims import RandomDrop
+from mergecore.plugins.method import Method
 
 FIRST, SECOND = (4.0, -1.0, 2.0, 0.5), (-3.0, 2.0, 1.0, 0.0)
 

@@ -10,17 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergecore.delta import FullExpert
-from mergecore.engine import run_pass
+from mergecore.checkpoints.experts import FullExpert
+from mergecore.engine.executor import InProcess
+from mergecore.engine.pass_plan import PassPlan, StatisticJob, plan_spans
+from mergecore.engine.run_pass import run_pass
 from mergecore.events import silent
-from mergecore.merging import InProcess, find_statistics
-from mergecore.method import Per, Statistic
-from mergecore.passes import PassPlan, StatisticJob, plan_spans
-from mergecore.snapshot import MemoryTensors
+from mergecore.plugins.block import Per
+from mergecore.plugins.statistic import Statistic
+from mergecore.recipes.in_memory import find_statistics
 from mergecore.statistics.balance_cut import BalanceCut
 from mergecore.statistics.balance_scores import balancing, scores
 from mergecore.statistics.magnitude_quantiles import MagnitudeQuantiles
 from mergecore.statistics.softmax_means import SoftmaxMeans, pairs
+from mergecore.tensors.memory import MemoryTensors
 
 COUNT = 12_011
 
@@ -28,10 +30,10 @@ COUNT = 12_011
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks, and pieces that do not divide them."""
-    for module in ("mergecore.passes", "mergecore.span", "mergecore.identity"):
+    for module in ("mergecore.engine.pass_plan", "mergecore.engine.span", "mergecore.identity.keys"):
         monkeypatch.setattr(f"{module}.GRID", 2048)
     monkeypatch.setattr("mergecore.statistics.softmax_means.PIECE", 1500)
-    monkeypatch.setattr("mergecore.reading.WINDOWS", (1500, 1500))
+    monkeypatch.setattr("mergecore.engine.windows.WINDOWS", (1500, 1500))
 
 
 def vectors(kind: str, experts: int = 3) -> Tensor:

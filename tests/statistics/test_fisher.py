@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from mergecore.errors import CapacityError, MismatchError, NonFiniteError
 from mergecore.events import Event, silent
-from mergecore.method import Result, TensorInfo
-from mergecore.snapshot import MemoryTensors
+from mergecore.plugins.statistic import Result
 from mergecore.statistics.fisher import DiagonalFisher
+from mergecore.tensors.memory import MemoryTensors
+from mergecore.tensors.source import TensorInfo
 from tests import tiny_lm
 
 

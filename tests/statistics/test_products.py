@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergecore.delta import FullExpert
-from mergecore.engine import run_pass
+from mergecore.arithmetic.linear_algebra import combined
+from mergecore.checkpoints.experts import FullExpert
+from mergecore.engine.executor import InProcess
+from mergecore.engine.pass_plan import PassPlan, StatisticJob, plan_spans
+from mergecore.engine.run_pass import run_pass
 from mergecore.errors import NonFiniteError
 from mergecore.events import silent
-from mergecore.kernels.library import Function, Library, library_in
-from mergecore.linear_algebra import combined
-from mergecore.merging import InProcess
-from mergecore.method import Per
-from mergecore.passes import PassPlan, StatisticJob, plan_spans
-from mergecore.snapshot import MemoryTensors
+from mergecore.native.library import Function, Library, library_in
+from mergecore.plugins.block import Per
 from mergecore.statistics.products import Products, gram_of
+from mergecore.tensors.memory import MemoryTensors
 
 SHAPES = {"matrix": (300, 7), "vector": (33,), "scalar": (), "none": (0, 4)}
 

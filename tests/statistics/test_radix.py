@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergecore.kernels.source import BINS
-from mergecore.method import Sparse
+from mergecore.engine.kernels.source import BINS
+from mergecore.plugins.statistic import Sparse
 from mergecore.statistics.radix import OrderStatistic, bits, signed_bits, value_of
 
 

@@ -10,17 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-import mergecore.engine
-from mergecore.delta import FullExpert
-from mergecore.engine import run_pass
+import mergecore.engine.run_pass
+from mergecore.arithmetic.trims import trimmed
+from mergecore.checkpoints.experts import FullExpert
+from mergecore.engine.executor import InProcess
+from mergecore.engine.pass_plan import PassPlan, StatisticJob, plan_spans
+from mergecore.engine.run_pass import run_pass
 from mergecore.events import silent
-from mergecore.merging import InProcess, find_statistics
-from mergecore.method import Found, Per, Result
-from mergecore.passes import PassPlan, StatisticJob, plan_spans
-from mergecore.snapshot import MemoryTensors
+from mergecore.plugins.block import Per
+from mergecore.plugins.statistic import Found, Result
+from mergecore.recipes.in_memory import find_statistics
 from mergecore.statistics.profile import Profile, fine_counts
 from mergecore.statistics.threshold import Threshold, threshold_of
-from mergecore.trims import trimmed
+from mergecore.tensors.memory import MemoryTensors
 
 
 def found(statistic: Threshold, delta: dict[str, Tensor], workers: int = 1) -> Result:
@@ -111,7 +113,7 @@ def test_reads_no_more_than_it_must(
     kind: str, density: float, count: str, read: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began: list[int] = []
-    original = mergecore.engine._read_round
-    monkeypatch.setattr("mergecore.engine._read_round", lambda *given: began.append(0) or original(*given))
+    original = mergecore.engine.run_pass._read_round
+    monkeypatch.setattr("mergecore.engine.run_pass._read_round", lambda *given: began.append(0) or original(*given))
     found(Threshold.model_validate({"density": density, "count": count}), deltas(kind))
     assert len(began) == read

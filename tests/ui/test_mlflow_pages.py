@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from flows import services
-from mergecore.figure import draw
-from mergecore.summary import summarise
-from tasks import track
-from tasks.track import TrackResult
+from flows.services import servers as services
+from mergecore.reporting.figure import draw
+from mergecore.reporting.summary import summarise
+from tasks.tracking import project as track
+from tasks.tracking.project import TrackResult
 from tests import example_sweep
 
 pytest.importorskip("playwright.sync_api")

@@ -1,0 +1,369 @@
+"""The command line. Heavy imports are inside the commands, so that help and a single merge start at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from mergecore.errors import MergeloomError
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+FAILED_CELLS = 3
+"""Exit code of a sweep that went through but has failed or refused cells."""
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Errors meant for a person are shown as one; everything else keeps its traceback."""
+    try:
+        yield
+    except MergeloomError as error:
+        raise click.ClickException(str(error)) from None
+    except KeyboardInterrupt:
+        click.echo("interrupted; what is finished is kept, run the same command again to go on", err=True)
+        sys.exit(130)
+
+
+def process_start(otherwise: float) -> float:
+    """When this process began, in seconds since the epoch; `otherwise` where the system does not say."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    except (OSError, StopIteration):
+        return otherwise
+    return float(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="mergeloom")
+def main() -> None:
+    """Model merging as a pipeline: one spec, every method exact, every step cached.
+
+    \b
+    mergeloom methods                 what can be merged how, and with which parameters
+    mergeloom merge RECIPE OUT        one model, in this process, in seconds
+    mergeloom extract-lora EXPERT OUT an adapter of a full checkpoint, and what it loses
+    mergeloom unpack PRODUCT TASK OUT the model of one task from a product of masks
+    mergeloom plan SPEC               what a sweep would do, cost and reuse
+    mergeloom sweep SPEC              do it; the same command resumes and extends it
+    mergeloom report SPEC             tables and figure of what is known so far
+    mergeloom serve                   Prefect and MLflow over the same data
+
+    A recipe is a few lines of YAML:
+
+    \b
+    method: ties
+    density: 0.2
+    base: path-or-hub-id@revision
+    experts: [path-a, hub-id-b@revision]
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.option("--show", is_flag=True, help="print the recipe in Mergeloom's form; nothing is made")
+@click.option("--durable", is_flag=True, help="fsync every file before OUT appears")
+@click.option("--workers", type=click.IntRange(1), help="threads that merge; default: one a core")
+@click.option("--memory", help="bytes that the blocks in flight may take, 500MB say; default: half of what is free")
+@click.option("--timings", type=click.Path(path_type=Path), help="write how long each stage took as JSON")
+@click.option(
+    "--store", type=click.Path(path_type=Path), help="folder that keeps what is worked out on the way, for later merges"
+)
+@click.option(
+    "--intermediates",
+    type=click.Path(path_type=Path),
+    help="folder for the named results of a recipe of several documents; default: removed once they are used",
+)
+def merge(
+    recipe: Path,
+    out: Path | None,
+    show: bool,
+    durable: bool,
+    workers: int | None,
+    memory: str | None,
+    timings: Path | None,
+    store: Path | None,
+    intermediates: Path | None,
+) -> None:
+    """Make one model from RECIPE in the new folder OUT.
+
+    RECIPE is a few lines of YAML, or a recipe of mergekit's as it is (docs/mergekit.md). OUT holds what `transformers`
+    loads: weights (safetensors), config, generation config, tokenizer, chat template, a model card with recipe and
+    lineage. It is written as OUT.tmp and renamed, so it is there whole or not at all. With --store the chain of a
+    continual method (opcm) stays: the same recipe with one more expert costs one more step.
+    """
+    began = time.time()
+    with errors():
+        from flows.session.startup import digest_cache, hash_ahead, loops, quick_imports
+
+        digests = digest_cache()
+        if out is not None and not show:
+            hash_ahead(recipe, digests)
+
+        with quick_imports():
+            from flows.cli.terminal import progress
+            from flows.cli.texts import recipe_text
+            from flows.session.limits import cores, readable, sensible_memory
+            from flows.session.session import resolver
+            from mergecore.engine.executor import InProcess
+            from mergecore.formats.masks_product import PRODUCT, open_product
+            from mergecore.recipes.merge_file import merge_file
+            from mergecore.spec.sizes import size_in_bytes
+
+        if show:
+            click.echo(recipe_text(recipe, resolver(digests)))
+            return
+        if out is None:
+            raise click.UsageError("OUT is missing: the new folder for the model (or --show to print the recipe)")
+        stages = {"start": time.time() - process_start(began)}
+        with progress() as report:
+            find, executor = resolver(digests, report), InProcess(workers or cores())
+            done = merge_file(
+                recipe, out, find, executor, report, durable=durable, intermediates=intermediates, library=loops(),
+                memory=size_in_bytes(memory) if memory else sensible_memory(), store=store,
+            )  # fmt: skip
+        if timings is not None:
+            timings.write_text(json.dumps({**stages, **done[-1].seconds}) + "\n")
+        for made in done:
+            for warning in made.warnings:
+                click.echo(f"note: {warning}", err=True)
+            click.echo(f"{made.folder}  {readable(made.size)}  digest {made.digest[:16]}")
+            if (made.folder / PRODUCT).exists():
+                record = open_product(made.folder).record
+                tasks = ", ".join(task.name for task in record.tasks)
+                click.echo(f"a product of masks for {tasks}: {record.bytes.text}")
+
+
+@main.command()
+@click.argument("product", type=click.Path(path_type=Path))
+@click.argument("task")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="default: as the recipe says")
+@click.option("--shard-size", default="5GB", show_default=True, help="at most so many bytes in a file")
+@click.option("--durable", is_flag=True, help="fsync every file before OUT appears")
+def unpack(product: Path, task: str, out: Path, dtype: str | None, shard_size: str, durable: bool) -> None:
+    """Make the model of TASK from PRODUCT, what `merge` writes by tall_masks or emr, in the new folder OUT.
+
+    TASK is the name of an expert in the product's recipe. OUT holds what `transformers` loads.
+    """
+    with errors():
+        from flows.cli.terminal import progress
+        from mergecore.formats.masks_product import unpack as write_model
+        from mergecore.spec.sizes import size_in_bytes
+        from mergecore.tensors.dtypes import SAFETENSORS_DTYPE
+
+        kind = SAFETENSORS_DTYPE[dtype] if dtype else None
+        with progress() as report:
+            digest = write_model(product, task, out, size_in_bytes(shard_size), report, dtype=kind, durable=durable)
+        click.echo(f"{out}  digest {digest[:16]}")
+
+
+@main.command(name="extract-lora")
+@click.argument("expert")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base", required=True, help="what the expert was trained from: a directory or hub id")
+@click.option("--rank", "-r", required=True, type=click.IntRange(1), help="rank of every layer's update, at most")
+@click.option("--modules", "-m", multiple=True, help="layers to take: a name, its last part or a shell pattern; default: all linear ones")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
+@click.option("--durable", is_flag=True, help="fsync every file before OUT appears")
+@click.option("--workers", type=click.IntRange(1), help="threads, each with one tensor in memory; default: one a core")
+def extract_lora(
+    expert: str,
+    out: Path,
+    base: str,
+    rank: int,
+    modules: tuple[str, ...],
+    dtype: Dtype,
+    durable: bool,
+    workers: int | None,
+) -> None:
+    """Turn the full checkpoint EXPERT into a LoRA adapter in the new folder OUT, and say what that loses.
+
+    In every linear layer the change from the base is replaced by the nearest matrix of the given rank. OUT is what PEFT
+    loads, with every tensor's error in extraction.json. Changes of embeddings, norms and biases are left out, and counted.
+    """
+    with errors():
+        from flows.cli.terminal import progress
+        from flows.cli.texts import extraction_text
+        from flows.session.limits import cores, readable
+        from flows.session.session import resolver
+        from flows.session.startup import digest_cache
+        from mergecore.engine.executor import InProcess
+        from mergecore.recipes.extract_lora import extract_lora as extract
+        from mergecore.spec.sources import BaseSpec, ExpertSpec
+
+        with progress() as report:
+            find = resolver(digest_cache(), report)
+            found = extract(
+                ExpertSpec.model_validate(expert), BaseSpec(source=base), out, find, InProcess(workers or cores()), report,
+                rank=rank, modules=modules, dtype=dtype, durable=durable,
+            )  # fmt: skip
+        for warning in found.warnings:
+            click.echo(f"note: {warning}", err=True)
+        click.echo(extraction_text(found))
+        click.echo(f"{found.folder}  {readable(found.size)}  digest {found.digest[:16]}")
+
+
+@main.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--cells", is_flag=True, help="list every cell")
+def plan(spec: Path, cells: bool) -> None:
+    """Show what SPEC asks for: cells, steps, what is done, what the rest costs. Nothing is written.
+
+    Everything that can be refused is refused here: keys and values, checkpoints that do not fit each other, tasks that
+    do not exist, memory and disk that do not suffice.
+    """
+    with errors():
+        from flows.session.startup import quick_imports
+
+        with quick_imports():
+            from flows.cli.texts import plan_text
+            from flows.session.limits import check_fit, cores, memory_budget
+            from flows.session.session import open_session
+            from mergecore.sweeps.cost import cost
+
+        session = open_session(spec)
+        found = cost(session.frontier, session.spec.run.workers or cores(), memory_budget(session.spec))
+        click.echo(plan_text(session, found, cells))
+        check_fit(session.spec, session.store, found)
+
+
+@main.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--in-process", is_flag=True, help="do everything in this process: no Prefect, no Dask")
+@click.option(
+    "--workers", type=click.IntRange(1), help="worker processes (threads with --in-process); default: one a core"
+)
+@click.option("--retry-failed", is_flag=True, help="try failed cells again")
+@click.option("--no-track", is_flag=True, help="do not write to MLflow")
+def sweep(spec: Path, in_process: bool, workers: int | None, retry_failed: bool, no_track: bool) -> None:
+    """Run SPEC, go on with it, or extend it: only what is missing is done.
+
+    Killed at any moment, the same command goes on where it was. Cells that are refused or fail are recorded with their
+    reason and do not stop the others; the exit code is then 3. Without addresses in the spec a local Prefect server,
+    MLflow and Dask cluster are started and stopped again.
+    """
+    with errors():
+        from flows.session.startup import quick_imports
+
+        with quick_imports():
+            from flows.cli.terminal import progress
+            from flows.conduct import conduct
+            from flows.session.session import open_session
+
+        session = open_session(spec)
+        for warning in session.notes:
+            click.echo(f"note: {warning}", err=True)
+        with progress() as report:
+            outcome = conduct(
+                session, report, in_process=in_process, workers=workers, retry_failed=retry_failed, track=not no_track
+            )
+        click.echo(outcome.text)
+        sys.exit(FAILED_CELLS if outcome.troubled else 0)
+
+
+@main.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--split", type=click.Choice(["test", "validation"]), default="test", help="which items to report on")
+@click.option(
+    "--lm-eval", type=click.Path(path_type=Path), help="also write lm-eval's own results files into this folder"
+)
+def report(spec: Path, split: str, lm_eval: Path | None) -> None:
+    """Print the table of SPEC as it stands and write tables (Parquet, CSV), report.md and the figure beside the store."""
+    with errors():
+        from flows.outcome import written_report
+        from flows.session.session import open_session
+        from mergecore.sweeps.measured import collect
+
+        session = open_session(spec)
+        text, paths = written_report(collect(session.frontier), session.results, split)
+        click.echo(text)
+        if lm_eval is not None:
+            from flows.lm_eval_json import exported
+
+            paths += exported(session, lm_eval)
+        for path in paths:
+            click.echo(str(path))
+
+
+@main.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--rebuild", is_flag=True, help="delete the sweep's runs first and make them all anew")
+@click.option(
+    "--uri", help="MLflow tracking URI; default: the spec's, else MLFLOW_TRACKING_URI, else the store's database"
+)
+def track(spec: Path, rebuild: bool, uri: str | None) -> None:
+    """Project SPEC as the store holds it into MLflow. MLflow is a view: this can be done again at any time."""
+    with errors():
+        from flows.mlflow_view import projected
+        from flows.session.session import open_session
+        from mergecore.sweeps.measured import collect
+
+        session = open_session(spec)
+        result = projected(session, collect(session.frontier), uri, rebuild=rebuild)
+        click.echo(f"{result.written} runs written, {result.unchanged} unchanged, {result.retired} retired")
+        for name, url in result.urls.items():
+            click.echo(f"{name}: {url}")
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--markdown", is_flag=True, help="all of them as docs/methods.md")
+def methods(name: str | None, markdown: bool) -> None:
+    """List the merge methods, or one method's parameters with defaults and ranges."""
+    with errors():
+        if markdown:
+            from flows.cli.methods_page import methods_page
+
+            click.echo(methods_page(), nl=False)
+            return
+        from flows.cli.texts import method_text, methods_text
+
+        click.echo(method_text(name) if name else methods_text())
+
+
+@main.command()
+@click.argument("source")
+def inspect(source: str) -> None:
+    """Show what SOURCE (a directory or hub id) is: kind, tensors, dtypes, layers, digests. Reads headers only."""
+    with errors():
+        from flows.cli.texts import inspect_text
+        from flows.session.session import resolver
+        from flows.session.startup import digest_cache
+        from mergecore.checkpoints.snapshot import read_snapshot
+        from mergecore.spec.sources import SourceSpec
+
+        click.echo(inspect_text(read_snapshot(resolver(digest_cache())(SourceSpec(source=source)))))
+
+
+@main.command()
+@click.option(
+    "--store", type=click.Path(path_type=Path), default=Path(".mergeloom"), help="folder of the sweeps to show"
+)
+@click.option("--prefect-port", type=int, default=4200, show_default=True)
+@click.option("--mlflow-port", type=int, default=5000, show_default=True)
+def serve(store: Path, prefect_port: int, mlflow_port: int) -> None:
+    """Start Prefect and MLflow over the data of a store, on fixed ports, until Ctrl-C.
+
+    A sweep started meanwhile over the same store joins in and can be watched.
+    """
+    with errors():
+        from flows.services.servers import Ports
+        from flows.services.servers import serve as hold
+
+        hold(store, Ports(prefect=prefect_port, mlflow=mlflow_port), click.echo)
+
+
+if __name__ == "__main__":
+    main()

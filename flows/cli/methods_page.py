@@ -1,0 +1,272 @@
+"""The methods as a page, docs/methods.md, made from their classes: what each does, its parameters, what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from mergecore.errors import SpecError
+from mergecore.plugins.block import Per
+from mergecore.plugins.chain import Link
+from mergecore.plugins.method import Method
+from mergecore.plugins.statistic import DataStatistic, Statistic
+from mergecore.registry import METHODS
+
+HEAD = """# The methods
+
+Made from the classes by `mergeloom methods --markdown` (`make docs`); a test holds it against them. Values are written in YAML beside `method:`, in
+a recipe or a spec; there any of them may be a grid. θ are weights, τ changes of the base, T the number of experts, λ and α factors.
+
+**Readings** are what a method costs: how often base and experts are read from end to end, at most. The merge itself is one; what a method must know
+beforehand is worked out in readings of its own, is kept in the store, and is shared by all cells that need the same. Everything that can be done in one
+reading is, for many methods at once. Statistics of one expert (profile, threshold) are shared by all merges that expert takes part in. A threshold
+often follows from the profile, between bfloat16 checkpoints nearly always, and then costs no reading.
+
+"""
+PIECES = {
+    Per.ELEMENT: "element by element, in one fused loop",
+    Per.TENSOR: "a whole tensor of all experts at a time",
+    Per.LAYER: "a layer at a time",
+    Per.MODEL: "the whole model at once",
+}
+MADE = {
+    "model": [],
+    "adapter": ["What it makes of LoRA adapters is one that PEFT loads; a sweep measures the base with it."],
+    "masks": ["What it makes is a product from which `mergeloom unpack` makes the model of a task."],
+}
+TRIED = 8
+"""Numbers of experts that are tried, to find out how many a method takes."""
+
+
+def methods_page() -> str:
+    """The page, in Markdown."""
+    rows = [
+        f"| [`{name}`](#{name}) | {_escaped(_summary(kind))} | {_readings(built(kind))} |"
+        for name, kind in METHODS.items()
+    ]
+    table = ["| method | what it does | readings |", "|---|---|---|", *rows, ""]
+    return HEAD + "\n".join([*table, *(_section(name, kind) for name, kind in METHODS.items())])
+
+
+def _summary(kind: type[Method]) -> str:
+    return _paragraphs(kind.__doc__)[0]
+
+
+def _escaped(text: str) -> str:
+    """Text for a cell of a table."""
+    return text.replace("|", "\\|")
+
+
+def _paragraphs(text: str | None) -> list[str]:
+    return [" ".join(part.split()) for part in (text or "").strip().split("\n\n")]
+
+
+def _section(name: str, kind: type[Method]) -> str:
+    lines = [f"## {name}", "", *description(kind), ""]
+    lines += ["| parameter | values | default | meaning |", "|---|---|---|---|"]
+    lines += [f"| `{one.name}` | {one.values} | {one.default} | {_escaped(one.meaning)} |" for one in parameters(kind)]
+    return "\n".join([*lines, ""])
+
+
+def description(kind: type[Method]) -> list[str]:
+    """What a method is, takes and costs, and which values do as which published code: lines of Markdown."""
+    module = __import__(kind.__module__, fromlist=["__doc__"])
+    method = built(kind)
+    lines = [f"*{_paragraphs(module.__doc__)[0]}*", "", "\n\n".join(_paragraphs(kind.__doc__)), ""]
+    lines += [f"Paper: {kind.paper}.", ""] if kind.paper else []
+    lines += [f"Takes {_experts(kind)}; works on {_ground(kind)}, {_piece(method)}."]
+    if kind.ordered:
+        lines += ["The order of the experts counts."]
+    lines += MADE[kind.makes]
+    lines += [f"Readings: {_cost(kind, method)}."]
+    if kind.published:
+        lines += ["", "Does as:", "", *(f"- {entry}" for entry in kind.published)]
+    return lines
+
+
+# --- parameters -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter as YAML has it, a part of another with a dot: which values it takes, its default, its meaning."""
+
+    name: str
+    values: str
+    default: str
+    meaning: str
+
+
+def parameters(kind: type[BaseModel], prefix: str = "") -> Iterator[Parameter]:
+    """The parameters of a method, each followed by those inside it."""
+    for field, info in kind.model_fields.items():
+        if prefix and field == "kind":
+            continue
+        yield Parameter(f"{prefix}{field}", _values(info), _default(info), info.description or "")
+        inner = _inner(info.annotation)
+        if inner is not None:
+            yield from parameters(inner, f"{prefix}{field}.")
+
+
+def _inner(annotation: Any) -> type[BaseModel] | None:
+    """The model that a parameter is made of, if it is one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _inner(part)) is not None), None)
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return "must be given"
+    if isinstance(info.default, BaseModel):
+        return "as below"
+    return "none" if info.default is None else f"`{_plain(info.default)}`"
+
+
+def _plain(value: Any) -> str:
+    """A value as YAML has it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(_plain(one) for one in value)}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _values(info: FieldInfo) -> str:
+    limits = _limits(info.metadata)
+    return _kind(info.annotation) + (f" {limits}" if limits else "")
+
+
+def _kind(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        base, *metadata = get_args(annotation)
+        limits = _limits([item for held in metadata for item in getattr(held, "metadata", [held])])
+        return _kind(base) + (f" {limits}" if limits else "")
+    if origin is Literal:
+        return ", ".join(f"`{option}`" for option in get_args(annotation))
+    if origin in (Union, UnionType):
+        return " or ".join(_kind(part) for part in get_args(annotation) if part is not NoneType)
+    if origin is tuple:
+        parts = get_args(annotation)
+        return f"{'two' if len(parts) == 2 and parts[1] is not Ellipsis else 'list'} × {_kind(parts[0])}".replace(
+            "list × ", "list of "
+        )
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "keys below"
+    return {float: "number", int: "whole number", bool: "true, false", str: "text"}.get(annotation, str(annotation))
+
+
+def _limits(metadata: list[Any]) -> str:
+    signs = ((Ge, "≥", "ge"), (Gt, ">", "gt"), (Le, "≤", "le"), (Lt, "<", "lt"))
+    return ", ".join(
+        f"{sign} {getattr(one, name):g}" for one in metadata for limit, sign, name in signs if isinstance(one, limit)
+    )
+
+
+# --- what it takes and costs ----------------------------------------------------------------------------------------
+
+
+def built(kind: type[Method], **values: Any) -> Method:
+    """The method with its defaults, and a 1 for every number that must be given."""
+    needed = dict.fromkeys((name for name, info in kind.model_fields.items() if info.is_required()), 1.0)
+    return kind.model_validate({**needed, **values})
+
+
+def _experts(kind: type[Method]) -> str:
+    taken = [count for count in range(1, TRIED + 1) if accepts(built(kind), count)]
+    if len(taken) == 1:
+        return "one expert" if taken == [1] else f"{taken[0]} experts"
+    return "any number of experts" if taken[0] == 1 else f"at least {taken[0]} experts"
+
+
+def accepts(method: Method, count: int) -> bool:
+    """Whether the method merges so many experts."""
+    try:
+        method.validate_count(count)
+    except SpecError:
+        return False
+    return True
+
+
+def _ground(kind: type[Method]) -> str:
+    method = built(kind)
+    if method.makes == "adapter":
+        return "the factors of the experts' adapters"
+    if method.on in ("deltas", "state"):
+        return "the experts' changes of the base"
+    return "the experts' weights and the base's" if method.needs_base else "the experts' weights alone"
+
+
+def _piece(method: Method) -> str:
+    if _links(method):
+        return "one expert after another, a whole tensor at a time"
+    return PIECES[method.per]
+
+
+def _links(method: Method) -> list[Link]:
+    return [statistic for statistic in method.statistics().values() if isinstance(statistic, Link)]
+
+
+def _cost(kind: type[Method], method: Method) -> str:
+    usual = _readings(method)
+    told = [f"{usual}{_because(method)}"]
+    for field, info in kind.model_fields.items():
+        for option in _options(info.annotation):
+            try:
+                other = built(kind, **{field: option})
+            except ValueError:
+                continue
+            if _readings(other) != usual:
+                told.append(f"{_readings(other)} with `{field}: {_plain(option)}`")
+    if "drop" in kind.model_fields:
+        other = built(kind, drop={"rate": 0.5, "rescale": "l1"})
+        if _readings(other) != usual:
+            told.append(f"{_readings(other)} with `drop: {{rescale: l1}}`")
+    if "boost" in kind.model_fields:
+        told.append(f"{_readings(built(kind, boost={}))} with `boost`")
+    return "; ".join(told)
+
+
+def _because(method: Method) -> str:
+    names = ", ".join(f"`{statistic.name}`" for statistic in _beforehand(method))
+    data = any(isinstance(statistic, DataStatistic) for statistic in method.statistics().values())
+    said = ", which runs each expert on training items" if data else ""
+    said += ", a chain: one of each expert that is new in it" if _links(method) else ""
+    return f" (beforehand {names}{said})" if names else ""
+
+
+def _beforehand(owner: Method | Statistic | DataStatistic | Link) -> list[Statistic | DataStatistic | Link]:
+    """Everything that is worked out beforehand, deepest first, each once."""
+    found: list[Statistic | DataStatistic | Link] = []
+    for statistic in _needed(owner):
+        found += [one for one in (*_beforehand(statistic), statistic) if one not in found]
+    return list(dict.fromkeys(found))
+
+
+def _needed(owner: Method | Statistic | DataStatistic | Link) -> list[Statistic | DataStatistic | Link]:
+    return [] if isinstance(owner, Link) else list(owner.statistics().values())
+
+
+def _readings(method: Method) -> int:
+    return 1 + _depth(method)
+
+
+def _depth(owner: Method | Statistic | DataStatistic | Link) -> int:
+    """Readings until everything it must know is known; what can go side by side does."""
+    return max(
+        (_depth(one) + (one.readings if isinstance(one, Statistic) else 0) for one in _needed(owner)),
+        default=0,
+    )
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(option for part in get_args(annotation) for option in _options(part))

@@ -1,0 +1,1 @@
+"""Servers that are started for a sweep and stopped after it."""

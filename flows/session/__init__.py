@@ -1,0 +1,1 @@
+"""From a spec file to a plan over its store."""

@@ -1,0 +1,177 @@
+"""Pure delta → delta: the trims that methods share. Nothing here reads a model or keeps state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import fsum
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from mergecore.identity.content import GRID
+from mergecore.identity.draws import drop_limit, random_key, word_key, words_at
+from mergecore.plugins.block import Block, Index
+from mergecore.plugins.per_expert import EACH, ONE, ONE_OR_EACH, each, moved
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Shares = Annotated[Annotated[Share, ONE] | Annotated[tuple[Share, ...], EACH], ONE_OR_EACH]
+"""One share for all experts, or one per expert in the order of the recipe."""
+Elect = Literal["mass", "normfrac", "normmass"]
+"""How a coordinate's sign is elected: see `elected_sign`."""
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class RandomDrop(BaseModel):
+    """Drops each element with probability `rate` and rescales what is left (DARE, Yu et al. 2024, §3.1).
+
+    An element is dropped by a hash of (seed, expert id, tensor name, flat index): independent masks for the experts,
+    the same for any chunk, worker or device.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+    kind: Literal["random"] = "random"
+    rate: Annotated[
+        Annotated[Annotated[Rate, ONE] | Annotated[tuple[Rate, ...], EACH], ONE_OR_EACH],
+        Field(description="probability of being dropped, 0 ≤ rate < 1, or one per expert in the order of the recipe"),
+    ]
+    rescale: Annotated[
+        Literal["inverse", "l1", "none"],
+        Field(
+            description="'inverse': by 1/(1−rate), the paper's; 'l1': so that each tensor keeps its l1 norm; 'none': as it is"
+        ),
+    ] = "inverse"
+    seed: Annotated[int, Field(ge=0, description="seed of the masks")] = 0
+
+    def of_expert(self, position: int) -> RandomDrop:
+        """The drop of the expert at this place."""
+        return self.model_copy(update={"rate": self.rate[position]}) if isinstance(self.rate, tuple) else self
+
+    def bound(self, order: Sequence[int]) -> RandomDrop:
+        """The same drop with rates moved along with their experts."""
+        return self.model_copy(update={"rate": moved(self.rate, order)})
+
+    def drawn(self, block: Block, factors: Sequence[float] | None) -> dict[str, Any]:
+        """What `dropped` needs for a block. factors: per expert what is left counts, None for the drop's own."""
+        keys = [word_key(random_key(self.seed, one, block.name), block.start) for one in block.ids]
+        rates = each(self.rate, len(keys))
+        chosen = list(factors or [1.0 / (1.0 - rate) if self.rescale == "inverse" else 1.0 for rate in rates])
+        return {"index": Index(), "keys": keys, "limits": [drop_limit(rate) for rate in rates], "factors": chosen}
+
+
+def dropped(deltas: Sequence[Tensor], drawn: Mapping[str, Any] | None) -> list[Tensor]:
+    """The deltas with dropped elements at 0 and the others times their factor; as they are where nothing is drawn."""
+    if drawn is None:
+        return list(deltas)
+    return [
+        torch.where(words_at(drawn["index"], first, second) >= limit, delta * factor, 0.0)
+        for delta, (first, second), limit, factor in zip(
+            deltas, drawn["keys"], drawn["limits"], drawn["factors"], strict=True
+        )
+    ]
+
+
+def trimmed(delta: Tensor, least: float | None, last: int | None = None, index: Tensor | None = None) -> Tensor:
+    """The delta where |τ| ≥ least, else 0; with a `last` those exactly at it only up to that flat index. None: as it is."""
+    if least is None:
+        return delta
+    magnitude = delta.abs()
+    if last is None or index is None:
+        return torch.where(magnitude >= least, delta, 0.0)
+    return torch.where((magnitude > least) | ((magnitude == least) & (index <= last)), delta, 0.0)
+
+
+def folded_sum(values: Sequence[Tensor]) -> Tensor:
+    """((v1 + v2) + v3) + …: the one order in which sums over experts are formed."""
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
+
+
+def divided(values: Tensor, by: float) -> Tensor:
+    """values / by, correctly rounded: by a number from Python, torch would multiply with its reciprocal on a GPU."""
+    return values / (values.new_full((), by) if isinstance(by, float | int) else by)
+
+
+def elected_sign(
+    deltas: Sequence[Tensor],
+    zero: float | None = None,
+    elect: Elect = "mass",
+    shares: Sequence[float] | None = None,
+) -> Tensor:
+    """The sign per coordinate (TIES, Yadav et al. 2023, §3.2) that has more mass; `zero` (−1 or 1) where it cancels exactly.
+
+    shares: 1/‖τ_t‖² of every delta, for the other rules of the authors' code, which count τ²/‖τ_t‖², in float64.
+    """
+    if elect == "mass" or shares is None:
+        sign = torch.sign(folded_sum(deltas))
+    else:
+        parts = [delta.double() * delta.double() * share for delta, share in zip(deltas, shares, strict=True)]
+        if elect == "normmass":
+            signed = [torch.sign(delta) * part for delta, part in zip(deltas, parts, strict=True)]
+            sign = torch.sign(folded_sum(signed)).float()
+        else:
+            sign, most = torch.sign(deltas[0]), parts[0]
+            for delta, part in zip(deltas[1:], parts[1:], strict=True):
+                sign = torch.where(part > most, torch.sign(delta), sign)
+                most = torch.maximum(most, part)
+    return sign if zero is None else torch.where(sign == 0, zero, sign)
+
+
+def agreeing(deltas: Sequence[Tensor], sign: Tensor) -> list[Tensor]:
+    """The deltas where they have the elected sign, else 0."""
+    return [torch.where(delta * sign > 0, delta, 0.0) for delta in deltas]
+
+
+def disjoint_mean(deltas: Sequence[Tensor]) -> Tensor:
+    """Per coordinate the mean of the deltas that are not 0 there (TIES, §3.3)."""
+    count = folded_sum([torch.where(delta != 0, 1.0, 0.0) for delta in deltas])
+    return folded_sum(deltas) / count.clamp(min=1.0)
+
+
+def weighted(deltas: Sequence[Tensor], weights: Sequence[float] | None) -> list[Tensor]:
+    """The deltas times their weights; as they are where there are none."""
+    return list(deltas) if weights is None else [delta * weight for delta, weight in zip(deltas, weights, strict=True)]
+
+
+def weighted_mean(deltas: Sequence[Tensor], weights: Sequence[float] | None) -> Tensor:
+    """Per coordinate the sum of deltas that are weighted already, by the weights of those that are not 0 there.
+
+    Where these weights cancel (some are negative) the sum stands undivided, as in mergekit.
+    """
+    if weights is None:
+        return disjoint_mean(deltas)
+    below = folded_sum([torch.where(delta != 0, weight, 0.0) for delta, weight in zip(deltas, weights, strict=True)])
+    return folded_sum(deltas) / torch.where(below == 0, 1.0, below)
+
+
+def sum_of_weights(weights: Sequence[float] | None, count: int) -> float:
+    """What a weighted sum is divided by; 1 where the weights cancel."""
+    total = float(count) if weights is None else fsum(weights)
+    return total if abs(total) >= 1e-8 else 1.0
+
+
+def joined(
+    deltas: Sequence[Tensor],
+    weights: Sequence[float] | None,
+    elect: Literal["none", "mass"],
+    aggregate: Literal["sum", "mean"],
+) -> Tensor:
+    """Deltas, weighted already, as one: all of them or those of the elected sign; their sum, or that by their weights."""
+    if elect == "mass":
+        agreed = agreeing(deltas, elected_sign(deltas, 1.0))
+        return folded_sum(agreed) if aggregate == "sum" else weighted_mean(agreed, weights)
+    total = folded_sum(deltas)
+    return total if aggregate == "sum" else divided(total, sum_of_weights(weights, len(deltas)))
+
+
+def absolute_sum(values: Tensor) -> float:
+    """Σ |v| in float64 over the fixed grid of blocks, folded in order."""
+    flat = values.reshape(-1)
+    total = 0.0
+    for start in range(0, flat.numel(), GRID):
+        total += float(flat[start : start + GRID].abs().double().sum())
+    return total

@@ -1,0 +1,1 @@
+"""What a model is: files, tensors, experts, adapters, vocabularies."""

@@ -1,0 +1,150 @@
+"""LoRA adapters (Hu et al. 2022) as PEFT writes them: factors, file layout, configuration.
+
+An adapter is `adapter_model.safetensors` with lora_A (rank × in) and lora_B (out × rank) for every module, and
+`adapter_config.json`. An adapter that Mergeloom writes has lora_alpha equal to its rank everywhere, so that PEFT's own
+factor is 1: the scaling of the adapters it was made of is in its factors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergecore.checkpoints.experts import AdapterExpert, Factor
+from mergecore.errors import MismatchError
+from mergecore.tensors.source import TensorInfo
+
+CONFIG = "adapter_config.json"
+STEM = "adapter_model"
+"""The weights' file, without its ending."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One adapter's update of one module, float64: scaling · up @ down, down (rank × in), up (out × rank)."""
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """Number of rank-one parts."""
+        return self.down.shape[0]
+
+
+# --- making one ---------------------------------------------------------------------------------------------------
+
+
+def module_of(target: str) -> str:
+    """The module whose weight is the base tensor `target`."""
+    return target.removesuffix(".weight")
+
+
+def made_factor(target: str, transposed: bool) -> Factor:
+    """Where the factors of a base tensor stand in an adapter made here."""
+    stem = f"base_model.model.{module_of(target)}"
+    return Factor(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", 1.0, transposed)
+
+
+def is_transposed(experts: Sequence[AdapterExpert]) -> bool:
+    """Whether the base keeps its weights as (in, out), as all of the adapters must say alike. Raises MismatchError."""
+    said = {factor.transposed: expert.name for expert in experts for factor in expert.factors.values()}
+    if len(said) > 1:
+        raise MismatchError(
+            f"'{said[True]}' has fan_in_fan_out=true and '{said[False]}' has not: no adapter can say both; train or save "
+            "them with one setting"
+        )
+    return next(iter(said), False)
+
+
+def low_rank(expert: AdapterExpert, target: str) -> LowRank | None:
+    """The expert's update of a base tensor, None where it has none."""
+    factor = expert.factors.get(target)
+    if factor is None:
+        return None
+    down, up = (
+        expert.held.read(name).to(torch.float64).reshape(expert.held.tensors[name].shape)
+        for name in (factor.down, factor.up)
+    )
+    return LowRank(down, up, factor.scaling)
+
+
+def outputs(
+    ranks: Mapping[str, int], selection: Mapping[str, TensorInfo], transposed: bool, dtype: str = "F32"
+) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes of an adapter's file."""
+    found = {}
+    for target, rank in ranks.items():
+        factor, (rows, columns) = made_factor(target, transposed), selection[target].shape
+        inner, outer = (rows, columns) if transposed else (columns, rows)
+        found[factor.down] = TensorInfo(dtype, (rank, inner))
+        found[factor.up] = TensorInfo(dtype, (outer, rank))
+    return found
+
+
+def padded(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors with rank-one parts of zero behind them, up to `rank`: a file's shapes are known before its numbers."""
+    missing = rank - down.shape[0]
+    if missing <= 0:
+        return down, up
+    return torch.cat([down, down.new_zeros(missing, down.shape[1])]), torch.cat(
+        [up, up.new_zeros(up.shape[0], missing)], 1
+    )
+
+
+def relative_error(modules: Mapping[str, Mapping[str, float]]) -> float:
+    """√(Σ lost / Σ whole) over modules, of squared Frobenius norms; 0 where there was nothing."""
+    whole = sum(numbers["whole"] for numbers in modules.values())
+    return sqrt(sum(numbers["lost"] for numbers in modules.values()) / whole) if whole else 0.0
+
+
+# --- its configuration --------------------------------------------------------------------------------------------
+
+
+def agreed(configs: Sequence[Mapping[str, Any]], key: str) -> Any:
+    """What all configurations say under a key; None where they differ."""
+    said = [config.get(key) for config in configs]
+    return said[0] if all(one == said[0] for one in said) else None
+
+
+def adapter_config(
+    ranks: Mapping[str, int],
+    base: Mapping[str, TensorInfo],
+    configs: Sequence[Mapping[str, Any]],
+    transposed: bool,
+) -> dict[str, Any]:
+    """`adapter_config.json` of an adapter with these ranks by base tensor. configs: of the adapters it was made of.
+
+    Modules are named by their last part where that means exactly these, as people write it, else in full.
+    """
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    other = {re.escape(module_of(target)): rank for target, rank in sorted(ranks.items()) if rank != usual}
+    leaves = {module_of(target).rpartition(".")[2] for target in ranks}
+    meant = {n for n, info in base.items() if len(info.shape) > 1 and module_of(n).rpartition(".")[2] in leaves}
+    return {
+        "peft_type": "LORA",
+        "task_type": agreed(configs, "task_type"),
+        "base_model_name_or_path": agreed(configs, "base_model_name_or_path"),
+        "revision": None,
+        "inference_mode": True,
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": other,
+        "alpha_pattern": dict(other),
+        "target_modules": sorted(leaves) if meant == set(ranks) else sorted(module_of(target) for target in ranks),
+        "fan_in_fan_out": transposed,
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "modules_to_save": None,
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+    }

@@ -1,0 +1,241 @@
+"""Experts as views: weights θ_t and deltas τ_t = θ_t − θ_0 in float32, formed while both are being read.
+
+A full checkpoint and a LoRA adapter (Hu et al. 2022) read alike; a delta is never written at full size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mergecore.errors import MismatchError
+from mergecore.tensors.source import TensorInfo, TensorSource
+
+ROWS = 256
+"""LoRA products are formed over fixed blocks of this many rows, so that they are the same for any span."""
+
+
+NEUTRAL: dict[str, Any] = {
+    "use_dora": False,
+    "modules_to_save": None,
+    "bias": "none",
+    "lora_bias": False,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "arrow_config": None,
+    "alora_invocation_tokens": None,
+    "layer_replication": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+}
+"""Settings of a PEFT adapter that make it more than W + scaling · B @ A, and the values at which they do not."""
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to start LoRA factors that change the base's weights as well (PEFT's `init_lora_weights`)."""
+
+
+class Expert(ABC):
+    """One expert as the engine reads it."""
+
+    id: str
+    name: str
+    complete: ClassVar[bool]
+    """True: what is read are weights, and the base is not needed to know them."""
+
+    @abstractmethod
+    def carries(self, name: str) -> bool:
+        """Whether the expert's own files change this tensor of the base."""
+
+    @abstractmethod
+    def sources(self) -> tuple[TensorSource, ...]:
+        """What is read."""
+
+    @abstractmethod
+    def block(self, name: str, start: int, stop: int) -> Tensor:
+        """What is read once for elements start … stop−1: weights in their own dtype, or the delta in float32."""
+
+    @abstractmethod
+    def weights(self, held: Tensor, base: Tensor) -> Tensor:
+        """θ_t in float32, from a piece of `block` and the same piece of the base (float32)."""
+
+    @abstractmethod
+    def delta(self, held: Tensor, base: Tensor) -> Tensor:
+        """τ_t in float32, likewise."""
+
+
+@dataclass(frozen=True)
+class FullExpert(Expert):
+    """A full checkpoint."""
+
+    id: str
+    name: str
+    held: TensorSource
+    complete: ClassVar[bool] = True
+
+    def carries(self, name: str) -> bool:
+        """A checkpoint carries all of its tensors."""
+        return name in self.held.tensors
+
+    def sources(self) -> tuple[TensorSource, ...]:
+        """The checkpoint."""
+        return (self.held,)
+
+    def block(self, name: str, start: int, stop: int) -> Tensor:
+        """Weights in their own dtype."""
+        return self.held.read(name, start, stop)
+
+    def weights(self, held: Tensor, base: Tensor) -> Tensor:
+        """The weights themselves."""
+        return held.to(torch.float32)
+
+    def delta(self, held: Tensor, base: Tensor) -> Tensor:
+        """Weights minus base, both in float32."""
+        return held.to(torch.float32) - base
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One low-rank update: delta = scaling · up @ down, transposed where the base keeps (in, out)."""
+
+    down: str
+    up: str
+    scaling: float
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class AdapterExpert(Expert):
+    """A LoRA adapter on the base: zero delta wherever it has no factors."""
+
+    id: str
+    name: str
+    held: TensorSource
+    factors: Mapping[str, Factor]
+    shapes: Mapping[str, tuple[int, ...]]
+    complete: ClassVar[bool] = False
+
+    def carries(self, name: str) -> bool:
+        """Only the adapter's targets."""
+        return name in self.factors
+
+    def sources(self) -> tuple[TensorSource, ...]:
+        """The adapter's own file."""
+        return (self.held,)
+
+    def block(self, name: str, start: int, stop: int) -> Tensor:
+        """The delta in float32, from fixed blocks of `ROWS` rows."""
+        if name not in self.factors:
+            return torch.zeros(stop - start)
+        factor, (rows, columns) = self.factors[name], self.shapes[name]
+        down, up = self._matrix(factor.down), self._matrix(factor.up)
+        left, right = (down.T, up.T) if factor.transposed else (up, down)
+        first = start // columns // ROWS * ROWS
+        last = min(rows, math.ceil(stop / columns))
+        products = [(left[row : row + ROWS] @ right).reshape(-1) for row in range(first, last, ROWS)]
+        joined = torch.cat(products) if len(products) > 1 else products[0]
+        return joined[start - first * columns : stop - first * columns] * factor.scaling
+
+    def weights(self, held: Tensor, base: Tensor) -> Tensor:
+        """Base plus delta in float32: the adapter folded in."""
+        return base + held
+
+    def delta(self, held: Tensor, base: Tensor) -> Tensor:
+        """The delta itself."""
+        return held
+
+    def _matrix(self, name: str) -> Tensor:
+        return self.held.read(name).to(torch.float32).reshape(self.held.tensors[name].shape)
+
+
+def adapter_factors(
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    base: Mapping[str, TensorInfo],
+    where: str,
+    tied: Mapping[str, str] | None = None,
+) -> dict[str, Factor]:
+    """{base tensor: factor} of a PEFT LoRA adapter; rsLoRA scaling, rank and alpha patterns as PEFT has them.
+
+    tied: names that stand for another tensor of the base, with its name. Raises MismatchError, naming the adapter and the tensor, for what is not a plain LoRA update (DoRA, biases,
+    modules_to_save, convolutions) and for factors that do not fit the base.
+    """
+    _refuse(config, where)
+    factors: dict[str, Factor] = {}
+    for name in sorted(tensors):
+        stem = re.sub(r"\.default(?=\.|$)", "", name).removeprefix("base_model.model.")
+        if stem.endswith(".lora_B.weight"):
+            continue
+        if not stem.endswith(".lora_A.weight"):
+            raise MismatchError(
+                f"{where}: '{name}' is not part of a plain LoRA update (lora_A and lora_B of linear layers); fold the "
+                "adapter into its base with PEFT's merge_and_unload and give the full checkpoint"
+            )
+        module = stem.removesuffix(".lora_A.weight")
+        target, up = f"{module}.weight", name.replace("lora_A", "lora_B")
+        if target in (tied or {}):
+            raise MismatchError(
+                f"{where} changes '{target}', which the base ties to '{(tied or {})[target]}': as one tensor they would "
+                "both change; train the adapter without this target, or fold it into an untied copy of the base"
+            )
+        if target not in base:
+            raise MismatchError(f"{where}: its target '{target}' is not in the base; is this the adapter's base?")
+        if up not in tensors:
+            raise MismatchError(f"{where}: '{name}' has no '{up}' beside it; the file is incomplete")
+        factor = Factor(name, up, _scaling(config, module, tensors[name].shape[0]), bool(config.get("fan_in_fan_out")))
+        _check_shapes(factor, tensors, base[target], target, where)
+        factors[target] = factor
+    return factors
+
+
+def _refuse(config: Mapping[str, Any], where: str) -> None:
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise MismatchError(
+            f"{where} is a {kind} adapter; LoRA adapters can be merged, fold others into their base first"
+        )
+    for field, empty in NEUTRAL.items():
+        if config.get(field, empty) not in (empty, [], {}, None):
+            raise MismatchError(
+                f"{where} uses {field}={config[field]!r}, which is more than a low-rank update; fold it into its base "
+                "with PEFT's merge_and_unload and give the full checkpoint"
+            )
+
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+        raise MismatchError(
+            f"{where} was started with init_lora_weights={start!r}, which takes a part out of the base's weights: its "
+            "factors are no update of the base as it is; save it with PEFT's path_initial_model_for_weight_conversion, "
+            "or fold it with merge_and_unload and give the full checkpoint"
+        )
+
+
+def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha/rank, or alpha/√rank for rsLoRA; a pattern matches the module's whole name or its end, as in PEFT."""
+    alpha = float(config.get("lora_alpha", 8))
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = float(value)
+            break
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _check_shapes(factor: Factor, tensors: Mapping[str, TensorInfo], target: TensorInfo, name: str, where: str) -> None:
+    down, up = tensors[factor.down].shape, tensors[factor.up].shape
+    if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
+        raise MismatchError(
+            f"{where}: '{factor.down}' {list(down)} and '{factor.up}' {list(up)} make no matrix product"
+        )
+    shape = (down[1], up[0]) if factor.transposed else (up[0], down[1])
+    if tuple(target.shape) != shape:
+        raise MismatchError(
+            f"{where}: its update of '{name}' has shape {list(shape)}, the base has {list(target.shape)}; "
+            "it was trained on another base"
+        )

@@ -1,0 +1,57 @@
+"""Checks that experts and base have the same tensors in the same shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mergecore.checkpoints.layout import _is_buffer, _tied_pairs
+from mergecore.checkpoints.select import SelectRule, _few, left_out
+from mergecore.errors import MismatchError
+from mergecore.tensors.dtypes import MERGED
+from mergecore.tensors.source import TensorInfo
+
+HEAD = 3
+"""At most so many tensors that do not fit may be a task's head; more are another architecture."""
+
+
+def check_fit(
+    base: Mapping[str, TensorInfo],
+    expert: Mapping[str, TensorInfo],
+    where: str,
+    config: Mapping[str, Any],
+    rules: Sequence[SelectRule] = (),
+) -> None:
+    """Raise MismatchError where a full checkpoint's names or shapes are not those of the base, naming the first few.
+
+    What the rules leave out of the result need not fit, nor what the base's configuration ties.
+    """
+    ignored = {name for _, name in _tied_pairs(config)}
+    ignored |= {name for held in (base, expert) for name in held if left_out(name, rules)}
+    ignored |= {name for held in (base, expert) for name in held if _is_buffer(name, held[name])}
+    missing = sorted(set(base) - set(expert) - ignored)
+    unknown = sorted(set(expert) - set(base) - ignored)
+    if missing or unknown:
+        said = [f"lacks {_few(missing)}"] * bool(missing) + [f"has {_few(unknown)}, unknown to the base"] * bool(
+            unknown
+        )
+        hint = f"; {_without((missing + unknown)[0])}" if len(missing) + len(unknown) <= HEAD else ""
+        raise MismatchError(f"{where} does not have the base's architecture: it {' and '.join(said)}{hint}")
+    for name in sorted(base):
+        if name in expert and name not in ignored and tuple(base[name].shape) != tuple(expert[name].shape):
+            wide = re.search(r"embed|wte|lm_head|shared", name)
+            hint = "the vocabularies differ: `tokenizer: union` brings them together" if wide else _without(name)
+            raise MismatchError(
+                f"{where}: '{name}' has shape {list(expert[name].shape)}, in the base {list(base[name].shape)}; {hint}"
+            )
+        if name in expert and base[name].dtype in MERGED and expert[name].dtype not in MERGED:
+            raise MismatchError(
+                f"{where}: '{name}' has dtype {expert[name].dtype}, in the base {base[name].dtype}: quantized values "
+                "cannot be merged; give the checkpoint before it was quantized"
+            )
+
+
+def _without(name: str) -> str:
+    """What may be done about a tensor that does not fit."""
+    return f"a task's head may be left out of the result: select: [{{names: '{name}', take: drop}}, {{}}]"

@@ -1,0 +1,121 @@
+"""The rules of `select`: which tensors are merged, copied or left out."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from mergecore.checkpoints.architectures import layer_of
+from mergecore.errors import SpecError, nearest
+
+
+class SelectRule(BaseModel):
+    """One rule of `select`; of several rules the first that matches a tensor decides.
+
+    Every key besides these is a value of the method, for the tensors the rule speaks of.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)
+
+    names: str = Field("*", description="shell pattern over tensor names, or a regular expression between slashes")
+    layers: tuple[int, int] | None = Field(None, description="first and last layer (counted from 0), both included")
+    take: Literal["merge", "copy", "drop"] = Field(
+        "merge", description="merge the tensor, copy it, or leave it out of the result (a task's head)"
+    )
+    of: str | None = Field(None, description="the expert it is copied from; none: the base")
+    method: str | None = Field(None, description="the method that merges it; none: the recipe's")
+    experts: tuple[str, ...] | None = Field(None, description="names of the experts that take part; none: all")
+    base: str | None = Field(None, description="the expert whose weights the changes are counted from; none: the base")
+
+    @field_validator("names")
+    @classmethod
+    def _can_be_read(cls, names: str) -> str:
+        if _is_expression(names):
+            try:
+                re.compile(names[1:-1])
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from None
+        return names
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> SelectRule:
+        given = [key for key in ("method", "experts", "base") if getattr(self, key) is not None] + list(self.values)
+        if self.take != "merge" and given:
+            unknown = given[0] not in SelectRule.model_fields
+            hint = nearest(given[0], SelectRule.model_fields) if unknown else "leave one of them out"
+            raise ValueError(f"'{given[0]}' says how to merge, 'take: {self.take}' not to; {hint}")
+        if self.take != "copy" and self.of is not None:
+            raise ValueError(f"'of' says whom to copy from; write {{take: copy, of: {self.of}}}")
+        if self.experts is not None and not self.experts:
+            raise ValueError("'experts' is empty; name at least one, or write take: copy")
+        return self
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Values of the method that hold for these tensors."""
+        return dict(self.model_extra or {})
+
+    @property
+    def plain(self) -> bool:
+        """Whether the rule says no more than what is merged, what is copied from the base and what is left out."""
+        return (
+            not self.values and self.of is None and self.method is None and self.experts is None and self.base is None
+        )
+
+    def matches(self, name: str) -> bool:
+        """Whether the rule speaks of this tensor."""
+        if self.layers is not None:
+            layer = layer_of(name)
+            if layer is None or not self.layers[0] <= layer <= self.layers[1]:
+                return False
+        if _is_expression(self.names):
+            return re.search(self.names[1:-1], name) is not None
+        return fnmatch.fnmatchcase(name, self.names)
+
+
+LEFT_OUT = "left out by select"
+
+
+def _is_expression(names: str) -> bool:
+    return len(names) > 1 and names.startswith("/") and names.endswith("/")
+
+
+def check_rules(base: Iterable[str], rules: Sequence[SelectRule]) -> None:
+    """Raise SpecError for a rule that matches none of these names; what is dropped may be an expert's alone."""
+    for rule in rules:
+        if rule.take != "drop" and not any(rule.matches(name) for name in base):
+            raise SpecError(
+                f"select: the rule {rule.model_dump(exclude_defaults=True)} matches no tensor of the base; its tensors "
+                f"are named like {_few(sorted(base))} (`mergeloom inspect` tells more of it)"
+            )
+
+
+def left_out(name: str, rules: Sequence[SelectRule]) -> bool:
+    """Whether `select` drops the tensor, wherever it stands."""
+    return bool(rules) and _take(name, rules) == "drop"
+
+
+def check_left_out(rules: Sequence[SelectRule], models: Sequence[Iterable[str]]) -> None:
+    """Raise SpecError for a rule that drops nothing of any model: what it was to drop would be merged."""
+    known = {name for names in models for name in names}
+    for rule in rules:
+        if rule.take == "drop" and not any(rule.matches(name) for name in known):
+            raise SpecError(
+                f"select: the rule {rule.model_dump(exclude_defaults=True)} drops no tensor of the base or of an expert; "
+                f"they are named like {_few(sorted(known))}"
+            )
+
+
+def _take(name: str, rules: Sequence[SelectRule]) -> str:
+    if not rules:
+        return "merge"
+    return next((rule.take for rule in rules if rule.matches(name)), "copy")
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

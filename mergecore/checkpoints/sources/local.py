@@ -1,0 +1,103 @@
+"""A checkpoint in a local directory."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergecore.checkpoints.sources import Source, SourceFile
+from mergecore.checkpoints.sources.digests import DigestCache, stamp
+from mergecore.checkpoints.sources.selection import files_that_matter
+from mergecore.errors import SourceError, nearest
+from mergecore.events import Report, silent
+
+
+class LocalSource(Source):
+    """A directory that holds a checkpoint: one file, shards with their index, or a PEFT adapter.
+
+    What is missing is said at once; the files are hashed when `files` is first asked for. Raises SourceError.
+    """
+
+    revision = None
+
+    def __init__(self, path: Path | str, digests: DigestCache | None = None, report: Report = silent) -> None:
+        self.uri = str(path)
+        self._path = Path(path).expanduser()
+        self._digests = digests if digests is not None else DigestCache(None)
+        self._report = report
+        if not self._path.exists():
+            raise SourceError(f"'{path}' does not exist; {nearest_folder(self._path)}")
+        if not self._path.is_dir():
+            raise SourceError(f"'{path}' is a file; give the folder that holds the checkpoint: '{self._path.parent}'")
+        try:
+            names = files_that_matter(names_below(self._path), lambda name: (self._path / name).read_bytes(), self.uri)
+        except OSError as error:
+            raise SourceError(f"'{path}' cannot be read: {error.strerror}") from error
+        self._stamps = {name: stamp(self._path / name) for name in names}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without `report`, which stays in the process that gave it."""
+        return {**self.__dict__, "_report": silent}
+
+    def __repr__(self) -> str:
+        return f"LocalSource({self.uri!r})"
+
+    def _found(self) -> Mapping[str, SourceFile]:
+        """Every file that matters, hashed (files that the cache knows are not read)."""
+        return {
+            name: SourceFile(held[2], self._digests.sha256(self._path / name, self._report))
+            for name, held in self._stamps.items()
+        }
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        """`length` bytes of a file from byte `start` on. Raises SourceError where the file is shorter or not there."""
+        if name not in self._stamps:
+            raise SourceError(f"'{self.uri}' has no file '{name}'; {nearest(name, self._stamps)}")
+        return piece(self._path / name, start, length)
+
+    def fetch(self, report: Report) -> Path:
+        """The directory itself. Raises SourceError where a file has changed since it was looked at."""
+        for name, held in self._stamps.items():
+            if stamp(self._path / name) != held:
+                raise SourceError(f"{self._path / name} has changed since this run began; start again")
+        return self._path
+
+
+def piece(path: Path, start: int, length: int) -> bytes:
+    """`length` bytes of a file from byte `start` on. Raises SourceError where the file is shorter."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            held = file.read(length)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
+    if len(held) != length:
+        raise SourceError(f"{path} has {path.stat().st_size:,} bytes, {start + length:,} are needed: it is truncated")
+    return held
+
+
+def names_below(folder: Path) -> list[str]:
+    """The files of a folder and of the folders in it, as 'file' or 'folder/file', sorted."""
+    names = []
+    for path in folder.iterdir():
+        if path.is_file():
+            names.append(path.name)
+        elif path.is_dir() and not path.name.startswith("."):
+            names.extend(f"{path.name}/{inner.name}" for inner in path.iterdir() if inner.is_file())
+    return sorted(names)
+
+
+def nearest_folder(path: Path) -> str:
+    """Half a sentence that offers the existing folder closest to a path that does not exist."""
+    missing = path
+    while not missing.parent.is_dir():
+        missing = missing.parent
+    folders = sorted(entry.name for entry in missing.parent.iterdir() if entry.is_dir())
+    close = difflib.get_close_matches(missing.name, folders, n=1, cutoff=0.6)
+    if close:
+        whole = missing.parent / close[0] / path.relative_to(missing)
+        return f"did you mean '{whole if whole.is_dir() else missing.parent / close[0]}'?"
+    where = "the current folder" if missing.parent == Path() else f"'{missing.parent}'"
+    return f"the nearest existing folder is {where}"

@@ -1,0 +1,60 @@
+"""From `path-or-hub-id@revision`, as a person writes it, to a source."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mergecore.checkpoints.sources import Source
+from mergecore.checkpoints.sources.digests import DigestCache
+from mergecore.checkpoints.sources.local import LocalSource, nearest_folder
+from mergecore.errors import SourceError
+from mergecore.events import Report, silent
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def resolve(
+    text: str,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    token: str | None = None,
+    offline: bool = False,
+    endpoint: str | None = None,
+    digests: DigestCache | None = None,
+    report: Report = silent,
+) -> Source:
+    """The source that `text` names: an existing folder, a path (it begins with '.', '/' or '~'), or a hub id.
+
+    An '@' in the name of an existing folder belongs to it; elsewhere a revision follows. cache_dir, token, offline and
+    endpoint are for the hub, None for its defaults (and no token); digests remembers what was hashed; report hears of
+    local files that have to be hashed. Raises SourceError, for a missing relative path with both ways to read it.
+    """
+    path = Path(text).expanduser()
+    if not text.strip():
+        raise SourceError("a checkpoint needs a folder or a hub id (owner/name), not an empty name")
+    if path.exists():
+        if revision is not None:
+            raise SourceError(f"'{text}' is a local folder and has no revision '{revision}'; leave the revision out")
+        return LocalSource(text, digests, report)
+    name, _, written = text.partition("@")
+    if text.startswith((".", "/", "~")) or path.is_absolute():
+        if written and Path(name).expanduser().is_dir():
+            raise SourceError(f"'{text}' does not exist; '{name}' is a local folder and has no revision: leave it out")
+        return LocalSource(text, digests, report)
+    if written and revision is not None and written != revision:
+        raise SourceError(f"'{text}' says revision '{written}', beside it stands '{revision}'; leave one of them out")
+    if not HUB_ID.fullmatch(name):
+        raise SourceError(
+            f"'{text}' is neither an existing folder nor a hub id (owner/name@revision); {nearest_folder(Path(name))}"
+        )
+    from mergecore.checkpoints.sources.hub import HubSource  # huggingface_hub is imported only where a hub is asked
+
+    try:
+        return HubSource(name, written or revision, cache_dir, token, endpoint, offline=offline, digests=digests)
+    except SourceError as error:
+        if written or revision is not None:
+            raise  # nobody writes a revision behind a path
+        problem = str(error)
+    raise SourceError(f"{problem}. Read as a hub id, as no folder '{name}' exists here; {nearest_folder(Path(name))}")

@@ -1,0 +1,130 @@
+"""A model with other layers: each layer of the result is a layer of the inputs, by number (frankenmerges, self-merges)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from mergecore.checkpoints.architectures import LAYER, depths, layer_of
+from mergecore.checkpoints.folded import FoldedSnapshot
+from mergecore.checkpoints.snapshot import Snapshot
+from mergecore.errors import MismatchError
+from mergecore.identity.keys import digest
+
+BASE = "base"
+"""What the base is called beside the experts' names."""
+COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""What config.json calls the number of layers."""
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Lists in config.json with one entry per layer."""
+
+Held = TypeVar("Held")
+Run = Annotated[tuple[int, int], Field(description="first and last layer (counted from 0), both included")]
+Runs = Sequence[tuple[int, int] | None]
+"""For one model: the layers that each entry of a stack takes from it, None where it takes none."""
+
+
+class StackRule(BaseModel):
+    """The next layers of the result: which layers of the inputs they are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+    layers: Annotated[
+        Run | Mapping[str, Run],
+        Field(description="of every model, or by name where they are not the same ('base' is the base)"),
+    ]
+
+    @field_validator("layers")
+    @classmethod
+    def _runs_forward(cls, layers: Run | Mapping[str, Run]) -> Run | Mapping[str, Run]:
+        runs = list(layers.values()) if isinstance(layers, Mapping) else [layers]
+        if not runs:
+            raise ValueError("names no model; give [first, last]")
+        for first, last in runs:
+            if not 0 <= first <= last:
+                raise ValueError(f"[{first}, {last}] is no run of layers; give the first and the last, from 0")
+        if len({last - first for first, last in runs}) > 1:
+            raise ValueError("the models have different numbers of layers here; all must have as many")
+        return layers
+
+    @property
+    def count(self) -> int:
+        """How many layers of the result these are."""
+        first, last = next(iter(self.layers.values())) if isinstance(self.layers, Mapping) else self.layers
+        return last - first + 1
+
+    def of(self, model: str) -> tuple[int, int] | None:
+        """The layers that are taken from a model, None where it has no part."""
+        return self.layers.get(model) if isinstance(self.layers, Mapping) else self.layers
+
+
+def restacked(snapshot: Snapshot, rules: Sequence[StackRule], model: str) -> Snapshot:
+    """The checkpoint as if its layers were those of the stack. Its digest is another one, its files are the same.
+
+    Raises MismatchError where it has no such layers, or more than one pile of them.
+    """
+    if not rules:
+        return snapshot
+    where = f"{model} ({snapshot.source.uri})"
+    runs = [(rule.of(model), rule.count) for rule in rules]
+    name = next((key for key in COUNTS if isinstance(snapshot.config.get(key), int)), None)
+    old = _depth(snapshot.tensors, where)
+    for run, _ in runs:
+        if run is not None and run[1] >= old:
+            raise MismatchError(f"stack: {where} has layers 0 to {old - 1}; {list(run)} asks for more")
+    layers = _sources(runs)
+    config = dict(snapshot.config)
+    if name is not None:
+        config[name] = len(layers)
+    for key in PER_LAYER:
+        if isinstance(config.get(key), list) and len(config[key]) == old:
+            config[key] = [config[key][0 if layer is None else layer] for layer in layers]
+    if isinstance(snapshot, FoldedSnapshot):
+        snapshot = dataclasses.replace(snapshot, factors=renamed(snapshot.factors, layers))
+    return dataclasses.replace(
+        snapshot,
+        tensors=renamed(snapshot.tensors, layers),
+        locations=renamed(snapshot.locations, layers),
+        weights=digest(["stack", snapshot.weights, layers]),
+        config=config,
+    )
+
+
+def layers_of(rules: Sequence[StackRule], model: str) -> list[int | None]:
+    """For each layer of the result the layer of the model that it is, None where it has no part in it."""
+    return _sources([(rule.of(model), rule.count) for rule in rules])
+
+
+def _sources(runs: Sequence[tuple[tuple[int, int] | None, int]]) -> list[int | None]:
+    return [None if run is None else run[0] + number for run, count in runs for number in range(count)]
+
+
+def renamed(held: Mapping[str, Held], layers: Sequence[int | None]) -> dict[str, Held]:
+    """The same by the result's names: layer i is what layer `layers[i]` was, what belongs to no layer stays."""
+    found = {name: value for name, value in held.items() if layer_of(name) is None}
+    by_layer: dict[int, list[str]] = {}
+    for name in held:
+        layer = layer_of(name)
+        if layer is not None:
+            by_layer.setdefault(layer, []).append(name)
+    for number, layer in enumerate(layers):
+        for name in by_layer.get(layer, ()) if layer is not None else ():
+            found[at_layer(name, number)] = held[name]
+    return found
+
+
+def at_layer(name: str, layer: int) -> str:
+    """The name of the same tensor in another layer."""
+    found = LAYER.search(name)
+    return name if found is None else name[: found.start(1)] + str(layer) + name[found.end(1) :]
+
+
+def _depth(tensors: Mapping[str, Any], where: str) -> int:
+    stems = depths(tensors)
+    if len(stems) != 1:
+        piles = ", ".join(f"'{stem}'" for stem in sorted(stems)) or "none"
+        raise MismatchError(f"stack: {where} must have one pile of numbered layers; it has {piles}")
+    return next(iter(stems.values()))

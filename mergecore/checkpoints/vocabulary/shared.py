@@ -1,0 +1,243 @@
+"""One vocabulary for models that have several: what `resolve_pool` does where a recipe says `tokenizer`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mergecore.checkpoints.architectures import PER_LAYER_TOKENS, VOCABULARY
+from mergecore.checkpoints.layout import tied_names
+from mergecore.checkpoints.snapshot import Snapshot
+from mergecore.checkpoints.vocabulary.companions import (
+    changed_files,
+    check_ids,
+    files_of_tokenizer,
+    said_of_ends,
+    said_of_splitting,
+    said_of_template,
+)
+from mergecore.checkpoints.vocabulary.configuration import config_with, counts_in, with_count
+from mergecore.checkpoints.vocabulary.index import Indices, Vocabulary, adapter_rows, given_rows, model_rows
+from mergecore.checkpoints.vocabulary.result import ResultTokenizer, result_tokenizer
+from mergecore.checkpoints.vocabulary.rows import Rows
+from mergecore.checkpoints.vocabulary.rules import BASE, UNION, TokenizerRules
+from mergecore.checkpoints.vocabulary.snapshot import with_companions, with_rows
+from mergecore.checkpoints.vocabulary.tokenizer import (
+    TOKENIZER,
+    Known,
+    Tokenizer,
+    check_kinds,
+    check_meanings,
+    few,
+    read_tokenizer,
+    refuse,
+    template_of,
+)
+from mergecore.errors import MismatchError, SpecError, nearest
+from mergecore.tensors.source import TensorInfo
+
+REMEDY = (
+    "Choose models of one family, or take over what the first says (the base, then the experts in order) with "
+    "`tokenizer: {conflicts: first}`"
+)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The pool's checkpoints as they open with one vocabulary. adapters: rows of an update of the head, where they change."""
+
+    base: Snapshot
+    experts: Mapping[str, Snapshot]
+    adapters: Rows | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One checkpoint: `names` are its tensors over the vocabulary, with what they are called in it."""
+
+    name: str
+    snapshot: Snapshot
+    names: Mapping[str, str]
+    rows: int
+
+    @property
+    def owner(self) -> str:
+        """How messages call it."""
+        return "the base" if self.name == BASE else f"expert '{self.name}'"
+
+
+def shared_vocabulary(
+    base: Snapshot, experts: Mapping[str, Snapshot], rules: TokenizerRules, chat_template: str | None
+) -> Shared:
+    """The same checkpoints with the vocabulary that the rules say. experts: full checkpoints and adapters, by name.
+
+    Raises SpecError for rules that cannot be meant, MismatchError and SourceError for what cannot be brought together.
+    """
+    adapters = tuple(name for name, snapshot in experts.items() if snapshot.kind == "adapter")
+    _check_source(rules, experts, adapters)
+    models = [_model(name, one) for name, one in {BASE: base, **experts}.items() if name not in adapters]
+    owner = models[0] if rules.source in (UNION, BASE) else next(m for m in models[1:] if m.name == rules.source)
+    warnings: list[str] = []
+    tokenizers = _tokenizers(models, warnings)
+    if not tokenizers:  # then nothing can be said of tokens; the owner's other files still count
+        _check_alike(models, rules)
+        return Shared(_accompanied(models[0], base, owner, {}), dict(experts), None, tuple(warnings))
+    result, reasons = result_tokenizer(tokenizers[owner.name], tokenizers, rules, rules.source == UNION)
+    reasons = [*check_kinds(tokenizers.values()), *check_meanings(tokenizers.values(), result.tokens), *reasons]
+    if rules.conflicts == "refuse":
+        refuse(list(dict.fromkeys(reasons)), REMEDY)
+    check_ids(result, owner.snapshot)
+    warnings += [f"{one}; the first holds" for one in dict.fromkeys(reasons)]
+    warnings += [
+        f"{one.owner}: its model has no row for {few(sorted(one.beyond))}" for one in tokenizers.values() if one.beyond
+    ]
+    warnings += said_of_ends(result, owner.snapshot, [(tokenizers[one.name], one.snapshot) for one in models[1:]])
+    warnings += said_of_splitting(result, list(tokenizers.values()))
+    text = template_of(owner.snapshot) if chat_template is None else chat_template
+    warnings += said_of_template(text, chat_template, result, list(tokenizers.values()))
+    ordered = [models[0], *sorted(models[1:], key=lambda one: one.snapshot.weights)]
+    indices = Indices(
+        tuple(_vocabulary(one, tokenizers, adapters) for one in ordered), result.tokens, _count(result, rules)
+    )
+    given = given_rows(indices, rules)
+    rows = {one.name: model_rows(indices, number, rules, given) for number, one in enumerate(ordered)}
+    same = all(rows[one.name].is_identity(one.rows) for one in models)
+    found = {one.name: one.snapshot if same else _gathered(one, rows[one.name], ordered) for one in models}
+    ground = _accompanied(models[0], found[BASE], owner, changed_files(result, base, owner.snapshot))
+    held = {name: found.get(name, snapshot) for name, snapshot in experts.items()}
+    return Shared(ground, held, None if same else adapter_rows(indices, given), tuple(warnings))
+
+
+def updated(adapter: Snapshot, names: Sequence[str], rows: Rows) -> Snapshot:
+    """An adapter whose factors `names` have a row for each token, with the rows of the result."""
+    return with_rows(adapter, rows, [(adapter, {name: name for name in names})])
+
+
+def over_vocabulary(name: str, info: TensorInfo) -> bool:
+    """Whether a tensor has a row for each token."""
+    return VOCABULARY.search(name) is not None and len(info.shape) > 0
+
+
+# --- the models ---------------------------------------------------------------------------------------------------
+
+
+def _check_source(rules: TokenizerRules, experts: Mapping[str, Snapshot], adapters: Sequence[str]) -> None:
+    if rules.source in adapters:
+        raise SpecError(
+            f"tokenizer.source: '{rules.source}' is an adapter, whose vocabulary is the base's; say tokenizer: {{source: base}}"
+        )
+    if rules.source not in (UNION, BASE, *experts):
+        raise SpecError(
+            f"tokenizer.source: no expert is called '{rules.source}'; {nearest(rules.source, [UNION, BASE, *experts])}"
+        )
+
+
+def _model(name: str, snapshot: Snapshot) -> _Model:
+    """Raises MismatchError where its tensors over the vocabulary have different numbers of rows, or it is not said how many."""
+    held = {tensor: info.shape[0] for tensor, info in snapshot.tensors.items() if over_vocabulary(tensor, info)}
+    found = _Model(name, snapshot, {tensor: tensor for tensor in held}, next(iter(held.values()), 0))
+    where = f"{found.owner} ({snapshot.source.uri})"
+    if not held:
+        raise MismatchError(
+            f"{where} has no tensor that is known to have a row for each token (embed_tokens, wte, word_embeddings, lm_head "
+            "…): its vocabulary cannot be changed; leave `tokenizer` out"
+        )
+    differing = [f"'{tensor}' {rows}" for tensor, rows in held.items() if rows != found.rows]
+    if differing:
+        raise MismatchError(
+            f"{where}: {', '.join(differing)} rows, '{next(iter(held))}' {found.rows}: of which tokens are they?"
+        )
+    for key, said in counts_in(snapshot.config).items():
+        if said != found.rows:
+            raise MismatchError(f"{where}: config.json says {key} {said}, '{next(iter(held))}' has {found.rows} rows")
+    return found
+
+
+def _tokenizers(models: Sequence[_Model], warnings: list[str]) -> dict[str, Tokenizer]:
+    """Every model's tokenizer, the base's where a model has none beside it; empty where nobody has one.
+
+    Raises MismatchError where that cannot be: another number of rows, or nobody to take it from.
+    """
+    known: Known = {}
+    read = {one.name: read_tokenizer(one.snapshot, one.rows, one.owner, known) for one in models}
+    if all(held is None for held in read.values()):
+        return {}
+    base, found = read[BASE], dict[str, Tokenizer]()
+    for one in models:
+        held = read[one.name]
+        if held is None and (base is None or one.rows != models[0].rows):
+            raise MismatchError(
+                f"{one.owner} ({one.snapshot.source.uri}) has no {TOKENIZER} beside it, and {one.rows} rows: which token has "
+                "which row? Put the tokenizer there"
+            )
+        if held is None:
+            assert base is not None
+            held = dataclasses.replace(base, owner=one.owner)
+            warnings.append(f"{one.owner} has no tokenizer beside it; the base's is taken to be its own")
+        found[one.name] = held
+    return found
+
+
+def _check_alike(models: Sequence[_Model], rules: TokenizerRules) -> None:
+    """Raise MismatchError where rules speak of tokens and no model has a tokenizer."""
+    if len({one.rows for one in models}) > 1 or rules.tokens or rules.pad_to_multiple_of:
+        raise MismatchError(
+            f"tokenizer: no model has a {TOKENIZER} beside it, so nobody knows which token has which row"
+        )
+
+
+def _vocabulary(model: _Model, tokenizers: Mapping[str, Tokenizer], adapters: Sequence[str]) -> Vocabulary:
+    copies = tuple(adapters) if model.name == BASE else ()
+    return Vocabulary(model.name, model.rows, tokenizers[model.name].tokens, copies)
+
+
+def _count(result: ResultTokenizer, rules: TokenizerRules) -> int:
+    """Rows: one for each id, rounded up as the rules say."""
+    ids, multiple = max(result.tokens.values()) + 1, rules.pad_to_multiple_of or 1
+    return -(-ids // multiple) * multiple
+
+
+# --- as they open -------------------------------------------------------------------------------------------------
+
+
+def _gathered(model: _Model, rows: Rows, ordered: Sequence[_Model]) -> Snapshot:
+    """The checkpoint with these rows, and with a configuration that says how many."""
+    if rows.is_identity(model.rows):
+        return model.snapshot
+    config = with_count(model.snapshot.config, rows.count)
+    if config is None:
+        raise MismatchError(
+            f"{model.owner} ({model.snapshot.source.uri}): its config.json says vocab_size neither at its top nor in a "
+            "text_config, where another number of rows could be written"
+        )
+    other = next(filter(PER_LAYER_TOKENS.search, model.snapshot.tensors), None)
+    if other is not None:
+        raise MismatchError(
+            f"{model.owner} ({model.snapshot.source.uri}): '{other}' has rows for some of the tokens only, so its vocabulary "
+            "cannot be changed; leave `tokenizer` out"
+        )
+    sources = [(model.snapshot, model.names), *((one.snapshot, _called(model, one)) for one in ordered)]
+    found = with_rows(model.snapshot, rows, sources)
+    return dataclasses.replace(found, config=config)
+
+
+def _called(model: _Model, other: _Model) -> dict[str, str]:
+    """What the tensors of a model are called in another; a head that the other ties is its embedding.
+
+    Where the other has no such tensor the name stays as it is, and the checkpoints do not fit.
+    """
+    tied = tied_names(other.snapshot.tensors, other.snapshot.config)
+    return {name: name if name in other.snapshot.tensors else tied.get(name, name) for name in model.names}
+
+
+def _accompanied(base: _Model, ground: Snapshot, owner: _Model, changed: Mapping[str, bytes | None]) -> Snapshot:
+    """The base with the companions of the result: the owner's tokenizer and special tokens."""
+    files = dict(changed)
+    if owner is not base and not files:
+        files = files_of_tokenizer(base.snapshot, owner.snapshot)
+    config = dict(ground.config) if owner is base else config_with(ground.config, owner.snapshot.config)
+    if not files and config == base.snapshot.config:
+        return ground
+    return with_companions(ground, files, config)

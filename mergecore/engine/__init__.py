@@ -1,0 +1,1 @@
+"""One pass: base and experts are read once, and many steps are completed."""

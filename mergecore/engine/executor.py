@@ -1,0 +1,56 @@
+"""Who runs spans and evaluations: the executor's interface, and threads of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+
+class InProcess:
+    """Runs spans in threads of this process."""
+
+    def __init__(self, workers: int = 1) -> None:
+        self.workers = workers
+
+    def each(
+        self, function: Any, shared: Any, items: Sequence[Any], at_once: int | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """In order with one worker, else as they complete."""
+        workers = min(self.workers, at_once or self.workers)
+        if workers == 1 or len(items) == 1:
+            for position, item in enumerate(items):
+                yield position, function(shared, item)
+            return
+        from concurrent.futures import as_completed
+
+        with ThreadPoolExecutor(workers) as pool:
+            futures = {pool.submit(function, shared, item): position for position, item in enumerate(items)}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+Shared = TypeVar("Shared")
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+
+
+class Executor(Protocol):
+    """Where spans and evaluations run: in this process or on a cluster."""
+
+    workers: int
+    """How many items run at once."""
+
+    def each(
+        self,
+        function: Callable[[Shared, Item], Outcome],
+        shared: Shared,
+        items: Sequence[Item],
+        at_once: int | None = None,
+    ) -> Iterator[tuple[int, Outcome]]:
+        """(position, function(shared, item)) as they complete; the first error ends it. All arguments are picklable,
+        `shared` is sent once. at_once: how many may run at a time; None: as many as there are workers."""
+        ...

@@ -1,0 +1,307 @@
+"""A plain torch function of flat chunks as a list of typed operations on one element.
+
+The function is called once with stand-ins (torch.fx proxies) that write down what is done to them; each operation is
+also done on a few sample numbers, so that its dtype is torch's own answer. Numbers of the method (its scale, say) become
+arguments of the loop: methods that differ in them alone share one loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mergecore.plugins.block import Beside, Index
+
+SAMPLES = 3
+BAKED = (0.0, 1.0)
+"""Numbers written into the loop, where they make operations cheaper; every other one is an argument."""
+
+
+class NotTraceableError(Exception):
+    """The function does something that cannot be one loop over elements; it then runs as it is, operation by operation."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """Something an operation takes or gives. kind: 'element' (one per element), 'real', 'whole' (a number, the position-th
+    argument of its kind), 'baked' (the number itself)."""
+
+    kind: str
+    dtype: torch.dtype
+    position: int = 0
+    number: float | int | bool = 0
+
+
+@dataclass(frozen=True)
+class Operation:
+    """`name` done to `operands`, each as `common`, gives a `dtype`: the element value numbered by its place in the list,
+    from 1."""
+
+    name: str
+    operands: tuple[Value, ...]
+    common: torch.dtype
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What is done to each element. Inputs are element values −1, −2, … in order: base, experts, then what lies beside.
+
+    literals: numbers of the function itself, the first 'real' arguments; those handed in come after them.
+    """
+
+    inputs: int
+    beside: int
+    operations: tuple[Operation, ...]
+    results: tuple[Value, ...]
+    literals: tuple[float, ...]
+    indexed: bool
+    """Whether the flat index is asked for; it then is the last input."""
+
+
+def leaves(arguments: Any) -> list[Any]:
+    """The numbers, `Index` and `Beside` in nested arguments, in order; texts, bools and None are the function's form."""
+    found: list[Any] = []
+    _gather(arguments, found)
+    return found
+
+
+def _gather(arguments: Any, found: list[Any]) -> None:
+    kind = type(arguments)
+    if kind is float or kind is int:  # nearly all are: and this is done for every piece of every tensor
+        found.append(arguments)
+    elif isinstance(arguments, list | tuple):
+        for value in arguments:
+            _gather(value, found)
+    elif isinstance(arguments, Mapping):
+        for value in arguments.values():
+            _gather(value, found)
+    elif arguments is not None and not isinstance(arguments, str | bool):
+        found.append(arguments)
+
+
+def mapped(arguments: Any, change: Callable[[Any], Any]) -> Any:
+    """The same nested arguments with `change` done to every leaf."""
+    if isinstance(arguments, Mapping):
+        return {name: mapped(value, change) for name, value in arguments.items()}
+    if isinstance(arguments, list | tuple):
+        return [mapped(value, change) for value in arguments]
+    return arguments if arguments is None or isinstance(arguments, str | bool) else change(arguments)
+
+
+def form(arguments: Any) -> Any:
+    """What of the arguments decides the loop: everything but the numbers."""
+    kind = type(arguments)
+    if kind is float or kind is int:
+        return kind
+    if isinstance(arguments, list | tuple):
+        return tuple([form(value) for value in arguments])
+    if isinstance(arguments, Mapping):
+        return tuple([(name, form(value)) for name, value in arguments.items()])
+    return arguments if arguments is None or isinstance(arguments, str | bool) else kind
+
+
+def trace(
+    function: Callable[..., Tensor | Sequence[Tensor]], base: bool, experts: int, arguments: Mapping[str, Any]
+) -> Trace:
+    """The operations of function(base, experts, **arguments), which gives one value per element or several.
+
+    base: whether there is one. Raises NotTraceableError.
+    """
+    tracer = _Tracer()
+    ground = tracer.element(torch.float32) if base else None
+    chunks = [tracer.element(torch.float32) for _ in range(experts)]
+    held = mapped(arguments, tracer.stand_in)
+    try:
+        found = function(ground, chunks, **held)
+    except NotTraceableError:
+        raise
+    except Exception as error:  # torch.fx and torch raise what they like; the function itself is tried eagerly anyway
+        raise NotTraceableError(f"{type(error).__name__}: {error}") from error
+    results: list[Any] = list(found) if isinstance(found, list | tuple) else [found]
+    if not all(isinstance(one, fx.Proxy) for one in results):
+        raise NotTraceableError(f"its result is {type(results[0]).__name__}, no value of an element")
+    return tracer.finished([one.node for one in results])
+
+
+class _Tracer:
+    """The graph as it grows, and per node its sample values."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self.tracer = fx.proxy.GraphAppendingTracer(self.graph)
+        self.samples: dict[fx.Node, Any] = {}
+        self.values: dict[fx.Node, Value] = {}
+        self.inputs = self.reals = self.wholes = self.besides = 0
+        self.index: fx.Proxy | None = None
+        self.literals: list[float] = []
+
+    def element(self, dtype: torch.dtype) -> fx.Proxy:
+        """A stand-in for one more input."""
+        self.inputs += 1
+        sample = torch.tensor([0.5, -1.25, 3.0]).to(dtype)
+        return self._placeholder(Value("element", dtype, -self.inputs), sample)
+
+    def stand_in(self, leaf: Any) -> fx.Proxy:
+        """A stand-in for a leaf of the arguments."""
+        if isinstance(leaf, Index):
+            if self.index is None:
+                self.index = self._placeholder(Value("element", torch.int64, 0), torch.arange(SAMPLES))
+            return self.index
+        if isinstance(leaf, Beside):
+            self.besides += 1
+            return self.element(torch.float32)
+        if isinstance(leaf, int):
+            self.wholes += 1
+            return self._placeholder(Value("whole", torch.int64, self.wholes - 1), torch.tensor(1))
+        if isinstance(leaf, float):
+            self.reals += 1
+            return self._placeholder(Value("real", torch.float32, self.reals - 1), torch.tensor(0.5))
+        raise NotTraceableError(f"an argument is {type(leaf).__name__}; give numbers, texts, Index or Beside")
+
+    def _placeholder(self, value: Value, sample: Tensor) -> fx.Proxy:
+        node = self.graph.placeholder(f"p{len(self.samples)}")
+        self.values[node], self.samples[node] = value, sample
+        return fx.Proxy(node, self.tracer)
+
+    def finished(self, results: Sequence[fx.Node]) -> Trace:
+        """The operations that the results need, in order."""
+        needed = _ancestors(results)
+        if self.index is not None:
+            self.values[self.index.node] = Value("element", torch.int64, -self.inputs - 1)
+        operations: list[Operation] = []
+        for node in self.graph.nodes:
+            if node in needed and node.op != "placeholder":
+                self._take(node, operations)
+        # Reals handed in come behind the literals, of which there now are as many as there will be.
+        shift = len(self.literals)
+        shifted = tuple(
+            Operation(one.name, tuple(_shifted(operand, shift) for operand in one.operands), one.common, one.dtype)
+            for one in operations
+        )
+        indexed = self.index is not None and self.index.node in needed
+        values = tuple(_shifted(self.values[one], shift) for one in results)
+        return Trace(self.inputs, self.besides, shifted, values, tuple(self.literals), indexed)
+
+    def _take(self, node: fx.Node, operations: list[Operation]) -> None:
+        name, given, options = _called(node)
+        sample_of = lambda one: self.samples[one] if isinstance(one, fx.Node) else one  # noqa: E731
+        try:
+            sample = _done(node, [fx.map_arg(one, sample_of) for one in given], fx.map_arg(options, sample_of))
+        except NotTraceableError:
+            raise
+        except Exception as error:
+            raise NotTraceableError(f"{name}: {type(error).__name__}: {error}") from error
+        self.samples[node] = sample
+        if not isinstance(sample, Tensor):
+            return  # a dtype, a device: used by an operation, no value of its own
+        if name in IDENTITIES:
+            self.values[node] = self._value(given[0])
+            return
+        if name in FILLED:
+            number = FILLED[name] if FILLED[name] is not None else given[2] if name == "new_full" else given[1]
+            self.values[node] = self._number(number, sample.dtype)
+            return
+        meant, wanted = _meant(name, list(given), dict(options))
+        operands = tuple(self._value(one) for one in wanted)
+        if all(value.kind != "element" for value in operands):
+            raise NotTraceableError(f"{name} of numbers alone; work it out in `arguments`, where it is done in float64")
+        common = sample.dtype
+        if meant in COMPARISONS:
+            common = torch.result_type(*(fx.map_arg(one, sample_of) for one in wanted))
+        elif meant in ("cast", "bits", "isfinite", "invert"):
+            common = operands[0].dtype
+        operations.append(Operation(meant, operands, common, sample.dtype))
+        self.values[node] = Value("element", sample.dtype, len(operations))
+
+    def _value(self, operand: Any) -> Value:
+        if isinstance(operand, fx.Node):
+            if operand not in self.values:
+                raise NotTraceableError(f"'{operand}' is no value of an element")
+            return self.values[operand]
+        if isinstance(operand, bool):
+            return Value("baked", torch.bool, number=operand)
+        if isinstance(operand, int):
+            return Value("baked", torch.int64, number=operand)
+        if isinstance(operand, float):
+            return self._number(operand, torch.float32)
+        raise NotTraceableError(f"an operand is {type(operand).__name__}")
+
+    def _number(self, number: Any, dtype: torch.dtype) -> Value:
+        if isinstance(number, fx.Node):
+            return self._value(number)
+        if dtype != torch.float32 or float(number) in BAKED:
+            return Value("baked", dtype, number=number)
+        self.literals.append(float(number))
+        return Value("real", torch.float32, -len(self.literals))
+
+
+def _shifted(value: Value, by: int) -> Value:
+    """Literals (negative until now) are the first reals."""
+    if value.kind != "real":
+        return value
+    return Value("real", value.dtype, -value.position - 1 if value.position < 0 else value.position + by)
+
+
+IDENTITIES = {"contiguous", "clone", "detach", "reshape"}
+FILLED: dict[str, float | None] = {"zeros_like": 0.0, "ones_like": 1.0, "new_full": None, "full_like": None}
+"""What makes a tensor of one number, and which."""
+BINARY = {
+    "add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "div": "div", "maximum": "maximum", "minimum": "minimum",
+    "lt": "lt", "le": "le", "gt": "gt", "ge": "ge", "eq": "eq", "ne": "ne", "and": "and", "or": "or", "xor": "xor",
+    "logical_and": "and", "logical_or": "or", "rshift": "rshift", "lshift": "lshift",
+}  # fmt: skip
+COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}
+# No square root: torch's own is not correctly rounded on processors where it comes from MKL (a sixth of the results are off
+# by one bit), so it has no bytes that all devices share.
+UNARY = {
+    "neg": "neg", "abs": "abs", "sign": "sign", "round": "round", "floor": "floor", "invert": "invert",
+    "logical_not": "invert", "square": "square", "reciprocal": "reciprocal", "isfinite": "isfinite",
+}  # fmt: skip
+
+
+def _called(node: fx.Node) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
+    return str(name).strip("_"), node.args, dict(node.kwargs)
+
+
+def _done(node: fx.Node, given: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    if node.op == "call_method":
+        if str(node.target).endswith("_") and not str(node.target).startswith("_"):
+            raise NotTraceableError(f"{node.target} writes in place")
+        return getattr(given[0], str(node.target))(*given[1:], **options)
+    assert callable(node.target)
+    return node.target(*given, **options)
+
+
+def _meant(name: str, given: list[Any], options: dict[str, Any]) -> tuple[str, list[Any]]:
+    """The operation in one of the words that a loop knows, and what it is done to."""
+    if name in ("to", "float", "double", "int") or (name == "view" and given[1:] and isinstance(given[1], torch.dtype)):
+        return ("bits" if name == "view" else "cast"), given[:1]
+    if name in ("clamp", "clip"):
+        low, high = (options.get(key, given[at] if len(given) > at else None) for key, at in (("min", 1), ("max", 2)))
+        if low is not None and high is not None:
+            return "clamp", [given[0], low, high]
+        return ("clamp_max", [given[0], high]) if low is None else ("clamp_min", [given[0], low])
+    if options:
+        raise NotTraceableError(f"{name} with {', '.join(options)}")
+    if name in ("where", "clamp_min", "clamp_max"):
+        return name, given
+    if (name in BINARY and len(given) == 2) or (name in UNARY and len(given) == 1):
+        return BINARY.get(name) or UNARY[name], given
+    raise NotTraceableError(f"'{name}' is not known as an operation on one element")
+
+
+def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        one = waiting.pop()
+        if one not in found:
+            found.add(one)
+            waiting.extend(one.all_input_nodes)
+    return found

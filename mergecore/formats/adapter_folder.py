@@ -1,0 +1,92 @@
+"""An adapter as files: its weights written module by module, its configuration beside them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mergecore.checkpoints.adapters import CONFIG, STEM, is_transposed, made_factor, outputs
+from mergecore.checkpoints.experts import AdapterExpert
+from mergecore.identity.content import block_digests, bytes_of, model_digest, tensor_digest
+from mergecore.plugins.adapter_method import AdapterMethod, made, ranks_made
+from mergecore.tensors.dtypes import DTYPES
+from mergecore.tensors.finite import TAME, check_finite
+from mergecore.tensors.sinks import ShardSink, plan_shards
+from mergecore.tensors.source import TensorInfo, TensorSource
+
+
+class AdapterFile:
+    """The weights of an adapter in `folder`: laid out first, then written in any order, one module at a time."""
+
+    def __init__(
+        self,
+        folder: Path,
+        ranks: Mapping[str, int],
+        selection: Mapping[str, TensorInfo],
+        transposed: bool,
+        dtype: str = "F32",
+    ) -> None:
+        self.transposed = transposed
+        self.infos = outputs(ranks, selection, transposed, dtype)
+        self._sink = ShardSink(folder, self.infos, plan_shards(self.infos, sys.maxsize, STEM))
+        self._sink.prepare()
+        self._digests: dict[str, str] = {}
+
+    def write(self, target: str, down: Tensor, up: Tensor, owner: str) -> tuple[Tensor, Tensor]:
+        """One module's factors, rounded to the file's dtype; returns them as they stand there. owner: whose they are.
+
+        Raises NonFiniteError where they hold what is not finite.
+        """
+        factor, held = made_factor(target, self.transposed), []
+        for name, wide in ((factor.down, down), (factor.up, up)):
+            info = self.infos[name]
+            values = wide.reshape(info.shape).to(DTYPES[info.dtype]).contiguous()
+            check_finite(values, name, owner, TAME)
+            self._sink.write(name, 0, bytes_of(values.reshape(-1)))
+            self._digests[name] = tensor_digest(list(block_digests(values.reshape(-1)).values()))
+            held.append(values)
+        return held[0], held[1]
+
+    @property
+    def digest(self) -> str:
+        """The digest of all that was to be written."""
+        return model_digest({name: (info.dtype, info.shape, self._digests[name]) for name, info in self.infos.items()})
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors."""
+        return sum(info.count * DTYPES[info.dtype].itemsize for info in self.infos.values())
+
+
+def write_made(
+    folder: Path, method: AdapterMethod, experts: Sequence[AdapterExpert], selection: Mapping[str, TensorInfo]
+) -> tuple[str, dict[str, Any]]:
+    """The weights of what a method makes of adapters; returns their digest, and what is to be recorded."""
+    transposed, ranks = is_transposed(experts), ranks_made(method, experts, selection)
+    file, numbers = AdapterFile(folder, ranks, selection, transposed), dict[str, Mapping[str, float]]()
+    for target, combined in made(method, experts, selection):
+        file.write(target, combined.down, combined.up, f"method '{method.name}'")
+        numbers[target] = combined.numbers
+    record = {"fan_in_fan_out": transposed, "modules": numbers, "ranks": ranks, **method.total(numbers)}
+    return file.digest, record
+
+
+def write_copy(
+    folder: Path, held: TensorSource, record: Mapping[str, Any], selection: Mapping[str, TensorInfo], dtype: str
+) -> AdapterFile:
+    """An adapter made earlier (its tensors and its record), its weights in another dtype."""
+    file = AdapterFile(folder, record["ranks"], selection, record["fan_in_fan_out"], dtype)
+    for target in record["ranks"]:
+        factor = made_factor(target, file.transposed)
+        file.write(target, held.read(factor.down), held.read(factor.up), "the adapter")
+    return file
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """`adapter_config.json`."""
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

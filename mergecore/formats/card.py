@@ -1,0 +1,47 @@
+"""The model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mergecore.spec.yaml_files import as_yaml
+
+
+def model_card(recipe: Mapping[str, Any], origin: Mapping[str, Any], scores: Mapping[str, float] | None = None) -> str:
+    """README.md of a merged model: what it is made of, the recipe as it can be run again, digests of every input."""
+    base = origin["base"]["source"]
+    head = {"base_model": [base, *(expert["source"] for expert in origin["experts"])], "tags": ["merge", "mergeloom"]}
+    lines = [
+        "---",
+        as_yaml(head).strip(),
+        "---",
+        "",
+        f"# Merge of {len(origin['experts'])} experts by {recipe['method']}",
+        "",
+    ]
+    lines += [
+        "Made with Mergeloom. The recipe, as `mergeloom merge` takes it:",
+        "",
+        "```yaml",
+        as_yaml(dict(recipe)).strip(),
+        "```",
+    ]
+    lines += ["", "| input | source | SHA-256 of its weights |", "|---|---|---|"]
+    lines += [f"| base | {base} | `{origin['base']['weights']}` |"]
+    lines += [f"| {one['name']} | {one['source']} | `{one['weights']}` |" for one in origin["experts"]]
+    if origin.get("kept_density"):
+        kept = ", ".join(f"{name} {share:.4%}" for name, share in origin["kept_density"].items())
+        lines += ["", f"Share of each task vector that the threshold kept: {kept}."]
+    if "error" in origin:
+        lines += ["", f"Relative error of the cut to the rank, in the Frobenius norm: {origin['error']:.4%}."]
+    if "saved" in origin:
+        lines += [
+            "",
+            "This is no model but a product of masks: `mergeloom unpack` makes the model of one task from it.",
+        ]
+        lines += [f"It takes {origin['saved']}."]
+    if scores:
+        lines += ["", "| score | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4f} |" for name, value in scores.items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""Step keys, content digests and counter-based random draws."""

@@ -1,0 +1,1 @@
+"""Small C++ pieces, built once by the local compiler."""

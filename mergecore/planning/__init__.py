@@ -1,0 +1,1 @@
+"""From a spec to cells and steps. Planning reads no weights."""

@@ -1,0 +1,76 @@
+"""Checks that a pool's checkpoints can be merged with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergecore.checkpoints.layout import tied_names
+from mergecore.checkpoints.snapshot import Snapshot, read_json
+from mergecore.checkpoints.vocabulary.configuration import counts_in
+from mergecore.checkpoints.vocabulary.tokenizer import TOKENIZER, pieces_of
+from mergecore.errors import MismatchError, SourceError
+from mergecore.spec.sources import BaseSpec
+
+VOCABULARIES = "for models whose vocabularies differ say whose is wanted, as in `tokenizer: {source: union}`"
+"""What to do about them."""
+
+
+def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What versions of one model have alike, as far as it is said."""
+    named = {key: config.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers")}
+    return {**{key: value for key, value in named.items() if value is not None}, **counts_in(config)}
+
+
+def _refuse_quantized(found: Snapshot, where: str) -> None:
+    """Raise MismatchError where packed integers and their scales would be taken for weights."""
+    held = found.config.get("quantization_config")
+    if held:
+        kind = held.get("quant_method", "") if isinstance(held, Mapping) else ""
+        raise MismatchError(
+            f"{where}: {found.source.uri} is quantized ({kind or 'quantization_config in its config.json'}): its numbers "
+            "are codes, not weights; give the checkpoint before it was quantized, or a dequantized copy"
+        )
+
+
+def _refuse_lost_head(found: Snapshot, base: Snapshot, where: str) -> None:
+    """Raise MismatchError where an expert has a head of its own and the base's is its embedding."""
+    tied, theirs = (tied_names(one.tensors, one.config) for one in (base, found))
+    own = [name for name in tied if name in found.tensors and name not in theirs]
+    if own and found.config.get("tie_word_embeddings") is False:
+        raise MismatchError(
+            f"{where} has a '{own[0]}' of its own, which the base ties to '{tied[own[0]]}': it would be lost; give a base "
+            "that has a head of its own, or an expert that ties it"
+        )
+
+
+def _same_base(recorded: str, found: Snapshot, base: BaseSpec) -> bool:
+    known = (base.source, base.known_as or "", found.source.uri)
+    return any(recorded == name or Path(recorded).name == Path(name.partition("@")[0]).name for name in known if name)
+
+
+def _check_tokenizer(where: str, found: Snapshot, base: Snapshot, warnings: list[str]) -> None:
+    """Raise MismatchError where the vocabularies differ; other differences of the tokenizer files are said aloud."""
+    name = TOKENIZER
+    if name not in found.source.files or name not in base.source.files:
+        return
+    if found.source.files[name].sha256 == base.source.files[name].sha256:
+        return
+    ours, theirs = (_vocabulary(read_json(one.source, name), f"{one.source.uri}/{name}") for one in (base, found))
+    differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    if differing:
+        raise MismatchError(
+            f"{where}: its tokenizer gives {len(differing)} tokens other ids than the base's (first: {differing[0]!r}); "
+            f"only experts that share the base's vocabulary can be merged; {VOCABULARIES}"
+        )
+    warnings.append(f"{where} has another tokenizer.json than the base (same vocabulary); the base's is used")
+
+
+def _vocabulary(tokenizer: Mapping[str, Any], where: str) -> dict[str, int]:
+    try:
+        return pieces_of(tokenizer.get("model") or {}) | {
+            entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or []
+        }
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise SourceError(f"{where} is no tokenizer that can be read ({error}); fetch it again") from error

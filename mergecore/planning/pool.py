@@ -1,0 +1,287 @@
+"""The checkpoints of a sweep or recipe, resolved and checked against each other before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergecore.checkpoints.architectures import layer_of
+from mergecore.checkpoints.experts import AdapterExpert, Expert, Factor, FullExpert, adapter_factors
+from mergecore.checkpoints.fit import check_fit
+from mergecore.checkpoints.folded import folded
+from mergecore.checkpoints.layout import tied_names
+from mergecore.checkpoints.select import SelectRule, check_left_out
+from mergecore.checkpoints.snapshot import Snapshot, read_json, read_snapshot
+from mergecore.checkpoints.sources import Source
+from mergecore.checkpoints.stack import BASE, StackRule, layers_of, renamed, restacked
+from mergecore.checkpoints.vocabulary.companions import markers, said_of_markers
+from mergecore.checkpoints.vocabulary.rows import Rows
+from mergecore.checkpoints.vocabulary.rules import TokenizerRules
+from mergecore.checkpoints.vocabulary.shared import over_vocabulary, shared_vocabulary, updated
+from mergecore.checkpoints.vocabulary.snapshot import as_it_lies
+from mergecore.checkpoints.vocabulary.tokenizer import TOKENIZER
+from mergecore.errors import MismatchError, SpecError
+from mergecore.events import Event, Report
+from mergecore.identity.keys import Step, digest
+from mergecore.planning.compatibility import (
+    VOCABULARIES,
+    _check_tokenizer,
+    _refuse_lost_head,
+    _refuse_quantized,
+    _same_base,
+    _sizes,
+    _vocabulary,
+)
+from mergecore.spec.sources import BaseSpec, ExpertSpec, Resolver, SourceSpec
+from mergecore.tensors.source import TensorInfo, TensorSource
+
+
+@dataclass(frozen=True)
+class Member:
+    """One expert: its snapshot, and for an adapter its low-rank factors by base tensor."""
+
+    name: str
+    tasks: tuple[str, ...]
+    snapshot: Snapshot
+    factors: Mapping[str, Factor] | None
+
+    @property
+    def id(self) -> str:
+        """The digest of its weights: who the expert is, whatever it is called and wherever it lies."""
+        return self.snapshot.weights
+
+    def carried(self) -> frozenset[str]:
+        """The base tensors that its own files hold."""
+        return frozenset(self.snapshot.tensors if self.factors is None else self.factors)
+
+    def open(self, folder: Path, base: Mapping[str, TensorInfo]) -> Expert:
+        """The expert as the engine reads it, from the folder its files lie in."""
+        if self.factors is None:
+            return FullExpert(self.id, self.name, self.snapshot.open(folder))
+        return self.adapter(folder, base)
+
+    def adapter(self, folder: Path, base: Mapping[str, TensorInfo]) -> AdapterExpert:
+        """An adapter likewise; of a folder that has yet to be filled only headers can be asked for."""
+        assert self.factors is not None
+        shapes = {name: (base[name].shape[0], base[name].shape[1]) for name in self.factors}
+        return AdapterExpert(self.id, self.name, self.snapshot.open(folder), dict(self.factors), shapes)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Base, experts by name and the multitask model; `warnings` are to be said aloud."""
+
+    base: Snapshot
+    experts: Mapping[str, Member]
+    multitask: Member | None
+    warnings: tuple[str, ...]
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """Experts, then the multitask model."""
+        return (*self.experts.values(), *([self.multitask] if self.multitask else []))
+
+    @property
+    def tied(self) -> bool:
+        """Whether the base ties its word embeddings."""
+        return bool(self.base.config.get("tie_word_embeddings"))
+
+
+def snapshot_step(snapshot: Snapshot) -> Step:
+    """The step that pins a checkpoint."""
+    return Step("snapshot", snapshot.kind, 1, {}, {"weights": snapshot.weights, "companions": snapshot.companions})
+
+
+def read_source(source: SourceSpec, resolve: Resolver, where: str) -> Snapshot:
+    """The checkpoint or adapter that a spec names, with an adapter folded in where it says so."""
+    found = read_snapshot(resolve(SourceSpec(source=source.source, revision=source.revision)))
+    return found if source.adapter is None else folded(found, read_snapshot(resolve(source.adapter)), where)
+
+
+HASHED_AT_ONCE = 4
+"""Checkpoints whose files are hashed side by side."""
+
+
+def _ahead(resolve: Resolver, wanted: Sequence[SourceSpec]) -> Resolver:
+    """The same resolver, with all of these found and their files hashed side by side."""
+
+    held = {_place(spec): resolve(SourceSpec(source=spec.source, revision=spec.revision)) for spec in wanted}
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        list(pool.map(lambda source: source.files, held.values()))
+
+    def found(spec: SourceSpec) -> Source:
+        return held.get(_place(spec)) or resolve(spec)
+
+    return found
+
+
+def _place(spec: SourceSpec) -> tuple[str, str | None]:
+    return spec.source, spec.revision
+
+
+def resolve_pool(
+    base: BaseSpec,
+    experts: Sequence[ExpertSpec],
+    multitask: SourceSpec | None,
+    resolve: Resolver,
+    report: Report,
+    select: Sequence[SelectRule] = (),
+    stack: Sequence[StackRule] = (),
+    tokenizer: TokenizerRules | None = None,
+    chat_template: str | None = None,
+) -> Pool:
+    """Resolve and check every checkpoint; reads headers and small files only. What `select` drops need not fit.
+    stack: the layers of the result. tokenizer: its vocabulary, where the checkpoints' differ.
+
+    Raises SourceError for what cannot be had and MismatchError for what does not fit the base: architecture, shapes,
+    vocabulary.
+    """
+    resolve = _ahead(resolve, [base, *experts, *([multitask] if multitask else [])])
+    found = read_source(base, resolve, "base")
+    ground = restacked(found, stack, BASE)
+    report(Event(f"base {ground.source.uri}"))
+    if ground.kind != "full":
+        raise SpecError(f"base: {ground.source.uri} is an adapter; give the checkpoint it was trained on")
+    _refuse_quantized(ground, "base")
+    warnings: list[str] = []
+    strangers: dict[str, list[str]] = {}
+    members: dict[str, Member] = {}
+    taken = _read_experts(experts, resolve, stack, report)
+    rows = None
+    if tokenizer is not None:
+        shared = shared_vocabulary(ground, taken, tokenizer, chat_template)
+        ground, taken, rows = shared.base, dict(shared.experts), shared.adapters
+        warnings += shared.warnings
+    elif chat_template is not None and TOKENIZER in ground.source.files:
+        tokens = _vocabulary(read_json(ground.source, TOKENIZER), f"{ground.source.uri}/{TOKENIZER}")
+        warnings += said_of_markers(markers(chat_template), tokens)
+    for expert in experts:
+        member = _stacked(expert, taken[expert.name], found, ground, select, stack, warnings, tokenizer is None)
+        if rows is not None and member.factors is not None:
+            member = _updated(member, ground, rows)
+        same = next((other.name for other in members.values() if other.id == member.id), None)
+        if same is not None:
+            raise SpecError(f"experts: '{expert.name}' and '{same}' have the same weights; list each checkpoint once")
+        members[expert.name] = member
+    check_left_out(select, [ground.tensors, *(member.snapshot.tensors for member in members.values())])
+    several = None
+    if multitask is not None:
+        several = _multitask(read_snapshot(resolve(multitask)), ground, rows, warnings, tokenizer is None)
+    for member in [*members.values(), *([several] if several else [])]:
+        recorded = str(member.snapshot.config.get("base_model_name_or_path") or "")
+        if member.factors is not None and recorded and not _same_base(recorded, ground, base):
+            strangers.setdefault(recorded, []).append(member.name)
+    for recorded, names in strangers.items():
+        warnings.append(
+            f"trained on '{recorded}' by their own record, while the base is '{base.source}': {', '.join(names)} "
+            "(if it is a copy of that, say so with `base: {source: …, known_as: …}`)"
+        )
+    return Pool(ground, members, several, tuple(warnings))
+
+
+def _read_experts(
+    experts: Sequence[ExpertSpec], resolve: Resolver, stack: Sequence[StackRule], report: Report
+) -> dict[str, Snapshot]:
+    """The experts by name, full ones with the result's layers."""
+    found: dict[str, Snapshot] = {}
+    for position, expert in enumerate(experts):
+        report(Event(f"expert {expert.name}", position + 1, len(experts), "experts"))
+        if expert.name in found:
+            raise SpecError(f"experts: two are called '{expert.name}'; give each its own name")
+        held = read_source(expert, resolve, f"expert '{expert.name}'")
+        if held.kind == "full":
+            _refuse_quantized(held, f"expert '{expert.name}' ({held.source.uri})")
+            held = restacked(held, stack, expert.name)
+        found[expert.name] = held
+    return found
+
+
+def _multitask(held: Snapshot, ground: Snapshot, rows: Rows | None, warnings: list[str], same_tokens: bool) -> Member:
+    """A full one is measured as it lies, with its own tokenizer; an adapter is on the base as it is read here."""
+    found = _member("multitask", (), held, as_it_lies(ground), warnings, same_tokens=same_tokens)
+    return _updated(found, ground, rows) if rows is not None and found.factors is not None else found
+
+
+def _stacked(
+    expert: ExpertSpec,
+    held: Snapshot,
+    base: Snapshot,
+    ground: Snapshot,
+    select: Sequence[SelectRule],
+    stack: Sequence[StackRule],
+    warnings: list[str],
+    same_tokens: bool,
+) -> Member:
+    """The expert as the result's layers have it; held: a checkpoint with these layers, an adapter as it lies.
+
+    base: as it lies in its files; ground: with the result's layers.
+    """
+    if held.kind == "full":
+        if stack:  # it may have no part in some of the layers
+            present = {None, *map(layer_of, held.tensors)}
+            tensors = {tensor: info for tensor, info in ground.tensors.items() if layer_of(tensor) in present}
+            ground = dataclasses.replace(ground, tensors=tensors)
+        return _member(expert.name, expert.tasks, held, ground, warnings, select, same_tokens)
+    member = _member(expert.name, expert.tasks, held, base, warnings)
+    if not stack or member.factors is None:
+        return member
+    layers = layers_of(stack, expert.name)
+    snapshot = dataclasses.replace(held, weights=digest(["stack", held.weights, layers]))
+    return dataclasses.replace(member, snapshot=snapshot, factors=renamed(member.factors, layers))
+
+
+def _updated(member: Member, ground: Snapshot, rows: Rows) -> Member:
+    """An adapter whose update of an embedding or head has a row for each token of the result."""
+    assert member.factors is not None
+    targets = [target for target in member.factors if over_vocabulary(target, ground.tensors[target])]
+    if not targets:
+        return member
+    for target in targets:
+        if member.factors[target].transposed:
+            raise MismatchError(
+                f"expert '{member.name}' changes '{target}' as (in, out): rows of tokens cannot be told; fold it into its base"
+            )
+    snapshot = updated(member.snapshot, [member.factors[target].up for target in targets], rows)
+    return dataclasses.replace(member, snapshot=snapshot)
+
+
+def _member(
+    name: str,
+    tasks: tuple[str, ...],
+    found: Snapshot,
+    base: Snapshot,
+    warnings: list[str],
+    select: Sequence[SelectRule] = (),
+    same_tokens: bool = True,
+) -> Member:
+    """same_tokens: whether the tokenizers must say the same, as nothing has brought the vocabularies together."""
+    where = f"expert '{name}' ({found.source.uri})"
+    if found.kind == "adapter":
+        factors = adapter_factors(
+            found.tensors, found.config, base.tensors, where, tied_names(base.tensors, base.config)
+        )
+        return Member(name, tasks, found, factors)
+    _refuse_quantized(found, where)
+    ours, theirs = (_sizes(one.config) for one in (base, found))
+    for key in (key for key in ours if key in theirs and ours[key] != theirs[key]):
+        hint = f" ({VOCABULARIES})" if key.endswith("vocab_size") else ""
+        raise MismatchError(
+            f"{where} has {key} {theirs[key]}, the base has {ours[key]}: they are no versions of one model{hint}"
+        )
+    _refuse_lost_head(found, base, where)
+    check_fit(base.tensors, found.tensors, where, base.config, select)
+    if same_tokens:
+        _check_tokenizer(where, found, base, warnings)
+    return Member(name, tasks, found, None)
+
+
+def opened(pool: Pool, folders: Mapping[str, Path]) -> tuple[TensorSource, dict[str, Expert]]:
+    """The base and the experts (by id) as the engine reads them. folders: weights digest → where the files lie."""
+    base = pool.base.open(folders[pool.base.weights])
+    experts = {
+        member.id: member.open(folders[member.id], pool.base.tensors) for member in pool.members if member.id in folders
+    }
+    return base, experts

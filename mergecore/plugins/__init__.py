@@ -1,0 +1,1 @@
+"""The kinds of plug-ins. Start with `method.py`."""

@@ -1,0 +1,20 @@
+"""What all plug-ins are: frozen parameters with a name and a version."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Plugin(BaseModel):
+    """Parameters and nothing else; `name` is how a spec calls it, `version` is bumped by hand when numbers change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    def parameters(self) -> dict[str, Any]:
+        """The fields as plain JSON, defaults included: what enters the step's key."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,94 @@
+"""Turns pydantic's errors about a plug-in's values into sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from mergecore.errors import nearest
+
+PLAIN = {
+    "Input should be a valid tuple": "must be a list",
+    "Input should be a valid dictionary": "must be a mapping of keys",
+    "Input should be": "must be",
+    "valid string": "text",
+    "valid number": "number",
+    "valid integer": "whole number",
+}
+"""pydantic's words, and what a person who writes YAML calls the same."""
+
+
+def explained(error: ValidationError, model: type[Any], where: str, beside: Iterable[str] = ()) -> str:
+    """A pydantic error as sentences: the place, what is wrong with it, and for an unknown key the nearest one."""
+    said = []
+    errors = error.errors(include_url=False)
+    for found in errors:
+        if found["type"] == "too_short" and any(_inside(other["loc"], found["loc"]) for other in errors):
+            continue  # a list counts as empty once what is in it is wrong
+        place = ".".join([where, *(str(part) for part in found["loc"] if part not in ("(one)", "(each)"))])
+        if found["type"] == "extra_forbidden":
+            parent, key = list(found["loc"][:-1]), str(found["loc"][-1])
+            said.append(f"{place}: unknown key; {nearest(key, {*_keys(model, parent), *(() if parent else beside)})}")
+        elif found["type"] == "missing":
+            said.append(f"{place}: must be given")
+        elif found["type"] in ("model_type", "dict_type"):
+            said.append(f"{place}: {_mapping(model, found)}{_given(found['input'])}")
+        else:
+            said.append(f"{place}: {_message(found)}{_given(found['input'])}")
+    return "; ".join(said)
+
+
+def _inside(place: Sequence[int | str], other: Sequence[int | str]) -> bool:
+    """Whether one place of an error lies within another."""
+    return len(place) > len(other) and tuple(place[: len(other)]) == tuple(other)
+
+
+def _mapping(model: Any, found: Mapping[str, Any]) -> str:
+    """What has to stand where something else than a mapping stands."""
+    kind = _model_at(model, found["loc"])
+    if found["type"] == "dict_type" or kind is None:
+        return "must be a mapping of keys"
+    keys = " and ".join(", ".join(key for key in _names(kind) if key != "kind").rsplit(", ", 1))
+    return f"must be a mapping with {keys}" + (", or text" if hasattr(kind, "_from_text") else "")
+
+
+def _message(found: Mapping[str, Any]) -> str:
+    message = str(found["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if isinstance(found["input"], Mapping) and set(found["input"]) == {"grid"}:
+        return "a grid may stand in the methods of a sweep's spec only; write one value"
+    for theirs, ours in PLAIN.items():
+        message = message.replace(theirs, ours)
+    return message
+
+
+def _given(value: Any) -> str:
+    """The value in brackets where it is short enough to help."""
+    text = repr(value)
+    return f" (given: {text})" if len(text) <= 80 else ""
+
+
+def _keys(model: Any, path: Sequence[Any]) -> list[str]:
+    """The known keys, as they are written, of the (nested) model that `path` leads to."""
+    return _names(_model_at(model, path) or model)
+
+
+def _names(model: Any) -> list[str]:
+    return [info.alias or name for name, info in getattr(model, "model_fields", {}).items()]
+
+
+def _model_at(model: Any, path: Sequence[Any]) -> Any:
+    """The (nested) model that `path` leads to, None where it leads to none below the model itself."""
+    found = None
+    for part in path:
+        fields = {info.alias or name: info for name, info in getattr(found or model, "model_fields", {}).items()}
+        if part in fields:
+            found = next(iter(_models(fields[part].annotation)), found)
+    return found
+
+
+def _models(annotation: Any) -> list[Any]:
+    if hasattr(annotation, "model_fields"):
+        return [annotation]
+    return [kind for part in getattr(annotation, "__args__", ()) for kind in _models(part)]

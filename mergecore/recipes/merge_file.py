@@ -1,0 +1,92 @@
+"""What a recipe file asks for, made: one model, or several of which later ones are made of earlier ones."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mergecore.engine.executor import Executor
+from mergecore.errors import SpecError
+from mergecore.events import Report
+from mergecore.native.library import Library
+from mergecore.recipes.merge_recipe import MERGEKIT, Made, Origin, merge_recipe
+from mergecore.spec.mergekit.document import is_mergekit
+from mergecore.spec.recipe import Recipe
+from mergecore.spec.recipe_documents import Order, Translator, read_orders
+from mergecore.spec.sources import Resolver
+
+Maker = Callable[[Recipe, Path, Origin | None], Made]
+"""Makes the model of one recipe in the folder given; the recipe was read from the origin."""
+
+
+def merge_file(
+    path: Path,
+    out: Path,
+    resolve: Resolver,
+    executor: Executor,
+    report: Report,
+    *,
+    durable: bool = False,
+    intermediates: Path | None = None,
+    library: Library | None = None,
+    memory: int | None = None,
+    store: Path | None = None,
+) -> list[Made]:
+    """Make what a recipe file asks for, as `make_file` does, in this process or on the executor's workers."""
+
+    def make(recipe: Recipe, folder: Path, origin: Origin | None) -> Made:
+        return merge_recipe(
+            recipe, folder, resolve, executor, report, durable=durable, library=library, memory=memory, store=store,
+            origin=origin,
+        )  # fmt: skip
+
+    return make_file(path, out, resolve, make, intermediates)
+
+
+def make_file(path: Path, out: Path, resolve: Resolver, make: Maker, intermediates: Path | None = None) -> list[Made]:
+    """Make what a recipe file asks for, in our form or in mergekit's; of several documents the one without a name is
+    `out`, and where all have names each becomes a folder in `out`.
+
+    intermediates: where results that others are made of stay; none: they are removed. Raises a MergeloomError.
+    """
+    orders = read_orders(path)
+    translator, text = Translator(resolve), path.read_text(encoding="utf-8")
+    with contextlib.ExitStack() as stack:
+        folders = _folders(orders, out, intermediates, stack)
+        passing = intermediates is None and len(orders) > 1 and not all(order.name for order in orders)
+        named = [order.name for order in orders if order.name and passing]
+        called = {str(folders[name]): f"{name} of {MERGEKIT}" for name in named}
+        made = []
+        for order in orders:
+            recipe, notes = translator.recipe(order, folders)
+            origin = Origin(text, called) if is_mergekit(order.held) else None
+            one = make(recipe, folders[order.name], origin)
+            made.append(dataclasses.replace(one, warnings=(*notes, *one.warnings)))
+    return [one for one in made if one.folder.exists()]
+
+
+def _folders(
+    orders: Sequence[Order], out: Path, intermediates: Path | None, stack: contextlib.ExitStack
+) -> dict[str, Path]:
+    """Where each result goes. Raises SpecError where one would be made for nobody."""
+    if len(orders) == 1:
+        return {orders[0].name: out}
+    needed = {name for order in orders for name in order.needs}
+    if intermediates is None and all(order.name for order in orders):
+        intermediates = out
+    for order in orders:
+        if intermediates is None and order.name and order.name not in needed:
+            raise SpecError(
+                f"{order.where}: no other document is made of '{order.name}'; give --intermediates FOLDER to keep it there"
+            )
+    if intermediates is None:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        made = tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent)
+        stack.callback(shutil.rmtree, made, ignore_errors=True)
+        intermediates = Path(made)
+    intermediates.mkdir(parents=True, exist_ok=True)
+    return {order.name: intermediates / order.name if order.name else out for order in orders}

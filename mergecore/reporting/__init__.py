@@ -1,0 +1,1 @@
+"""Scores as records, tables and figures."""

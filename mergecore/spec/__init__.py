@@ -1,0 +1,1 @@
+"""What people write: sweeps, recipes, mergekit's YAML."""

@@ -1,0 +1,181 @@
+"""mergekit's schema: one document of a recipe file, checked. Unknown keys are errors that name the nearest known one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mergecore.errors import SpecError
+from mergecore.plugins.values import explained
+from mergecore.spec.mergekit.reference import Reference
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Bound = Annotated[int, Field(ge=0)]
+Parameters = Annotated[Mapping[str, Any], Field(description="values of the merge method")]
+
+
+class Part(BaseModel):
+    """A part of a document: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, value: Any) -> Any:
+        """A key with nothing behind it counts as left out."""
+        return {key: held for key, held in value.items() if held is not None} if isinstance(value, Mapping) else value
+
+
+class ModelInput(Part):
+    """A model that takes part with all of its layers."""
+
+    model: Reference
+    parameters: Parameters = {}
+
+
+class SliceInput(ModelInput):
+    """A model that takes part with some of its layers."""
+
+    layer_range: Annotated[tuple[Bound, Bound], Field(description="first layer, and the one after the last")]
+
+    @model_validator(mode="after")
+    def _has_layers(self) -> SliceInput:
+        if self.layer_range[0] >= self.layer_range[1]:
+            raise ValueError(f"layer_range {list(self.layer_range)} holds no layer: the end is not included")
+        return self
+
+    @property
+    def count(self) -> int:
+        """Number of layers."""
+        return self.layer_range[1] - self.layer_range[0]
+
+
+class OutputSlice(Part):
+    """Layers of the result, made of as many layers of each source."""
+
+    sources: Annotated[tuple[SliceInput, ...], Field(min_length=1)]
+    base_model: Reference | None = None
+    residual_weight: None = Field(None, description="not supported: mergekit itself makes no use of it")
+    parameters: Parameters = {}
+
+    @model_validator(mode="after")
+    def _equally_long(self) -> OutputSlice:
+        counts = [source.count for source in self.sources]
+        if len(set(counts)) > 1:
+            raise ValueError(f"sources have {', '.join(map(str, counts))} layers: all must have as many")
+        return self
+
+
+class Inputs(Part):
+    """What a model or a module of one is made of: whole models, or slices of them."""
+
+    slices: Annotated[tuple[OutputSlice, ...], Field(min_length=1)] | None = None
+    models: Annotated[tuple[ModelInput, ...], Field(min_length=1)] | None = None
+    parameters: Parameters = {}
+
+
+class Module(Inputs):
+    """A part of a model with layers of its own: an encoder, a text decoder."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Module:
+        if (self.slices is None) == (self.models is None):
+            raise ValueError("a module holds either 'models' or 'slices'")
+        return self
+
+
+class TokenOf(Part):
+    """The embedding of a token as another model has it."""
+
+    kind: Literal["model_token"]
+    model: Reference
+    token_id: Annotated[int | None, Field(ge=0)] = None
+    token: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenOf:
+        if (self.token is None) == (self.token_id is None):
+            raise ValueError("give either 'token' or 'token_id'")
+        return self
+
+
+class NoToken(Part):
+    """An embedding of zeros."""
+
+    kind: Literal["zero"]
+
+
+class TokenRule(Part):
+    """Where the embedding of one token comes from."""
+
+    source: TokenOf | NoToken | Reference | None = None
+    force: bool = Field(False, description="also where every model has the token")
+
+
+class TokenizerRule(Part):
+    """The tokenizer of the result."""
+
+    source: Literal["union", "base"] | Reference = "union"
+    tokens: Mapping[str, TokenRule] = {}
+    pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None
+
+
+class Document(Inputs):
+    """One merge, as mergekit's YAML says it."""
+
+    name: str | None = Field(None, description="what other documents of the file call its result")
+    merge_method: str
+    modules: Annotated[Mapping[str, Module], Field(min_length=1)] | None = None
+    base_model: Reference | None = None
+    dtype: Dtype | None = Field(None, description="of the file; mergekit computes in it too, we in float32")
+    out_dtype: Dtype | None = Field(None, description="of the file, where it is another than `dtype`")
+    tokenizer_source: Literal["union", "base"] | Reference | None = None
+    tokenizer: TokenizerRule | None = None
+    chat_template: str | None = None
+    random_seed: Annotated[int, Field(ge=0, description="seed of random masks (mergekit's --random-seed)")] = 0
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Document:
+        given = [key for key in ("models", "slices", "modules") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of 'models', 'slices' and 'modules' ({' and '.join(given) or 'none'} given)"
+            )
+        if self.tokenizer is not None and self.tokenizer_source is not None:
+            raise ValueError("give 'tokenizer' or 'tokenizer_source', not both")
+        return self
+
+    @property
+    def inputs(self) -> Mapping[str, Inputs]:
+        """What each module is made of; '' stands for the whole model."""
+        return self.modules if self.modules is not None else {"": self}
+
+    def references(self) -> tuple[Reference, ...]:
+        """Every model that takes part, the base first, then in the order of the document."""
+        return tuple(dict.fromkeys(self._references()))
+
+    def _references(self) -> Iterator[Reference]:
+        if self.base_model is not None:
+            yield self.base_model
+        for held in self.inputs.values():
+            for model in held.models or ():
+                yield model.model
+            for out in held.slices or ():
+                yield from (source.model for source in out.sources)
+                if out.base_model is not None:
+                    yield out.base_model
+
+
+def is_mergekit(held: Mapping[str, Any]) -> bool:
+    """Whether a mapping is in mergekit's form rather than in ours."""
+    return "merge_method" in held or "slices" in held
+
+
+def document_from(held: Mapping[str, Any], where: str) -> Document:
+    """The checked document. Raises SpecError naming every place that is wrong."""
+    try:
+        return Document.model_validate(dict(held))
+    except ValidationError as error:
+        raise SpecError(explained(error, Document, where)) from None

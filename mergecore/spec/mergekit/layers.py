@@ -1,0 +1,117 @@
+"""What each tensor of mergekit's result is made of: which tensors of which models, at which depth, with which settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from mergecore.checkpoints.architectures import layer_of
+from mergecore.checkpoints.snapshot import Snapshot
+from mergecore.checkpoints.stack import at_layer
+from mergecore.errors import SpecError, nearest
+from mergecore.spec.mergekit.document import Document, Inputs, OutputSlice, SliceInput
+from mergecore.spec.mergekit.reference import Reference
+
+Lookup = Callable[[Reference], Snapshot]
+"""Headers and configuration of a model (without its adapter)."""
+FIRST = re.compile(r"embed|wte|wpe|shared")
+"""Tensors that stand before the first layer; what else belongs to no layer stands after the last."""
+MODULES: dict[str, Mapping[str, str]] = {
+    "t5": {"encoder": r"^encoder\.", "decoder": r"^(?!encoder\.)"},
+}
+"""Names of modules by model type, and which tensors are theirs."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """One tensor of the result. out: the slice it belongs to; names: what it is called in each source, in their order."""
+
+    name: str
+    out: OutputSlice
+    inputs: Inputs
+    names: tuple[str, ...]
+    depth: float
+
+
+@dataclass(frozen=True)
+class Level:
+    """One layer of the result: for every model of its slice the layer it is there."""
+
+    layers: Mapping[Reference, int]
+
+
+def depth_of(snapshot: Snapshot, module: str = "") -> int:
+    """Number of layers, of the whole model or of one of its modules."""
+    mine = MODULES.get(str(snapshot.config.get("model_type")), {}).get(module, "")
+    found = [layer for name in snapshot.tensors if re.search(mine, name) and (layer := layer_of(name)) is not None]
+    return max(found) + 1 if found else 0
+
+
+def slices_of(document: Document, module: str, lookup: Lookup, where: str) -> tuple[OutputSlice, ...]:
+    """The slices of a document ('') or module; whole models are one slice, to which the base belongs where there is one."""
+    inputs = document.inputs[module]
+    where = f"{where}.modules.{module}" if module else where
+    if inputs.slices is not None:
+        for number, out in enumerate(inputs.slices):
+            for source in out.sources:
+                held = depth_of(lookup(source.model), module)
+                if source.layer_range[1] > held:
+                    raise SpecError(
+                        f"{where}.slices[{number}]: layer_range {list(source.layer_range)} of '{source.model}', which "
+                        f"has {held} layers: the end may be {held} at most"
+                    )
+        return inputs.slices
+    models = inputs.models or ()
+    given = {model.model: model.parameters for model in models}
+    if len(given) < len(models):
+        twice = next(one.model for number, one in enumerate(models) if one.model in [m.model for m in models[:number]])
+        raise SpecError(f"{where}.models: '{twice}' stands there twice; list each model once")
+    if document.base_model is not None:
+        given.setdefault(document.base_model, {})
+    counts = {str(model): depth_of(lookup(model), module) for model in given}
+    if len(set(counts.values())) > 1:
+        raise SpecError(
+            f"{where}.models have different numbers of layers ({counts}); use slices to say which go together"
+        )
+    whole = (0, max(1, *counts.values()))
+    return (OutputSlice(sources=tuple(SliceInput(model=m, layer_range=whole, parameters=p) for m, p in given.items())),)
+
+
+def made_tensors(slices: Sequence[OutputSlice], inputs: Inputs, tensors: Sequence[str]) -> Iterator[Made]:
+    """Every tensor of the result. tensors: the names that one model has (of layer 0 and of no layer, at least)."""
+    for name in tensors:
+        if layer_of(name) is None:
+            out = slices[0] if FIRST.search(name) else slices[-1]
+            yield Made(name, out, inputs, (name,) * len(out.sources), 0.0)
+    within = {at_layer(name, 0): name for name in tensors if layer_of(name) is not None}
+    number = 0
+    for out in slices:
+        count = out.sources[0].count
+        for offset in range(count):
+            depth = offset / (count - 1) if count > 1 else 1.0
+            for name in within:
+                names = tuple(at_layer(name, source.layer_range[0] + offset) for source in out.sources)
+                yield Made(at_layer(name, number), out, inputs, names, depth)
+            number += 1
+
+
+def levels(slices: Sequence[OutputSlice]) -> tuple[Level, ...]:
+    """The layers of the result, from the first."""
+    return tuple(
+        Level({source.model: source.layer_range[0] + offset for source in out.sources})
+        for out in slices
+        for offset in range(out.sources[0].count)
+    )
+
+
+def module_tensors(module: str, kind: str, tensors: Sequence[str], where: str) -> list[str]:
+    """The tensors that belong to a module of a model type; '' and 'default' are the whole model. Raises SpecError."""
+    if module in ("", "default"):
+        return list(tensors)
+    known = MODULES.get(kind, {})
+    if module not in known:
+        raise SpecError(
+            f"{where}.modules.{module}: a '{kind}' model has no such module here; {nearest(module, {*known, 'default'})}"
+        )
+    return [name for name in tensors if re.search(known[module], name)]

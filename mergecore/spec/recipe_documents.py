@@ -1,0 +1,156 @@
+"""A recipe file in our form or in mergekit's: one model, or several of which later ones are made of earlier ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mergecore.checkpoints.snapshot import Snapshot, read_snapshot
+from mergecore.checkpoints.stack import BASE, StackRule, restacked
+from mergecore.errors import SpecError
+from mergecore.spec.mergekit.document import document_from, is_mergekit
+from mergecore.spec.mergekit.layers import Lookup
+from mergecore.spec.mergekit.reference import Reference
+from mergecore.spec.mergekit.translate import Translation, recipe_from
+from mergecore.spec.recipe import Recipe, parse_recipe
+from mergecore.spec.sources import Resolver, SourceSpec
+from mergecore.spec.yaml_files import read_documents
+
+MODELS = ("model", "base_model", "tokenizer_source", "source")
+"""Keys of mergekit's form behind which a model may stand."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """One model that a file asks for. name: what other documents call it; '' for the one that is the file's result."""
+
+    name: str
+    where: str
+    held: Mapping[str, Any]
+    needs: frozenset[str] = frozenset()
+
+
+def read_orders(path: Path) -> tuple[Order, ...]:
+    """What a recipe file asks for, each after what it is made of; all of it checked as far as the file alone allows.
+
+    Raises SpecError.
+    """
+    documents = read_documents(path)
+    named = len(documents) > 1
+    orders: dict[str, Order] = {}
+    for number, held in enumerate(documents):
+        where = f"{path.name}[{number}]" if named else path.name
+        if named and not is_mergekit(held) and "modules" not in held:
+            raise SpecError(f"{where}: several documents in one file are mergekit's form; this one is not")
+        name = str(held.get("name") or "") if named else ""
+        if name in (".", "..") or "/" in name:
+            raise SpecError(f"{where}.name: '{name}' is to be the name of a folder; write it without slashes")
+        if name in orders:
+            what = f"two documents are called '{name}'" if name else "two documents have no name"
+            raise SpecError(f"{where}: {what}; only the result of the file may go without")
+        if not is_mergekit(held):
+            parse_recipe(held, where)
+        else:
+            document_from(held, where)
+        orders[name] = Order(name, where, held)
+    known = frozenset(orders) - {""}
+    found = {name: Order(name, one.where, one.held, frozenset(_names(one.held, known))) for name, one in orders.items()}
+    return tuple(_in_order(found))
+
+
+def _names(held: Any, known: frozenset[str]) -> Iterator[str]:
+    """The names of other documents that stand where a model stands."""
+    if isinstance(held, Mapping):
+        for key, value in held.items():
+            if key in MODELS and (name := _named(value)) in known:
+                yield name
+            yield from _names(value, known)
+    elif isinstance(held, list):
+        for value in held:
+            yield from _names(value, known)
+
+
+def _named(value: Any) -> str:
+    """The path of the model a value stands for, '' where it stands for none."""
+    if isinstance(value, str) and value not in ("union", "base"):
+        return value.partition("+")[0]
+    if isinstance(value, Mapping) and isinstance(value.get("path"), str):
+        return str(value["path"])
+    return ""
+
+
+def _in_order(orders: Mapping[str, Order]) -> Iterator[Order]:
+    done: set[str] = set()
+    waiting = dict(orders)
+    while waiting:
+        ready = [order for order in waiting.values() if order.needs <= done]
+        if not ready:
+            raise SpecError(f"documents {', '.join(sorted(waiting))} are made of each other; none can be the first")
+        for order in ready:
+            done.add(order.name)
+            yield waiting.pop(order.name)
+
+
+def placed(held: Any, folders: Mapping[str, Path]) -> Any:
+    """The document with the folders of earlier results in place of their names."""
+    if isinstance(held, list):
+        return [placed(value, folders) for value in held]
+    if not isinstance(held, Mapping):
+        return held
+    found = {key: placed(value, folders) for key, value in held.items()}
+    for key in MODELS:
+        name = _named(held.get(key))
+        if name and name in folders:
+            place = {"path": str(folders[name])}
+            if isinstance(held[key], str):
+                lora = held[key].partition("+")[2]
+                found[key] = {"model": place, **({"lora": lora} if lora else {})}
+            else:
+                found[key] = {**held[key], **place}
+    return found
+
+
+class Translator:
+    """Turns orders into recipes. Models are looked up once; those that are still to be made are known by their shape."""
+
+    def __init__(self, resolve: Resolver) -> None:
+        self._read = cache(
+            lambda source, revision: read_snapshot(resolve(SourceSpec(source=source, revision=revision)))
+        )
+        self._shapes: dict[str, Snapshot] = {}
+
+    def translation(self, order: Order, folders: Mapping[str, Path]) -> Translation:
+        """The recipe as plain values. folders: where results of other documents lie, or will lie."""
+        if not is_mergekit(order.held):
+            return Translation(dict(order.held), ())
+        document = document_from(placed(order.held, folders), order.where)
+        found = recipe_from(document, self.lookup, order.where)
+        if order.name:
+            stack = [StackRule(**rule) for rule in found.recipe.get("stack", ())]
+            base = found.recipe["base"]
+            ground = self._shapes.get(base["source"]) or self._read(base["source"], base.get("revision"))
+            self._shapes[str(folders[order.name])] = restacked(ground, stack, BASE)
+        return found
+
+    def recipe(self, order: Order, folders: Mapping[str, Path]) -> tuple[Recipe, tuple[str, ...]]:
+        """The checked recipe, and what is to be said aloud about it."""
+        found = self.translation(order, folders)
+        return parse_recipe(found.recipe, order.where), found.notes
+
+    @property
+    def lookup(self) -> Lookup:
+        """Headers and configuration of a model, without its adapter."""
+
+        def found(model: Reference) -> Snapshot:
+            path = model.model.path
+            if path in self._shapes and not Path(path).exists():
+                return self._shapes[path]
+            snapshot = self._read(path, model.model.revision)
+            if snapshot.kind != "full":
+                raise SpecError(f"'{path}' is an adapter; write model+adapter, as in base-model+{path}")
+            return snapshot
+
+        return found

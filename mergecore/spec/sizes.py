@@ -1,0 +1,30 @@
+"""Sizes in bytes as people write them."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from mergecore.errors import SpecError
+
+
+def _size(text: str) -> str:
+    try:
+        size_in_bytes(text)
+    except SpecError as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+Size = Annotated[str, AfterValidator(_size)]
+"""A number of bytes as people write it: 5GB, 500MB."""
+
+
+def size_in_bytes(text: str) -> int:
+    """'5GB' as bytes, with decimal units."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)B", text.strip())
+    if found is None:
+        raise SpecError(f"'{text}' is no size; write a number and a unit, as in 8GB or 500MB")
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))

@@ -1,0 +1,67 @@
+"""Results in the store: statistics written and read, models read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergecore.errors import MergeloomError
+from mergecore.identity.content import block_digests, bytes_of, model_digest, tensor_digest
+from mergecore.identity.keys import Step
+from mergecore.plugins.statistic import Found, Result
+from mergecore.store.store import Draft, Store
+from mergecore.tensors.dtypes import NAMES
+from mergecore.tensors.files import FileTensors, open_file, open_files
+from mergecore.tensors.memory import MemoryTensors
+from mergecore.tensors.sinks import ShardSink, plan_shards
+from mergecore.tensors.source import TensorInfo, TensorSource
+
+TENSORS = "tensors.safetensors"
+
+
+def commit_result(store: Store, draft: Draft, result: Result, made: Mapping[str, Any]) -> None:
+    """Write a statistic's tensors and numbers and record them under their digest."""
+    tensors = result.tensors
+    if tensors:
+        infos = {name: TensorInfo(NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
+        # Not safetensors' own writer: that one leaves files that only their owner may read.
+        sink = ShardSink(draft.path, infos, plan_shards(infos, sys.maxsize, Path(TENSORS).stem))
+        sink.prepare()
+        for name, value in tensors.items():
+            sink.write(name, 0, bytes_of(value.reshape(-1)))
+    held = {
+        name: (
+            NAMES[value.dtype],
+            tuple(value.shape),
+            tensor_digest(list(block_digests(value.reshape(-1)).values())),
+        )
+        for name, value in tensors.items()
+    }
+    store.commit(draft, model_digest(held), result.numbers, made)
+
+
+def read_inputs(store: Store, inputs: Mapping[str, Sequence[Step]]) -> dict[str, list[Found]]:
+    """What a method or statistic must know beforehand, from the store."""
+    return {name: [read_found(store, step) for step in steps] for name, steps in inputs.items()}
+
+
+def read_found(store: Store, step: Step) -> Found:
+    """One statistic's result, its tensors read when they are asked for."""
+    record = store.record(step)
+    if record is None:
+        raise MergeloomError(f"statistic {step.name} is asked for before it was worked out")
+    held = next((name for name in record.files if name.endswith(".safetensors")), None)
+    tensors: TensorSource = MemoryTensors({}) if held is None else open_file(store.folder(step) / held)
+    return Found(tensors, record.result)
+
+
+def open_model(store: Store, step: Step) -> FileTensors:
+    """The tensors of a model in the store."""
+    record = store.record(step)
+    names = [] if record is None else [name for name in record.files if name.endswith(".safetensors")]
+    return open_files(store.folder(step), names)
+
+
+ITEMS = "items.parquet"

@@ -1,0 +1,339 @@
+"""The store: a directory per step, done where `record.json` says so; the only truth about what has been done.
+
+<root>/merge/ties-3f2a91c07be4/   model-00001-of-00002.safetensors … record.json
+<root>/drafts/<key>/              work under way; renamed into place when its record has been written
+<root>/locks/<key>                flock: saves double work, gone with its process
+
+Killed at any moment, a process leaves at most a draft, a grave or a small temporary file: the next one to work on the
+step takes over what is whole, and `Store.clean` removes the rest.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from mergecore.errors import CapacityError, MergeloomError, StoreError
+from mergecore.identity.keys import Step
+
+RECORD = "record.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where there is no more room for a file."""
+KEY = re.compile(r"[0-9a-f]{64}")
+TEMPORARY = ("*/*/.record.json.*", "failures/.*.json.*", "sweeps/*/.*.json.*")
+"""Where `write_json` is used outside of drafts."""
+
+
+Stamp = tuple[int, int, int]
+"""Inode, mtime in nanoseconds and size of a file."""
+
+
+class State(StrEnum):
+    """What the store knows of a step."""
+
+    PRESENT = "present"
+    """Record and files are there, sizes check."""
+    DROPPED = "dropped"
+    """It was done and its bytes were dropped: as good as done unless someone needs the bytes."""
+    BROKEN = "broken"
+    """A record that cannot be read, or files that are missing or have another size: it is made again."""
+    MISSING = "missing"
+    """Never done."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a done step left: digest of its content, small results as JSON, sizes of its files, how it was made."""
+
+    key: str
+    step: Mapping[str, Any]
+    digest: str
+    result: Mapping[str, Any]
+    files: Mapping[str, int]
+    made: Mapping[str, Any]
+    dropped: bool = False
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A directory to work in. Nobody else sees it until `Store.commit` renames it into place."""
+
+    step: Step
+    path: Path
+
+
+class Store:
+    """A POSIX folder shared by all workers. Every method may be called from any process."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root).absolute()
+        self._tombs: dict[str, Stamp] = {}
+
+    def folder(self, step: Step) -> Path:
+        """Where the step's files lie once it is done."""
+        return self.root / step.kind / step.name
+
+    def record(self, step: Step) -> Record | None:
+        """The step's record, or None where there is none that can be read."""
+        try:
+            with open(f"{self.root}/{step.kind}/{step.name}/{RECORD}", "rb") as file:
+                record = Record(**json.loads(file.read()))
+        except (OSError, ValueError, TypeError):
+            return None
+        return record if record.key == step.key else None
+
+    def names(self, kind: str) -> frozenset[str]:
+        """`Step.name` of whatever has a folder among the steps of a kind: those without one are MISSING."""
+        try:
+            return frozenset(os.listdir(self.root / kind))  # noqa: PTH208 — a hundred thousand names as they are
+        except OSError:
+            return frozenset()
+
+    def state(self, step: Step) -> State:
+        """PRESENT, DROPPED, BROKEN or MISSING, from the record and the sizes of the files it names.
+
+        A tombstone once read is known again by its file: a sweep asks for thousands of them after every round.
+        """
+        tomb = _stamp(f"{self.root}/{step.kind}/{step.name}/{RECORD}")
+        if tomb is not None and self._tombs.get(step.key) == tomb:
+            return State.DROPPED
+        state, _ = self.found(step)
+        if state is State.DROPPED and tomb is not None:
+            self._tombs[step.key] = tomb
+        return state
+
+    def found(self, step: Step) -> tuple[State, Record | None]:
+        """The state of a step, and its record where there is one, in one reading."""
+        record = self.record(step)
+        if record is None:
+            return State.BROKEN if self.folder(step).exists() else State.MISSING, None
+        if record.dropped:
+            return State.DROPPED, record
+        folder = f"{self.root}/{step.kind}/{step.name}"
+        for name, size in record.files.items():
+            try:
+                if os.stat(f"{folder}/{name}").st_size != size:
+                    return State.BROKEN, record
+            except OSError:
+                return State.BROKEN, record
+        return State.PRESENT, record
+
+    def is_done(self, step: Step, bytes_needed: bool = False) -> bool:
+        """Whether the step need not be done again; with `bytes_needed` a dropped result does not count."""
+        state = self.state(step)
+        return state is State.PRESENT or (state is State.DROPPED and not bytes_needed)
+
+    @contextmanager
+    def draft(self, step: Step, resume: bool = False) -> Iterator[Draft]:
+        """A locked directory for the work of one step; what a killed process left in it is removed, or with `resume` kept.
+
+        Where that process had finished and only not yet renamed it, the step is PRESENT inside: look before working.
+        A draft that is not committed is removed (with `resume` it is kept when an error interrupts the work, unless the
+        error is ours to report): nothing half-written is ever seen. Raises CapacityError where the disk is full.
+        """
+        with self.lock(step.key):
+            path, kept = self.root / "drafts" / step.key, False
+            try:
+                if (path / RECORD).exists() and self.state(step) is not State.PRESENT:
+                    self._place(path, self.folder(step))
+                if path.exists() and not resume:
+                    shutil.rmtree(path)
+                path.mkdir(parents=True, exist_ok=True)
+                for stray in path.glob(f".{RECORD}.*"):  # killed while the record was being written
+                    stray.unlink()
+                yield Draft(step, path)
+            except BaseException as error:
+                full = isinstance(error, OSError) and error.errno in FULL
+                kept = resume and not full and not isinstance(error, MergeloomError)
+                if full:
+                    raise CapacityError(
+                        f"no room in {self.root} for {step.name} ({error}); free disk space and run again"
+                    ) from error
+                raise
+            finally:
+                if not kept:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def commit(self, draft: Draft, digest: str, result: Mapping[str, Any], made: Mapping[str, Any]) -> Record:
+        """Write the record last and rename the draft into place. Atomic: before it nothing is done, after it all is."""
+        step, folder = draft.step, self.folder(draft.step)
+        earlier = self.record(step)
+        if earlier is not None and earlier.digest != digest:
+            made = {**made, "differs_from": earlier.digest}
+        files = {
+            str(path.relative_to(draft.path)): path.stat().st_size
+            for path in sorted(draft.path.rglob("*"))
+            if path.is_file() and path.name != RECORD
+        }
+        record = Record(step.key, step.as_json(), digest, dict(result), files, dict(made))
+        write_json(draft.path / RECORD, record.__dict__)
+        self._place(draft.path, folder)
+        return record
+
+    def drop(self, step: Step) -> None:
+        """Free the bytes of a done step, keeping its record as a tombstone; also those that a killed `drop` has left.
+
+        Nothing happens where the step is neither PRESENT nor DROPPED.
+        """
+        state, record = self.state(step), self.record(step)
+        if record is None or state not in (State.PRESENT, State.DROPPED):
+            return
+        folder = self.folder(step)
+        if state is State.PRESENT:
+            write_json(folder / RECORD, {**record.__dict__, "dropped": True})
+        for name in record.files:
+            (folder / name).unlink(missing_ok=True)
+
+    def remove(self, step: Step) -> None:
+        """Forget the step altogether (`--retry-failed`, a broken result)."""
+        folder = self.folder(step)
+        if folder.exists():
+            self._discard(folder)
+
+    def fail(self, step: Step, reason: str) -> None:
+        """Record that a step was tried and why it failed; it is not tried again until `forgive`."""
+        path = self.root / "failures" / f"{step.key}.json"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"step": step.as_json(), "reason": reason})
+        except OSError as error:
+            raise StoreError(f"{step.name} failed ({reason}), and {path} cannot be written: {error}") from error
+
+    def failures(self) -> dict[str, str]:
+        """{key: reason} of every step that failed."""
+        found = {}
+        for path in (self.root / "failures").glob("*.json"):
+            try:
+                found[path.stem] = str(json.loads(path.read_text())["reason"])
+            except (OSError, ValueError, KeyError):
+                continue
+        return found
+
+    def forgive(self) -> int:
+        """Forget every failure, so that the steps are tried again; returns how many."""
+        held = list((self.root / "failures").glob("*.json"))
+        for path in held:
+            path.unlink(missing_ok=True)
+        return len(held)
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Hold the exclusive lock `name` across processes; waits for who has it. Gone with its process, even a killed one."""
+        path = self.root / "locks" / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = _locked(path)
+            assert handle is not None
+        except OSError as error:
+            raise StoreError(
+                f"the store {self.root} cannot be written: {error}; choose another with `output.store`"
+            ) from error
+        try:
+            yield
+        finally:
+            os.close(handle)
+
+    def clean(self) -> int:
+        """Remove what killed processes have left: drafts that no living one holds, locks of steps, temporary files.
+
+        Returns how many drafts there were; what spans had finished in them is lost. For the end of a sweep, therefore.
+        """
+        drafts = {path.name for path in (self.root / "drafts").glob("*")}
+        if drafts:
+            (self.root / "locks").mkdir(exist_ok=True)
+        for name in drafts | {path.name for path in (self.root / "locks").glob("*") if KEY.fullmatch(path.name)}:
+            lock = self.root / "locks" / name
+            if (handle := _locked(lock, wait=False)) is None:
+                drafts.discard(name)
+                continue
+            try:
+                _remove(self.root / "drafts" / name)
+                lock.unlink(missing_ok=True)
+            finally:
+                os.close(handle)
+        for pattern in TEMPORARY:
+            for path in self.root.glob(pattern):
+                _remove_unheld(path)
+        return len(drafts)
+
+    def _place(self, draft: Path, folder: Path) -> None:
+        """Rename a draft that holds its record into its place. What is there moves out of the way first."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            self._discard(folder)
+        os.rename(draft, folder)
+
+    def _discard(self, folder: Path) -> None:
+        grave = self.root / "drafts" / f"old-{folder.name}-{uuid.uuid4().hex[:12]}"
+        grave.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(folder, grave)
+        shutil.rmtree(grave, ignore_errors=True)
+
+
+def _stamp(path: str) -> Stamp | None:
+    """What a file is known again by: a record is replaced, never written to. None where there is no file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON so that a reader sees either the old file or the whole new one."""
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        with open(draft, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # what nobody holds was left by a killed process: `Store.clean` removes it
+            file.write(json.dumps(value, indent=1, sort_keys=True) + "\n")
+            file.flush()
+            os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def _locked(path: Path, wait: bool = True) -> int | None:
+    """A handle that holds the lock on `path`; None where another has it and we do not wait."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.fstat(handle).st_nlink:  # else `clean` has removed the file that we were waiting for
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, whichever it is; nothing where it is gone."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _remove_unheld(path: Path) -> None:
+    """Remove a temporary file unless a living process is writing it."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+    except OSError:
+        return

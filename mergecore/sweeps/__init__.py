@@ -1,0 +1,1 @@
+"""Many models: what is missing, what was chosen, what may be dropped, results."""

@@ -1,0 +1,121 @@
+"""A whole sweep in this process: rounds of work until nothing is missing. The Prefect flow does the same rounds as tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+
+from mergecore.errors import EvaluationError
+from mergecore.execution.evaluations import run_data_statistics, run_scorings
+from mergecore.execution.fetch import fetch
+from mergecore.execution.outcome import Done
+from mergecore.execution.passes import run_merges, run_statistics
+from mergecore.execution.place import Place, drop_models, snapshots_of
+from mergecore.reporting.scores import Sweep
+from mergecore.reporting.summary import best, summarise
+from mergecore.store.store import State
+from mergecore.sweeps.measured import collect
+from mergecore.sweeps.registration import register, registration_step
+from mergecore.sweeps.remaining import Frontier, Round
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The cell to be registered, and whether validation or test scores chose it."""
+
+    cell: str
+    chosen_on: str
+
+
+def complete(place: Place, frontier: Frontier, after: Callable[[Done], None]) -> Done:
+    """Do everything that is missing, round by round; `after` hears of each round."""
+    done = Done()
+    for snapshot in snapshots_of(place.pool):
+        done = done.note(fetch(place, snapshot))
+    drop_models(place, frontier.droppable())
+    while round := frontier.round():
+        found = run_round(place, round)
+        drop_models(place, frontier.droppable())
+        after(found)
+        done = done.note(found)
+    done = done.note(register_best(place, frontier))
+    settle(frontier)
+    return done
+
+
+def settle(frontier: Frontier) -> None:
+    """What remains when nothing is missing: models that nothing asks for go, and with them what killed runs have left."""
+    for merge in frontier.droppable(settled=True):
+        frontier.store.drop(merge.step)
+    for cell in frontier.plan.cells:
+        if cell.merge is not None and frontier.store.state(cell.model) is State.DROPPED:
+            frontier.store.drop(cell.model)
+    frontier.store.clean()
+
+
+def run_round(place: Place, round: Round) -> Done:
+    """One round, its parts one after another."""
+    done = Done()
+    if round.statistics:
+        done = done.note(run_statistics(place, round.statistics))
+    if round.data:
+        done = done.note(run_data_statistics(place, round.data))
+    if round.merges:
+        done = done.note(run_merges(place, round.merges))
+    if round.scorings:
+        done = done.note(run_scorings(place, round.scorings))
+    return done
+
+
+def winner(frontier: Frontier, sweep: Sweep) -> Winner | None:
+    """The cell that is to be registered; None where the spec registers nothing or nothing can win."""
+    if frontier.plan.spec.output.register_ is None:
+        return None
+    try:
+        return Winner(*best(sweep))
+    except EvaluationError:
+        return None
+
+
+def to_register(frontier: Frontier, sweep: Sweep) -> Winner | None:
+    """The winner where it is not registered yet, else None."""
+    found = winner(frontier, sweep)
+    if found is None:
+        return None
+    cell = next(cell for cell in frontier.plan.cells if cell.id == found.cell)
+    held = sweep.registered or {}
+    published = frontier.store.is_done(registration_step(frontier, cell), bytes_needed=True)
+    settings = frontier.plan.spec.output.register_
+    assert settings is not None
+    same = (held.get("cell"), held.get("name"), held.get("alias"), held.get("chosen_on"))
+    return None if published and same == (cell.id, settings.name, settings.alias, found.chosen_on) else found
+
+
+def register_best(place: Place, frontier: Frontier) -> Done:
+    """Register the winner; its model, or the adapter that it is, is made again where it was dropped."""
+    sweep = collect(frontier)
+    found = to_register(frontier, sweep)
+    if found is None:
+        return Done()
+    done = Done()
+    cell = next(cell for cell in frontier.plan.cells if cell.id == found.cell)
+    assert cell.merge is not None
+    at_hand = frontier.store.is_done(cell.merge.product, bytes_needed=True)
+    while round := frontier.making([] if at_hand else [cell.merge]):
+        done = done.note(run_round(place, round))
+        if done.failures:
+            return done
+    row = next(row for row in summarise(sweep, found.chosen_on).cells.to_pylist() if row["cell"] == cell.id)
+    scores = {name: float(value) for name, value in row.items() if isinstance(value, float) and isfinite(value)}
+    done = done.note(register(place, frontier, cell, found.chosen_on, scores))
+    drop_models(place, frontier.droppable())
+    return done
+
+
+def finished(frontier: Frontier) -> Sweep | None:
+    """Return the sweep as the store holds it; None where anything is still to be done."""
+    if frontier.round():
+        return None
+    sweep = collect(frontier)
+    return sweep if to_register(frontier, sweep) is None else None

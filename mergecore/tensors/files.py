@@ -1,0 +1,185 @@
+"""Safetensors files, opened once and read at any offset."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mergecore.errors import SourceError
+from mergecore.identity.content import bytes_of
+from mergecore.tensors.dtypes import DTYPES
+from mergecore.tensors.source import TensorInfo
+
+Location = tuple[str, int]
+"""File and offset of a tensor's first byte."""
+
+
+class OpenFiles:
+    """Files opened once per process and closed with this object; sent to another process it opens its own."""
+
+    def __init__(self, flags: int) -> None:
+        self._flags, self._held, self._mapped = flags, dict[str, int](), dict[tuple[str, int], NDArray[np.uint8]]()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OpenFiles, (self._flags,)
+
+    def __del__(self) -> None:
+        for handle in self._held.values():
+            os.close(handle)
+
+    def of(self, path: str) -> int:
+        """The handle of a file. Raises OSError."""
+        handle = self._held.get(path)
+        if handle is None:
+            handle = os.open(path, self._flags)
+            # Two threads may open at once; the second handle is kept nowhere else, so it is closed here.
+            if (kept := self._held.setdefault(path, handle)) != handle:
+                os.close(handle)
+                handle = kept
+        return handle
+
+    def mapped(self, path: str, start: int, size: int) -> NDArray[np.uint8]:
+        """Bytes of a file as memory, mapped once and with all its pages: found one by one they take longer than a read.
+
+        Raises OSError.
+        """
+        held = self._mapped.get((path, start))
+        if held is None:
+            before = start % mmap.ALLOCATIONGRANULARITY
+            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+            pages = mmap.mmap(self.of(path), before + size, flags, mmap.PROT_READ, offset=start - before)
+            held = self._mapped.setdefault((path, start), np.frombuffer(pages, np.uint8, size, before))
+        return held
+
+
+@dataclass(frozen=True)
+class FileTensors:
+    """Tensors in safetensors files, read by position. Picklable: a worker opens the files itself."""
+
+    folder: str
+    tensors: Mapping[str, TensorInfo]
+    locations: Mapping[str, Location]
+    handles: OpenFiles = field(default_factory=lambda: OpenFiles(os.O_RDONLY), compare=False, repr=False)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, space: Tensor | None = None) -> Tensor:
+        """Elements start … stop−1 of the flattened tensor, in its own dtype; read into `space` where it is given.
+
+        Raises SourceError where the file ends before the tensor does (it shrank after its header was read).
+        """
+        info = self.tensors[name]
+        dtype = DTYPES[info.dtype]
+        stop = info.count if stop is None else stop
+        out = torch.empty(stop - start, dtype=dtype) if space is None else space
+        self.filler(name)(bytes_of(out), start * dtype.itemsize)
+        return out
+
+    def filler(self, name: str) -> Callable[[memoryview, int], None]:
+        """What fills memory with the tensor's bytes, from a byte of it on. Raises SourceError as `read` does."""
+        file, offset = self.locations[name]
+        handle, folder = self._handle(file), self.folder
+
+        def fill(wanted: memoryview, at: int) -> None:
+            done, size = 0, len(wanted)
+            while done < size:
+                here = os.preadv(handle, [wanted[done:] if done else wanted], offset + at + done)
+                if here == 0:
+                    raise SourceError(f"{folder}/{file} ends inside tensor '{name}': fetch or write the file again")
+                done += here
+
+        return fill
+
+    def gather(self, name: str, rows: NDArray[np.int64], out: Tensor) -> None:
+        """Rows of a tensor in any order, into `out` (as many × their width, of this dtype), by one gather over the mapped file.
+
+        Raises SourceError where the file ends before the tensor does; it is looked at just before.
+        """
+        info, (file, offset) = self.tensors[name], self.locations[name]
+        handle, size = self._handle(file), info.count * out.element_size()
+        if os.fstat(handle).st_size < offset + size:
+            raise SourceError(f"{self.folder}/{file} ends inside tensor '{name}': fetch or write the file again")
+        held = self.handles.mapped(os.path.join(self.folder, file), offset, size)
+        np.take(held.reshape(info.shape[0], -1), rows, axis=0, out=out.view(torch.uint8).numpy(), mode="clip")
+
+    def expect(self, name: str, start: int, stop: int) -> None:
+        """Have the system begin to read these elements from the disk, if it has not got them."""
+        file, offset = self.locations[name]
+        size = DTYPES[self.tensors[name].dtype].itemsize
+        os.posix_fadvise(self._handle(file), offset + start * size, (stop - start) * size, os.POSIX_FADV_WILLNEED)
+
+    def _handle(self, file: str) -> int:
+        try:
+            return self.handles.of(os.path.join(self.folder, file))
+        except OSError as error:
+            raise SourceError(f"cannot open {self.folder}/{file}: {error.strerror}") from error
+
+
+def open_file(path: Path) -> FileTensors:
+    """The tensors of one safetensors file that the store holds."""
+    return open_files(path.parent, [path.name])
+
+
+def open_files(folder: Path, names: Sequence[str]) -> FileTensors:
+    """The tensors of several safetensors files in one folder. Raises SourceError where one cannot be read."""
+    tensors: dict[str, TensorInfo] = {}
+    locations: dict[str, Location] = {}
+    for name in names:
+        with open(folder / name, "rb") as file:
+
+            def piece(start: int, length: int, file: BinaryIO = file) -> bytes:
+                file.seek(start)
+                return file.read(length)
+
+            for tensor, (info, offset) in parse_header(
+                piece, (folder / name).stat().st_size, str(folder / name)
+            ).items():
+                tensors[tensor], locations[tensor] = info, (name, offset)
+    return FileTensors(str(folder), tensors, locations)
+
+
+def parse_header(read: Callable[[int, int], bytes], size: int, where: str) -> dict[str, tuple[TensorInfo, int]]:
+    """{tensor: (info, offset in the file)} from the file's first bytes. read: (start, length) → bytes."""
+    if size < 8:
+        raise SourceError(f"{where} has {size} bytes: not a safetensors file; fetch or write it again")
+    length = int.from_bytes(read(0, 8), "little")
+    if length > min(size - 8, 100 << 20):
+        raise SourceError(
+            f"{where} is no safetensors file, or is truncated (header of {length:,} bytes in {size:,}); fetch it again"
+        )
+    try:
+        header = json.loads(read(8, length))
+        header.pop("__metadata__", None)
+        entries = {tensor: _entry(tensor, entry, 8 + length) for tensor, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        said = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise SourceError(f"{where} has a header that cannot be read ({said}); fetch or write it again") from error
+    for tensor, (info, offset) in entries.items():
+        if info.dtype not in DTYPES:
+            raise SourceError(
+                f"{where}: tensor '{tensor}' has dtype {info.dtype}, which cannot be read; give the checkpoint in "
+                "float32, float16 or bfloat16"
+            )
+        if offset + info.count * DTYPES[info.dtype].itemsize > size:
+            raise SourceError(
+                f"{where} is truncated: tensor '{tensor}' ends after the file's {size:,} bytes; fetch it again"
+            )
+    return entries
+
+
+def _entry(tensor: str, entry: Mapping[str, Any], data_start: int) -> tuple[TensorInfo, int]:
+    info = TensorInfo(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]))
+    start, stop = (int(position) for position in entry["data_offsets"])
+    if start < 0 or any(size < 0 for size in info.shape):
+        raise ValueError(f"tensor '{tensor}' has shape {list(info.shape)} at byte {start}")
+    if info.dtype in DTYPES and stop - start != info.count * DTYPES[info.dtype].itemsize:
+        raise ValueError(f"tensor '{tensor}' has {stop - start} bytes for shape {list(info.shape)} of {info.dtype}")
+    return info, data_start + start

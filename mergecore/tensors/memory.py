@@ -1,0 +1,34 @@
+"""Tensors in memory, read like a file's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from mergecore.errors import SourceError
+from mergecore.tensors.dtypes import NAMES
+from mergecore.tensors.source import TensorInfo
+
+
+@dataclass(frozen=True)
+class MemoryTensors:
+    """Tensors held in memory under the same reading interface as files."""
+
+    held: Mapping[str, Tensor]
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Dtype and shape of each."""
+        for name, value in self.held.items():
+            if value.dtype not in NAMES:
+                raise SourceError(
+                    f"tensor '{name}' has dtype {value.dtype}, which no safetensors file can hold; convert it"
+                )
+        return {name: TensorInfo(NAMES[value.dtype], tuple(value.shape)) for name, value in self.held.items()}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, space: Tensor | None = None) -> Tensor:
+        """A view of the flattened tensor; not to be written to. `space` is not needed."""
+        return self.held[name].detach().reshape(-1)[start:stop]

@@ -1,0 +1,170 @@
+"""Where merged tensors go: sharded safetensors files written by position, or a mapping in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mergecore.errors import CapacityError
+from mergecore.identity.content import bytes_of
+from mergecore.tensors.dtypes import DTYPES
+from mergecore.tensors.files import OpenFiles
+from mergecore.tensors.source import TensorInfo
+
+INDEX = "model.safetensors.index.json"
+
+
+class Sink(ABC):
+    """Takes pieces of tensors in any order, each exactly once or again with the same bytes."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make room. Called once, before the first write; what is there already is kept."""
+
+    @abstractmethod
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Elements from flat index `start` on, as bytes in the tensor's own dtype."""
+
+
+@dataclass
+class MemorySink(Sink):
+    """A mapping in memory."""
+
+    tensors: Mapping[str, TensorInfo]
+    held: dict[str, Tensor] = field(default_factory=dict)
+
+    def prepare(self) -> None:
+        """Allocate every tensor."""
+        for name, info in self.tensors.items():
+            self.held[name] = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Copy a piece in."""
+        held = self.held[name].view(-1)
+        at = start * held.element_size()
+        bytes_of(held)[at : at + len(data)] = data
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: its name, its header as bytes, its whole size, and where each of its tensors begins."""
+
+    name: str
+    header: bytes
+    size: int
+    offsets: Mapping[str, int]
+
+
+@dataclass
+class ShardSink(Sink):
+    """safetensors files in `folder`, laid out beforehand so that any process can write its pieces by position."""
+
+    folder: Path
+    tensors: Mapping[str, TensorInfo]
+    shards: Sequence[Shard]
+    handles: OpenFiles = field(default_factory=lambda: OpenFiles(os.O_WRONLY), compare=False, repr=False)
+
+    def complete(self) -> bool:
+        """Whether all files are there at their full size."""
+        paths = [(self.folder / shard.name, shard.size) for shard in self.shards]
+        return all(path.exists() and path.stat().st_size == size for path, size in paths)
+
+    def prepare(self) -> None:
+        """Create the files at their full size with their headers. Raises CapacityError where the disk is too small."""
+        for shard in self.shards:
+            path = self.folder / shard.name
+            if path.exists() and path.stat().st_size == shard.size:
+                continue
+            try:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+                try:
+                    # The size comes last: who finds a file of that size may rely on its header.
+                    os.pwrite(handle, shard.header, 0)
+                    os.posix_fallocate(handle, 0, shard.size)
+                finally:
+                    os.close(handle)
+            except OSError as error:
+                raise no_room(path, shard.size, error) from error
+        if len(self.shards) > 1:
+            (self.folder / INDEX).write_text(index_text(self.shards, self.tensors))
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Write a piece at its place."""
+        path, offset, width = self._places[name]
+        position = offset + start * width
+        try:
+            handle, done, size = self.handles.of(path), 0, len(data)
+            while done < size:
+                done += os.pwrite(handle, data[done:] if done else data, position + done)
+        except OSError as error:
+            raise no_room(Path(path), len(data), error) from error
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[str, int, int]]:
+        """Of each tensor the file, its first byte there, and the bytes of an element."""
+        return {
+            name: (str(self.folder / shard.name), at, DTYPES[self.tensors[name].dtype].itemsize)
+            for shard in self.shards
+            for name, at in shard.offsets.items()
+        }
+
+
+def no_room(path: Path, size: int, error: OSError) -> CapacityError:
+    """The error for a file that could not be written."""
+    return CapacityError(f"cannot write {size:,} bytes to {path}: {error.strerror}; free disk space and run again")
+
+
+def plan_shards(tensors: Mapping[str, TensorInfo], shard_size: int, stem: str = "model") -> list[Shard]:
+    """Files of at most `shard_size` bytes of tensors (a larger tensor has one to itself), tensors sorted by name."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name in sorted(tensors):
+        size = _bytes(tensors[name])
+        if groups[-1] and filled + size > shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    count = len(groups)
+    names = (
+        [f"{stem}.safetensors"]
+        if count == 1
+        else [f"{stem}-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+    )
+    return [_shard(name, group, tensors) for name, group in zip(names, groups, strict=True)]
+
+
+def _bytes(info: TensorInfo) -> int:
+    return info.count * DTYPES[info.dtype].itemsize
+
+
+def _shard(file: str, names: Sequence[str], tensors: Mapping[str, TensorInfo]) -> Shard:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    relative: dict[str, int] = {}
+    position = 0
+    # Widest elements first, so that every tensor is aligned to its own element size, as safetensors writers do.
+    for name in sorted(names, key=lambda name: (-DTYPES[tensors[name].dtype].itemsize, name)):
+        info = tensors[name]
+        relative[name] = position
+        end = position + _bytes(info)
+        entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":"))
+    text += " " * (-len(text.encode()) % 8)
+    header = len(text.encode()).to_bytes(8, "little") + text.encode()
+    return Shard(file, header, len(header) + position, {name: len(header) + at for name, at in relative.items()})
+
+
+def index_text(shards: Sequence[Shard], tensors: Mapping[str, TensorInfo]) -> str:
+    """The index file that names each tensor's shard."""
+    place = {name: shard.name for shard in shards for name in shard.offsets}
+    total = sum(_bytes(info) for info in tensors.values())
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}, indent=2) + "\n"

@@ -1,0 +1,41 @@
+"""Named tensors that can be read in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor's dtype (safetensors' name: F32, BF16, F16, I64 …) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class TensorSource(Protocol):
+    """Named tensors that can be read in pieces: a checkpoint on disk, a statistic's result, a dict in memory."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor, by name."""
+        ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, space: Tensor | None = None) -> Tensor:
+        """Elements start … stop−1 of the flattened tensor, in its own dtype; not to be written to.
+
+        space: memory of that size and dtype that may be used for the answer.
+        """
+        ...
