@@ -13,6 +13,7 @@ from mergecore.arithmetic.linear_algebra import BLOCK
 from mergecore.arithmetic.order_statistics import order_statistics
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Per
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.per_expert import experts_given
 
@@ -39,6 +40,10 @@ class ArceeFusion(Method):
     smoothing: Annotated[
         float, Field(ge=0, le=1e-3, description="added to every probability before the divergence is taken")
     ] = 1e-8
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(others=[{"fence": 0, "smoothing": 0}])
 
     @property
     def on(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mergecore.arithmetic.trims import RandomDrop, divided, dropped, folded_sum, weighted
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.per_expert import check_each, moved
 from mergecore.plugins.statistic import Statistic, Statistics
@@ -43,6 +44,22 @@ class Average(Method):
         Literal["mean", "sum"], Field(description="divide by the sum of the weights, or take them as they are")
     ] = "mean"
     drop: Annotated[RandomDrop | None, Field(description="random drop of deltas before the mean (DARE)")] = None
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(
+            golden=[
+                {},
+                {"weights": [3, 1, 2]},
+                {"weights": [0.1, 0.2, 0.4]},
+                {"weights": [0.5, -0.25, 1.5], "aggregate": "sum"},
+                {"drop": {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 3}},
+                {"drop": {"kind": "random", "rate": 0.75, "seed": 11}},
+            ],
+            others=[
+                {"weights": [3, -1, 2], "drop": {"kind": "random", "rate": [0.4, 0.1, 0.6], "rescale": "l1", "seed": 3}}
+            ],
+        )
 
     @property
     def on(self) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mergecore.arithmetic.order_statistics import largest
 from mergecore.arithmetic.trims import Shares, absolute_sum, joined, weighted
 from mergecore.plugins.block import Per
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.per_expert import check_each, each, moved
 
@@ -69,6 +70,25 @@ class Breadcrumbs(Method):
             "(the authors' code)"
         ),
     ] = "tensor"
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(
+            golden=[{"scale": 0.4}, {"scale": 0.4, "density": 0.5, "outliers": 0.25, "scope": "row"}],
+            others=[
+                {"scale": -0.5, "density": 0.5, "outliers": 0.25, "scope": "row"},
+                {
+                    "scale": 1,
+                    "density": [0.5, 0.9, 0.2],
+                    "outliers": [0.1, 0.2, 0],
+                    "crowded": "fewer",
+                    "weights": [1, -2, 3],
+                    "elect": "mass",
+                    "aggregate": "mean",
+                    "rescale": "l1",
+                },
+            ],
+        )
 
     @model_validator(mode="after")
     def _shares_fit(self) -> Breadcrumbs:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mergecore.arithmetic.trims import folded_sum
 from mergecore.methods.mask_method import MaskMethod, multi_task_vector, task_masks
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.per_expert import each
 
 
@@ -33,6 +34,20 @@ class Consensus(MaskMethod):
 
     scale: Annotated[float, Field(description="α, the factor of the masked multi-task vector")]
     minimum_tasks: Annotated[int, Field(ge=0, description="k, how many masks must hold a coordinate")] = 2
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(
+            golden=[
+                {"scale": 0.5},
+                {"scale": 1.0, "mask_scale": [0.2, 0.6, 0.4], "multi_task": "ties", "minimum_tasks": 1},
+                {"scale": 0.7, "multi_task": "ties_published", "density": 0.4},
+            ],
+            others=[
+                {"scale": 0.5, "mask_scale": [0.2, 0.6, 0.4], "multi_task": "ties", "density": 0.4},
+                {"scale": 1.0, "multi_task": "ties_published", "minimum_tasks": 1},
+            ],
+        )
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """θ_0 + α τ_m where at least k masks agree, θ_0 elsewhere."""

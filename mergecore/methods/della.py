@@ -15,6 +15,7 @@ from mergecore.arithmetic.order_statistics import ascending
 from mergecore.arithmetic.trims import absolute_sum, joined, weighted
 from mergecore.identity.draws import random_key, random_words
 from mergecore.plugins.block import Block, Per
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.per_expert import EACH, ONE, ONE_OR_EACH, check_each, each, moved
 from mergecore.plugins.statistic import Statistics
@@ -71,6 +72,21 @@ class Della(Method):
         Literal["mean", "sum"], Field(description="mean over the experts that take part in a coordinate, or their sum")
     ] = "mean"
     seed: Annotated[int, Field(ge=0, description="seed of the masks")] = 0
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(
+            golden=[
+                {},
+                {"density": 0.5, "window": 0.5, "rescale": "l1", "elect": "none", "aggregate": "sum", "seed": 5},
+            ],
+            others=[
+                {"density": 0.5, "window": 0.2, "scale": 0.9},
+                {"density": [0.5, 0.7, 1], "window": [0.2, 0.1, 0], "weights": [1, -2, 3]},
+                {"rescale": "l1", "elect": "none", "aggregate": "sum", "seed": 7},
+                {"rescale": "none", "elect": "none", "density": 1.0, "window": 0},
+            ],
+        )
 
     @model_validator(mode="after")
     def _probabilities_fit(self) -> Della:

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.plugins.block import Block, Per
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.unified_norms import UnifiedNorms, ZeroSign, unified
@@ -44,6 +45,13 @@ class Emr(Method):
     vector: Annotated[
         Literal["float32", "bfloat16", "float16"], Field(description="dtype in which the unified vector is kept")
     ] = "float32"
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(
+            golden=[{}, {"rescale": "tensors", "zero_sign": "negative"}],
+            others=[{"rescale": "tensors", "zero_sign": "negative", "vector": "float16"}],
+        )
 
     @property
     def on(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mergecore.arithmetic.trims import divided, folded_sum
 from mergecore.plugins.block import Beside, Block
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.per_expert import check_weights, moved
 from mergecore.plugins.statistic import DataStatistic, Statistic, Statistics
@@ -42,6 +43,13 @@ class Fisher(Method):
     fisher: Annotated[DiagonalFisher, Field(description="how the diagonal Fisher information is estimated")] = (
         DiagonalFisher()
     )
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(
+            golden=[{}, {"weights": [1, 0, 2], "normalize": False, "floor": 0.0009765625}],
+            others=[{"weights": [1, 0, 2], "normalize": False, "floor": 0.001}],
+        )
 
     @property
     def on(self) -> str:

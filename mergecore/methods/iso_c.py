@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -21,6 +22,7 @@ from mergecore.arithmetic.linear_algebra import (
 )
 from mergecore.arithmetic.trims import folded_sum
 from mergecore.plugins.block import Block, Per
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import Statistics
 
@@ -46,6 +48,16 @@ class IsoC(Method):
     rank: Rank = "numerical"
     convolutions: Convolutions = "mean"
     excluded: Excluded = ("*text_projection*",)
+
+    @classmethod
+    def examples(cls) -> Examples:
+        forms = product(("numerical", "full"), ("mean", "flatten"))
+        return Examples(
+            golden=[{}, {"rank": "full", "convolutions": "flatten"}],
+            others=[
+                *({"scale": 0.8, "rank": rank, "convolutions": convolutions} for rank, convolutions in forms),
+            ],
+        )
 
     @property
     def on(self) -> str:

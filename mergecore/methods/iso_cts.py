@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import product
 from math import floor
 from typing import Annotated, Any, ClassVar
 
@@ -25,6 +26,7 @@ from mergecore.arithmetic.linear_algebra import (
 )
 from mergecore.arithmetic.trims import folded_sum
 from mergecore.plugins.block import Block, Per
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import Statistics
 
@@ -54,6 +56,17 @@ class IsoCts(Method):
     rank: Rank = "numerical"
     convolutions: Convolutions = "mean"
     excluded: Excluded = ("*text_projection*",)
+
+    @classmethod
+    def examples(cls) -> Examples:
+        forms = product(("numerical", "full"), ("mean", "flatten"))
+        return Examples(
+            golden=[{"common": 0.5}],
+            others=[
+                *({"scale": 0.8, "rank": rank, "convolutions": convolutions} for rank, convolutions in forms),
+                {"common": 0.3, "excluded": ["*.m"]},
+            ],
+        )
 
     @property
     def on(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mergecore.arithmetic.linear_algebra import combined
 from mergecore.plugins.block import Block
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.products import Products, gram_of
@@ -29,6 +30,10 @@ class Karcher(Method):
     tolerance: Annotated[
         float, Field(ge=1e-8, lt=1, description="stops where a step is shorter than this, in radians")
     ] = 1e-5
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(others=[{"iterations": 50, "tolerance": 1e-08}])
 
     @property
     def on(self) -> str:

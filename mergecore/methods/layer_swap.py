@@ -12,6 +12,7 @@ from mergecore.arithmetic.trims import folded_sum, weighted
 from mergecore.checkpoints.architectures import LAYER, depths, outside
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.per_expert import experts_given
 from mergecore.plugins.statistic import Statistics
@@ -60,6 +61,19 @@ class LayerSwap(Method):
     stacks: Annotated[
         tuple[Stack, ...], Field(description="how many layers the model has; none: as the base's tensors are named")
     ] = ()
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(
+            golden=[
+                {"bottom": 1, "top": 0, "bottom_transition": 0, "norm": "middle", "share": 0.25},
+                {"bottom": 0, "top": 0, "bottom_transition": 0, "outer": "second", "head": "average"},
+            ],
+            others=[
+                {"bottom": 1, "top": 0, "bottom_transition": 0, "top_transition": 0},
+                {"bottom": 0, "top": 0, "top_transition": 0, "share": 0.3, "outer": "second", "head": "average"},
+            ],
+        )
 
     @property
     def on(self) -> str:

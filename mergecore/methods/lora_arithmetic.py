@@ -12,6 +12,7 @@ from mergecore.arithmetic.linear_algebra import decomposition
 from mergecore.checkpoints.adapters import LowRank, padded, relative_error
 from mergecore.errors import SpecError
 from mergecore.plugins.adapter_method import AdapterMethod, Combined
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.per_expert import check_weights, moved
 
@@ -32,6 +33,10 @@ class LoraArithmetic(AdapterMethod):
         int | None,
         Field(ge=1, description="rank of the result, nearest in the Frobenius norm; none: all ranks, nothing is lost"),
     ] = None
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(golden=[{}, {"weights": [0.5, 1, -2], "rank": 3}])
 
     def validate_count(self, count: int) -> None:
         """Raise SpecError where there is not one weight per expert, or where they cannot be a mean's."""

@@ -16,6 +16,7 @@ from mergecore.checkpoints.adapters import LowRank, padded
 from mergecore.errors import SpecError
 from mergecore.identity.keys import canonical
 from mergecore.plugins.adapter_method import AdapterMethod, Combined
+from mergecore.plugins.examples import Examples
 
 SWEEPS = 100
 """At most so often all signs are looked at; each change raises a bounded sum, so it ends by itself."""
@@ -57,6 +58,10 @@ class LoraLego(AdapterMethod):
         int, Field(ge=1, description="starts of k-means, of which the tightest clustering is taken")
     ] = 10
     seed: Annotated[int, Field(ge=0, description="of k-means, together with the module's name")] = 0
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(golden=[{"rank": 4}, {"gauge": "canonical", "reweight": "max", "output": "none"}])
 
     def rank_made(self, module: str, ranks: Sequence[int], shape: tuple[int, int]) -> int:
         """k. Raises SpecError where the module has fewer units than clusters are asked for."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from mergecore.arithmetic.linear_algebra import base_and_mean, combined, gram
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block, Per
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.products import Products, gram_of
@@ -48,6 +49,17 @@ class ModelStock(Method):
             "base away from the experts and has a pole where they cancel"
         ),
     ] = "clamp"
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(
+            others=[
+                {"angle": "mean_angle"},
+                {"group": "filter"},
+                {"angle": "mean_angle", "group": "filter"},
+                {"negative": "extrapolate"},
+            ],
+        )
 
     @property
     def per(self) -> Per:  # type: ignore[override]

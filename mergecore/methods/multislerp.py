@@ -13,6 +13,7 @@ from torch import Tensor
 from mergecore.arithmetic.linear_algebra import combined
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.per_expert import moved
 from mergecore.plugins.statistic import Statistic, Statistics
@@ -49,6 +50,13 @@ class Multislerp(Method):
     of: Annotated[
         Literal["weights", "deltas"], Field(description="join the experts' weights, or their changes of the base")
     ] = "weights"
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(
+            golden=[{}, {"weights": [3, 1, 2], "of": "deltas"}],
+            others=[{"weights": [3, 1, -2], "divide": "none", "of": "deltas"}],
+        )
 
     @property
     def on(self) -> str:

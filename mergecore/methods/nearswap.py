@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.errors import SpecError
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.per_expert import experts_given
 
@@ -27,6 +28,13 @@ class Nearswap(Method):
     published: ClassVar[tuple[str, ...]] = ("mergekit's `nearswap`, without its floor of 1e-6 under |θ_1 − θ_0|",)
 
     t: Annotated[float, Field(ge=0, description="the furthest that a weight may go from the base, in its own units")]
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(
+            golden=[{"t": 0.03125}],
+            others=[{"t": 0.05}],
+        )
 
     @property
     def on(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mergecore.arithmetic.linear_algebra import combined, gram, row_combination
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block, Per
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.per_expert import experts_given, moved
 from mergecore.plugins.statistic import Statistic, Statistics
@@ -46,6 +47,16 @@ class Nuslerp(Method):
         Literal["tensor", "rows", "columns"],
         Field(description="what has a direction: a whole tensor, each vector along its last axis, or along its first"),
     ] = "tensor"
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(
+            golden=[{"weights": [3, 1]}, {"weights": [1, 3], "of": "deltas", "along": "columns"}],
+            others=[
+                *({"weights": [3, 1], "along": along} for along in ("rows", "columns")),
+                *({"weights": [3, 1], "of": "deltas", "along": along} for along in ("tensor", "rows", "columns")),
+            ],
+        )
 
     @field_validator("weights")
     @classmethod

@@ -14,6 +14,7 @@ from mergecore.errors import SpecError
 from mergecore.identity.keys import digest
 from mergecore.plugins.block import Beside, Block
 from mergecore.plugins.chain import Link
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import Statistics
 from mergecore.statistics.projected_sum import ProjectedSum, Projection, Share, merged_factor
@@ -52,6 +53,13 @@ class Opcm(Method):
         ),
     ] = "recipe"
     excluded: Excluded = EMBEDDINGS
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(
+            golden=[{}, {"share": 1.0, "projection": "strict", "order": [2, 0, 1]}],
+            others=[{"share": 1.0, "projection": "strict", "order": [2, 0, 1], "excluded": ["*.m"]}],
+        )
 
     @property
     def on(self) -> str:

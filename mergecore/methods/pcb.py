@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mergecore.arithmetic.trims import divided, folded_sum
 from mergecore.plugins.block import Block
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.per_expert import EACH, ONE, ONE_OR_EACH, check_each, each, moved
 from mergecore.plugins.statistic import Statistic, Statistics
@@ -53,6 +54,21 @@ class Pcb(Method):
         float | None,
         Field(ge=0, lt=0.5, description="share at either end to which |τ| is clipped; none: 0.01, for 'paper' 0"),
     ] = None
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(
+            golden=[
+                {"form": "es", "clip": 0.05},
+                {"form": "vision", "clip": 0},
+                {"form": "nlp", "clip": 0.01},
+                {"form": "paper", "clip": None},
+            ],
+            others=[
+                *({"form": form, "density": 0.3, "scale": 1.2} for form in ("es", "vision", "nlp", "paper")),
+                {"scale": [1.3, 0.8, 1], "clip": 0.2},
+            ],
+        )
 
     @model_validator(mode="after")
     def _paper_does_not_clip(self) -> Pcb:

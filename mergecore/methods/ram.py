@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mergecore.arithmetic.trims import folded_sum
 from mergecore.plugins.block import Block
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.overlap_counts import SHARED, UNIQUE, OverlapCounts
@@ -57,6 +58,20 @@ class Ram(Method):
 
     epsilon: Annotated[float, Field(ge=0, description="changes of at most this size count as none")] = 1e-5
     boost: Annotated[Boost | None, Field(description="boost of what one expert alone changes (RAM+)")] = None
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(
+            golden=[
+                {},
+                {"epsilon": 0.03125, "boost": {"scope": "tensor"}},
+                {"epsilon": 0.03125, "boost": {"most": 4, "rate": 0.5}},
+            ],
+            others=[
+                {"epsilon": 0.05, "boost": {"rate": 0.5, "most": 3, "scope": "global"}},
+                {"epsilon": 0.1, "boost": {"rate": 0.5, "most": 3, "scope": "tensor"}},
+            ],
+        )
 
     @property
     def on(self) -> str:

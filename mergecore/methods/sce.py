@@ -14,6 +14,7 @@ from torch import Tensor
 from mergecore.arithmetic.linear_algebra import blocks
 from mergecore.arithmetic.order_statistics import largest
 from mergecore.plugins.block import Per
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 
 
@@ -35,6 +36,10 @@ class Sce(Method):
             description="share of the coordinates that is kept, of those in which the experts differ at all; 1: all",
         ),
     ] = 1.0
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(golden=[{}, {"density": 0.3}])
 
     @property
     def on(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mergecore.arithmetic.linear_algebra import combined
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.per_expert import experts_given
 from mergecore.plugins.statistic import Statistic, Statistics
@@ -36,6 +37,13 @@ class Slerp(Method):
         float,
         Field(ge=0, le=1, description="|cosine| above which the straight line is taken instead; 1: only where it must"),
     ] = 0.9995
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(
+            golden=[{"t": 0.3}],
+            others=[{"t": 0.6, "start": "base", "colinear": 1}],
+        )
 
     @property
     def on(self) -> str:

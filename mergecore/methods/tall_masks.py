@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mergecore.methods.mask_method import MaskMethod, multi_task_vector, task_masks
 from mergecore.plugins.block import Block, Per
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.per_expert import each
 from mergecore.plugins.statistic import Statistics
 from mergecore.tensors.dtypes import DTYPE_NAMES
@@ -39,6 +40,15 @@ class TallMasks(MaskMethod):
     vector: Annotated[
         Literal["float32", "bfloat16", "float16"], Field(description="dtype in which the shared vector is kept")
     ] = "float32"
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(
+            golden=[{}, {"multi_task": "ties", "density": 0.4, "mask_scale": [0.2, 0.6, 0.4]}],
+            others=[
+                {"mask_scale": [0.2, 0.6, 0.4], "multi_task": "ties_published", "density": 0.4, "vector": "bfloat16"}
+            ],
+        )
 
     def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
         """Base, shared vector and masks."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mergecore.arithmetic.trims import RandomDrop, divided, dropped, folded_sum, sum_of_weights, weighted
 from mergecore.plugins.block import Block
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.per_expert import check_each, moved
 from mergecore.plugins.statistic import Statistic, Statistics
@@ -43,6 +44,28 @@ class TaskArithmetic(Method):
         Literal["sum", "mean"], Field(description="the sum of the weighted task vectors, or that divided by Σ weights")
     ] = "sum"
     drop: Annotated[RandomDrop | None, Field(description="random drop of deltas before the sum (DARE)")] = None
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(
+            golden=[
+                {"scale": 0.7},
+                {"scale": 1.0, "weights": [0.5, -0.25, 1.5]},
+                {"scale": 0.7, "weights": [0.5, -0.25, 1.5], "aggregate": "mean"},
+                {"scale": -0.3},
+                {"scale": 0.5, "drop": {"kind": "random", "rate": 0.75, "seed": 11}},
+                {"scale": 1.0, "drop": {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 3}},
+            ],
+            others=[
+                {
+                    "scale": 0.7,
+                    "weights": [1, -0.3, 1.6],
+                    "drop": {"kind": "random", "rate": [0.4, 0.1, 0.6], "rescale": "l1", "seed": 3},
+                },
+                {"scale": 0.7, "weights": [1, 0.3, 1.6], "aggregate": "mean"},
+                {"scale": -0.3, "drop": {"kind": "random", "rate": 0.4, "rescale": "inverse", "seed": 3}},
+            ],
+        )
 
     @property
     def on(self) -> str:

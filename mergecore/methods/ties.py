@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -21,6 +22,7 @@ from mergecore.arithmetic.trims import (
 )
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.per_expert import check_each, moved
 from mergecore.plugins.statistic import Statistic, Statistics
@@ -81,6 +83,55 @@ class Ties(Method):
         Field(description="where trimmed values cancel exactly; none: 'drop', or 'majority' with count 'published'"),
     ] = None
     drop: Annotated[RandomDrop | None, Field(description="random drop of deltas before the trim (DARE-TIES)")] = None
+
+    @classmethod
+    def examples(cls) -> Examples:
+        joined = product(("global", "tensor"), ("mean", "sum", "max"), ("at_least", "exact", "published"))
+        return Examples(
+            golden=[
+                {},
+                {"density": 0.5, "scale": 0.8, "scope": "tensor"},
+                {"density": 0.3, "aggregate": "sum", "count": "exact"},
+                {"density": 0.3, "aggregate": "max", "count": "published"},
+                {"density": 0.7, "zero_sign": "positive"},
+                {
+                    "density": [0.2, 0.5, 0.7],
+                    "weights": [0.5, -0.25, 1.5],
+                    "least": 1,
+                    "scope": "tensor",
+                    "count": "exact",
+                },
+                {"density": 0.4, "zero_sign": "majority", "scope": "tensor", "count": "exact"},
+                {"density": 0.5, "drop": {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 3}},
+                {"density": 0.5, "drop": {"kind": "random", "rate": 0.75, "seed": 11}, "count": "exact"},
+                {"density": 0.5, "elect": "normmass", "zero_sign": "majority"},
+                {"density": 0.5, "elect": "normfrac", "scope": "tensor"},
+            ],
+            others=[
+                *(
+                    {"density": 0.3, "scale": 0.8, "scope": scope, "aggregate": aggregate, "count": count}
+                    for scope, aggregate, count in joined
+                ),
+                {"density": [0.2, 0.5, 0.7], "weights": [1, -0.5, 2], "least": 1, "scope": "tensor", "count": "exact"},
+                {
+                    "density": [0.2, 0.5, 0.7],
+                    "weights": [1, 0.5, 2],
+                    "drop": {"kind": "random", "rate": [0.4, 0.1, 0.6], "rescale": "l1", "seed": 3},
+                },
+                {
+                    "density": 0.5,
+                    "drop": {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 3},
+                    "count": "exact",
+                    "zero_sign": "majority",
+                },
+                {"density": 0.5, "elect": "normmass", "count": "published"},
+                {
+                    "density": 0.5,
+                    "elect": "normfrac",
+                    "drop": {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 3},
+                },
+            ],
+        )
 
     @property
     def on(self) -> str:

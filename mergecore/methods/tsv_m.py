@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -22,6 +23,7 @@ from mergecore.arithmetic.linear_algebra import (
     wide,
 )
 from mergecore.plugins.block import Block, Per
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import Statistics
 
@@ -48,6 +50,16 @@ class TsvM(Method):
     ] = "mean"
     convolutions: Convolutions = "mean"
     excluded: Excluded = ("*text_projection*",)
+
+    @classmethod
+    def examples(cls) -> Examples:
+        forms = product(("numerical", "full"), ("mean", "flatten"))
+        return Examples(
+            others=[
+                *({"scale": 0.8, "rank": rank, "convolutions": convolutions} for rank, convolutions in forms),
+                {"crowded": "zero"},
+            ],
+        )
 
     @property
     def on(self) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mergecore.arithmetic.linear_algebra import Convolutions, Excluded, base_and_matrix, base_and_mean, matrix_of, wide
 from mergecore.arithmetic.trims import folded_sum
 from mergecore.plugins.block import Block, Per
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import Statistics
 
@@ -59,6 +60,23 @@ class Wudi(Method):
     transposed: Annotated[
         tuple[str, ...], Field(description="shell patterns: weights kept as inputs × outputs, as GPT-2's Conv1D")
     ] = ()
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return Examples(
+            golden=[{"steps": 20}, {"variant": "closed"}],
+            others=[
+                {
+                    "steps": 20,
+                    "learning_rate": 0.001,
+                    "convolutions": "flatten",
+                    "others": "mean",
+                    "transposed": ["*.m"],
+                },
+                {"variant": "closed", "convolutions": "flatten"},
+                {"variant": "closed", "ridge": 0.1, "others": "mean", "excluded": ["*conv"]},
+            ],
+        )
 
     @property
     def on(self) -> str:

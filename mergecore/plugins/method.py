@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mergecore.plugins.block import Block, Per
 from mergecore.plugins.chain import Link
+from mergecore.plugins.examples import Examples
 from mergecore.plugins.plugin import Plugin
 from mergecore.plugins.statistic import DataStatistic, Statistic, Statistics
 from mergecore.tensors.source import TensorInfo
@@ -43,6 +44,11 @@ class Method(Plugin, ABC):
     """The source, with its arXiv number where it has one."""
     published: ClassVar[tuple[str, ...]] = ()
     """Which values do as which published code, for docs/methods.md; the defaults where an entry names no values."""
+
+    @classmethod
+    def examples(cls) -> Examples:
+        """Return the values that the method is tried with; the first set is the most usual one."""
+        return Examples()
 
     @property
     @abstractmethod
