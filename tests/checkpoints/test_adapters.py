@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from mergecore import merge
 from mergecore.checkpoints.experts import ROWS, AdapterExpert
 from mergecore.engine import pass_plan as passes
-from mergecore.engine import span
 from mergecore.engine import windows as reading
 from mergecore.errors import MismatchError, SourceError
 from mergecore.events import silent
@@ -25,6 +24,7 @@ from mergecore.methods import Average
 from mergecore.planning.pool import Pool, resolve_pool
 from mergecore.registry import METHODS
 from mergecore.spec.sources import BaseSpec, ExpertSpec
+from tests.grids import set_grid
 from tests.recipe_files import find, made
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -229,8 +229,7 @@ def test_the_same_bytes_for_any_span_and_grid(
     monkeypatch.setattr(passes.plan_spans, "__defaults__", (1,))
     monkeypatch.setattr(reading, "WINDOWS", (17, 17))
     assert made(recipe, tmp_path / "second").digest == first.digest
-    for module in (passes, span):
-        monkeypatch.setattr(module, "GRID", 100)
+    set_grid(monkeypatch, 100)
     made(recipe, tmp_path / "third")
     assert (tmp_path / "third/model.safetensors").read_bytes() == (tmp_path / "first/model.safetensors").read_bytes()
 

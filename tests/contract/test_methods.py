@@ -28,6 +28,7 @@ from mergecore.plugins.block import Per
 from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import DataStatistic
 from mergecore.registry import METHODS
+from tests.grids import set_grid
 
 DROP = {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 3}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -254,8 +255,7 @@ def test_blocks_of_the_grid_do_not_matter(method: Method, monkeypatch: pytest.Mo
     """Element-wise results do not depend on the grid; only float64 sums do, and they only through l1 rescaling."""
     base, experts = models()
     first = merged(method, base, experts)
-    for module in ("passes", "span", "identity"):
-        monkeypatch.setattr(f"mergecore.{module}.GRID", 64)
+    set_grid(monkeypatch, 64)
     monkeypatch.setattr("mergecore.arithmetic.linear_algebra.BLOCK", 64)
     second = merged(method, base, experts)
     for name in first:

@@ -23,6 +23,7 @@ from mergecore.statistics.balance_scores import balancing, scores
 from mergecore.statistics.magnitude_quantiles import MagnitudeQuantiles
 from mergecore.statistics.softmax_means import SoftmaxMeans, pairs
 from mergecore.tensors.memory import MemoryTensors
+from tests.grids import set_grid
 
 COUNT = 12_011
 
@@ -30,8 +31,7 @@ COUNT = 12_011
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks, and pieces that do not divide them."""
-    for module in ("mergecore.engine.pass_plan", "mergecore.engine.span", "mergecore.identity.keys"):
-        monkeypatch.setattr(f"{module}.GRID", 2048)
+    set_grid(monkeypatch, 2048)
     monkeypatch.setattr("mergecore.statistics.softmax_means.PIECE", 1500)
     monkeypatch.setattr("mergecore.engine.windows.WINDOWS", (1500, 1500))
 

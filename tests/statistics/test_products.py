@@ -18,6 +18,7 @@ from mergecore.native.library import Function, Library, library_in
 from mergecore.plugins.block import Per
 from mergecore.statistics.products import Products, gram_of
 from mergecore.tensors.memory import MemoryTensors
+from tests.grids import set_grid
 
 SHAPES = {"matrix": (300, 7), "vector": (33,), "scalar": (), "none": (0, 4)}
 
@@ -55,8 +56,7 @@ def found(
 def test_products_are_those_of_matrices(
     of: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("passes", "span", "identity"):
-        monkeypatch.setattr(f"mergecore.{module}.GRID", 1024)
+    set_grid(monkeypatch, 1024)
     held = models(4, dtype)
     statistic = Products(of=of)
     plain = found(statistic, held)

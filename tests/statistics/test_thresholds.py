@@ -23,6 +23,7 @@ from mergecore.recipes.in_memory import find_statistics
 from mergecore.statistics.profile import Profile, fine_counts
 from mergecore.statistics.threshold import Threshold, threshold_of
 from mergecore.tensors.memory import MemoryTensors
+from tests.grids import set_grid
 
 
 def found(statistic: Threshold, delta: dict[str, Tensor], workers: int = 1) -> Result:
@@ -57,8 +58,7 @@ def deltas(kind: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("density", [0.0, 0.0001, 0.01, 0.2, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("ranked", ["global", "tensor"])
 def test_equals_a_full_sort(kind: str, density: float, ranked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("passes", "span", "identity"):
-        monkeypatch.setattr(f"mergecore.{module}.GRID", 1024)
+    set_grid(monkeypatch, 1024)
     monkeypatch.setattr("mergecore.statistics.threshold.GRAIN", 256)
     delta = deltas(kind)
     for count in ("at_least", "exact"):
