@@ -25,7 +25,8 @@ SPEC ?= examples/demo.yaml
 STORE ?= .mergeloom
 # Where `make serve` answers: the address it has left in the store. Settings are per process, nobody's profile is touched.
 SERVER ?= $(or $(shell sed -n 's/.*"prefect": "\([^"]*\)".*/\1/p' $(STORE)/serving.json 2>/dev/null),http://127.0.0.1:4200/api)
-PREFECT := PREFECT_HOME="$(abspath $(STORE))/prefect" PREFECT_API_URL="$(SERVER)" $(BIN)/prefect --no-prompt
+CLIENT := PREFECT_HOME="$(abspath $(STORE))/prefect" PREFECT_API_URL="$(SERVER)"
+PREFECT := $(CLIENT) $(BIN)/prefect --no-prompt
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
@@ -63,9 +64,7 @@ serve: setup
 
 deploy: setup
 	@$(PREFECT) work-pool create local --type process >/dev/null 2>&1 || true  # it may be there already
-	$(PREFECT) deploy --all --prefect-file deployments/prefect.yaml
-	@$(PREFECT) automation delete "mergeloom crashed runs" >/dev/null 2>&1 || true
-	$(PREFECT) automation create --from-file deployments/crashed.yaml
+	$(CLIENT) $(BIN)/python -m flows.deploy deployments/prefect.yaml deployments/crashed.yaml
 
 worker: setup
 	$(PREFECT) worker start --pool local --type process --limit 2
