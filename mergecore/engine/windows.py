@@ -222,6 +222,7 @@ class Reading:
         return tuple(self.plan.experts[position].id for position in positions)
 
 
-def _cut(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+def cut(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    """Consecutive (start, stop) of at most `size` elements."""
     for first in range(start, stop, size):
         yield first, min(first + size, stop)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import mergecore.engine.kernels.run as kernels
+import mergecore.engine.loops as loops
 import mergecore.engine.pass_plan as passes
-import mergecore.engine.span as span
 import mergecore.engine.windows as reading
 import mergecore.recipes.in_memory as merging
 from mergecore import merge
@@ -233,7 +233,7 @@ def test_element_by_element_means_a_loop(method: Method, tmp_path: Path, monkeyp
             super().__init__(*given, **named)
             made.append(self)
 
-    monkeypatch.setattr(span, "Fused", Kept)
+    monkeypatch.setattr(loops, "Fused", Kept)
     merged(method, *models(), library=library)
     merging_loops = [fused for fused in made if fused.out not in ("counts", "sums")]
     assert bool(merging_loops) == (method.per is Per.ELEMENT)

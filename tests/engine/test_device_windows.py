@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mergecore.engine.device_windows as staging
-import mergecore.engine.span as span
+import mergecore.engine.merges as merges
 from mergecore.checkpoints.experts import FullExpert
 from mergecore.engine.executor import InProcess
 from mergecore.engine.kernels.device import device_function
@@ -19,7 +19,7 @@ from mergecore.errors import CapacityError, NonFiniteError
 from mergecore.events import silent
 from mergecore.identity.draws import random_key, random_words
 from mergecore.native.library import Library, library_in
-from mergecore.plugins.block import Per
+from mergecore.plugins.block import Block, Per
 from mergecore.plugins.method import Method
 from mergecore.recipes.in_memory import find_statistics
 from mergecore.registry import METHODS
@@ -60,8 +60,8 @@ def merged(method: Method, device: str, base_id: str = "", library: Library | No
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(span, "ON_DEVICE", 700)
-    span._stages.__dict__.clear()
+    monkeypatch.setattr(merges, "ON_DEVICE", 700)
+    merges._stages.__dict__.clear()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -74,7 +74,7 @@ def test_the_same_bytes_on_a_device(device: str, name: str, values: dict[str, An
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_fits_stays_for_the_next_cell_of_the_pool(device: str) -> None:
     method = METHODS["average"]()
-    stage = span._stages.__dict__.setdefault(str(torch.device(device)), staging.Stage(torch.device(device)))
+    stage = merges._stages.__dict__.setdefault(str(torch.device(device)), staging.Stage(torch.device(device)))
     stage.room = 2 * staging.SPARE
     first = merged(method, device, "digest of the base")
     assert len(stage.kept) == 3 * 8  # three experts, eight windows; an average needs no base
@@ -136,7 +136,7 @@ def test_the_loop_on_a_device_gives_the_processors_bytes(tmp_path: Any) -> None:
         method = METHODS[name].model_validate(values)
         fused = Fused(method.merge, "deltas", torch.bfloat16, library_in(tmp_path), wait=True)
         drop = getattr(method, "drop", None)
-        place = span.Block("w", (1 << 16,), 0, 1 << 16, None, (), ("a", "b", "c"))
+        place = Block("w", (1 << 16,), 0, 1 << 16, None, (), ("a", "b", "c"))
         given = fused.given({"drawn": drop.drawn(place, None) if drop else None})
         wanted = torch.empty(1 << 16, dtype=torch.bfloat16)
         given.store(held, wanted)

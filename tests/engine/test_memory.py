@@ -24,22 +24,21 @@ from tests.recipe_files import find
 PROGRAM = """
 import json, re, sys, threading, time
 from pathlib import Path
-import mergecore.pool, mergecore.single, mergecore.projection as projection
-from flows.startup import digest_cache
-from flows.session import resolver
-from mergecore.kernels.library import library_in
-from mergecore.merging import InProcess
+import mergecore.planning.pool, mergecore.recipes.merge_recipe, mergecore.engine.memory as projection
+from flows.session.session import resolver
+from mergecore.native.library import library_in
+from mergecore.engine.executor import InProcess
 from mergecore.events import silent
 from mergecore.registry import METHODS
-from mergecore.sources.digests import DigestCache
-from mergecore.spec import parse_recipe
+from mergecore.checkpoints.sources.digests import DigestCache
+from mergecore.spec.recipe import parse_recipe
 
 def held():
     text = open("/proc/self/status").read()
     return sum(int(re.search(name + r":\\s+(\\d+)", text).group(1)) for name in ("RssAnon", "RssShmem")) * 1024
 
 recipes, out, loops, workers = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
-import mergecore.kernels.run, mergecore.statistics.threshold, torch
+import mergecore.engine.kernels.run, mergecore.statistics.threshold, torch
 torch.ones(8) + 1
 blocks, original = [], projection.block_bytes
 

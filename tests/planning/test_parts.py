@@ -266,7 +266,7 @@ def test_a_merge_in_parts_goes_on_where_it_was(
     plan = MergeBuilder(pool, rules, None, None).build(methods.Average(), list(pool.experts.values()))
     assert len(plan.parts) == 3
     passes: list[Any] = []
-    real = mergecore.run.run_pass
+    real = mergecore.execution.passes.run_pass
 
     def counted(planned: Any, *rest: Any) -> Any:
         passes.append(planned)
@@ -281,8 +281,8 @@ def test_a_merge_in_parts_goes_on_where_it_was(
         noted.append(job.key)
         journalled(job, *rest)
 
-    monkeypatch.setattr(mergecore.run, "run_pass", counted)
-    monkeypatch.setattr(mergecore.span, "write_journal", noting)
+    monkeypatch.setattr(mergecore.execution.passes, "run_pass", counted)
+    monkeypatch.setattr(mergecore.engine.span, "write_journal", noting)
     digests, spans = [], []
     for root, interrupted in ((tmp_path / "whole", False), (tmp_path / "again", True)):
         passes[:], noted[:] = [] if interrupted else [None, None], []
