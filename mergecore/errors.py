@@ -9,6 +9,7 @@ MergeloomError                what the command line shows without a traceback
 ├── StoreError                the store holds something that cannot be trusted or used
 ├── EvaluationError           a task that does not exist, or an evaluation that cannot be done
 ├── IdentityError             a value without a canonical form was about to enter a key
+├── PluginError               a plug-in of an installed package cannot be used
 └── ServiceError              Prefect, Dask or MLflow did not answer
 """
 
@@ -52,6 +53,10 @@ class EvaluationError(MergeloomError):
 
 class IdentityError(MergeloomError):
     """A value without a canonical form was about to enter a key."""
+
+
+class PluginError(MergeloomError):
+    """A plug-in of an installed package cannot be used: its name is taken twice, or the package does not work."""
 
 
 class ServiceError(MergeloomError):

@@ -1,95 +1,57 @@
-"""Every plug-in by its name: one line each. Evaluators are named by module, so that their heavy imports stay theirs."""
+"""Every plug-in by its name, from this repository and from installed packages.
+
+Methods, statistics and searches of this repository are the classes that `mergecore/methods/__init__.py`,
+`mergecore/statistics/__init__.py` and `mergecore/searches/__init__.py` list. Evaluators are named by module, so that their heavy
+imports stay theirs. Installed packages offer theirs as entry points: see docs/plugins.md.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from importlib import import_module
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from types import ModuleType
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from mergecore import methods, searches
+from mergecore import methods, searches, statistics
 from mergecore.errors import SpecError, nearest
 from mergecore.plugins.chain import Link
 from mergecore.plugins.evaluator import Evaluator
 from mergecore.plugins.method import Method
 from mergecore.plugins.plugin import Plugin
 from mergecore.plugins.search import Search
+from mergecore.plugins.shelf import Shelf, class_of
 from mergecore.plugins.statistic import DataStatistic, Statistic
 from mergecore.plugins.values import explained
-from mergecore.statistics.balance_cut import BalanceCut
-from mergecore.statistics.dropped_norms import DroppedNorms
-from mergecore.statistics.fisher import DiagonalFisher
-from mergecore.statistics.magnitude_quantiles import MagnitudeQuantiles
-from mergecore.statistics.overlap_counts import OverlapCounts
-from mergecore.statistics.products import Products
-from mergecore.statistics.profile import Profile
-from mergecore.statistics.projected_sum import ProjectedSum
-from mergecore.statistics.sign_majority import SignMajority
-from mergecore.statistics.softmax_means import SoftmaxMeans
-from mergecore.statistics.threshold import Threshold
-from mergecore.statistics.trimmed_norms import TrimmedNorms
-from mergecore.statistics.unified_norms import UnifiedNorms
 
 Kind = TypeVar("Kind", bound=Plugin)
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (
-        methods.Average,
-        methods.TaskArithmetic,
-        methods.Ties,
-        methods.Fisher,
-        methods.Slerp,
-        methods.Karcher,
-        methods.ModelStock,
-        methods.Sce,
-        methods.IsoC,
-        methods.IsoCts,
-        methods.TsvM,
-        methods.Wudi,
-        methods.Breadcrumbs,
-        methods.Della,
-        methods.Pcb,
-        methods.Consensus,
-        methods.Opcm,
-        methods.LayerSwap,
-        methods.LoraArithmetic,
-        methods.LoraLego,
-        methods.Nearswap,
-        methods.Ram,
-        methods.ArceeFusion,
-        methods.Nuslerp,
-        methods.Multislerp,
-        methods.TallMasks,
-        methods.Emr,
-    )
-}
-STATISTICS: dict[str, type[Statistic] | type[DataStatistic] | type[Link]] = {
-    statistic.name: statistic
-    for statistic in (
-        DroppedNorms,
-        Profile,
-        Threshold,
-        SignMajority,
-        TrimmedNorms,
-        Products,
-        DiagonalFisher,
-        MagnitudeQuantiles,
-        BalanceCut,
-        SoftmaxMeans,
-        ProjectedSum,
-        OverlapCounts,
-        UnifiedNorms,
-    )
-}
-SEARCHES: dict[str, type[Search]] = {
-    search.name: search for search in (searches.Greedy, searches.Grid, searches.Nevergrad)
-}
-EVALUATORS: dict[str, str] = {
-    "lm_eval": "mergecore.evaluators.lm_eval:LmEval",
-    "classification": "mergecore.evaluators.classification:Classification",
-}
+
+def _listed(module: ModuleType, *bases: type[Plugin]) -> Iterator[tuple[str, Any]]:
+    """The plug-ins that a package lists, by name and in its order; other classes it exports are no plug-ins."""
+    for kind in vars(module).values():
+        if isinstance(kind, type) and issubclass(kind, bases) and not inspect.isabstract(kind):
+            yield kind.name, kind
+
+
+METHODS: Shelf[type[Method]] = Shelf("method", "methods", dict(_listed(methods, Method)), class_of(Method))
+STATISTICS: Shelf[type[Statistic] | type[DataStatistic] | type[Link]] = Shelf(
+    "statistic",
+    "statistics",
+    dict(_listed(statistics, Statistic, DataStatistic, Link)),
+    class_of(Statistic, DataStatistic, Link),
+)
+SEARCHES: Shelf[type[Search]] = Shelf("search", "searches", dict(_listed(searches, Search)), class_of(Search))
+EVALUATORS: Shelf[type[Evaluator]] = Shelf(
+    "evaluator",
+    "evaluators",
+    {
+        "lm_eval": "mergecore.evaluators.lm_eval:LmEval",
+        "classification": "mergecore.evaluators.classification:Classification",
+    },
+    class_of(Evaluator),
+)
 
 
 def method_from(name: str, values: Mapping[str, Any], where: str, beside: Iterable[str] = ()) -> Method:
@@ -101,16 +63,23 @@ def method_from(name: str, values: Mapping[str, Any], where: str, beside: Iterab
         raise SpecError(f"{where}.method: must be given; {nearest('', METHODS)}")
     if name not in METHODS:
         raise SpecError(f"{where}: there is no method '{name}'; {nearest(name, METHODS)} (see `mergeloom methods`)")
-    return _built(METHODS[name], values, f"{where} ({name})", beside)
+    method = _built(METHODS[name], values, f"{where} ({name})", beside)
+    _check_statistics(method)
+    return method
+
+
+def _check_statistics(plugin: Method | Statistic | DataStatistic | Link) -> None:
+    """Raise PluginError where a statistic that is needed has the name of another, under which its results are kept."""
+    for statistic in getattr(plugin, "statistics", dict)().values():
+        STATISTICS.check_own(statistic)
+        _check_statistics(statistic)
 
 
 def evaluator_from(name: str, values: Mapping[str, Any], where: str, beside: Iterable[str] = ()) -> Evaluator:
     """The evaluator of that name with these values; errors as for methods."""
     if name not in EVALUATORS:
         raise SpecError(f"{where}: there is no evaluator '{name}'; {nearest(name, EVALUATORS)}")
-    module, _, attribute = EVALUATORS[name].partition(":")
-    kind: type[Evaluator] = getattr(import_module(module), attribute)
-    return _built(kind, values, where, beside)
+    return _built(EVALUATORS[name], values, where, beside)
 
 
 def search_from(name: str, values: Mapping[str, Any], where: str) -> Search:

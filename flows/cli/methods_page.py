@@ -45,13 +45,14 @@ TRIED = 8
 
 
 def methods_page() -> str:
-    """The page, in Markdown."""
+    """Return the page of this repository's methods, in Markdown."""
+    ours = {name: METHODS[name] for name in METHODS.own}
     rows = [
         f"| [`{name}`](#{name}) | {_escaped(_summary(kind))} | {_readings(built(kind))} |"
-        for name, kind in METHODS.items()
+        for name, kind in ours.items()
     ]
     table = ["| method | what it does | readings |", "|---|---|---|", *rows, ""]
-    return HEAD + "\n".join([*table, *(_section(name, kind) for name, kind in METHODS.items())])
+    return HEAD + "\n".join([*table, *(_section(name, kind) for name, kind in ours.items())])
 
 
 def _summary(kind: type[Method]) -> str:

@@ -132,12 +132,19 @@ def duration(seconds: float) -> str:
 
 
 def methods_text() -> str:
-    """Every method in a line."""
+    """Return every method in a line, those of installed packages with the package; then those that cannot be used."""
+    troubles = {name: METHODS.trouble(name) for name in METHODS}
+    kinds = {name: METHODS[name] for name, trouble in troubles.items() if not trouble}
+    head = ["method", "what it does", "parameters"]
     rows = [
-        [name, (kind.__doc__ or "").strip().splitlines()[0], ", ".join(kind.model_fields)]
-        for name, kind in METHODS.items()
+        [name, (kind.__doc__ or "").strip().partition("\n")[0], ", ".join(kind.model_fields)]
+        for name, kind in kinds.items()
     ]
-    return table(["method", "what it does", "parameters"], rows) + "\n\n`mergeloom methods NAME` tells more of one."
+    if any(map(METHODS.package, kinds)):
+        head.append("package")
+        rows = [[*row, METHODS.package(row[0])] for row in rows]
+    broken = [f"cannot be used: {trouble}" for trouble in troubles.values() if trouble]
+    return "\n".join([table(head, rows), "", *broken, "`mergeloom methods NAME` tells more of one."])
 
 
 def method_text(name: str) -> str:
@@ -151,6 +158,8 @@ def method_text(name: str) -> str:
         [one.name, one.values.replace("`", ""), one.default.replace("`", ""), one.meaning] for one in parameters(kind)
     ]
     head, *said = description(kind)
+    if package := METHODS.package(name):
+        said += ["", f"From the package {package}; version {kind.version} of the method."]
     columns = ["parameter", "values", "default", "meaning"]
     return "\n".join([name, "", head.strip("*"), *said, "", table(columns, _wrapped(rows))])
 

@@ -1,62 +1,34 @@
-"""One file per method. `from mergecore import methods` gives the classes by their names."""
+"""The merge methods: a file and a line here for each. The registry, tests and pages take them from these lines, in this order."""
 
-from mergecore.arithmetic.trims import RandomDrop
-from mergecore.methods.arcee_fusion import ArceeFusion
-from mergecore.methods.average import Average
-from mergecore.methods.breadcrumbs import Breadcrumbs
-from mergecore.methods.consensus import Consensus
-from mergecore.methods.della import Della
-from mergecore.methods.emr import Emr
-from mergecore.methods.fisher import Fisher
-from mergecore.methods.iso_c import IsoC
-from mergecore.methods.iso_cts import IsoCts
-from mergecore.methods.karcher import Karcher
-from mergecore.methods.layer_swap import LayerSwap
-from mergecore.methods.lora_arithmetic import LoraArithmetic
-from mergecore.methods.lora_lego import LoraLego
-from mergecore.methods.model_stock import ModelStock
-from mergecore.methods.multislerp import Multislerp
-from mergecore.methods.nearswap import Nearswap
-from mergecore.methods.nuslerp import Nuslerp
-from mergecore.methods.opcm import Opcm
-from mergecore.methods.pcb import Pcb
-from mergecore.methods.ram import Boost, Ram
-from mergecore.methods.sce import Sce
-from mergecore.methods.slerp import Slerp
-from mergecore.methods.tall_masks import TallMasks
-from mergecore.methods.task_arithmetic import TaskArithmetic
-from mergecore.methods.ties import Ties
-from mergecore.methods.tsv_m import TsvM
-from mergecore.methods.wudi import Wudi
+# isort: skip_file
+from mergecore.methods.average import Average as Average
+from mergecore.methods.task_arithmetic import TaskArithmetic as TaskArithmetic
+from mergecore.methods.ties import Ties as Ties
+from mergecore.methods.fisher import Fisher as Fisher
+from mergecore.methods.slerp import Slerp as Slerp
+from mergecore.methods.karcher import Karcher as Karcher
+from mergecore.methods.model_stock import ModelStock as ModelStock
+from mergecore.methods.sce import Sce as Sce
+from mergecore.methods.iso_c import IsoC as IsoC
+from mergecore.methods.iso_cts import IsoCts as IsoCts
+from mergecore.methods.tsv_m import TsvM as TsvM
+from mergecore.methods.wudi import Wudi as Wudi
+from mergecore.methods.breadcrumbs import Breadcrumbs as Breadcrumbs
+from mergecore.methods.della import Della as Della
+from mergecore.methods.pcb import Pcb as Pcb
+from mergecore.methods.consensus import Consensus as Consensus
+from mergecore.methods.opcm import Opcm as Opcm
+from mergecore.methods.layer_swap import LayerSwap as LayerSwap
+from mergecore.methods.lora_arithmetic import LoraArithmetic as LoraArithmetic
+from mergecore.methods.lora_lego import LoraLego as LoraLego
+from mergecore.methods.nearswap import Nearswap as Nearswap
+from mergecore.methods.ram import Ram as Ram
+from mergecore.methods.arcee_fusion import ArceeFusion as ArceeFusion
+from mergecore.methods.nuslerp import Nuslerp as Nuslerp
+from mergecore.methods.multislerp import Multislerp as Multislerp
+from mergecore.methods.tall_masks import TallMasks as TallMasks
+from mergecore.methods.emr import Emr as Emr
 
-__all__ = [
-    "ArceeFusion",
-    "Average",
-    "Boost",
-    "Breadcrumbs",
-    "Consensus",
-    "Della",
-    "Emr",
-    "Fisher",
-    "IsoC",
-    "IsoCts",
-    "Karcher",
-    "LayerSwap",
-    "LoraArithmetic",
-    "LoraLego",
-    "ModelStock",
-    "Multislerp",
-    "Nearswap",
-    "Nuslerp",
-    "Opcm",
-    "Pcb",
-    "Ram",
-    "RandomDrop",
-    "Sce",
-    "Slerp",
-    "TallMasks",
-    "TaskArithmetic",
-    "Ties",
-    "TsvM",
-    "Wudi",
-]
+# Parameters of methods that are written as mappings in YAML.
+from mergecore.methods.ram import Boost as Boost
+from mergecore.arithmetic.trims import RandomDrop as RandomDrop

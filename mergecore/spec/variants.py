@@ -12,11 +12,12 @@ from pydantic import ValidationError
 from mergecore.checkpoints.select import SelectRule
 from mergecore.errors import SpecError, nearest
 from mergecore.identity.keys import digest
+from mergecore.methods.average import Average
 from mergecore.plugins.method import Method
 from mergecore.plugins.values import explained
 from mergecore.registry import METHODS, method_from
 
-AVERAGE = METHODS["average"]()
+AVERAGE = Average()
 
 
 @dataclass(frozen=True)

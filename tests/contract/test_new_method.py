@@ -93,7 +93,7 @@ class Joined(Method):
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     for method in (Median, LowRank, Joined):
-        monkeypatch.setitem(METHODS, method.name, method)
+        monkeypatch.setitem(METHODS.own, method.name, method)
 
 
 def models() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
