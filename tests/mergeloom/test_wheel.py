@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import signal
+import os
 import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from flows.services import servers as services
+from flows.services import supervise
 from tests import tiny_sweep
 from tests.mergeloom.installed import Installed, installed
 
@@ -80,22 +82,20 @@ def served(environment: Installed) -> Iterator[services.Addresses]:
     words = environment.command(
         "mergeloom", "serve", "--store", store, "--prefect-port", ports[0], "--mlflow-port", ports[1]
     )
+    # Under the services' supervisor, so that it ends with this process however that ends.
+    supervised = [sys.executable, "-I", "-S", supervise.__file__, str(os.getpid()), "10"]
     with (environment.project / "serve.log").open("wb") as log:
         process = subprocess.Popen(
-            words,
-            cwd=environment.project,
-            env=environment.environment(),
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+            [*supervised, *words], cwd=environment.project, env=environment.environment(), stdin=subprocess.DEVNULL,
+            stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
     try:
         while (addresses := services.serving(store)) is None:
             assert process.poll() is None, (environment.project / "serve.log").read_text()
             time.sleep(0.5)
         yield addresses
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.wait(60)
 
 
