@@ -50,21 +50,26 @@ def _same_base(recorded: str, found: Snapshot, base: BaseSpec) -> bool:
     return any(recorded == name or Path(recorded).name == Path(name.partition("@")[0]).name for name in known if name)
 
 
-def _check_tokenizer(where: str, found: Snapshot, base: Snapshot, warnings: list[str]) -> None:
-    """Raise MismatchError where the vocabularies differ; other differences of the tokenizer files are said aloud."""
+def tokenizer_warnings(expert: Snapshot, base: Snapshot, where: str) -> list[str]:
+    """Say where a full checkpoint's tokenizer.json differs from the base's and has the same vocabulary.
+
+    Raises MismatchError where the vocabularies differ. An adapter uses the base's tokenizer.
+    """
     name = TOKENIZER
-    if name not in found.source.files or name not in base.source.files:
-        return
-    if found.source.files[name].sha256 == base.source.files[name].sha256:
-        return
-    ours, theirs = (_vocabulary(read_json(one.source, name), f"{one.source.uri}/{name}") for one in (base, found))
+    if expert.kind != "full" or name not in expert.source.files or name not in base.source.files:
+        return []
+    if expert.source.files[name].sha256 == base.source.files[name].sha256:
+        return []
+    ours, theirs = (
+        _vocabulary(read_json(model.source, name), f"{model.source.uri}/{name}") for model in (base, expert)
+    )
     differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     if differing:
         raise MismatchError(
             f"{where}: its tokenizer gives {len(differing)} tokens other ids than the base's (first: {differing[0]!r}); "
             f"only experts that share the base's vocabulary can be merged; {VOCABULARIES}"
         )
-    warnings.append(f"{where} has another tokenizer.json than the base (same vocabulary); the base's is used")
+    return [f"{where} has another tokenizer.json than the base (same vocabulary); the base's is used"]
 
 
 def _vocabulary(tokenizer: Mapping[str, Any], where: str) -> dict[str, int]:

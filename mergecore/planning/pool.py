@@ -28,12 +28,12 @@ from mergecore.events import Event, Report
 from mergecore.identity.keys import Step, digest
 from mergecore.planning.compatibility import (
     VOCABULARIES,
-    _check_tokenizer,
     _refuse_lost_head,
     _refuse_quantized,
     _same_base,
     _sizes,
     _vocabulary,
+    tokenizer_warnings,
 )
 from mergecore.spec.sources import BaseSpec, ExpertSpec, Resolver, SourceSpec
 from mergecore.tensors.source import TensorInfo, TensorSource
@@ -147,7 +147,6 @@ def resolve_pool(
         raise SpecError(f"base: {ground.source.uri} is an adapter; give the checkpoint it was trained on")
     _refuse_quantized(ground, "base")
     warnings: list[str] = []
-    strangers: dict[str, list[str]] = {}
     members: dict[str, Member] = {}
     taken = _read_experts(experts, resolve, stack, report)
     rows = None
@@ -159,7 +158,9 @@ def resolve_pool(
         tokens = _vocabulary(read_json(ground.source, TOKENIZER), f"{ground.source.uri}/{TOKENIZER}")
         warnings += said_of_markers(markers(chat_template), tokens)
     for expert in experts:
-        member = _stacked(expert, taken[expert.name], found, ground, select, stack, warnings, tokenizer is None)
+        member = _stacked(expert, taken[expert.name], found, ground, select, stack)
+        if tokenizer is None:
+            warnings += tokenizer_warnings(member.snapshot, ground, _called(member.name, member.snapshot))
         if rows is not None and member.factors is not None:
             member = _updated(member, ground, rows)
         same = next((other.name for other in members.values() if other.id == member.id), None)
@@ -169,17 +170,25 @@ def resolve_pool(
     check_left_out(select, [ground.tensors, *(member.snapshot.tensors for member in members.values())])
     several = None
     if multitask is not None:
-        several = _multitask(read_snapshot(resolve(multitask)), ground, rows, warnings, tokenizer is None)
-    for member in [*members.values(), *([several] if several else [])]:
+        several = _multitask(read_snapshot(resolve(multitask)), ground, rows)
+        if tokenizer is None:
+            warnings += tokenizer_warnings(several.snapshot, ground, _called(several.name, several.snapshot))
+    warnings += _base_warnings([*members.values(), *([several] if several else [])], ground, base)
+    return Pool(ground, members, several, tuple(warnings))
+
+
+def _base_warnings(members: Sequence[Member], ground: Snapshot, base: BaseSpec) -> list[str]:
+    """Name the adapters that record another base than the pool's: one sentence per recorded base."""
+    trained_on: dict[str, list[str]] = {}
+    for member in members:
         recorded = str(member.snapshot.config.get("base_model_name_or_path") or "")
         if member.factors is not None and recorded and not _same_base(recorded, ground, base):
-            strangers.setdefault(recorded, []).append(member.name)
-    for recorded, names in strangers.items():
-        warnings.append(
-            f"trained on '{recorded}' by their own record, while the base is '{base.source}': {', '.join(names)} "
-            "(if it is a copy of that, say so with `base: {source: …, known_as: …}`)"
-        )
-    return Pool(ground, members, several, tuple(warnings))
+            trained_on.setdefault(recorded, []).append(member.name)
+    return [
+        f"trained on '{recorded}' by their own record, while the base is '{base.source}': {', '.join(names)} "
+        "(if it is a copy of that, say so with `base: {source: …, known_as: …}`)"
+        for recorded, names in trained_on.items()
+    ]
 
 
 def _read_experts(
@@ -199,10 +208,10 @@ def _read_experts(
     return found
 
 
-def _multitask(held: Snapshot, ground: Snapshot, rows: Rows | None, warnings: list[str], same_tokens: bool) -> Member:
+def _multitask(snapshot: Snapshot, ground: Snapshot, rows: Rows | None) -> Member:
     """A full one is measured as it lies, with its own tokenizer; an adapter is on the base as it is read here."""
-    found = _member("multitask", (), held, as_it_lies(ground), warnings, same_tokens=same_tokens)
-    return _updated(found, ground, rows) if rows is not None and found.factors is not None else found
+    member = _member("multitask", (), snapshot, as_it_lies(ground))
+    return _updated(member, ground, rows) if rows is not None and member.factors is not None else member
 
 
 def _stacked(
@@ -212,8 +221,6 @@ def _stacked(
     ground: Snapshot,
     select: Sequence[SelectRule],
     stack: Sequence[StackRule],
-    warnings: list[str],
-    same_tokens: bool,
 ) -> Member:
     """The expert as the result's layers have it; held: a checkpoint with these layers, an adapter as it lies.
 
@@ -224,8 +231,8 @@ def _stacked(
             present = {None, *map(layer_of, held.tensors)}
             tensors = {tensor: info for tensor, info in ground.tensors.items() if layer_of(tensor) in present}
             ground = dataclasses.replace(ground, tensors=tensors)
-        return _member(expert.name, expert.tasks, held, ground, warnings, select, same_tokens)
-    member = _member(expert.name, expert.tasks, held, base, warnings)
+        return _member(expert.name, expert.tasks, held, ground, select)
+    member = _member(expert.name, expert.tasks, held, base)
     if not stack or member.factors is None:
         return member
     layers = layers_of(stack, expert.name)
@@ -253,12 +260,10 @@ def _member(
     tasks: tuple[str, ...],
     found: Snapshot,
     base: Snapshot,
-    warnings: list[str],
     select: Sequence[SelectRule] = (),
-    same_tokens: bool = True,
 ) -> Member:
-    """same_tokens: whether the tokenizers must say the same, as nothing has brought the vocabularies together."""
-    where = f"expert '{name}' ({found.source.uri})"
+    """Check one expert against the base. Raises MismatchError where it does not fit."""
+    where = _called(name, found)
     if found.kind == "adapter":
         factors = adapter_factors(
             found.tensors, found.config, base.tensors, where, tied_names(base.tensors, base.config)
@@ -273,9 +278,12 @@ def _member(
         )
     _refuse_lost_head(found, base, where)
     check_fit(base.tensors, found.tensors, where, base.config, select)
-    if same_tokens:
-        _check_tokenizer(where, found, base, warnings)
     return Member(name, tasks, found, None)
+
+
+def _called(name: str, snapshot: Snapshot) -> str:
+    """How messages call an expert."""
+    return f"expert '{name}' ({snapshot.source.uri})"
 
 
 def opened(pool: Pool, folders: Mapping[str, Path]) -> tuple[TensorSource, dict[str, Expert]]:

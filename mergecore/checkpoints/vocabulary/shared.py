@@ -79,8 +79,7 @@ def shared_vocabulary(
     _check_source(rules, experts, adapters)
     models = [_model(name, one) for name, one in {BASE: base, **experts}.items() if name not in adapters]
     owner = models[0] if rules.source in (UNION, BASE) else next(m for m in models[1:] if m.name == rules.source)
-    warnings: list[str] = []
-    tokenizers = _tokenizers(models, warnings)
+    tokenizers, warnings = _tokenizers(models)
     if not tokenizers:  # then nothing can be said of tokens; the owner's other files still count
         _check_alike(models, rules)
         return Shared(_accompanied(models[0], base, owner, {}), dict(experts), None, tuple(warnings))
@@ -155,29 +154,30 @@ def _model(name: str, snapshot: Snapshot) -> _Model:
     return found
 
 
-def _tokenizers(models: Sequence[_Model], warnings: list[str]) -> dict[str, Tokenizer]:
-    """Every model's tokenizer, the base's where a model has none beside it; empty where nobody has one.
+def _tokenizers(models: Sequence[_Model]) -> tuple[dict[str, Tokenizer], list[str]]:
+    """Return every model's tokenizer, and warnings. A model without one has the base's; all empty where nobody has one.
 
     Raises MismatchError where that cannot be: another number of rows, or nobody to take it from.
     """
     known: Known = {}
     read = {one.name: read_tokenizer(one.snapshot, one.rows, one.owner, known) for one in models}
-    if all(held is None for held in read.values()):
-        return {}
-    base, found = read[BASE], dict[str, Tokenizer]()
-    for one in models:
-        held = read[one.name]
-        if held is None and (base is None or one.rows != models[0].rows):
+    warnings: list[str] = []
+    if all(tokenizer is None for tokenizer in read.values()):
+        return {}, warnings
+    base, tokenizers = read[BASE], dict[str, Tokenizer]()
+    for model in models:
+        tokenizer = read[model.name]
+        if tokenizer is None and (base is None or model.rows != models[0].rows):
             raise MismatchError(
-                f"{one.owner} ({one.snapshot.source.uri}) has no {TOKENIZER} beside it, and {one.rows} rows: which token has "
-                "which row? Put the tokenizer there"
+                f"{model.owner} ({model.snapshot.source.uri}) has no {TOKENIZER} beside it, and {model.rows} rows: which "
+                "token has which row? Put the tokenizer there"
             )
-        if held is None:
+        if tokenizer is None:
             assert base is not None
-            held = dataclasses.replace(base, owner=one.owner)
-            warnings.append(f"{one.owner} has no tokenizer beside it; the base's is taken to be its own")
-        found[one.name] = held
-    return found
+            tokenizer = dataclasses.replace(base, owner=model.owner)
+            warnings.append(f"{model.owner} has no tokenizer beside it; the base's is taken to be its own")
+        tokenizers[model.name] = tokenizer
+    return tokenizers, warnings
 
 
 def _check_alike(models: Sequence[_Model], rules: TokenizerRules) -> None:
