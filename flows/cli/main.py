@@ -9,13 +9,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import click
 
 from mergecore.errors import MergeloomError
-
-Dtype = Literal["float32", "float16", "bfloat16"]
+from mergecore.tensors.dtypes import DTYPE_CHOICES, SAFETENSORS_DTYPE, Dtype
 
 FAILED_CELLS = 3
 """Exit code of a sweep that went through but has failed or refused cells."""
@@ -149,7 +147,7 @@ def merge(
 @click.argument("product", type=click.Path(path_type=Path))
 @click.argument("task")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="default: as the recipe says")
+@click.option("--dtype", type=click.Choice(DTYPE_CHOICES), help="default: as the recipe says")
 @click.option("--shard-size", default="5GB", show_default=True, help="at most so many bytes in a file")
 @click.option("--durable", is_flag=True, help="fsync every file before OUT appears")
 def unpack(product: Path, task: str, out: Path, dtype: str | None, shard_size: str, durable: bool) -> None:
@@ -161,7 +159,6 @@ def unpack(product: Path, task: str, out: Path, dtype: str | None, shard_size: s
         from flows.cli.terminal import progress
         from mergecore.formats.masks_product import unpack as write_model
         from mergecore.spec.sizes import size_in_bytes
-        from mergecore.tensors.dtypes import SAFETENSORS_DTYPE
 
         kind = SAFETENSORS_DTYPE[dtype] if dtype else None
         with progress() as report:
@@ -175,7 +172,7 @@ def unpack(product: Path, task: str, out: Path, dtype: str | None, shard_size: s
 @click.option("--base", required=True, help="what the expert was trained from: a directory or hub id")
 @click.option("--rank", "-r", required=True, type=click.IntRange(1), help="rank of every layer's update, at most")
 @click.option("--modules", "-m", multiple=True, help="layers to take: a name, its last part or a shell pattern; default: all linear ones")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
+@click.option("--dtype", type=click.Choice(DTYPE_CHOICES), default="float32", show_default=True)
 @click.option("--durable", is_flag=True, help="fsync every file before OUT appears")
 @click.option("--workers", type=click.IntRange(1), help="threads, each with one tensor in memory; default: one a core")
 def extract_lora(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, TypeVar
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|block|blocks|resblocks|encoder\.layer)\.(\d+)\.")
 """The number of a layer as Llama, GPT-2, BERT, T5, ViT and CLIP write it in tensor names."""
@@ -53,6 +53,9 @@ BUFFER = re.compile(
 )
 """Constants that some versions of a library save with a checkpoint and others do not: never merged, never missed."""
 
+Layers = Sequence[int | None]
+"""For each layer of a result the layer of the model that it is; None where the model has no part in it."""
+Value = TypeVar("Value")
 Outside = Literal["embeddings", "norm", "head"]
 EMBEDDING = re.compile(
     r"embed(?!_out)|(?:^|\.)(?:wte|wpe|shared)\.|_token$|pre_layrnorm|ln_pre|encoder\.conv\d|feature_(?:extractor|projection)"
@@ -66,6 +69,26 @@ def layer_of(name: str) -> int | None:
     """The layer a tensor belongs to, None for embeddings, heads and final norms."""
     found = LAYER.search(name)
     return int(found.group(1)) if found else None
+
+
+def at_layer(name: str, layer: int) -> str:
+    """Return the name of the same tensor in another layer."""
+    match = LAYER.search(name)
+    return name if match is None else name[: match.start(1)] + str(layer) + name[match.end(1) :]
+
+
+def at_layers(values: Mapping[str, Value], layers: Layers) -> dict[str, Value]:
+    """Return the values by the result's names: layer i is what layer `layers[i]` was; what belongs to no layer stays."""
+    renamed = {name: value for name, value in values.items() if layer_of(name) is None}
+    by_layer: dict[int, list[str]] = {}
+    for name in values:
+        layer = layer_of(name)
+        if layer is not None:
+            by_layer.setdefault(layer, []).append(name)
+    for number, layer in enumerate(layers):
+        for name in by_layer.get(layer, ()) if layer is not None else ():
+            renamed[at_layer(name, number)] = values[name]
+    return renamed
 
 
 def depths(names: Iterable[str]) -> dict[str, int]:

@@ -1,91 +1,100 @@
-"""A checkpoint with a LoRA adapter folded into it, as one model: base plus change in float32, formed while it is read."""
+"""An expert as a whole model: a full checkpoint over its base, or a LoRA adapter folded into a checkpoint."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import final
 
 import torch
 from torch import Tensor
 
+from mergecore.checkpoints.architectures import Layers, at_layers
 from mergecore.checkpoints.experts import AdapterExpert, Expert, Factor, adapter_factors
 from mergecore.checkpoints.layout import tied_names
-from mergecore.checkpoints.snapshot import Snapshot
+from mergecore.checkpoints.snapshot import Contents, Snapshot
+from mergecore.checkpoints.sources import Source
 from mergecore.errors import SpecError
 from mergecore.events import silent
 from mergecore.identity.keys import digest
 from mergecore.tensors.source import TensorInfo, TensorSource
+from mergecore.tensors.torch_dtypes import DTYPES
 
 
+@final
 @dataclass(frozen=True)
 class FoldedTensors:
-    """The tensors of the checkpoint; those that the adapter changes are float32."""
+    """The weights of an expert under the names of its base, formed while they are read.
 
-    ground: TensorSource
-    adapter: AdapterExpert
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor, by name."""
-        changed = {name: TensorInfo("F32", self.ground.tensors[name].shape) for name in self.adapter.factors}
-        return {**self.ground.tensors, **changed}
-
-    def read(self, name: str, start: int = 0, stop: int | None = None, space: Tensor | None = None) -> Tensor:
-        """Elements start … stop−1 of the flattened tensor."""
-        if not self.adapter.carries(name):
-            return self.ground.read(name, start, stop, space)
-        stop = self.ground.tensors[name].count if stop is None else stop
-        folded = self.ground.read(name, start, stop).to(torch.float32) + self.adapter.block(name, start, stop)
-        return folded if space is None else space.copy_(folded)
-
-
-@dataclass(frozen=True)
-class FoldedSnapshot(Snapshot):
-    """A checkpoint with an adapter folded in. tensors: dtypes and shapes as the checkpoint has them."""
-
-    adapter: Snapshot = field(kw_only=True)
-    factors: Mapping[str, Factor] = field(kw_only=True)
-
-    def open(self, folder: Path) -> TensorSource:
-        """The tensors, the checkpoint's as read from `folder`."""
-        held = self.adapter.open(self.adapter.source.fetch(silent))
-        shapes = {name: self.tensors[name].shape for name in self.factors}
-        return FoldedTensors(super().open(folder), AdapterExpert(self.weights, "", held, dict(self.factors), shapes))
-
-
-def folded(ground: Snapshot, adapter: Snapshot, where: str) -> FoldedSnapshot:
-    """`ground` with `adapter` folded in. Raises SpecError and MismatchError where they are not what they should be."""
-    if ground.kind != "full" or adapter.kind != "adapter":
-        raise SpecError(
-            f"{where}: {adapter.source.uri} on {ground.source.uri}: give a LoRA adapter on a full checkpoint"
-        )
-    tied = tied_names(ground.tensors, ground.config)
-    factors = adapter_factors(adapter.tensors, adapter.config, ground.tensors, where, tied)
-    held = {entry.name: getattr(ground, entry.name) for entry in dataclasses.fields(Snapshot)}
-    held["weights"] = digest(["folded", ground.weights, adapter.weights])
-    return FoldedSnapshot(**held, adapter=adapter, factors=factors)
-
-
-@dataclass(frozen=True)
-class Folded:
-    """An expert as a model: its weights in float32, an adapter folded into the base."""
+    What the expert carries is float32; integers and all other tensors keep their dtype.
+    """
 
     base: TensorSource
     expert: Expert
 
-    @property
+    @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """The base's tensors."""
-        return self.base.tensors
+        """Every tensor of the base, by name."""
+        return {name: _formed(info) if self.expert.carries(name) else info for name, info in self.base.tensors.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None, space: Tensor | None = None) -> Tensor:
-        """Elements of θ_t, integers as they are; what the expert does not carry is the base's."""
-        stop = self.base.tensors[name].count if stop is None else stop
-        held = self.base.read(name, start, stop)
+        """Read elements start … stop−1 of the flattened tensor. What the expert does not carry is the base's."""
         if not self.expert.carries(name):
-            return held
-        own = self.expert.block(name, start, stop)
+            return self.base.read(name, start, stop, space)
+        stop = self.base.tensors[name].count if stop is None else stop
+        values = self.expert.block(name, start, stop)
         # Counters of a BatchNorm and the like are integers, in the model too.
-        return self.expert.weights(own, held.to(torch.float32)) if own.is_floating_point() else own
+        if values.is_floating_point():
+            values = self.expert.weights(values, self.base.read(name, start, stop).to(torch.float32))
+        return values if space is None else space.copy_(values)
+
+
+@final
+@dataclass(frozen=True)
+class FoldedContents(Contents):
+    """The tensors of a checkpoint with an adapter folded in. factors: the adapter's, by tensor of the checkpoint."""
+
+    base: Contents
+    adapter: Snapshot
+    factors: Mapping[str, Factor]
+
+    @property
+    def adapter_source(self) -> Source:
+        """The adapter's source."""
+        return self.adapter.source
+
+    def open(self, folder: Path, tensors: Mapping[str, TensorInfo]) -> TensorSource:
+        """Open the checkpoint in `folder`, and the adapter where its own source has it."""
+        factors = self.adapter.open(self.adapter.source.fetch(silent))
+        shapes = {name: (tensors[name].shape[0], tensors[name].shape[1]) for name in self.factors}
+        expert = AdapterExpert(self.adapter.weights, self.adapter.source.uri, factors, dict(self.factors), shapes)
+        return FoldedTensors(self.base.open(folder, tensors), expert)
+
+    def opened(self, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+        """Return the tensors; those that the adapter changes are float32."""
+        return {name: _formed(info) if name in self.factors else info for name, info in tensors.items()}
+
+    def with_layers(self, layers: Layers) -> FoldedContents:
+        """Rename the checkpoint's tensors and the adapter's factors alike."""
+        return FoldedContents(self.base.with_layers(layers), self.adapter, at_layers(self.factors, layers))
+
+
+def _formed(info: TensorInfo) -> TensorInfo:
+    """The tensor of a sum that is formed in float32; integers stay what they are."""
+    return TensorInfo("F32", info.shape) if DTYPES[info.dtype].is_floating_point else info
+
+
+def folded(base: Snapshot, adapter: Snapshot, where: str) -> Snapshot:
+    """Return `base` with `adapter` folded in. Raises SpecError and MismatchError where they are not what they should be."""
+    if base.kind != "full" or adapter.kind != "adapter":
+        raise SpecError(f"{where}: {adapter.source.uri} on {base.source.uri}: give a LoRA adapter on a full checkpoint")
+    tied = tied_names(base.tensors, base.config)
+    factors = adapter_factors(adapter.tensors, adapter.config, base.tensors, where, tied)
+    return dataclasses.replace(
+        base,
+        weights=digest(["folded", base.weights, adapter.weights]),
+        contents=FoldedContents(base.contents, adapter, factors),
+    )

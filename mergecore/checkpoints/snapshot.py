@@ -1,49 +1,120 @@
-"""A checkpoint as an immutable mapping from name to tensor, read in pieces; from files, a source or a dict in memory."""
+"""A checkpoint as it was resolved: its digests, its headers, and how its tensors are opened."""
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
+from mergecore.checkpoints.architectures import Layers, at_layers
 from mergecore.checkpoints.sources import Source
 from mergecore.errors import SourceError
 from mergecore.identity.keys import digest
-from mergecore.tensors.dtypes import DTYPES
 from mergecore.tensors.files import FileTensors, Location, parse_header
 from mergecore.tensors.source import TensorInfo, TensorSource
 
 
+class Contents(ABC):
+    """How the tensors of a snapshot are had: from its files, with an adapter folded in, or with other rows."""
+
+    @property
+    def stored(self) -> Snapshot | None:
+        """The snapshot of the files, where this one is a view of it with another vocabulary; None where it is not."""
+        return None
+
+    @property
+    def adapter_source(self) -> Source | None:
+        """The source of the adapter that is folded in; None where none is."""
+        return None
+
+    @property
+    def gathers_rows(self) -> bool:
+        """Whether rows of one tensor are read from several positions of the files."""
+        return False
+
+    @abstractmethod
+    def open(self, folder: Path, tensors: Mapping[str, TensorInfo]) -> TensorSource:
+        """Open the tensors. folder: where `source.fetch` has put the files. tensors: those of the snapshot."""
+
+    @abstractmethod
+    def opened(self, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+        """Return the tensors with the dtypes that `open` gives them. tensors: those of the snapshot."""
+
+    @abstractmethod
+    def with_layers(self, layers: Layers) -> Contents:
+        """Return the same contents under the names that `at_layers` gives."""
+
+
+@final
+@dataclass(frozen=True)
+class FileContents(Contents):
+    """The tensors as the files hold them."""
+
+    locations: Mapping[str, Location]
+
+    def open(self, folder: Path, tensors: Mapping[str, TensorInfo]) -> TensorSource:
+        """Open the files in `folder`."""
+        return FileTensors(str(folder), dict(tensors), dict(self.locations))
+
+    def opened(self, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+        """Return the tensors unchanged."""
+        return tensors
+
+    def with_layers(self, layers: Layers) -> FileContents:
+        """Rename the locations."""
+        return FileContents(at_layers(self.locations, layers))
+
+
+@final
 @dataclass(frozen=True)
 class Snapshot:
-    """A checkpoint pinned by the digests of its files: headers are known, weights are read when they are needed.
+    """A checkpoint pinned by the digests of its files. Headers are known; weights are read when they are needed.
 
-    kind: 'full' or 'adapter'. weights: digest over the weight files (for an adapter with its configuration: alpha and
-    rank are numbers too). companions: digest over config, tokenizer, chat template and the like.
+    kind: 'full' or 'adapter'.
+    tensors: dtypes as the files have them; shapes as the tensors open.
+    weights: digest over the weight files. An adapter's includes its configuration: alpha and rank are numbers too.
+    companions: digest over config, tokenizer, chat template and the like.
+    contents: how the tensors are had.
     """
 
     source: Source
     kind: str
     tensors: Mapping[str, TensorInfo]
-    locations: Mapping[str, Location]
     weights: str
     companions: str
     config: Mapping[str, Any]
+    contents: Contents
 
     @property
     def size(self) -> int:
         """Bytes of all tensors."""
-        return sum(info.count * DTYPES[info.dtype].itemsize for info in self.tensors.values())
+        return sum(info.size for info in self.tensors.values())
+
+    @property
+    def as_stored(self) -> Snapshot:
+        """The checkpoint as its files have it: with its own vocabulary and its own companions."""
+        return self.contents.stored or self
+
+    @property
+    def adapter_source(self) -> Source | None:
+        """The source of the adapter that is folded in; None where none is."""
+        return self.contents.adapter_source
+
+    @property
+    def opened_tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensors with the dtypes that `open` gives them."""
+        return self.contents.opened(self.tensors)
 
     def open(self, folder: Path) -> TensorSource:
-        """The tensors as read from `folder`, where `source.fetch` has put the files."""
-        return FileTensors(str(folder), dict(self.tensors), dict(self.locations))
+        """Open the tensors. folder: where `source.fetch` has put the files."""
+        return self.contents.open(folder, self.tensors)
 
 
 def read_snapshot(source: Source) -> Snapshot:
-    """The snapshot of a source: reads safetensors headers and small files only, never weights.
+    """Return the snapshot of a source. Reads safetensors headers and small files only, never weights.
 
     Raises SourceError for files that are no safetensors, truncated or of a dtype nobody knows, naming the file.
     """
@@ -63,7 +134,7 @@ def read_snapshot(source: Source) -> Snapshot:
         source,
         kind,
         tensors,
-        locations,
+        contents=FileContents(locations),
         weights=digest([[name, source.files[name].sha256] for name in counted]),
         companions=digest([[name, source.files[name].sha256] for name in rest]),
         config=read_json(source, config_name) if config_name in source.files else {},
@@ -71,14 +142,14 @@ def read_snapshot(source: Source) -> Snapshot:
 
 
 def read_json(source: Source, name: str) -> dict[str, Any]:
-    """A JSON file of a source. Raises SourceError where it is none."""
+    """Return the object in a JSON file of a source. Raises SourceError where the file holds something else."""
     try:
-        held = json.loads(source.read(name, 0, source.files[name].size))
+        content = json.loads(source.read(name, 0, source.files[name].size))
     except ValueError as error:
         raise SourceError(f"{source.uri}/{name} is not JSON: {error}") from error
-    if not isinstance(held, dict):
-        raise SourceError(f"{source.uri}/{name} holds {type(held).__name__}, not an object")
-    return held
+    if not isinstance(content, dict):
+        raise SourceError(f"{source.uri}/{name} holds {type(content).__name__}, not an object")
+    return content
 
 
 def read_header(source: Source, name: str) -> dict[str, tuple[TensorInfo, int]]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from mergecore.checkpoints.architectures import LAYER, depths, layer_of
-from mergecore.checkpoints.folded import FoldedSnapshot
+from mergecore.checkpoints.architectures import at_layers, depths
 from mergecore.checkpoints.snapshot import Snapshot
 from mergecore.errors import MismatchError
 from mergecore.identity.keys import digest
@@ -21,7 +20,6 @@ COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Lists in config.json with one entry per layer."""
 
-Held = TypeVar("Held")
 Run = Annotated[tuple[int, int], Field(description="first and last layer (counted from 0), both included")]
 Runs = Sequence[tuple[int, int] | None]
 """For one model: the layers that each entry of a stack takes from it, None where it takes none."""
@@ -82,12 +80,10 @@ def restacked(snapshot: Snapshot, rules: Sequence[StackRule], model: str) -> Sna
     for key in PER_LAYER:
         if isinstance(config.get(key), list) and len(config[key]) == old:
             config[key] = [config[key][0 if layer is None else layer] for layer in layers]
-    if isinstance(snapshot, FoldedSnapshot):
-        snapshot = dataclasses.replace(snapshot, factors=renamed(snapshot.factors, layers))
     return dataclasses.replace(
         snapshot,
-        tensors=renamed(snapshot.tensors, layers),
-        locations=renamed(snapshot.locations, layers),
+        tensors=at_layers(snapshot.tensors, layers),
+        contents=snapshot.contents.with_layers(layers),
         weights=digest(["stack", snapshot.weights, layers]),
         config=config,
     )
@@ -100,26 +96,6 @@ def layers_of(rules: Sequence[StackRule], model: str) -> list[int | None]:
 
 def _sources(runs: Sequence[tuple[tuple[int, int] | None, int]]) -> list[int | None]:
     return [None if run is None else run[0] + number for run, count in runs for number in range(count)]
-
-
-def renamed(held: Mapping[str, Held], layers: Sequence[int | None]) -> dict[str, Held]:
-    """The same by the result's names: layer i is what layer `layers[i]` was, what belongs to no layer stays."""
-    found = {name: value for name, value in held.items() if layer_of(name) is None}
-    by_layer: dict[int, list[str]] = {}
-    for name in held:
-        layer = layer_of(name)
-        if layer is not None:
-            by_layer.setdefault(layer, []).append(name)
-    for number, layer in enumerate(layers):
-        for name in by_layer.get(layer, ()) if layer is not None else ():
-            found[at_layer(name, number)] = held[name]
-    return found
-
-
-def at_layer(name: str, layer: int) -> str:
-    """The name of the same tensor in another layer."""
-    found = LAYER.search(name)
-    return name if found is None else name[: found.start(1)] + str(layer) + name[found.end(1) :]
 
 
 def _depth(tensors: Mapping[str, Any], where: str) -> int:

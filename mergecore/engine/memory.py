@@ -16,7 +16,6 @@ from mergecore.plugins.block import Per
 from mergecore.plugins.chain import Link
 from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import DataStatistic, Scope, Statistic
-from mergecore.tensors.dtypes import DTYPES
 from mergecore.tensors.source import TensorInfo
 
 FLOAT = 4
@@ -124,10 +123,8 @@ def blocks_in_flight(block: int, workers: int, memory: int) -> int:
 def read_bytes(models: Models, names: Iterable[str], adapters: int = 0) -> int:
     """Bytes of one reading of these tensors in the base and every full checkpoint, and of the adapters' files once."""
     wanted = set(names)
-    return adapters + sum(
-        info.count * DTYPES[info.dtype].itemsize for one in models.full for name, info in one.items() if name in wanted
-    )
+    return adapters + sum(info.size for one in models.full for name, info in one.items() if name in wanted)
 
 
 def _widest(tensors: Mapping[str, TensorInfo]) -> int:
-    return max((DTYPES[info.dtype].itemsize for info in tensors.values()), default=0)
+    return max((info.itemsize for info in tensors.values()), default=0)

@@ -17,8 +17,8 @@ from mergecore.engine.windows import Reading, Space, cut, space
 from mergecore.identity.content import BlockDigests
 from mergecore.plugins.block import Block, Per
 from mergecore.plugins.method import Method
-from mergecore.tensors.dtypes import DTYPES
 from mergecore.tensors.finite import TAME, check_finite
+from mergecore.tensors.torch_dtypes import DTYPES
 
 ON_DEVICE = 1 << 20
 """Elements of a window on a device, where they fit."""

@@ -20,7 +20,6 @@ from mergecore.plugins.block import Per
 from mergecore.plugins.chain import Link
 from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import Result, Statistic, Statistics
-from mergecore.tensors.dtypes import DTYPES
 from mergecore.tensors.sinks import Sink
 from mergecore.tensors.source import TensorInfo, TensorSource
 
@@ -112,7 +111,7 @@ def plan_spans(tensors: Mapping[str, TensorInfo], per: Per, size: int = SPAN_BYT
     filled = 0
     for unit in _units(tensors, per):
         units.append(unit)
-        filled += sum((stop - start) * DTYPES[tensors[name].dtype].itemsize for name, start, stop in unit)
+        filled += sum((stop - start) * tensors[name].itemsize for name, start, stop in unit)
         if filled >= size:
             spans.append(tuple(units))
             units, filled = [], 0

@@ -14,9 +14,9 @@ from mergecore.engine.kernels.run import Chunk
 from mergecore.engine.pass_plan import PassPlan, Unit
 from mergecore.identity.content import GRID, bytes_of
 from mergecore.plugins.block import Block
-from mergecore.tensors.dtypes import DTYPES
 from mergecore.tensors.finite import KEEP_OUT, check_finite
 from mergecore.tensors.source import TensorSource
+from mergecore.tensors.torch_dtypes import DTYPES
 
 Filler = Callable[[memoryview, int], None]
 """Fills memory with a tensor's bytes, from this byte of it on."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,7 @@ from mergecore.evaluators.lm_tasks import TaskFile, build, documents_digest, fin
 from mergecore.evaluators.weights import blank, check_fit, fill, mismatches
 from mergecore.events import Event, Report
 from mergecore.plugins.evaluator import Evaluator, Resident, Split, TaskIdentity
+from mergecore.tensors.dtypes import Dtype
 from mergecore.tensors.source import TensorSource
 
 __all__ = ["LmEval", "results_json"]
@@ -48,7 +49,7 @@ class LmEval(Evaluator):
 
     limit: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 16
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     apply_chat_template: bool = False
     system_instruction: str | None = None

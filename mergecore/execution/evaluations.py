@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mergecore.checkpoints.vocabulary.snapshot import as_it_lies
 from mergecore.execution.outcome import Done
 from mergecore.execution.place import Place
 from mergecore.execution.scoring import DataTask, ScoreTask, find_on_data, score_model
@@ -21,7 +20,7 @@ def run_scorings(place: Place, scorings: Sequence[Scoring]) -> Done:
     """Score models, one after another on each worker; a model's tasks stay together."""
     tasks, names = [], []
     for scoring in scorings:
-        companions = place.pool.base if scoring.cell.merge is not None else as_it_lies(place.pool.base)
+        companions = place.pool.base if scoring.cell.merge is not None else place.pool.base.as_stored
         weights: TensorSource
         if scoring.cell.loads:
             found = _product_tasks(place, scoring)
@@ -32,7 +31,7 @@ def run_scorings(place: Place, scorings: Sequence[Scoring]) -> Done:
             weights = open_model(place.store, scoring.cell.model)
         else:
             if scoring.cell.member is not None:
-                companions = as_it_lies(scoring.cell.member.snapshot)
+                companions = scoring.cell.member.snapshot.as_stored
             weights = companions.open(place.folders[companions.weights])
         tasks.append(ScoreTask(weights, place.folders[companions.weights], companions.companions, scoring.tasks))
         names.append(scoring.cell.name)

@@ -12,7 +12,7 @@ import torch
 from pyarrow import parquet
 
 from mergecore.checkpoints.experts import Expert
-from mergecore.checkpoints.folded import Folded
+from mergecore.checkpoints.folded import FoldedTensors
 from mergecore.checkpoints.sources.digests import file_sha256
 from mergecore.errors import EvaluationError
 from mergecore.events import silent
@@ -132,7 +132,7 @@ def find_on_data(bench: Bench, task: DataTask) -> Done:
                 if store.is_done(plan.step, bytes_needed=True):
                     return Done()
                 held = resident(bench, task.companions, task.companions_digest, dtype="float32")
-                held.swap(Folded(task.base, task.expert))
+                held.swap(FoldedTensors(task.base, task.expert))
                 samples = int(getattr(plan.statistic, "samples", 0))
                 data = held.calibration(plan.tasks, samples, int(getattr(plan.statistic, "seed", 0)))
                 result = plan.statistic.compute(held.model, data, plan.selection, silent)

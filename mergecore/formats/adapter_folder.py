@@ -14,10 +14,10 @@ from mergecore.checkpoints.adapters import CONFIG, STEM, is_transposed, made_fac
 from mergecore.checkpoints.experts import AdapterExpert
 from mergecore.identity.content import block_digests, bytes_of, model_digest, tensor_digest
 from mergecore.plugins.adapter_method import AdapterMethod, made, ranks_made
-from mergecore.tensors.dtypes import DTYPES
 from mergecore.tensors.finite import TAME, check_finite
 from mergecore.tensors.sinks import ShardSink, plan_shards
 from mergecore.tensors.source import TensorInfo, TensorSource
+from mergecore.tensors.torch_dtypes import DTYPES
 
 
 class AdapterFile:
@@ -60,7 +60,7 @@ class AdapterFile:
     @property
     def size(self) -> int:
         """Bytes of the tensors."""
-        return sum(info.count * DTYPES[info.dtype].itemsize for info in self.infos.values())
+        return sum(info.size for info in self.infos.values())
 
 
 def write_made(

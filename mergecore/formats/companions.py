@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mergecore.checkpoints.snapshot import Snapshot
-from mergecore.tensors.dtypes import TORCH_NAMES
+from mergecore.tensors.dtypes import CONFIG_DTYPE
 
 
 def write_companions(folder: Path, snapshot: Snapshot, at: Path, dtypes: Sequence[str]) -> None:
@@ -23,9 +23,9 @@ def write_companions(folder: Path, snapshot: Snapshot, at: Path, dtypes: Sequenc
         target.parent.mkdir(parents=True, exist_ok=True)
         if name == "config.json":
             config = dict(snapshot.config)
-            if len(set(dtypes)) == 1 and dtypes[0] in TORCH_NAMES:
+            if len(set(dtypes)) == 1 and dtypes[0] in CONFIG_DTYPE:
                 key = "torch_dtype" if "torch_dtype" in config else "dtype"
-                config[key] = TORCH_NAMES[dtypes[0]]
+                config[key] = CONFIG_DTYPE[dtypes[0]]
             target.write_text(json.dumps(config, indent=2) + "\n")
         else:
             shutil.copyfile(at / name, target)

@@ -26,7 +26,7 @@ from mergecore.formats.whole_directory import whole_directory
 from mergecore.identity.content import GRID, BlockDigests, bytes_of, model_digest, tensor_digest
 from mergecore.planning.plans import MergePlan
 from mergecore.planning.pool import Pool
-from mergecore.tensors.dtypes import DTYPES, MERGED
+from mergecore.tensors.dtypes import CONFIG_DTYPE, MERGED
 from mergecore.tensors.files import FileTensors, open_files
 from mergecore.tensors.finite import check_finite
 from mergecore.tensors.masked import MASK, MaskedModel
@@ -119,10 +119,7 @@ def model_tensors(plan: MergePlan) -> dict[str, TensorInfo]:
     """The tensors of a task's model: the base's, floating-point ones in the dtype that was asked for."""
     dtype = plan.step.parameters["dtype"]
     plain = {**plan.layout.merged, **plan.layout.copied}
-    return {
-        name: TensorInfo(dtype, info.shape) if dtype and info.dtype in MERGED else info
-        for name, info in sorted(plain.items())
-    }
+    return {name: info.stored_as(dtype) if dtype else info for name, info in sorted(plain.items())}
 
 
 def task_model(plan: MergePlan, tensors: TensorSource, expert: str) -> MaskedModel:
@@ -142,7 +139,7 @@ def describe(plan: MergePlan, pool: Pool, folder: Path) -> str:
     tensors = open_files(folder, sorted(path.name for path in folder.glob("masks*.safetensors")))
     names = {member.id: member.name for member in pool.members}
     kept = _kept(tensors)
-    size = sum(info.count * DTYPES[info.dtype].itemsize for info in model_tensors(plan).values())
+    size = sum(info.size for info in model_tensors(plan).values())
     record = Product(
         method=plan.method.name,
         values=plan.method.parameters(),
@@ -187,10 +184,7 @@ def unpack(
     """
     product = open_product(folder)
     model = product.load(task)
-    tensors = {
-        name: TensorInfo(dtype, info.shape) if dtype and info.dtype in MERGED else info
-        for name, info in model.tensors.items()
-    }
+    tensors = {name: info.stored_as(dtype) if dtype else info for name, info in model.tensors.items()}
     model = MaskedModel(product.tensors, model.row, tensors)
     with whole_directory(out, durable) as draft:
         digest = _write(model, draft, shard_size, report)
@@ -222,10 +216,9 @@ def _write(model: MaskedModel, folder: Path, shard_size: int, report: Report) ->
 
 
 def _set_dtype(path: Path, dtypes: set[str]) -> None:
-    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    if path.exists() and len(dtypes) == 1 and dtypes <= set(names):
+    if path.exists() and len(dtypes) == 1 and dtypes <= set(CONFIG_DTYPE):
         config = json.loads(path.read_text())
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = names[dtypes.pop()]
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = CONFIG_DTYPE[dtypes.pop()]
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 

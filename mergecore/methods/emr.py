@@ -13,7 +13,7 @@ from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.unified_norms import UnifiedNorms, ZeroSign, unified
-from mergecore.tensors.dtypes import DTYPE_NAMES
+from mergecore.tensors.dtypes import SAFETENSORS_DTYPE, Dtype
 from mergecore.tensors.masked import mask_block, mask_outputs
 from mergecore.tensors.source import TensorInfo
 
@@ -42,9 +42,7 @@ class Emr(Method):
         ),
     ] = "elements"
     zero_sign: ZeroSign = "drop"
-    vector: Annotated[
-        Literal["float32", "bfloat16", "float16"], Field(description="dtype in which the unified vector is kept")
-    ] = "float32"
+    vector: Annotated[Dtype, Field(description="dtype in which the unified vector is kept")] = "float32"
 
     @classmethod
     def examples(cls) -> Examples:
@@ -64,7 +62,7 @@ class Emr(Method):
 
     def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
         """Base, unified vector, masks and factors."""
-        return mask_outputs(selection, count, DTYPE_NAMES[self.vector], scaled=True)
+        return mask_outputs(selection, count, SAFETENSORS_DTYPE[self.vector], scaled=True)
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """τ_uni, the vector that all tasks share."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -13,7 +13,7 @@ from mergecore.plugins.block import Block, Per
 from mergecore.plugins.examples import Examples
 from mergecore.plugins.per_expert import each
 from mergecore.plugins.statistic import Statistics
-from mergecore.tensors.dtypes import DTYPE_NAMES
+from mergecore.tensors.dtypes import SAFETENSORS_DTYPE, Dtype
 from mergecore.tensors.masked import mask_block, mask_outputs
 from mergecore.tensors.source import TensorInfo
 
@@ -37,9 +37,7 @@ class TallMasks(MaskMethod):
         "`multi_task: ties_published` their TIES masks",
     )
 
-    vector: Annotated[
-        Literal["float32", "bfloat16", "float16"], Field(description="dtype in which the shared vector is kept")
-    ] = "float32"
+    vector: Annotated[Dtype, Field(description="dtype in which the shared vector is kept")] = "float32"
 
     @classmethod
     def examples(cls) -> Examples:
@@ -52,7 +50,7 @@ class TallMasks(MaskMethod):
 
     def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
         """Base, shared vector and masks."""
-        return mask_outputs(selection, count, DTYPE_NAMES[self.vector], scaled=False)
+        return mask_outputs(selection, count, SAFETENSORS_DTYPE[self.vector], scaled=False)
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
         """τ_m, the vector that all tasks share."""

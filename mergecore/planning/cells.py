@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mergecore.checkpoints.select import SelectRule
-from mergecore.checkpoints.vocabulary.snapshot import as_it_lies
 from mergecore.identity.keys import Step, digest
 from mergecore.planning.plans import MergePlan
 from mergecore.planning.pool import Member, Pool
@@ -126,7 +125,7 @@ class Plan:
     def companions(self, cell: Cell) -> Any:
         """The snapshot whose config and tokenizer go with the cell's model."""
         if cell.merge is None:
-            return as_it_lies(self.pool.base if cell.member is None else cell.member.snapshot)
+            return (self.pool.base if cell.member is None else cell.member.snapshot).as_stored
         return self.pool.base
 
     @property

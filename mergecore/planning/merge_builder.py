@@ -19,7 +19,7 @@ from mergecore.plugins.adapter_method import ADAPTER, AdapterMethod, ranks_made
 from mergecore.plugins.chain import BEFORE, Link
 from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import DataStatistic, Scope, Statistic
-from mergecore.tensors.dtypes import MERGED, SAFETENSORS_DTYPE, stored_as
+from mergecore.tensors.dtypes import MERGED, SAFETENSORS_DTYPE
 from mergecore.tensors.source import TensorInfo
 
 ENGINE = 1
@@ -129,7 +129,7 @@ class MergeBuilder:
         return MergePlan(step, bound, ids, layout, outputs, statistics, bytes_of(outputs), base)
 
     def _outputs(self, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
-        return {name: stored_as(info, self.dtype or info.dtype) for name, info in tensors.items()}
+        return {name: info.stored_as(self.dtype or info.dtype) for name, info in tensors.items()}
 
     def _layout(self, ids: frozenset[str], select: tuple[SelectRule, ...]) -> Laid:
         """What these experts carry between them, laid out; whoever carries the same shares it."""

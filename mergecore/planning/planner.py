@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergecore.checkpoints.vocabulary.snapshot import as_it_lies
 from mergecore.errors import MergeloomError, SpecError
 from mergecore.identity.keys import Step, digest
 from mergecore.methods.average import Average
@@ -128,7 +127,7 @@ class Planner:
         everything = tuple(
             dict.fromkeys(t for g in (self.suite.held_in, self.suite.held_out) for h in g.values() for t in h)
         )
-        base = snapshot_step(as_it_lies(self.pool.base))
+        base = snapshot_step(self.pool.base.as_stored)
         deciding = self._deciding(everything)
         yield Cell(
             base.key[:16], "base", "base", "", {}, 0, -1, (), base, None, None, everything, deciding=deciding
@@ -172,7 +171,7 @@ class Planner:
         kind: Kind = "expert" if member.name in self.pool.experts else "multitask"
         experts = (member.name,) if kind == "expert" else ()
         if member.factors is None:
-            step, merge = snapshot_step(as_it_lies(member.snapshot)), None
+            step, merge = snapshot_step(member.snapshot.as_stored), None
             key = step.key
         else:
             merge = self.builder.build(Average(), [member])

@@ -12,7 +12,6 @@ from mergecore.plugins.adapter_method import ADAPTER, AdapterMethod
 from mergecore.plugins.chain import Link
 from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import DataStatistic, Statistic
-from mergecore.tensors.dtypes import DTYPES
 from mergecore.tensors.source import TensorInfo
 
 
@@ -107,4 +106,4 @@ def steps_of(inputs: Mapping[str, tuple[StatisticPlan, ...]]) -> dict[str, list[
 
 def bytes_of(tensors: Mapping[str, TensorInfo]) -> int:
     """Bytes of so many tensors."""
-    return sum(info.count * DTYPES[info.dtype].itemsize for info in tensors.values())
+    return sum(info.size for info in tensors.values())

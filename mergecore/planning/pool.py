@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergecore.checkpoints.architectures import layer_of
+from mergecore.checkpoints.architectures import at_layers, layer_of
 from mergecore.checkpoints.experts import AdapterExpert, Expert, Factor, FullExpert, adapter_factors
 from mergecore.checkpoints.fit import check_fit
 from mergecore.checkpoints.folded import folded
@@ -16,12 +16,11 @@ from mergecore.checkpoints.layout import tied_names
 from mergecore.checkpoints.select import SelectRule, check_left_out
 from mergecore.checkpoints.snapshot import Snapshot, read_json, read_snapshot
 from mergecore.checkpoints.sources import Source
-from mergecore.checkpoints.stack import BASE, StackRule, layers_of, renamed, restacked
+from mergecore.checkpoints.stack import BASE, StackRule, layers_of, restacked
 from mergecore.checkpoints.vocabulary.companions import markers, said_of_markers
 from mergecore.checkpoints.vocabulary.rows import Rows
 from mergecore.checkpoints.vocabulary.rules import TokenizerRules
 from mergecore.checkpoints.vocabulary.shared import over_vocabulary, shared_vocabulary, updated
-from mergecore.checkpoints.vocabulary.snapshot import as_it_lies
 from mergecore.checkpoints.vocabulary.tokenizer import TOKENIZER
 from mergecore.errors import MismatchError, SpecError
 from mergecore.events import Event, Report
@@ -210,7 +209,7 @@ def _read_experts(
 
 def _multitask(snapshot: Snapshot, ground: Snapshot, rows: Rows | None) -> Member:
     """A full one is measured as it lies, with its own tokenizer; an adapter is on the base as it is read here."""
-    member = _member("multitask", (), snapshot, as_it_lies(ground))
+    member = _member("multitask", (), snapshot, ground.as_stored)
     return _updated(member, ground, rows) if rows is not None and member.factors is not None else member
 
 
@@ -237,7 +236,7 @@ def _stacked(
         return member
     layers = layers_of(stack, expert.name)
     snapshot = dataclasses.replace(held, weights=digest(["stack", held.weights, layers]))
-    return dataclasses.replace(member, snapshot=snapshot, factors=renamed(member.factors, layers))
+    return dataclasses.replace(member, snapshot=snapshot, factors=at_layers(member.factors, layers))
 
 
 def _updated(member: Member, ground: Snapshot, rows: Rows) -> Member:

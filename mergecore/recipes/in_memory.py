@@ -22,10 +22,10 @@ from mergecore.plugins.adapter_method import AdapterMethod
 from mergecore.plugins.chain import BEFORE, Link
 from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import DataStatistic, Found, Scope, Statistic, Statistics
-from mergecore.tensors.dtypes import NAMES, stored_as
 from mergecore.tensors.memory import MemoryTensors
 from mergecore.tensors.sinks import MemorySink
 from mergecore.tensors.source import TensorInfo
+from mergecore.tensors.torch_dtypes import DTYPE_NAMES
 
 
 def merge(
@@ -86,7 +86,7 @@ def _merged(
     found = find_statistics(bound, shapes, pool, layout.merged, given, report, library)
     outputs = {**bound.outputs(layout.merged, len(pool)), **layout.copied}
     if dtype is not None and bound.makes != "masks":
-        outputs = {name: stored_as(info, NAMES[dtype]) for name, info in outputs.items()}
+        outputs = {name: info.stored_as(DTYPE_NAMES[dtype]) for name, info in outputs.items()}
     sink = MemorySink(outputs)
     shown = tuple(range(len(pool))) if bound.needs_experts else ()
     job = MergeJob("merge", bound, shown, frozenset(layout.merged), outputs, found, sink)

@@ -12,8 +12,6 @@ from types import MappingProxyType
 from typing import Any
 
 from mergecore.checkpoints.adapters import adapter_config
-from mergecore.checkpoints.folded import FoldedSnapshot
-from mergecore.checkpoints.vocabulary.snapshot import as_it_lies
 from mergecore.engine.executor import Executor
 from mergecore.errors import MergeloomError, SpecError, StoreError
 from mergecore.events import Report
@@ -40,7 +38,7 @@ from mergecore.spec.variants import method_of
 from mergecore.spec.yaml_files import as_yaml
 from mergecore.store.results import read_found
 from mergecore.store.store import Store
-from mergecore.tensors.dtypes import SAFETENSORS_DTYPE, TORCH_NAMES
+from mergecore.tensors.dtypes import CONFIG_DTYPE, SAFETENSORS_DTYPE
 
 MERGEKIT = "mergekit.yml"
 """The recipe as it was written, where that was in mergekit's form."""
@@ -203,7 +201,7 @@ def _settle(place: Place, plan: MergePlan, recipe: Recipe, draft: Path, read_fro
         if (published := published_name(plan, name)) is not None:
             _link_or_copy(place.store.folder(plan.step) / name, draft / published)
     place.store.drop(plan.step)
-    dtypes = sorted({info.dtype for info in plan.outputs.values() if info.dtype in TORCH_NAMES})
+    dtypes = sorted({info.dtype for info in plan.outputs.values() if info.dtype in CONFIG_DTYPE})
     base = place.pool.base
     write_companions(draft, base, place.folders[base.weights], dtypes)
     if recipe.chat_template is not None:
@@ -266,11 +264,13 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def _pinned(recipe: Recipe, pool: Pool) -> dict[str, Any]:
     """The recipe as it can be run again: hub revisions are the commits they stood for."""
     held: dict[str, Any] = recipe.model_dump(mode="json", exclude_defaults=True)
-    snapshots = [as_it_lies(one.snapshot) for one in pool.experts.values()]
-    ground = as_it_lies(pool.base)
+    snapshots = [member.snapshot.as_stored for member in pool.experts.values()]
+    ground = pool.base.as_stored
     told = [*zip(held["experts"], snapshots, strict=True), *([(held["base"], ground)] if "base" in held else [])]
     sources = [(entry, snapshot.source) for entry, snapshot in told]
-    sources += [(entry["adapter"], one.adapter.source) for entry, one in told if isinstance(one, FoldedSnapshot)]
+    sources += [
+        (entry["adapter"], snapshot.adapter_source) for entry, snapshot in told if snapshot.adapter_source is not None
+    ]
     for entry, source in sources:
         if source.revision is not None:
             entry.update(source=str(entry["source"]).partition("@")[0], revision=source.revision)
@@ -280,7 +280,7 @@ def _pinned(recipe: Recipe, pool: Pool) -> dict[str, Any]:
 def _origin(pool: Pool, step: Step, result: Any) -> dict[str, Any]:
     names = {member.id: member.name for member in pool.members}
     kept = {names.get(one, one): share for one, share in result.get("kept_density", {}).items()}
-    base, experts = as_it_lies(pool.base), {name: as_it_lies(one.snapshot) for name, one in pool.experts.items()}
+    base, experts = pool.base.as_stored, {name: member.snapshot.as_stored for name, member in pool.experts.items()}
     return {
         "base": {"source": base.source.uri, "weights": base.weights},
         "experts": [{"name": name, "source": one.source.uri, "weights": one.weights} for name, one in experts.items()],

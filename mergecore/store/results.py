@@ -12,11 +12,11 @@ from mergecore.identity.content import block_digests, bytes_of, model_digest, te
 from mergecore.identity.keys import Step
 from mergecore.plugins.statistic import Found, Result
 from mergecore.store.store import Draft, Store
-from mergecore.tensors.dtypes import NAMES
 from mergecore.tensors.files import FileTensors, open_file, open_files
 from mergecore.tensors.memory import MemoryTensors
 from mergecore.tensors.sinks import ShardSink, plan_shards
 from mergecore.tensors.source import TensorInfo, TensorSource
+from mergecore.tensors.torch_dtypes import DTYPE_NAMES
 
 TENSORS = "tensors.safetensors"
 
@@ -25,7 +25,7 @@ def commit_result(store: Store, draft: Draft, result: Result, made: Mapping[str,
     """Write a statistic's tensors and numbers and record them under their digest."""
     tensors = result.tensors
     if tensors:
-        infos = {name: TensorInfo(NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
+        infos = {name: TensorInfo(DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
         # Not safetensors' own writer: that one leaves files that only their owner may read.
         sink = ShardSink(draft.path, infos, plan_shards(infos, sys.maxsize, Path(TENSORS).stem))
         sink.prepare()
@@ -33,7 +33,7 @@ def commit_result(store: Store, draft: Draft, result: Result, made: Mapping[str,
             sink.write(name, 0, bytes_of(value.reshape(-1)))
     held = {
         name: (
-            NAMES[value.dtype],
+            DTYPE_NAMES[value.dtype],
             tuple(value.shape),
             tensor_digest(list(block_digests(value.reshape(-1)).values())),
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mergecore.checkpoints.vocabulary.snapshot import is_gathered, tensors_as_opened
 from mergecore.engine.memory import Models, block_bytes, blocks_in_flight, read_bytes
 from mergecore.planning.cells import Plan
 from mergecore.planning.plans import MergePlan, StatisticPlan
@@ -16,7 +15,7 @@ from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import DataStatistic, Statistic
 from mergecore.store.store import State
 from mergecore.sweeps.remaining import Frontier
-from mergecore.tensors.dtypes import DTYPES
+from mergecore.tensors.dtypes import ELEMENT_TYPES
 
 EVALUATION_SECONDS_AN_ITEM = 0.05
 """What an item is expected to cost while nothing has been measured yet."""
@@ -183,9 +182,10 @@ def _pass_cost(
     memory: int,
 ) -> PassCost:
     members = [member for member in pool.members if member.id in experts]
-    held = tuple(tensors_as_opened(member.snapshot) if member.factors is None else None for member in members)
-    gathered = any(map(is_gathered, (pool.base, *(member.snapshot for member in members if member.factors is None))))
-    models = Models(tensors_as_opened(pool.base), held, gathered)
+    full = tuple(member.snapshot.opened_tensors if member.factors is None else None for member in members)
+    snapshots = (pool.base, *(member.snapshot for member in members if member.factors is None))
+    gathered = any(snapshot.contents.gathers_rows for snapshot in snapshots)
+    models = Models(pool.base.opened_tensors, full, gathered)
     block = block_bytes(models, methods, statistics)
     spans = blocks_in_flight(block, workers, memory)
     adapters = sum(member.snapshot.size for member in members if member.factors is not None)
@@ -195,7 +195,7 @@ def _pass_cost(
 
 def _evaluation_memory(plan: Plan) -> int:
     """A resident model in float32 at most, and as much again for what it computes."""
-    return 2 * sum(info.count * DTYPES["F32"].itemsize for info in plan.pool.base.tensors.values())
+    return 2 * sum(info.count * ELEMENT_TYPES["F32"].itemsize for info in plan.pool.base.tensors.values())
 
 
 def measured_seconds_an_item(frontier: Frontier) -> float | None:

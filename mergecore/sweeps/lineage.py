@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergecore.checkpoints.folded import FoldedSnapshot
 from mergecore.checkpoints.snapshot import Snapshot
 from mergecore.checkpoints.vocabulary.rules import UNION
-from mergecore.checkpoints.vocabulary.snapshot import as_it_lies
 from mergecore.planning.cells import Cell, Plan
 
 
 def lineage(plan: Plan, cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
     """Recipe and origin of a cell's model: what a stranger needs to make it again."""
-    base = as_it_lies(plan.pool.base)
+    base = plan.pool.base.as_stored
     merged = cell.experts if cell.merged is None else cell.merged
-    experts = {name: as_it_lies(plan.pool.experts[name].snapshot) for name in merged}
+    experts = {name: plan.pool.experts[name].snapshot.as_stored for name in merged}
     found: dict[str, Any] = {
         "base": {"source": base.source.uri, "weights": base.weights, "config": plan.pool.base.companions},
         "experts": [{"name": name, "source": one.source.uri, "weights": one.weights} for name, one in experts.items()],
@@ -36,15 +34,15 @@ def recipe_of(plan: Plan, cell: Cell) -> dict[str, Any]:
     values = {name: value for name, value in cell.values.items() if name != "select"}
     merged = cell.experts if cell.merged is None else cell.merged
     spec = plan.spec
-    base = as_it_lies(plan.pool.base)
+    base = plan.pool.base.as_stored
     # A vocabulary is that of the whole pool: all of it is named, and rules say who is merged.
     shared = spec.tokenizer is not None and cell.merge.method.makes == "model"
     everyone = list(plan.pool.experts) if shared else list(merged)
     recipe = {
         "method": cell.merge.method.name,
         **values,
-        "base": _place(base) if isinstance(base, FoldedSnapshot) else base.source.uri,
-        "experts": [{"name": name, **_place(as_it_lies(plan.pool.experts[name].snapshot))} for name in everyone],
+        "base": base.source.uri if base.adapter_source is None else _origin(base),
+        "experts": [{"name": name, **_origin(plan.pool.experts[name].snapshot.as_stored)} for name in everyone],
     }
     if spec.output.dtype and cell.merge.method.makes != "adapter":  # there it is the dense model's
         recipe["dtype"] = spec.output.dtype
@@ -61,7 +59,7 @@ def recipe_of(plan: Plan, cell: Cell) -> dict[str, Any]:
     return recipe
 
 
-def _place(snapshot: Snapshot) -> dict[str, str]:
-    """Where a checkpoint comes from, and the adapter that is folded into it."""
-    adapter = {"adapter": snapshot.adapter.source.uri} if isinstance(snapshot, FoldedSnapshot) else {}
-    return {"source": snapshot.source.uri, **adapter}
+def _origin(snapshot: Snapshot) -> dict[str, str]:
+    """Say where a checkpoint comes from, and the adapter that is folded into it."""
+    adapter = snapshot.adapter_source
+    return {"source": snapshot.source.uri, **({} if adapter is None else {"adapter": adapter.uri})}

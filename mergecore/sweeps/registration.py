@@ -24,7 +24,7 @@ from mergecore.store.store import Record, write_json
 from mergecore.sweeps.lineage import lineage
 from mergecore.sweeps.registration_record import registration_file
 from mergecore.sweeps.remaining import Frontier
-from mergecore.tensors.dtypes import TORCH_NAMES
+from mergecore.tensors.dtypes import CONFIG_DTYPE
 
 
 def register(place: Place, frontier: Frontier, cell: Cell, chosen_on: str, scores: Mapping[str, float]) -> Done:
@@ -73,7 +73,7 @@ def _link_model(place: Place, merge: MergePlan, record: Record, folder: Path, ba
     for name in record.files:
         if (published := published_name(merge, name)) is not None:
             os.link(place.store.folder(merge.step) / name, folder / published)
-    dtypes = sorted({info[0] for info in record.result["tensors"].values() if info[0] in TORCH_NAMES})
+    dtypes = sorted({info[0] for info in record.result["tensors"].values() if info[0] in CONFIG_DTYPE})
     write_companions(folder, base, place.folders[base.weights], dtypes)
 
 

@@ -1,44 +1,51 @@
-"""The dtypes of safetensors, torch and people."""
+"""The one table of dtypes: what safetensors, torch and people call them, their size, and whether they are merged.
+
+This module does not import torch: the command line reads the table before torch is there.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
-
-from mergecore.tensors.source import TensorInfo
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MERGED = {"F64", "F32", "F16", "BF16"}
-"""The dtypes that can be merged; every other tensor is copied."""
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-SAFETENSORS_DTYPE: dict[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The dtypes in which a merged tensor can be written."""
-DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""How a person writes a dtype, and safetensors."""
-
-TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""What people may ask for as the dtype of a result. These are torch's own names."""
+DTYPE_CHOICES: tuple[Dtype, ...] = get_args(Dtype)
 
 
-def stored_as(info: TensorInfo, dtype: str) -> TensorInfo:
-    """The tensor as it is written: floating-point ones in `dtype`, others as they are."""
-    return TensorInfo(dtype, info.shape) if info.dtype in MERGED else info
+@dataclass(frozen=True)
+class ElementType:
+    """One dtype of safetensors files. itemsize: bytes of an element. merged: False where tensors are only copied."""
+
+    torch_name: str
+    itemsize: int
+    merged: bool = False
+
+
+ELEMENT_TYPES: dict[str, ElementType] = {
+    "F64": ElementType("float64", 8, merged=True),
+    "F32": ElementType("float32", 4, merged=True),
+    "F16": ElementType("float16", 2, merged=True),
+    "BF16": ElementType("bfloat16", 2, merged=True),
+    "F8_E4M3": ElementType("float8_e4m3fn", 1),
+    "F8_E5M2": ElementType("float8_e5m2", 1),
+    "I64": ElementType("int64", 8),
+    "I32": ElementType("int32", 4),
+    "I16": ElementType("int16", 2),
+    "I8": ElementType("int8", 1),
+    "U8": ElementType("uint8", 1),
+    "U16": ElementType("uint16", 2),
+    "U32": ElementType("uint32", 4),
+    "U64": ElementType("uint64", 8),
+    "BOOL": ElementType("bool", 1),
+}
+"""By safetensors' name. A dtype that is not here cannot be read."""
+
+MERGED = frozenset(name for name, kind in ELEMENT_TYPES.items() if kind.merged)
+"""The dtypes that can be merged, by safetensors' names; every other tensor is copied."""
+SAFETENSORS_DTYPE: dict[str, str] = {
+    kind.torch_name: name for name, kind in ELEMENT_TYPES.items() if kind.torch_name in DTYPE_CHOICES
+}
+"""What people write → safetensors' name."""
+CONFIG_DTYPE: dict[str, str] = {name: written for written, name in SAFETENSORS_DTYPE.items()}
+"""Safetensors' name → what people and a config.json write, for the dtypes that people may ask for."""

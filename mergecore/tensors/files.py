@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mergecore.errors import SourceError
 from mergecore.identity.content import bytes_of
-from mergecore.tensors.dtypes import DTYPES
+from mergecore.tensors.dtypes import ELEMENT_TYPES
 from mergecore.tensors.source import TensorInfo
+from mergecore.tensors.torch_dtypes import DTYPES
 
 Location = tuple[str, int]
 """File and offset of a tensor's first byte."""
@@ -113,7 +114,7 @@ class FileTensors:
     def expect(self, name: str, start: int, stop: int) -> None:
         """Have the system begin to read these elements from the disk, if it has not got them."""
         file, offset = self.locations[name]
-        size = DTYPES[self.tensors[name].dtype].itemsize
+        size = self.tensors[name].itemsize
         os.posix_fadvise(self._handle(file), offset + start * size, (stop - start) * size, os.POSIX_FADV_WILLNEED)
 
     def _handle(self, file: str) -> int:
@@ -163,12 +164,12 @@ def parse_header(read: Callable[[int, int], bytes], size: int, where: str) -> di
         said = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise SourceError(f"{where} has a header that cannot be read ({said}); fetch or write it again") from error
     for tensor, (info, offset) in entries.items():
-        if info.dtype not in DTYPES:
+        if info.dtype not in ELEMENT_TYPES:
             raise SourceError(
                 f"{where}: tensor '{tensor}' has dtype {info.dtype}, which cannot be read; give the checkpoint in "
                 "float32, float16 or bfloat16"
             )
-        if offset + info.count * DTYPES[info.dtype].itemsize > size:
+        if offset + info.size > size:
             raise SourceError(
                 f"{where} is truncated: tensor '{tensor}' ends after the file's {size:,} bytes; fetch it again"
             )
@@ -180,6 +181,6 @@ def _entry(tensor: str, entry: Mapping[str, Any], data_start: int) -> tuple[Tens
     start, stop = (int(position) for position in entry["data_offsets"])
     if start < 0 or any(size < 0 for size in info.shape):
         raise ValueError(f"tensor '{tensor}' has shape {list(info.shape)} at byte {start}")
-    if info.dtype in DTYPES and stop - start != info.count * DTYPES[info.dtype].itemsize:
+    if info.dtype in ELEMENT_TYPES and stop - start != info.size:
         raise ValueError(f"tensor '{tensor}' has {stop - start} bytes for shape {list(info.shape)} of {info.dtype}")
     return info, data_start + start

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergecore.tensors.dtypes import TORCH
 from mergecore.tensors.source import TensorInfo, TensorSource
+from mergecore.tensors.torch_dtypes import DTYPES
 
 SHARED, MASK, SCALE = "shared/", "mask/", "scale/"
 PLACES = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
@@ -77,11 +77,11 @@ class MaskedModel:
         stop = self.tensors[name].count if stop is None else stop
         held = self.product.read(name, start, stop)
         if MASK + name not in self.product.tensors:
-            return held.to(TORCH[self.tensors[name].dtype]) if held.is_floating_point() else held
+            return held.to(DTYPES[self.tensors[name].dtype]) if held.is_floating_point() else held
         row = self.row * width(self.tensors[name].count)
         bits = self.product.read(MASK + name, row + start // 8, row + width(stop))
         chosen = unpacked(bits)[start % 8 : start % 8 + stop - start]
         change = torch.where(chosen, self.product.read(SHARED + name, start, stop).to(torch.float32), 0.0)
         if SCALE + name in self.product.tensors:
             change = change * self.product.read(SCALE + name, self.row, self.row + 1)
-        return (held.to(torch.float32) + change).to(TORCH[self.tensors[name].dtype])
+        return (held.to(torch.float32) + change).to(DTYPES[self.tensors[name].dtype])

@@ -9,8 +9,8 @@ from functools import cached_property
 from torch import Tensor
 
 from mergecore.errors import SourceError
-from mergecore.tensors.dtypes import NAMES
 from mergecore.tensors.source import TensorInfo
+from mergecore.tensors.torch_dtypes import DTYPE_NAMES
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class MemoryTensors:
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Dtype and shape of each."""
         for name, value in self.held.items():
-            if value.dtype not in NAMES:
+            if value.dtype not in DTYPE_NAMES:
                 raise SourceError(
                     f"tensor '{name}' has dtype {value.dtype}, which no safetensors file can hold; convert it"
                 )
-        return {name: TensorInfo(NAMES[value.dtype], tuple(value.shape)) for name, value in self.held.items()}
+        return {name: TensorInfo(DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in self.held.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None, space: Tensor | None = None) -> Tensor:
         """A view of the flattened tensor; not to be written to. `space` is not needed."""

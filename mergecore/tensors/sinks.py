@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mergecore.errors import CapacityError
 from mergecore.identity.content import bytes_of
-from mergecore.tensors.dtypes import DTYPES
 from mergecore.tensors.files import OpenFiles
 from mergecore.tensors.source import TensorInfo
+from mergecore.tensors.torch_dtypes import DTYPES
 
 INDEX = "model.safetensors.index.json"
 
@@ -111,7 +111,7 @@ class ShardSink(Sink):
     def _places(self) -> dict[str, tuple[str, int, int]]:
         """Of each tensor the file, its first byte there, and the bytes of an element."""
         return {
-            name: (str(self.folder / shard.name), at, DTYPES[self.tensors[name].dtype].itemsize)
+            name: (str(self.folder / shard.name), at, self.tensors[name].itemsize)
             for shard in self.shards
             for name, at in shard.offsets.items()
         }
@@ -127,7 +127,7 @@ def plan_shards(tensors: Mapping[str, TensorInfo], shard_size: int, stem: str = 
     groups: list[list[str]] = [[]]
     filled = 0
     for name in sorted(tensors):
-        size = _bytes(tensors[name])
+        size = tensors[name].size
         if groups[-1] and filled + size > shard_size:
             groups.append([])
             filled = 0
@@ -142,19 +142,15 @@ def plan_shards(tensors: Mapping[str, TensorInfo], shard_size: int, stem: str = 
     return [_shard(name, group, tensors) for name, group in zip(names, groups, strict=True)]
 
 
-def _bytes(info: TensorInfo) -> int:
-    return info.count * DTYPES[info.dtype].itemsize
-
-
 def _shard(file: str, names: Sequence[str], tensors: Mapping[str, TensorInfo]) -> Shard:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     relative: dict[str, int] = {}
     position = 0
     # Widest elements first, so that every tensor is aligned to its own element size, as safetensors writers do.
-    for name in sorted(names, key=lambda name: (-DTYPES[tensors[name].dtype].itemsize, name)):
+    for name in sorted(names, key=lambda name: (-tensors[name].itemsize, name)):
         info = tensors[name]
         relative[name] = position
-        end = position + _bytes(info)
+        end = position + info.size
         entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, separators=(",", ":"))
@@ -166,5 +162,5 @@ def _shard(file: str, names: Sequence[str], tensors: Mapping[str, TensorInfo]) -
 def index_text(shards: Sequence[Shard], tensors: Mapping[str, TensorInfo]) -> str:
     """The index file that names each tensor's shard."""
     place = {name: shard.name for shard in shards for name in shard.offsets}
-    total = sum(_bytes(info) for info in tensors.values())
+    total = sum(info.size for info in tensors.values())
     return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}, indent=2) + "\n"

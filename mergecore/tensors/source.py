@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from mergecore.tensors.dtypes import ELEMENT_TYPES, MERGED
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -23,6 +25,20 @@ class TensorInfo:
         for size in self.shape:
             count *= size
         return count
+
+    @property
+    def size(self) -> int:
+        """Bytes of all elements."""
+        return self.count * self.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return ELEMENT_TYPES[self.dtype].itemsize
+
+    def stored_as(self, dtype: str) -> TensorInfo:
+        """The same tensor written in another dtype (safetensors' name). What is not merged keeps its own."""
+        return TensorInfo(dtype, self.shape) if self.dtype in MERGED else self
 
 
 class TensorSource(Protocol):

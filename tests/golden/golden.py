@@ -31,9 +31,9 @@ from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import DataStatistic
 from mergecore.registry import METHODS
 from mergecore.statistics.products import Products
-from mergecore.tensors.dtypes import NAMES
 from mergecore.tensors.memory import MemoryTensors
 from mergecore.tensors.source import TensorInfo
+from mergecore.tensors.torch_dtypes import DTYPE_NAMES
 
 STORED = Path(__file__).with_name("golden.json")
 TOLERANCE = 1e-4
@@ -172,7 +172,7 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes."""
     held = {
         name: (
-            NAMES[value.dtype],
+            DTYPE_NAMES[value.dtype],
             tuple(value.shape),
             tensor_digest([hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()]),
         )

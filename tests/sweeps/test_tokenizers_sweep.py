@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mergecore.checkpoints.vocabulary.snapshot import as_it_lies
 from mergecore.store.store import State
 from mergecore.sweeps.lineage import recipe_of
 from tests import tiny_lm
@@ -90,10 +89,10 @@ def test_checkpoints_are_measured_as_they_lie(swept: Swept) -> None:
     for cell in swept.plan.cells:
         companions = swept.plan.companions(cell)
         own = pool.base if cell.member is None else cell.member.snapshot
-        expected = pool.base if cell.merge is not None else as_it_lies(own)
+        expected = pool.base if cell.merge is not None else own.as_stored
         assert companions.companions == expected.companions
         assert cell.merge is not None or companions.source.files["tokenizer.json"].sha256 is not None
-    assert swept.cell("base").model.inputs["weights"] == as_it_lies(pool.base).weights != pool.base.weights
+    assert swept.cell("base").model.inputs["weights"] == pool.base.as_stored.weights != pool.base.weights
 
 
 def test_the_recipe_of_a_cell_makes_its_bytes(swept: Swept, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 from mergecore.events import Report
 
@@ -23,6 +25,8 @@ class Source(ABC):
 
     uri: str
     """How a person names it: the path, or hub-id@commit."""
+    rewritten: ClassVar[bool] = False
+    """Whether the companions in the folder of `fetch` are not those of `files`; `write_companions` writes these then."""
     revision: str | None
     """The commit it was resolved to, None for a local directory."""
     _files: Mapping[str, SourceFile] | None = None
@@ -50,3 +54,17 @@ class Source(ABC):
     @abstractmethod
     def fetch(self, report: Report) -> Path:
         """A local directory that holds all files, downloading (resumable, checked against sha256) what is missing."""
+
+    def write_companions(self, folder: Path, config: Mapping[str, Any]) -> None:
+        """Write every file but the weights into `folder`, with `config` as config.json."""
+        for name, file in self.files.items():
+            if is_companion(name):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(self.read(name, 0, file.size))
+        if "config.json" in self.files:
+            (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of a checkpoint is none of its weights and no index of them."""
+    return not name.endswith((".safetensors", ".safetensors.index.json"))

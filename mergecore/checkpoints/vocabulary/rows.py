@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergecore.tensors.dtypes import DTYPES, NAMES
 from mergecore.tensors.files import FileTensors
 from mergecore.tensors.source import TensorInfo, TensorSource
+from mergecore.tensors.torch_dtypes import DTYPE_NAMES, DTYPES
 
 Index = NDArray[np.int32]
 AT_ONCE = 1 << 17
@@ -171,7 +171,7 @@ class RowTensors:
 
     def _copy(self, number: int, name: str, width: int, start: int, pieces: NDArray[np.int64], out: Tensor) -> None:
         source, own = self.sources[number], self.names[number][name]
-        same = self._dtypes[number][name] == NAMES[out.dtype]
+        same = self._dtypes[number][name] == DTYPE_NAMES[out.dtype]
         if same and isinstance(source, FileTensors) and len(pieces) > FEW:
             whole = (pieces[:, 0] % width == 0) & (pieces[:, 2] % width == 0)
             _gather(source, own, width, -start % width, pieces[whole], out)

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from mergecore.engine.kernels.trace import Operation, Trace, Value
+from mergecore.tensors.torch_dtypes import DTYPE_NAMES
 
 C_TYPES = {
     torch.float32: "float",
@@ -25,7 +26,7 @@ C_TYPES = {
 }
 STORED = {torch.bfloat16: "uint16_t", torch.float16: "uint16_t", torch.float32: "float", torch.float64: "double"}
 """Dtypes of files that can be read and written, and as what."""
-SHORT = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
+SHORT = {dtype: DTYPE_NAMES[dtype].lower() for dtype in STORED}
 COUNT_BLOCK = 1024
 """Patterns that are worked out at once before they are counted one by one."""
 BINS = 1 << 16

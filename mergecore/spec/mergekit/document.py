@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mergecore.errors import SpecError
 from mergecore.plugins.values import explained
 from mergecore.spec.mergekit.reference import Reference
+from mergecore.tensors.dtypes import Dtype
 
-Dtype = Literal["float32", "float16", "bfloat16"]
 Bound = Annotated[int, Field(ge=0)]
 Parameters = Annotated[Mapping[str, Any], Field(description="values of the merge method")]
 

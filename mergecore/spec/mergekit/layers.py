@@ -6,9 +6,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from mergecore.checkpoints.architectures import layer_of
+from mergecore.checkpoints.architectures import at_layer, layer_of
 from mergecore.checkpoints.snapshot import Snapshot
-from mergecore.checkpoints.stack import at_layer
 from mergecore.errors import SpecError, nearest
 from mergecore.spec.mergekit.document import Document, Inputs, OutputSlice, SliceInput
 from mergecore.spec.mergekit.reference import Reference

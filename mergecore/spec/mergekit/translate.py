@@ -29,7 +29,8 @@ from mergecore.spec.mergekit.methods import mergekit_method
 from mergecore.spec.mergekit.reference import Place, Reference
 from mergecore.spec.mergekit.rules import Condition, rules_for
 from mergecore.spec.mergekit.setting import filters_of, setting_from
-from mergecore.tensors.dtypes import DTYPES, MERGED, NAMES, SAFETENSORS_DTYPE
+from mergecore.tensors.dtypes import CONFIG_DTYPE, MERGED
+from mergecore.tensors.torch_dtypes import DTYPE_NAMES, DTYPES
 
 
 @dataclass(frozen=True)
@@ -234,8 +235,7 @@ def _dtype(document: Document, cast: Cast) -> str | None:
     for name in sorted(held):
         joined = DTYPES[name] if joined is None else torch.promote_types(joined, DTYPES[name])
     assert joined is not None
-    ours = {theirs: name for name, theirs in SAFETENSORS_DTYPE.items()}
-    return ours.get(NAMES[joined])
+    return CONFIG_DTYPE.get(DTYPE_NAMES[joined])
 
 
 def _tokenizer(document: Document, cast: Cast, where: str) -> dict[str, Any]:
