@@ -101,7 +101,12 @@ def opened(spec: Mapping[str, Any], report: Report = silent, room: int = 3) -> S
     torch.set_num_threads(1)
     parsed = parse_spec(spec, "digits")
     pool = resolve_pool(
-        parsed.base, parsed.experts, None, lambda one: resolve(one.source), report, tokenizer=parsed.tokenizer
+        parsed.base,
+        parsed.experts,
+        parsed.multitask,
+        lambda one: resolve(one.source),
+        report,
+        tokenizer=parsed.tokenizer,
     )
     plan, store = make_plan(parsed, pool, Path("/")), Store(parsed.output.store)
     place = Place(pool, store, InProcess(), report, plan.shard_size, plan.evaluators["test"], plan.folder)
