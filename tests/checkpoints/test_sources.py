@@ -165,7 +165,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(Path(path).name)
         return original(path)
 
-    monkeypatch.setattr(mergecore.sources.digests, "file_sha256", counted)
+    monkeypatch.setattr(mergecore.checkpoints.sources.digests, "file_sha256", counted)
     return names
 
 
@@ -464,7 +464,7 @@ def test_a_full_disk(hub: Hub, opened: Opened, monkeypatch: pytest.MonkeyPatch) 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(mergecore.sources.hub_client, "http_get", full)
+        patched.setattr(mergecore.checkpoints.sources.hub_client, "http_get", full)
         with pytest.raises(CapacityError, match="is full: no room for"):
             source.fetch(silent)
     with monkeypatch.context() as patched:
@@ -589,7 +589,7 @@ def test_sources_travel_to_other_processes(hub: Hub, opened: Opened, tmp_path: P
 
 def test_the_hub_library_is_imported_only_when_a_hub_is_asked() -> None:
     code = (
-        "import sys, mergecore.sources.local, mergecore.sources.resolve\n"
+        "import sys, mergecore.checkpoints.sources.local, mergecore.checkpoints.sources.resolve\n"
         "sys.exit('huggingface_hub' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -451,7 +451,7 @@ def test_a_sweep_registers_the_adapter(tmp_path: Path, monkeypatch: pytest.Monke
     }  # fmt: skip
     swept = opened(spec)
     cell = next(one for one in swept.plan.cells if one.method == "lora_arithmetic")
-    monkeypatch.setattr(mergecore.sweep, "winner", lambda frontier, sweep: Winner(cell.id, "test"))
+    monkeypatch.setattr(mergecore.sweeps.complete, "winner", lambda frontier, sweep: Winner(cell.id, "test"))
     assert not swept.run().failures
     record = swept.registered()
     assert record is not None and record["cell"] == cell.id

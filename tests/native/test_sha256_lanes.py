@@ -33,7 +33,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Library:
 @pytest.fixture(params=["side by side", "plainly"])
 def cache(request: pytest.FixtureRequest, built: Library, monkeypatch: pytest.MonkeyPatch) -> DigestCache:
     """A cache that hashes files of any length in lanes, and one that has none."""
-    monkeypatch.setattr(mergecore.sources.digests, "SMALL", 0)
+    monkeypatch.setattr(mergecore.checkpoints.sources.digests, "SMALL", 0)
     if request.param == "plainly":
         return DigestCache()
     if function_in(built) is None:
@@ -59,7 +59,7 @@ def test_digests_are_those_of_hashlib(tmp_path: Path, cache: DigestCache, many: 
 def test_many_threads_ask_for_the_same_files(
     tmp_path: Path, cache: DigestCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mergecore.sources.lanes, "STEPS", 1)
+    monkeypatch.setattr(mergecore.native.sha256_lanes, "STEPS", 1)
     paths = [tmp_path / str(number) for number in range(7)]
     for path in paths:
         path.write_bytes(os.urandom(9 * PIECE + 7))
@@ -97,7 +97,7 @@ def test_a_file_that_is_written_to_meanwhile_is_refused(
             file.write(b"more")
         return original(asked)
 
-    monkeypatch.setattr(mergecore.sources.digests, "stamp", grown)
+    monkeypatch.setattr(mergecore.checkpoints.sources.digests, "stamp", grown)
     cache.work()
     with pytest.raises(SourceError, match="changed while it was being hashed"):
         digest.result(0)
@@ -109,7 +109,7 @@ def test_a_loop_that_gives_other_digests_is_not_used(
     if function_in(built) is None:
         pytest.skip("no instructions for SHA-256 here")
     wrong = SOURCE.replace("0x428a2f98", "0x428a2f99")
-    monkeypatch.setattr(mergecore.sources.lanes, "SOURCE", wrong)
+    monkeypatch.setattr(mergecore.native.sha256_lanes, "SOURCE", wrong)
     built.function(wrong, build=True, wait=True)
     assert function_in(built) is None
     assert "other digests" in built.problem(wrong)

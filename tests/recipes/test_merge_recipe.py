@@ -565,7 +565,7 @@ def test_merges_at_the_same_time_in_one_process(models: tuple[Path, list[Path]],
 WATCHED = """
 import sys, time
 began = time.perf_counter()
-from flows.cli import main
+from flows.cli.main import main
 try:
     main(["merge", "recipe.yaml", "out"])
 except SystemExit as end:
@@ -626,7 +626,9 @@ def readings_of(
             return super().each(function, shared, items, at_once)
 
     monkeypatch.setattr(
-        mergecore.run, "plan_spans", lambda tensors, per: mergecore.engine.pass_plan.plan_spans(tensors, per, size=1)
+        mergecore.execution.passes,
+        "plan_spans",
+        lambda tensors, per: mergecore.engine.pass_plan.plan_spans(tensors, per, size=1),
     )
     mergecore.recipes.merge_recipe.merge_recipe(parse_recipe(plain(recipe), "recipe"), out, find, Noting(), silent)
     return readings, sizes
