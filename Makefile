@@ -6,7 +6,8 @@
 #   make deploy    while it runs: sweeps and merges as forms on Prefect's page      make worker   does what they ask for
 #   make test      the test suite           make check   linters, types, import contracts
 #   make bench     a quick look at each benchmark; AGAINST=PATH/TO/mergekit-yaml puts mergekit beside
-#   make docs      docs/methods.md anew from the classes
+#   make coverage  the tests that run in one process, and the lines they reach
+#   make docs      docs/methods.md anew from the classes, then the site in site/
 #   make lock      constraints.txt anew from pyproject.toml
 #
 # TORCH is the one setting for another torch build: any requirement that pip takes, or the path of a wheel, as in
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 # A folder of wheels that pip is configured to look into holds for uv as well.
 LINKS := $(or $(UV_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
-EXTRAS := examples,search,dev
+EXTRAS := examples,search,dev,docs
 SPEC ?= examples/demo.yaml
 STORE ?= .mergeloom
 # Where `make serve` answers: the address it has left in the store. Settings are per process, nobody's profile is touched.
@@ -33,7 +34,7 @@ export DO_NOT_TRACK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: setup demo serve deploy worker test check docs bench mergekit-results lock clean
+.PHONY: setup demo serve deploy worker test check coverage docs bench mergekit-results lock clean
 
 setup: $(VENV)/.ready
 
@@ -78,8 +79,13 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Servers, browsers and benchmarks run in processes of their own, whose lines are not counted; they are left out.
+coverage: setup
+	$(BIN)/python -m pytest --cov --cov-report=term --ignore=tests/flows --ignore=tests/ui --ignore=tests/benchmarks
+
 docs: setup
 	$(BIN)/mergeloom methods --markdown > docs/methods.md
+	$(BIN)/mkdocs build --strict --quiet
 
 # A quick look at each benchmark; what is reported is measured with larger sizes and more repeats (see each one's --help).
 BENCH_MODELS ?= .bench/0.1
@@ -99,8 +105,8 @@ mergekit-results: setup
 
 lock: setup
 	@test -n "$(UV)" || { echo "make lock needs uv"; exit 1; }
-	UV_FIND_LINKS="$(LINKS)" $(UV) pip compile pyproject.toml --extra examples --extra search --extra dev --quiet \
+	UV_FIND_LINKS="$(LINKS)" $(UV) pip compile pyproject.toml --extra examples --extra search --extra dev --extra docs --quiet \
 	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links --no-emit-package torch -o constraints.txt
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage site
