@@ -1,7 +1,7 @@
 """What the documentation's examples stand on: a folder with small models, tasks and recipes under the names that pages use.
 
-    models/base, models/science, models/facts    a language model of a megabyte, a full fine-tune, a LoRA adapter
-    tasks/                                        tasks with the names of lm-eval's own: sciq, openbookqa, arc_challenge
+models/base, models/science, models/facts    a language model of a megabyte, a full fine-tune, a LoRA adapter
+tasks/                                        tasks with the names of lm-eval's own: sciq, openbookqa, arc_challenge
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ BIN = Path(sys.executable).parent
 TASKS = ("sciq", "openbookqa", "arc_challenge")
 SHELLS = ("sh", "bash", "console")
 FENCE = re.compile(
-    r"^(?P<indent> *)```(?P<language>[\w-]*)(?P<rest>[^\n]*)\n(?P<text>.*?)^(?P=indent)```\s*$", re.MULTILINE | re.DOTALL
+    r"^(?P<indent> *)```(?P<language>[\w-]*)(?P<rest>[^\n]*)\n(?P<text>.*?)^(?P=indent)```\s*$",
+    re.MULTILINE | re.DOTALL,
 )
 FILE = re.compile(r"^# (?P<path>[\w./-]+\.(?:yaml|yml|py|toml))\b")
 
