@@ -95,7 +95,7 @@ def environment(folder: Path) -> Mapping[str, str]:
     }
 
 
-def run(command: str, folder: Path, seconds: float = 240) -> str:
+def run(command: str, folder: Path, seconds: float = 600) -> str:
     """Run a command of a page in `folder` as a shell does; return what it printed. Raises AssertionError if it fails."""
     result = subprocess.run(
         [shutil.which("bash") or "bash", "-c", command], cwd=folder, env=environment(folder), capture_output=True,
