@@ -2,7 +2,7 @@
 
 Methods, statistics and searches of this repository are the classes that `mergecore/methods/__init__.py`,
 `mergecore/statistics/__init__.py` and `mergecore/searches/__init__.py` list. Evaluators are named by module, so that their heavy
-imports stay theirs. Installed packages offer theirs as entry points: see docs/plugins.md.
+imports stay theirs. Installed packages offer theirs as entry points: see docs/guides/your-own-method.md.
 """
 
 from __future__ import annotations

@@ -6,35 +6,32 @@ import importlib.metadata
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+
+import mergeloom
 
 REPOSITORY = Path(__file__).parents[2]
 CHECK = REPOSITORY / ".ci" / "check_subject.py"
 TARGETS = {"setup", "check", "test", "coverage", "docs"}
 
 
-def project() -> dict[str, str]:
-    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-
-
 def test_the_version_stands_in_one_place() -> None:
-    version = project()["version"]
+    version = mergeloom.__version__
     command = [Path(sys.executable).with_name("mergeloom"), "--version"]
     printed = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True).stdout
     assert printed.split()[-1] == importlib.metadata.version("mergeloom") == version
-    packages = [
-        path for name in ("mergecore", "tasks", "flows", "mergeloom") for path in (REPOSITORY / name).rglob("*.py")
-    ]
-    assert [path for path in packages if re.search(rf"[\"']{re.escape(version)}[\"']", path.read_text())] == []
+    code = [path for name in ("mergecore", "tasks", "flows", "mergeloom") for path in (REPOSITORY / name).rglob("*.py")]
+    literal = re.compile(rf"[\"']{re.escape(version)}[\"']")
+    holders = [path for path in [*code, REPOSITORY / "pyproject.toml"] if literal.search(path.read_text())]
+    assert holders == [REPOSITORY / "mergeloom" / "__init__.py"]
 
 
 def test_the_changelog_has_a_section_for_the_version() -> None:
     sections = re.findall(r"^## (\S+)", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert sections[0] == "Unreleased" and project()["version"] in sections
+    assert sections[0] == "Unreleased" and mergeloom.__version__ in sections
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import yaml
 from click.testing import CliRunner
 
 from flows.cli.main import main
-from tests.docs.world import BIN, FENCE, REPOSITORY, SHELLS, Block, blocks, write_world
+from tests.docs.world import BIN, FENCE, REPOSITORY, SHELLS, Block, blocks, run, write_world
 
 DOCS = REPOSITORY / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if path.parent.name != "design")
@@ -99,6 +100,28 @@ def test_a_task_of_ones_own_is_found(folder: Path) -> None:
     }
     (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
     assert "cells" in called("mergeloom plan spec.yaml")
+
+
+def test_a_method_of_a_package_is_known_by_its_name(folder: Path) -> None:
+    """What the guide's `pyproject.toml` says is installed by hand: `pip install` needs what the package is built with.
+    tests/mergeloom builds and installs packages."""
+    commands = [
+        command for block in written(DOCS / "guides" / "your-own-method.md", folder) for command in block.commands
+    ]
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    package = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
+    groups = [
+        "\n".join([f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())])
+        for group, entries in project["entry-points"].items()
+    ]
+    (package / "entry_points.txt").write_text("\n".join(groups) + "\n")
+    assert commands[0] == "pip install ."
+    assert "share of the base in the result" in run(commands[1], folder, folder)
+    assert "digest" in run(commands[2], folder, folder)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text()], ids=identifier)

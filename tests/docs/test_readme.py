@@ -108,7 +108,7 @@ def test_the_method_is_a_method(project: Path, monkeypatch: pytest.MonkeyPatch) 
     base = {"w": torch.zeros(3)}
     experts = [{"w": torch.tensor(values)} for values in ([1.0, 0.0, 4.0], [2.0, 0.0, 5.0], [9.0, 3.0, 6.0])]
     assert merge(median(), base=base, experts=experts)["w"].tolist() == [2.0, 0.0, 5.0]
-    monkeypatch.setitem(METHODS, "median", median)
+    monkeypatch.setitem(METHODS.own, "median", median)
     recipe = (project / "recipe.yaml").read_text().replace("method: ties\ndensity: 0.2", "method: median")
     (project / "median.yaml").write_text(recipe)
     monkeypatch.chdir(project)

@@ -83,22 +83,25 @@ def write_world(folder: Path) -> Path:
     return folder
 
 
-def environment(folder: Path) -> Mapping[str, str]:
+def user(folder: Path) -> Mapping[str, str]:
     """The variables of a user who has activated the environment and works in `folder`, offline."""
     return {
         **os.environ,
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(REPOSITORY),
         "HF_HUB_OFFLINE": "1",
         "XDG_CACHE_HOME": str(folder / "cache"),
         "PREFECT_HOME": str(folder / "prefect"),
     }
 
 
-def run(command: str, folder: Path, seconds: float = 600) -> str:
-    """Run a command of a page in `folder` as a shell does; return what it printed. Raises AssertionError if it fails."""
+def run(command: str, folder: Path, *packages: Path, seconds: float = 600) -> str:
+    """Run a command of a page in `folder` as a shell does; return what it printed. Raises AssertionError if it fails.
+
+    packages: folders of packages that count as installed.
+    """
+    environment = {**user(folder), "PYTHONPATH": os.pathsep.join(map(str, [REPOSITORY, *packages]))}
     result = subprocess.run(
-        [shutil.which("bash") or "bash", "-c", command], cwd=folder, env=environment(folder), capture_output=True,
+        [shutil.which("bash") or "bash", "-c", command], cwd=folder, env=environment, capture_output=True,
         text=True, timeout=seconds, check=False,
     )  # fmt: skip
     assert result.returncode == 0, f"`{command}` ended with {result.returncode}:\n{result.stdout}\n{result.stderr}"
