@@ -11,8 +11,8 @@ from typing import Any
 from benchmarks.loops import WatchedLibrary
 from benchmarks.machine import cores
 from benchmarks.models import model_folders, weights
-from flows.session.limits import sensible_memory
 from flows.session.session import resolver
+from flows.session.settings import memory_setting
 from mergecore.checkpoints.sources.digests import DigestCache
 from mergecore.engine.executor import InProcess
 from mergecore.events import Event, Report, silent
@@ -62,7 +62,9 @@ def planned(pool: Pool, recipes: Sequence[Mapping[str, Any]]) -> list[MergePlan]
 
 def place_of(pool: Pool, store: Path, library: Library, workers: int, report: Report = silent) -> Place:
     """Where merges of the pool are done, with an empty store."""
-    place = Place(pool, Store(store), InProcess(workers), report, SHARD, library=library, memory=sensible_memory())
+    place = Place(
+        pool, Store(store), InProcess(workers), report, SHARD, library=library, memory=memory_setting(None).value
+    )
     for snapshot in snapshots_of(pool):
         fetch(place, snapshot)
     return place
@@ -126,7 +128,7 @@ def known_of(folder: Path, recipe: Mapping[str, Any], experts: int, library: Wat
     pool = pool_in(folder, experts)
     (plan,) = planned(pool, [recipe])
     needed = list(plan.needed)
-    costs = passes_of(pool, [plan], needed, 1, cores(), sensible_memory())
+    costs = passes_of(pool, [plan], needed, 1, cores(), memory_setting(None).value)
     library.watch.cleared()
     read: list[float] = []
     place = place_of(pool, store, library, 1, lambda event: _note(event, read))

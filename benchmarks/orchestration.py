@@ -33,7 +33,6 @@ import yaml
 
 from benchmarks import tiny_world
 from flows.cli.texts import plan_text
-from flows.session.limits import memory_budget
 from flows.session.session import open_session, session_of
 from mergecore.spec.sweep import parse_spec
 from mergecore.spec.yaml_files import read_yaml
@@ -116,7 +115,7 @@ def plan(rows: Rows, cells: int) -> None:
             "plan",
             "what it costs, and the text",
             count,
-            lambda: plan_text(session, cost(session.frontier, 2, memory_budget(session.spec)), False),
+            lambda: plan_text(session, cost(session.frontier, 2, session.settings.memory.value), False),
         )
         stages = [row for row in rows.held if row["part"] == "plan"]
         rows.add("plan", "these three", *(sum(row[kind] for row in stages) for kind in ("wall", "cpu")), count)

@@ -19,6 +19,7 @@ from flows.cancelling import cancelling
 from flows.pages import logged, run_name, slug
 from flows.session.limits import readable
 from flows.session.session import resolver
+from flows.session.settings import worker_setting
 from flows.session.startup import digest_cache, loops
 from mergecore.recipes.merge_file import make_file
 from mergecore.recipes.merge_recipe import Made, Origin
@@ -65,7 +66,7 @@ def merge(
             beside = Path(
                 stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent))
             )
-            client = stack.enter_context(dask_client(beside, workers=workers))
+            client = stack.enter_context(dask_client(beside, None, worker_setting(workers).value))
             return OnDask(client, beside / "passes", stop)
 
         def make(parsed: Recipe, place: Path, origin: Origin | None) -> Made:

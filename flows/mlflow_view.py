@@ -1,74 +1,66 @@
-"""A sweep shown in MLflow: to which address, and whether the last projection went through."""
+"""A sweep shown in MLflow: at which address, and whether the last projection went through."""
 
 from __future__ import annotations
 
 import json
-import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.session.session import Session
 from mergecore.identity.keys import digest
 from mergecore.reporting.scores import CellScores, Sweep
+from mergecore.reporting.summary import Summaries
 from mergecore.store.store import write_json
 
 if TYPE_CHECKING:
     from tasks.tracking.project import TrackResult
 
 
-def stays(session: Session) -> bool:
-    """Whether the MLflow that shows the sweep is there for longer than the sweep, so that links to its pages hold."""
-    from flows.services.servers import serving
+def projected(session: Session, summaries: Summaries, rebuild: bool = False) -> TrackResult:
+    """Show the session's sweep in MLflow; where no address is known, a server over the store is started for it.
 
-    return mlflow_uri(session) is not None or serving(session.store.root) is not None
-
-
-def mlflow_uri(session: Session) -> str | None:
-    """The spec's tracking URI, else MLFLOW_TRACKING_URI; None: the store's own."""
-    return session.spec.run.mlflow or os.environ.get("MLFLOW_TRACKING_URI")
-
-
-def projected(session: Session, sweep: Sweep, uri: str | None, rebuild: bool = False) -> TrackResult:
-    """The session's sweep shown in MLflow; a server over the store's own database is started for it where no URI is known."""
+    The result has no addresses of pages where that server is gone afterwards. Raises ServiceError.
+    """
     from tasks.tracking import project as track
 
-    paths = {path.name: path for path in session.results.glob("*") if path.suffix in (".png", ".md", ".parquet")}
-    function = track.rebuild if rebuild else track.project
-    known = uri or mlflow_uri(session)
+    write = track.rebuild if rebuild else track.project
+    files = {path.name: path for path in session.results.glob("*") if path.suffix in (".png", ".md", ".parquet")}
+    locks, uri = session.store.root / "locks", session.settings.mlflow.value
     _shown_file(session).unlink(missing_ok=True)
-    if known:
-        result = function(sweep, known, paths, {}, session.store.root / "locks")
+    if uri:
+        result = write(summaries, uri, files, {}, locks)
     else:
         from flows.services.servers import mlflow_server
 
         with mlflow_server(session.store.root) as address:
-            result = function(sweep, address, paths, {}, session.store.root / "locks")
+            result = write(summaries, address, files, {}, locks)
     _shown_file(session).parent.mkdir(parents=True, exist_ok=True)
-    write_json(_shown_file(session), {"sweep": _said(sweep)})
-    return result
+    write_json(_shown_file(session), {"sweep": _content_digest(summaries.sweep)})
+    return result if session.settings.pages_last else replace(result, urls={})
 
 
 def shown(session: Session, sweep: Sweep) -> bool:
-    """Whether the last projection into MLflow went through and the sweep was then what it is now."""
+    """Return whether the last projection into MLflow went through and the sweep was then what it is now."""
     try:
-        held = json.loads(_shown_file(session).read_text())
+        record = json.loads(_shown_file(session).read_text())
     except (OSError, ValueError):
         return False
-    return bool(held.get("sweep") == _said(sweep))
+    return bool(record.get("sweep") == _content_digest(sweep))
 
 
 def _shown_file(session: Session) -> Path:
     return session.results / "shown.json"
 
 
-def _said(sweep: Sweep) -> str:
-    """Digest of what a projection says: spec, cells with their states and digests, scores, what is registered."""
+def _content_digest(sweep: Sweep) -> str:
+    """Return the digest of what a projection shows: spec, cells with states and scores, searches, registration."""
     cells = [
         [cell.cell, cell.name, cell.status, cell.reason, cell.chosen, cell.digest, _means(cell)] for cell in sweep.cells
     ]
-    ways = [[way.name, way.state, len(way.trials), way.result] for way in sweep.searches]
-    return digest([sweep.spec, cells, dict(sweep.registered or {}), *([ways] if ways else [])])
+    searches = [[search.name, search.state, len(search.trials), search.result] for search in sweep.searches]
+    return digest([sweep.spec, cells, dict(sweep.registered or {}), *([searches] if searches else [])])
 
 
 def _means(cell: CellScores) -> dict[str, dict[str, str]]:
-    return {split: {task: repr(found.mean()) for task, found in held.items()} for split, held in cell.items.items()}
+    return {split: {task: repr(scores.mean()) for task, scores in tasks.items()} for split, tasks in cell.items.items()}

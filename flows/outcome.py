@@ -6,22 +6,42 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flows.session.session import Session
 from mergecore.errors import EvaluationError
 from mergecore.reporting.report import markdown, write_tables
 from mergecore.reporting.scores import Sweep
-from mergecore.reporting.summary import summarise
+from mergecore.reporting.summary import TEST, Summaries
 from mergecore.reporting.trajectories import draw_searches
+from mergecore.sweeps.measured import collect
 
-if TYPE_CHECKING:
-    pass
+MOST_REASONS = 20
+
+
+class Ending:
+    """A sweep as it stands after the work, with its report written. One is made for each run and handed on.
+
+    summaries: of the sweep, worked out once. report: Markdown. files: what was written. pages: page → address in
+    MLflow; empty where it is not shown there, or where the server went with the work.
+    A plain class: Prefect looks into dataclasses for futures.
+    """
+
+    def __init__(self, summaries: Summaries, report: str, files: tuple[Path, ...]) -> None:
+        self.summaries, self.report, self.files = summaries, report, files
+        self.pages: dict[str, str] = {}
+
+    @property
+    def sweep(self) -> Sweep:
+        """The sweep."""
+        return self.summaries.sweep
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a sweep ended: its report in Markdown, remarks after it, one line on it, whether cells failed or were refused."""
+    """How a sweep ended, in words. report: Markdown. remarks: lines after it. summary: one line.
+
+    troubled: whether cells failed, were refused or are missing.
+    """
 
     report: str
     remarks: tuple[str, ...]
@@ -34,37 +54,50 @@ class Outcome:
         return "\n".join([self.report, "", *self.remarks])
 
 
-def written_report(sweep: Sweep, folder: Path, split: str = "test") -> tuple[str, list[Path]]:
-    """The report as text, and the files in `folder` that it was written to: tables, report.md and the figure."""
-    found = summarise(sweep, split)
-    paths = list(write_tables(found, folder))
-    if found.curve.num_rows:
+def ending(session: Session, sweep: Sweep | None = None) -> Ending:
+    """Write the report of a session's sweep. sweep: as the store holds it, where it is known already."""
+    summaries = Summaries(sweep or collect(session.frontier))
+    try:
+        report, files = written_report(summaries, session.results)
+    except EvaluationError as error:
+        report, files = f"no report: {error}", []
+    return Ending(summaries, report.strip(), tuple(files))
+
+
+def written_report(summaries: Summaries, folder: Path, split: str = TEST) -> tuple[str, list[Path]]:
+    """Return the report as Markdown, and the files in `folder` it was written to: tables, report.md and figures.
+
+    Raises EvaluationError where cells were measured on different numbers of items.
+    """
+    summary = summaries.on(split)
+    paths = list(write_tables(summary, folder))
+    if summary.curve.num_rows:
         from mergecore.reporting.figure import draw
 
-        paths += list(draw(found, folder / "figure"))
-    if found.searches and (drawn := draw_searches(found.searches, folder / "searches.png")):
+        paths += list(draw(summary, folder / "figure"))
+    if summary.searches and (drawn := draw_searches(summary.searches, folder / "searches.png")):
         paths.append(drawn)
-    return markdown(found), paths
+    return markdown(summary), paths
 
 
-def conclusion(session: Session, sweep: Sweep, urls: Mapping[str, str], reused: bool) -> Outcome:
-    """What a sweep that went through tells: the table, where the files are, what failed, where it can be seen."""
-    counts = dict.fromkeys(("done", "pending", "failed", "refused"), 0) | Counter(cell.status for cell in sweep.cells)
-    try:
-        text, paths = written_report(sweep, session.results)
-    except EvaluationError as error:
-        text, paths = f"no report: {error}", []
+def conclusion(session: Session, ending: Ending, urls: Mapping[str, str], reused: bool) -> Outcome:
+    """Say how a sweep ended: its report, where the files are, what failed, where it can be seen.
+
+    urls: name → address. reused: whether nothing had to be done.
+    """
+    cells = ending.sweep.cells
+    counts = dict.fromkeys(("done", "pending", "failed", "refused"), 0) | Counter(cell.status for cell in cells)
     lines: list[str] = []
     if reused:
         lines.append("everything was found in the store; nothing had to be done")
-    lines += [f"written: {path}" for path in paths if path.suffix in (".png", ".md")]
+    lines += [f"written: {path}" for path in ending.files if path.suffix in (".png", ".md")]
     lines += [f"{name}: {url}" for name, url in urls.items()]
     lines.append(f"`mergeloom serve --store {session.spec.output.store}` shows the same in Prefect and MLflow")
     troubled = counts["failed"] + counts["refused"]
     if troubled:
-        lines.append(f"{troubled} of {sum(counts.values())} cells failed or were refused (--retry-failed tries again):")
-        lines += [f"  {cell.name}: {cell.reason}" for cell in sweep.cells if cell.reason][:20]
-    return Outcome(text.strip(), tuple(lines), _in_numbers(counts), troubled > 0 or counts["pending"] > 0)
+        lines.append(f"{troubled} of {len(cells)} cells failed or were refused (--retry-failed tries again):")
+        lines += [f"  {cell.name}: {cell.reason}" for cell in cells if cell.reason][:MOST_REASONS]
+    return Outcome(ending.report, tuple(lines), _in_numbers(counts), troubled > 0 or counts["pending"] > 0)
 
 
 def _in_numbers(counts: Mapping[str, int]) -> str:

@@ -112,12 +112,12 @@ def merge(
         with quick_imports():
             from flows.cli.terminal import progress
             from flows.cli.texts import recipe_text
-            from flows.session.limits import cores, readable, sensible_memory
+            from flows.session.limits import readable
             from flows.session.session import resolver
+            from flows.session.settings import memory_setting, worker_setting
             from mergecore.engine.executor import InProcess
             from mergecore.formats.masks_product import PRODUCT, open_product
             from mergecore.recipes.merge_file import merge_file
-            from mergecore.spec.sizes import size_in_bytes
 
         if show:
             click.echo(recipe_text(recipe, resolver(digests)))
@@ -126,10 +126,10 @@ def merge(
             raise click.UsageError("OUT is missing: the new folder for the model (or --show to print the recipe)")
         stages = {"start": time.time() - process_start(began)}
         with progress() as report:
-            find, executor = resolver(digests, report), InProcess(workers or cores())
+            find, executor = resolver(digests, report), InProcess(worker_setting(workers).value)
             done = merge_file(
                 recipe, out, find, executor, report, durable=durable, intermediates=intermediates, library=loops(),
-                memory=size_in_bytes(memory) if memory else sensible_memory(), store=store,
+                memory=memory_setting(memory).value, store=store,
             )  # fmt: skip
         if timings is not None:
             timings.write_text(json.dumps({**stages, **done[-1].seconds}) + "\n")
@@ -193,8 +193,9 @@ def extract_lora(
     with errors():
         from flows.cli.terminal import progress
         from flows.cli.texts import extraction_text
-        from flows.session.limits import cores, readable
+        from flows.session.limits import readable
         from flows.session.session import resolver
+        from flows.session.settings import worker_setting
         from flows.session.startup import digest_cache
         from mergecore.engine.executor import InProcess
         from mergecore.recipes.extract_lora import extract_lora as extract
@@ -203,7 +204,8 @@ def extract_lora(
         with progress() as report:
             find = resolver(digest_cache(), report)
             found = extract(
-                ExpertSpec.model_validate(expert), BaseSpec(source=base), out, find, InProcess(workers or cores()), report,
+                ExpertSpec.model_validate(expert), BaseSpec(source=base), out, find,
+                InProcess(worker_setting(workers).value), report,
                 rank=rank, modules=modules, dtype=dtype, durable=durable,
             )  # fmt: skip
         for warning in found.warnings:
@@ -226,14 +228,12 @@ def plan(spec: Path, cells: bool) -> None:
 
         with quick_imports():
             from flows.cli.texts import plan_text
-            from flows.session.limits import check_fit, cores, memory_budget
             from flows.session.session import open_session
-            from mergecore.sweeps.cost import cost
 
         session = open_session(spec)
-        found = cost(session.frontier, session.spec.run.workers or cores(), memory_budget(session.spec))
-        click.echo(plan_text(session, found, cells))
-        check_fit(session.spec, session.store, found)
+        costs = session.cost()
+        click.echo(plan_text(session, costs, cells))
+        session.check_fit(costs)
 
 
 @main.command()
@@ -258,14 +258,14 @@ def sweep(spec: Path, in_process: bool, workers: int | None, retry_failed: bool,
             from flows.cli.terminal import progress
             from flows.conduct import conduct
             from flows.session.session import open_session
+            from flows.session.settings import Options
+            from mergecore.events import silent
 
-        session = open_session(spec)
+        session = open_session(spec, silent, Options(workers=workers))
         for warning in session.notes:
             click.echo(f"note: {warning}", err=True)
         with progress() as report:
-            outcome = conduct(
-                session, report, in_process=in_process, workers=workers, retry_failed=retry_failed, track=not no_track
-            )
+            outcome = conduct(session, report, in_process=in_process, retry_failed=retry_failed, track=not no_track)
         click.echo(outcome.text)
         sys.exit(FAILED_CELLS if outcome.troubled else 0)
 
@@ -281,10 +281,11 @@ def report(spec: Path, split: str, lm_eval: Path | None) -> None:
     with errors():
         from flows.outcome import written_report
         from flows.session.session import open_session
+        from mergecore.reporting.summary import Summaries
         from mergecore.sweeps.measured import collect
 
         session = open_session(spec)
-        text, paths = written_report(collect(session.frontier), session.results, split)
+        text, paths = written_report(Summaries(collect(session.frontier)), session.results, split)
         click.echo(text)
         if lm_eval is not None:
             from flows.lm_eval_json import exported
@@ -305,10 +306,13 @@ def track(spec: Path, rebuild: bool, uri: str | None) -> None:
     with errors():
         from flows.mlflow_view import projected
         from flows.session.session import open_session
+        from flows.session.settings import Options
+        from mergecore.events import silent
+        from mergecore.reporting.summary import Summaries
         from mergecore.sweeps.measured import collect
 
-        session = open_session(spec)
-        result = projected(session, collect(session.frontier), uri, rebuild=rebuild)
+        session = open_session(spec, silent, Options(mlflow=uri))
+        result = projected(session, Summaries(collect(session.frontier)), rebuild=rebuild)
         click.echo(f"{result.written} runs written, {result.unchanged} unchanged, {result.retired} retired")
         for name, url in result.urls.items():
             click.echo(f"{name}: {url}")

@@ -15,6 +15,7 @@ import yaml
 from flows.cli.terminal import table
 from flows.session.limits import readable
 from flows.session.session import Session
+from flows.session.settings import Settings
 from mergecore.checkpoints.architectures import layer_of
 from mergecore.checkpoints.snapshot import Snapshot
 from mergecore.errors import SpecError, nearest
@@ -46,6 +47,7 @@ def plan_text(session: Session, found: Cost, cells: bool) -> str:
         f"reads up to {readable(found.bytes_read)}, writes {readable(found.bytes_written)}, at most {readable(found.disk)} of "
         f"models on disk at a time, {readable(found.peak_memory)} of memory at the peak",
         f"expected time: {duration(found.seconds)} ({'from what this store measured' if found.measured else 'a guess'})",
+        settings_text(session.settings),
     ]
     lines += [search_text(way) for way in frontier.trajectories()]
     lines += [f"note: {note}" for note in session.notes]
@@ -55,6 +57,15 @@ def plan_text(session: Session, found: Cost, cells: bool) -> str:
         rows = [[cell.id, cell.kind, cell.name, _state(frontier, cell), ", ".join(cell.experts)] for cell in plan.cells]
         lines += ["", table(["cell", "kind", "name", "state", "experts"], rows)]
     return "\n".join(lines)
+
+
+def settings_text(settings: Settings) -> str:
+    """What the work may use, and who says so, in a line."""
+    workers, memory, disk = settings.workers, settings.memory, settings.disk
+    return (
+        f"limits: {workers.value} workers ({workers.origin}), {readable(memory.value)} of memory ({memory.origin}), "
+        f"{readable(disk.value)} of disk ({disk.origin})"
+    )
 
 
 def search_text(way: Trajectory) -> str:

@@ -221,26 +221,23 @@ def _started(folder: Path, wanted: Mapping[str, int | None]) -> Iterator[dict[st
 
 @contextlib.contextmanager
 def servers(folder: Path, prefect: str | None = None, mlflow: str | None = None) -> Iterator[Addresses]:
-    """Prefect and MLflow. Those without an address are those of a `serve` over the same folder, if it runs; else they
-    are started over `folder`, on free ports, and stopped after.
+    """Yield the addresses of Prefect and MLflow. One without an address is started over `folder` and stopped after.
 
     Raises ServiceError with the end of the log of a server that does not start.
     """
-    running = None if prefect and mlflow else serving(folder)
-    held = {"prefect": prefect or (running and running.prefect), "mlflow": mlflow or (running and running.mlflow)}
-    with _started(folder, {name: None for name, address in held.items() if not address}) as started:
+    missing = {name: None for name, address in (("prefect", prefect), ("mlflow", mlflow)) if not address}
+    with _started(folder, missing) as started:
         yield Addresses(
-            prefect=held["prefect"] or started["prefect"].url + "/api",
-            mlflow=held["mlflow"] or started["mlflow"].url,
+            prefect=prefect or started["prefect"].url + "/api",
+            mlflow=mlflow or started["mlflow"].url,
         )
 
 
 @contextlib.contextmanager
 def mlflow_server(folder: Path) -> Iterator[str]:
-    """The tracking URI of an MLflow alone over `folder`, as in `servers`: for showing a sweep that ran without Prefect."""
-    running = serving(folder)
-    with _started(folder, {} if running else {"mlflow": None}) as started:
-        yield running.mlflow if running else started["mlflow"].url
+    """Yield the tracking URI of an MLflow server over `folder`, started for the time of the block."""
+    with _started(folder, {"mlflow": None}) as started:
+        yield started["mlflow"].url
 
 
 @contextlib.contextmanager

@@ -1,75 +1,47 @@
-"""What a plan will cost: bytes read and written, peak memory, disk and expected time; and whether it fits here."""
+"""Whether a plan fits: its memory, its disk, and a store that can be written."""
 
 from __future__ import annotations
 
 import os
-import shutil
-from pathlib import Path
 
+from flows.session.settings import Settings
 from mergecore.errors import CapacityError, StoreError
-from mergecore.spec.sizes import size_in_bytes
-from mergecore.spec.sweep import Spec
 from mergecore.store.store import Store
 from mergecore.sweeps.cost import Cost
 
 
-def memory_budget(spec: Spec) -> int:
-    """Bytes a pass may use: the spec's, else half of what can be had now."""
-    return size_in_bytes(spec.run.memory) if spec.run.memory else sensible_memory()
+def check_fit(settings: Settings, store: Store, costs: Cost) -> None:
+    """Check that the plan fits.
 
-
-def sensible_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Half of the memory that can be had now: what is free and what the system would give up of its page cache.
-
-    Free pages alone are few wherever files have been read, and a checkpoint has just been.
+    Raises CapacityError, which says which resource is short and by how much, and StoreError where the store cannot be
+    written.
     """
-    try:
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024 // 2
-    except (OSError, ValueError, LookupError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def disk_budget(spec: Spec, store: Store) -> int:
-    """Bytes that models under way may use: the spec's, else half of what is free on the store's disk."""
-    if spec.run.disk:
-        return size_in_bytes(spec.run.disk)
-    folder = next(path for path in (store.root, *store.root.parents) if path.exists())
-    return shutil.disk_usage(folder).free // 2
-
-
-def check_fit(spec: Spec, store: Store, found: Cost) -> None:
-    """Raise CapacityError where the plan cannot fit, saying which resource and by how much; StoreError where the store
-    cannot be written."""
-    there = next(path for path in (store.root, *store.root.parents) if os.path.lexists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    existing = next(path for path in (store.root, *store.root.parents) if os.path.lexists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise StoreError(
-            f"the store {store.root} cannot be written: {there} is no folder one may write to; choose "
+            f"the store {store.root} cannot be written: {existing} is no folder one may write to; choose "
             "another with `output.store`"
         )
-    memory, disk = memory_budget(spec), disk_budget(spec, store)
-    if found.peak_memory > memory:
+    workers, memory, disk = settings.workers, settings.memory, settings.disk
+    if costs.peak_memory > memory.value:
         raise CapacityError(
-            f"the plan needs {readable(found.peak_memory)} of memory at its peak and may use {readable(memory)} "
-            f"({readable(found.peak_memory - memory)} more than there is); run fewer workers (run.workers) or raise run.memory"
+            f"the plan needs {readable(costs.peak_memory)} of memory at its peak with {workers.value} workers "
+            f"({workers.origin}) and may use {readable(memory.value)} ({memory.origin}), "
+            f"{readable(costs.peak_memory - memory.value)} too few; run fewer workers (run.workers) or raise run.memory"
         )
-    if found.disk > disk:
-        worst = max(found.passes, key=lambda one: one.disk)
+    if costs.disk > disk.value:
+        worst = max(costs.passes, key=lambda one_pass: one_pass.disk)
         raise CapacityError(
-            f"one pass ({worst.what}) takes {readable(worst.disk)} in {store.root} and {readable(disk)} may be used "
-            f"({readable(worst.disk - disk)} too few); free space, or put the store elsewhere (output.store)"
+            f"one pass ({worst.what}) takes {readable(worst.disk)} in {store.root} and {readable(disk.value)} may be "
+            f"used ({disk.origin}), {readable(worst.disk - disk.value)} too few; free space, raise run.disk, or put the "
+            "store elsewhere (output.store)"
         )
 
 
 def readable(size: float) -> str:
-    """Bytes as people read them, decimal units."""
+    """Return bytes as people read them, in decimal units."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if size < 1000 or unit == "TB":
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0))

@@ -1,14 +1,16 @@
-"""From a spec file to a plan held against its store: what every command starts with. Reads the environment."""
+"""A session: a spec, its plan, its store and its settings. Every command on a sweep starts with one."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from flows.session.limits import memory_budget
+from flows.services.servers import Addresses
+from flows.session.limits import check_fit
+from flows.session.settings import Options, Settings, resolved
 from flows.session.startup import digest_cache, loops, without_collector
 from mergecore.checkpoints.sources import Source
 from mergecore.checkpoints.sources.digests import DigestCache
@@ -23,16 +25,25 @@ from mergecore.spec.sources import Resolver, SourceSpec
 from mergecore.spec.sweep import Spec, parse_spec
 from mergecore.spec.yaml_files import read_yaml
 from mergecore.store.store import Store
+from mergecore.sweeps.cost import Cost, chain_ends, cost
 from mergecore.sweeps.remaining import Frontier
+
+MOST_MODELS = 24
+"""How many models lie on the disk at a time at most: enough to keep the evaluation busy."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """A spec, its store and what is still missing."""
+    """A spec, its store, what is still missing, and the settings of this run.
+
+    path: the file the spec was read from, absolute; None where it came from elsewhere or is a part of a file's spec.
+    """
 
     spec: Spec
     store: Store
     frontier: Frontier
+    settings: Settings
+    path: Path | None = None
 
     @property
     def plan(self) -> Plan:
@@ -41,12 +52,23 @@ class Session:
 
     def place(self, executor: Executor, report: Report) -> Place:
         """Where this session's work is done."""
-        plan = self.plan
-        device = "cuda" if self.spec.run.dask == "gpu" and torch.cuda.is_available() else "cpu"
+        plan, settings = self.plan, self.settings
         return Place(
-            plan.pool, self.store, executor, report, plan.shard_size, plan.evaluators["test"], plan.folder, {}, device,
-            loops(), memory_budget(self.spec),
+            plan.pool, self.store, executor, report, plan.shard_size, plan.evaluators["test"], plan.folder, {},
+            settings.device.value, loops(), settings.memory.value,
         )  # fmt: skip
+
+    def at(self, addresses: Addresses) -> Session:
+        """Return the same session with the addresses of servers that were started for it."""
+        return replace(self, settings=self.settings.at(addresses))
+
+    def cost(self) -> Cost:
+        """Return what is still to be done, in numbers."""
+        return cost(self.frontier, self.settings.workers.value, self.settings.memory.value)
+
+    def check_fit(self, costs: Cost) -> None:
+        """Check that what is to be done fits here. Raises CapacityError, and StoreError where nothing can be written."""
+        check_fit(self.settings, self.store, costs)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -104,29 +126,31 @@ def _token() -> str | None:
         return None
 
 
-def open_session(path: Path, report: Report = silent) -> Session:
-    """Parse, resolve, check and plan. Nothing is written. Raises a MergeloomError for what cannot be meant or had."""
-    return session_of(parse_spec(read_yaml(path), path.name), report)
+def open_session(path: Path, report: Report = silent, options: Options = Options()) -> Session:
+    """Read, check, resolve and plan the spec of a file. Nothing is written.
+
+    Raises a MergeloomError for what cannot be meant or had.
+    """
+    session = session_of(parse_spec(read_yaml(path), path.name), report, options)
+    return replace(session, path=path.absolute())
 
 
-def session_of(spec: Spec, report: Report = silent) -> Session:
-    """The session of a parsed spec; relative paths in it start from the current directory."""
+def session_of(spec: Spec, report: Report = silent, options: Options = Options()) -> Session:
+    """Return the session of a parsed spec; relative paths in it start from the current directory."""
     store = Store(spec.output.store)
-    found = resolver(digest_cache(), report)
-    pool = resolve_pool(spec.base, spec.experts, spec.multitask, found, report, tokenizer=spec.tokenizer)
+    settings = resolved(spec.run, store, options)
+    find = resolver(digest_cache(), report)
+    pool = resolve_pool(spec.base, spec.experts, spec.multitask, find, report, tokenizer=spec.tokenizer)
     with without_collector():
         plan = make_plan(spec, pool, Path.cwd())
     frontier = Frontier(plan, store, room=1)
-    frontier.room = models_at_once(frontier.plan, store)
-    return Session(spec, store, frontier)
+    frontier.room = models_at_once(frontier.plan, settings.disk.value)
+    return Session(spec, store, frontier, settings)
 
 
-def models_at_once(plan: Plan, store: Store) -> int:
-    """How many models may lie on the disk at a time: what fits the budget, and no more than keeps evaluation fed."""
-    from flows.session.limits import disk_budget
-    from mergecore.sweeps.cost import chain_ends
-
+def models_at_once(plan: Plan, disk: int) -> int:
+    """Return how many models may lie on the disk at a time. disk: bytes that models and the ends of chains may use."""
     merges = [cell.merge for cell in plan.cells if cell.merge is not None]
     largest = max((merge.size for merge in merges), default=1)
-    room = disk_budget(plan.spec, store) - sum(chain_ends(merges).values())
-    return max(1, min(room // largest, 24))
+    room = disk - sum(chain_ends(merges).values())
+    return max(1, min(room // largest, MOST_MODELS))

@@ -75,7 +75,7 @@ def summarise(sweep: Sweep, split: str, *, chance: Mapping[str, float] = NO_CHAN
         name=sweep.name,
         split=split,
         select_by=sweep.select_by,
-        cells=_cell_table(sweep, scores, averages),
+        cells=_cell_rows(sweep, scores, averages),
         curve=_curve_table(sweep, scores, averages, draws),
         baselines=_baseline_table(sweep, scores, averages, draws),
         failed=tuple(
@@ -87,6 +87,37 @@ def summarise(sweep: Sweep, split: str, *, chance: Mapping[str, float] = NO_CHAN
         resamples=draws.resamples,
         searches=sweep.searches,
     )
+
+
+class Summaries:
+    """The summaries of one sweep: the one of a split is worked out when it is first asked for, and kept.
+
+    Its intervals come from a bootstrap that takes seconds, so whoever reports on a sweep gets this object handed on.
+    """
+
+    def __init__(self, sweep: Sweep, *, chance: Mapping[str, float] = NO_CHANCE, draws: Draws = DRAWS) -> None:
+        self.sweep, self._chance, self._draws = sweep, chance, draws
+        self._by_split: dict[str, Summary] = {}
+
+    def on(self, split: str) -> Summary:
+        """Return the summary on one split ('validation' or 'test'). Raises EvaluationError as `summarise` does."""
+        if split not in self._by_split:
+            self._by_split[split] = summarise(self.sweep, split, chance=self._chance, draws=self._draws)
+        return self._by_split[split]
+
+    def cells(self, split: str) -> pa.Table:
+        """Return the table `Summary.cells` of one split; without the others it needs no bootstrap."""
+        known = self._by_split.get(split)
+        return known.cells if known else cell_table(self.sweep, split, chance=self._chance)
+
+
+def cell_table(sweep: Sweep, split: str, *, chance: Mapping[str, float] = NO_CHANCE) -> pa.Table:
+    """Return the table `Summary.cells` of a sweep on one split: one row per cell, without intervals.
+
+    Raises EvaluationError where two cells were measured on different numbers of items.
+    """
+    scores = SplitScores(sweep, split, chance)
+    return _cell_rows(sweep, scores, {cell.cell: scores.average(cell) for cell in sweep.cells})
 
 
 def best(sweep: Sweep, *, chance: Mapping[str, float] = NO_CHANCE) -> tuple[str, str]:
@@ -122,7 +153,7 @@ def _tasks(suite: Suite) -> tuple[str, ...]:
     )
 
 
-def _cell_table(sweep: Sweep, scores: SplitScores, averages: Mapping[str, Average]) -> pa.Table:
+def _cell_rows(sweep: Sweep, scores: SplitScores, averages: Mapping[str, Average]) -> pa.Table:
     cells = sweep.cells
     columns: dict[str, pa.Array] = {
         field: pa.array([getattr(cell, field) for cell in cells], kind)

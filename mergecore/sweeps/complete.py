@@ -13,7 +13,7 @@ from mergecore.execution.outcome import Done
 from mergecore.execution.passes import run_merges, run_statistics
 from mergecore.execution.place import Place, drop_models, snapshots_of
 from mergecore.reporting.scores import Sweep
-from mergecore.reporting.summary import best, summarise
+from mergecore.reporting.summary import best, cell_table
 from mergecore.store.store import State
 from mergecore.sweeps.measured import collect
 from mergecore.sweeps.registration import register, registration_step
@@ -106,7 +106,7 @@ def register_best(place: Place, frontier: Frontier) -> Done:
         done = done.note(run_round(place, round))
         if done.failures:
             return done
-    row = next(row for row in summarise(sweep, found.chosen_on).cells.to_pylist() if row["cell"] == cell.id)
+    row = next(row for row in cell_table(sweep, found.chosen_on).to_pylist() if row["cell"] == cell.id)
     scores = {name: float(value) for name, value in row.items() if isinstance(value, float) and isfinite(value)}
     done = done.note(register(place, frontier, cell, found.chosen_on, scores))
     drop_models(place, frontier.droppable())

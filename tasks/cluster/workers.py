@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import dask
-from dask.system import CPU_COUNT
 from distributed import Client, Nanny, Scheduler, SpecCluster, Worker, WorkerPlugin
 
 from mergecore.errors import ServiceError
@@ -58,15 +57,15 @@ def _worker(name: int, device: str | None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def local_cluster(folder: Path, workers: int | None = None, devices: Sequence[str] | None = None) -> Iterator[Client]:
+def local_cluster(folder: Path, workers: int, devices: Sequence[str] = ()) -> Iterator[Client]:
     """A client of a cluster of processes on this machine, closed at the end.
 
-    workers: how many processes (default: the cores we may use). devices: one process per named CUDA device instead.
+    workers: how many processes. devices: CUDA devices by number; one process for each of them instead.
     Each has one thread and one slot. Logs go to `folder`/dask. Raises ServiceError when the workers do not come up.
     """
     logs = (folder / "dask").resolve()
     logs.mkdir(parents=True, exist_ok=True)
-    chosen = list(devices) if devices else [None] * (workers or CPU_COUNT)
+    chosen = list(devices) if devices else [None] * workers
     options = {"host": "127.0.0.1", "port": 0, "dashboard": True, "dashboard_address": "127.0.0.1:0"}
     settings = {
         # A worker that was killed takes longer than the default of 15 s to come back with torch imported; after that
@@ -111,10 +110,8 @@ def connected(address: str) -> Iterator[Client]:
 
 
 @contextlib.contextmanager
-def dask_client(
-    folder: Path, address: str | None = None, workers: int | None = None, devices: Sequence[str] | None = None
-) -> Iterator[Client]:
-    """A client of the cluster at `address`, or of a local one made for the purpose (see `local_cluster`)."""
+def dask_client(folder: Path, address: str | None, workers: int, devices: Sequence[str] = ()) -> Iterator[Client]:
+    """Yield a client of the cluster at `address`, or of a local one (see `local_cluster`) where there is no address."""
     with connected(address) if address else local_cluster(folder, workers, devices) as client:
         yield client
 

@@ -1,4 +1,4 @@
-"""The only place that writes MLflow: projects what the store knows of a sweep, as often as wanted, always the same.
+"""Projects what the store knows of a sweep into MLflow, as often as wanted, always the same.
 
     experiment mergeloom/<sweep name>
       ├── run of kind 'sweep'    note, cells table, spec, report, figures
@@ -6,7 +6,7 @@
       ├── runs of kind 'search'  one per search; step = models tried
       └── runs of kind 'cell'    one per cell, below the sweep's run; out of the spec: tagged retired
 
-MLflow is a view: nothing is ever read back from it but what it already shows.
+MLflow is a view: nothing is read back from it but what it already shows. All writing to MLflow is in this package.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from mergecore.checkpoints.sources.digests import file_sha256
 from mergecore.errors import ServiceError
 from mergecore.reporting.scores import Sweep
-from mergecore.reporting.summary import NO_CHANCE, TEST, VALIDATION, summarise
+from mergecore.reporting.summary import TEST, VALIDATION, Summaries
+from tasks.environment import environment
 from tasks.tracking import board as runs
 from tasks.tracking import records, versions, views
 from tasks.tracking.note import sweep_note
@@ -69,39 +70,27 @@ class TrackResult:
 
 
 def project(
-    sweep: Sweep,
-    tracking_uri: str | None,
-    artifacts: Mapping[str, Path],
-    links: Mapping[str, str],
-    lock_folder: Path,
-    *,
-    chance: Mapping[str, float] = NO_CHANCE,
+    summaries: Summaries, tracking_uri: str, artifacts: Mapping[str, Path], links: Mapping[str, str], lock_folder: Path
 ) -> TrackResult:
-    """Make MLflow show exactly this sweep; what it shows already costs one look.
+    """Make MLflow show exactly this sweep; a run that shows the same already is left alone.
 
-    tracking_uri: None for the one MLflow itself finds (MLFLOW_TRACKING_URI, credentials). artifacts: name → file put
-    on the sweep's run (report, figures). links: title → address, for the note. chance: as for `summarise`.
-    lock_folder: where a lock per sweep keeps two projections apart. Raises ServiceError, soon, where MLflow does not
-    answer; the projection can be made at any later time.
+    artifacts: name → file put on the sweep's run (report, figures). links: title → address, for the note. lock_folder:
+    where a lock per sweep keeps two projections apart. Raises ServiceError, soon, where MLflow does not answer; the
+    projection can be made at any later time.
     """
-    with _locked(lock_folder, sweep.name), _reached(tracking_uri) as client:
-        return _project(client, sweep, artifacts, links, chance)
+    with _locked(lock_folder, summaries.sweep.name), _reached(tracking_uri) as client:
+        return _project(client, summaries, artifacts, links)
 
 
 def rebuild(
-    sweep: Sweep,
-    tracking_uri: str | None,
-    artifacts: Mapping[str, Path],
-    links: Mapping[str, str],
-    lock_folder: Path,
-    *,
-    chance: Mapping[str, float] = NO_CHANCE,
+    summaries: Summaries, tracking_uri: str, artifacts: Mapping[str, Path], links: Mapping[str, str], lock_folder: Path
 ) -> TrackResult:
-    """As `project`, after deleting every run of the sweep, retired ones too (they stay restorable in MLflow)."""
-    with _locked(lock_folder, sweep.name), _reached(tracking_uri) as client:
-        for run in runs.existing(client, _experiment(client, sweep.name).experiment_id, sweep.name):
+    """Delete every run of the sweep, retired ones too (MLflow can restore them), and `project` it anew."""
+    name = summaries.sweep.name
+    with _locked(lock_folder, name), _reached(tracking_uri) as client:
+        for run in runs.existing(client, _experiment(client, name).experiment_id, name):
             client.delete_run(run.info.run_id)
-        return _project(client, sweep, artifacts, links, chance)
+        return _project(client, summaries, artifacts, links)
 
 
 @contextlib.contextmanager
@@ -113,35 +102,20 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _reached(tracking_uri: str | None) -> Iterator[MlflowClient]:
+def _reached(tracking_uri: str) -> Iterator[MlflowClient]:
     """A client of an MLflow that answers. MLflow's own patience with one that does not is many minutes."""
-    where = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "its default place"
-    with _environment(PROBE):
+    with environment(**PROBE):
         try:
             client = MlflowClient(tracking_uri)
             client.search_experiments(max_results=1)
         except UNREACHABLE as error:
-            raise ServiceError(f"MLflow at {where} does not answer: {_first_line(error)}") from error
-    with _environment(WRITE):
+            raise ServiceError(f"MLflow at {tracking_uri} does not answer: {_first_line(error)}") from error
+    with environment(**WRITE):
         try:
             yield client
         except UNREACHABLE as error:
             raise ServiceError(
-                f"MLflow at {where} stopped the projection: {_first_line(error)}. "
+                f"MLflow at {tracking_uri} stopped the projection: {_first_line(error)}. "
                 "Nothing is lost: the store has everything, and `mergeloom track` projects it again."
             ) from error
 
@@ -162,17 +136,14 @@ def _experiment(client: MlflowClient, sweep_name: str) -> Experiment:
 
 
 def _project(
-    client: MlflowClient,
-    sweep: Sweep,
-    artifacts: Mapping[str, Path],
-    links: Mapping[str, str],
-    chance: Mapping[str, float],
+    client: MlflowClient, summaries: Summaries, artifacts: Mapping[str, Path], links: Mapping[str, str]
 ) -> TrackResult:
-    has = {split: any(cell.items.get(split) for cell in sweep.cells) for split in (TEST, VALIDATION)}
-    summary = summarise(sweep, TEST if has[TEST] or not has[VALIDATION] else VALIDATION, chance=chance)
-    other = summarise(sweep, VALIDATION, chance=chance) if has[VALIDATION] and has[TEST] else None
+    sweep = summaries.sweep
+    measured = {split: any(cell.items.get(split) for cell in sweep.cells) for split in (TEST, VALIDATION)}
+    summary = summaries.on(TEST if measured[TEST] or not measured[VALIDATION] else VALIDATION)
+    validation = summaries.cells(VALIDATION) if measured[VALIDATION] and measured[TEST] else None
     experiment = _experiment(client, sweep.name)
-    cells = list(records.cell_records(sweep, summary, other))
+    cells = list(records.cell_records(sweep, summary.cells, validation))
     note = sweep_note(sweep, summary, experiment.experiment_id, links)
     parent = _parent_record(sweep, cells, note, artifacts)
     board = runs.Board(client, experiment.experiment_id, sweep.name)

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
+
 from mergecore.identity.keys import digest
 from mergecore.reporting.curves import json_text
 from mergecore.reporting.scores import CellScores, Suite, Sweep, Trajectory, values_label
@@ -98,10 +100,13 @@ def flat_values(values: Mapping[str, Any]) -> dict[str, str]:
     return flat
 
 
-def cell_records(sweep: Sweep, test: Summary, validation: Summary | None) -> Iterator[RunRecord]:
-    """One record per cell, in the order of the sweep; scores on validation items stand beside those on test items."""
-    shown = {row["cell"]: row for row in test.cells.to_pylist()}
-    searched = {row["cell"]: row for row in validation.cells.to_pylist()} if validation else {}
+def cell_records(sweep: Sweep, test: pa.Table, validation: pa.Table | None) -> Iterator[RunRecord]:
+    """Yield one record per cell, in the order of the sweep; scores on validation items stand beside those on test items.
+
+    test, validation: the table `Summary.cells` on each split.
+    """
+    shown = {row["cell"]: row for row in test.to_pylist()}
+    searched = {row["cell"]: row for row in validation.to_pylist()} if validation is not None else {}
     colours = _colours(sweep)
     for cell in sweep.cells:
         merge = cell.kind == "merge"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flows.session.limits import sensible_memory
+from flows.session.machine import available_memory
 from mergecore.engine.executor import InProcess
 from mergecore.errors import MergeloomError
 from mergecore.events import silent
@@ -205,6 +205,6 @@ def test_the_page_cache_is_no_memory_that_is_taken(tmp_path: Path) -> None:
     meminfo.write_text(
         "MemTotal:  24683656 kB\nMemFree:    1579668 kB\nMemAvailable:   23636856 kB\nHugePages_Total: 0\n"
     )
-    assert sensible_memory(meminfo) == 23_636_856 * 1024 // 2
+    assert available_memory(meminfo) == 23_636_856 * 1024
     meminfo.write_text("MemTotal:  24683656 kB\n")  # where nothing is said, what is free
-    assert sensible_memory(meminfo) > 0 and sensible_memory(tmp_path / "none") > 0
+    assert available_memory(meminfo) > 0 and available_memory(tmp_path / "none") > 0

@@ -12,7 +12,8 @@ import yaml
 
 from flows.merge import merge
 from flows.pages import listed, slug
-from flows.sweep import narrowed, sweep
+from flows.session.narrow import narrowed
+from flows.sweep import sweep
 from mergecore.errors import SpecError
 from mergecore.registry import METHODS
 from mergecore.spec.yaml_files import as_yaml
@@ -43,19 +44,19 @@ def test_settings_are_yaml_and_hold_no_secrets() -> None:
 
 def test_methods_and_counts_narrow_a_spec(tmp_path: Path) -> None:
     path = tiny_sweep.write_spec(tmp_path)
-    assert {variant.method.name for variant in narrowed(str(path), ["ties"], []).variants} == {"average", "ties"}
-    assert narrowed(str(path), [], [3]).counts == (3,)
+    assert {variant.method.name for variant in narrowed(path, ["ties"], []).variants} == {"average", "ties"}
+    assert narrowed(path, [], [3]).counts == (3,)
     own = [{"method": "ties", "counts": [1, 2]}, {"method": "sce", "counts": [3]}, {"method": "karcher"}]
     path.write_text(as_yaml({**yaml.safe_load(path.read_text()), "methods": own}))
-    found = {variant.method.name: variant.counts for variant in narrowed(str(path), [], [2]).variants}
+    found = {variant.method.name: variant.counts for variant in narrowed(path, [], [2]).variants}
     assert found == {"average": (2,), "ties": (2,), "karcher": (2,)}
     path = tiny_sweep.write_spec(tmp_path / "again")
     with pytest.raises(SpecError, match="did you mean 'ties'"):
-        narrowed(str(path), ["tie"], [])
+        narrowed(path, ["tie"], [])
     with pytest.raises(SpecError, match="has no 'fisher'"):
-        narrowed(str(path), ["fisher"], [])
+        narrowed(path, ["fisher"], [])
     with pytest.raises(SpecError, match="has no 4; known: 2, 3"):
-        narrowed(str(path), [], [4])
+        narrowed(path, [], [4])
 
 
 def test_names_that_pages_show() -> None:

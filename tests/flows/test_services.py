@@ -15,13 +15,16 @@ import pytest
 
 from flows.services import servers as services
 from flows.services.servers import Addresses, Ports
+from flows.session.settings import resolved
 from mergecore.errors import ServiceError
+from mergecore.spec.sweep import Run
+from mergecore.store.store import Store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SERVE = """
 import sys
 from pathlib import Path
-from flows.services import Ports, serve
+from flows.services.servers import Ports, serve
 serve(Path(sys.argv[1]), Ports(int(sys.argv[2]), int(sys.argv[3])), say=lambda line: print(line, flush=True))
 """
 # Ignores SIGTERM and leaves a child that does so too, as servers with worker processes do when they are busy.
@@ -35,7 +38,7 @@ while True:
 PARENT = """
 import sys, time
 from pathlib import Path
-from flows import services
+from flows.services import servers as services
 services.GRACE_SECONDS = 0.5
 folder = Path(sys.argv[1])
 service = services.launch("Stubborn", folder, 1, "/", ["stubborn"], {"PYTHONPATH": str(folder)})
@@ -101,13 +104,12 @@ def test_sweeps_over_the_same_folder_join_a_running_serve(
     served: tuple[Path, Ports, subprocess.Popen[str], list[str]],
 ) -> None:
     folder, ports, _, _ = served
-    with services.servers(folder) as found:
-        assert found.mlflow.endswith(str(ports.mlflow))
-    assert services.answers(found.mlflow + "/health"), "leaving must not stop what we did not start"
-    with services.mlflow_server(folder) as mlflow, services.servers(folder, prefect="http://elsewhere/api") as mixed:
-        assert mixed == Addresses("http://elsewhere/api", mlflow)
-    with services.servers(folder, prefect="http://elsewhere/api", mlflow="http://other") as given:
-        assert given == Addresses("http://elsewhere/api", "http://other")
+    settings = resolved(Run(), Store(folder))
+    assert settings.prefect.value == f"http://127.0.0.1:{ports.prefect}/api" and settings.pages_last
+    assert settings.mlflow.value == f"http://127.0.0.1:{ports.mlflow}" and "mergeloom serve" in settings.mlflow.origin
+    with services.servers(folder, settings.prefect.value, settings.mlflow.value) as joined:
+        assert joined == Addresses(settings.prefect.value, settings.mlflow.value)
+    assert services.answers(joined.mlflow + "/health"), "leaving must not stop what we did not start"
 
 
 def test_a_taken_port_names_the_option(served: tuple[Path, Ports, subprocess.Popen[str], list[str]]) -> None:

@@ -246,11 +246,13 @@ def conducted(path: Path, address: str, call: int) -> None:
     """The sweep in one process, killed at the n-th thing it writes to MLflow (0: never)."""
     from flows.conduct import conduct
     from flows.session.session import open_session
+    from flows.session.settings import Options
 
     os.environ.update(MLFLOW_TRACKING_URI=address, XDG_CACHE_HOME=str(path.parent / "cache"))
     if call:
         kill_at("mlflow:MlflowClient.log_batch", call)
-    outcome = conduct(open_session(path), silent, in_process=True, workers=1, retry_failed=False, track=True)
+    session = open_session(path, silent, Options(workers=1))
+    outcome = conduct(session, silent, in_process=True, retry_failed=False, track=True)
     assert not outcome.troubled
 
 

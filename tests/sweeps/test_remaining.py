@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flows.session.limits import check_fit, memory_budget
+from flows.session.limits import check_fit
 from flows.session.session import models_at_once
+from flows.session.settings import resolved
 from mergecore.errors import CapacityError, EvaluationError, SpecError
 from mergecore.identity.keys import Step, canonical
 from mergecore.planning.cells import Cell, Plan
@@ -28,6 +29,9 @@ from mergecore.store.store import RECORD, State, Store, write_json
 from mergecore.sweeps.cost import cost
 from mergecore.sweeps.remaining import Frontier, summary
 from tests.small_pool import NAMES, open_pool, planned, write_pool
+
+MEMORY = 1 << 30
+"""Bytes that a pass may use."""
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +204,7 @@ def test_a_model_may_go_as_soon_as_another_process_has_scored_it(folder: Path, t
 def test_the_cost_is_of_what_is_missing_now(folder: Path, tmp_path: Path) -> None:
     plan, other = of_two(folder), Store(tmp_path)
     frontier = Frontier(plan, Store(tmp_path), room=8)
-    before = cost(frontier, 1, memory_budget(plan.spec))
+    before = cost(frontier, 1, MEMORY)
     # Three merges; a profile for each of two experts, and a threshold; base, experts and merges on validation items,
     # and test items for what has no rival.
     singles = [cell for cell in plan.cells if cell.method != "ties"]
@@ -211,7 +215,7 @@ def test_the_cost_is_of_what_is_missing_now(folder: Path, tmp_path: Path) -> Non
     assert before.evaluations == on_test + held_in
     recorded(other, grid[0].model)
     recorded(other, plan.evaluation(grid[0], "validation", grid[0].tasks[0]), score=0.5)
-    after = cost(frontier, 1, memory_budget(plan.spec))
+    after = cost(frontier, 1, MEMORY)
     assert (after.merges, after.evaluations) == (2, before.evaluations - 1)
 
 
@@ -221,16 +225,18 @@ def test_disk_is_for_models_and_the_chains_that_they_are_read_off(folder: Path, 
     def tried(disk: int) -> tuple[int, list[int]]:
         methods, run = ({"method": "average"}, {"method": "opcm"}), {"disk": f"{disk}B"}
         plan, store = of_two(folder, *methods, counts=[3], run=run), Store(tmp_path)
-        frontier = Frontier(plan, store, room=models_at_once(plan, store))
-        found = cost(frontier, 1, memory_budget(plan.spec))
-        check_fit(plan.spec, store, found)
+        settings = resolved(plan.spec.run, store)
+        frontier = Frontier(plan, store, room=models_at_once(plan, settings.disk.value))
+        found = cost(frontier, 1, settings.memory.value)
+        check_fit(settings, store, found)
         return frontier.room, [one.disk for one in found.passes]
 
     links = [240, 2 * 240, 2 * 240]  # of three experts; the one before lies beside the one that is written
     assert tried(10_000) == (24, [*links, 240 + 2 * 192])
     assert tried(500) == (1, [*links, 240 + 192, 240 + 192]), "the end of the chain leaves room for one model"
     with pytest.raises(
-        CapacityError, match=r"one pass \(scan: 1 .*\) takes 480 B in .* 450 B may be used \(30 B too few\)"
+        CapacityError,
+        match=r"one pass \(scan: 1 .*\) takes 480 B in .* 450 B may be used \(run.disk of the spec\), 30 B too few",
     ):
         tried(450)
 

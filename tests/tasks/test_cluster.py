@@ -32,7 +32,7 @@ from tests.vocabularies import words, write_model
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Client]]:
     """Two workers that each see one (imagined) CUDA device."""
     folder = tmp_path_factory.mktemp("cluster")
-    with local_cluster(folder, devices=["3", "5"]) as client:
+    with local_cluster(folder, 2, devices=["3", "5"]) as client:
         yield folder, client
 
 
@@ -103,7 +103,7 @@ def test_a_sweep_over_vocabularies_on_workers_is_that_of_one_process(
 def test_a_running_cluster_is_joined_by_its_address(cluster: tuple[Path, Client], tmp_path: Path) -> None:
     _, client = cluster
     assert client.scheduler is not None
-    with dask_client(tmp_path, address=client.scheduler.address) as other:
+    with dask_client(tmp_path, client.scheduler.address, workers=1) as other:
         assert len(other.scheduler_info(n_workers=-1)["workers"]) == 2
 
 

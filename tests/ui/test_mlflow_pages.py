@@ -14,7 +14,7 @@ import pytest
 
 from flows.services import servers as services
 from mergecore.reporting.figure import draw
-from mergecore.reporting.summary import summarise
+from mergecore.reporting.summary import Summaries
 from tasks.tracking import project as track
 from tasks.tracking.project import TrackResult
 from tests import example_sweep
@@ -41,11 +41,12 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackResult]:
     cells = [*example_sweep.baselines(), *example_sweep.merges(), example_sweep.refused()]
     best = next(cell for cell in cells if cell.name == "ties-n2")
     sweep = example_sweep.sweep(cells, "pages", example_sweep.registration(best))
-    figures = draw(summarise(sweep, "test"), folder / "figure")
+    summaries = Summaries(sweep)
+    figures = draw(summaries.on("test"), folder / "figure")
     with services.mlflow_server(folder) as address:
         artifacts = {f"figures/{path.name}": path for path in figures if path.suffix == ".png"}
         links = {"Prefect flow run": "http://127.0.0.1:4200/runs/flow-run/1"}
-        yield track.project(sweep, address, artifacts, links, folder)
+        yield track.project(summaries, address, artifacts, links, folder)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from mlflow.entities import Run
 from flows.services import servers as services
 from mergecore.errors import ServiceError
 from mergecore.reporting.scores import Sweep, Trajectory, Trial
+from mergecore.reporting.summary import Summaries
 from tasks.tracking import project as track
 from tasks.tracking import records, views
 from tasks.tracking.project import TrackResult
@@ -39,7 +40,9 @@ def client(server: str) -> MlflowClient:
 
 def project(sweep: Sweep, server: str, folder: Path, **files: Path) -> TrackResult:
     artifacts = {name.replace("__", "/").replace("_txt", ".txt"): path for name, path in files.items()}
-    return track.project(sweep, server, artifacts, {"Prefect flow run": "http://localhost:4200/runs/1"}, folder)
+    return track.project(
+        Summaries(sweep), server, artifacts, {"Prefect flow run": "http://localhost:4200/runs/1"}, folder
+    )
 
 
 def shown(client: MlflowClient, result: TrackResult, kind: str = "cell") -> dict[str, Run]:
@@ -239,11 +242,11 @@ def test_rebuild_makes_all_of_it_again(client: MlflowClient, server: str, tmp_pa
     before = project(example_sweep.sweep([*cells, example_sweep.refused()], "rebuilds"), server, tmp_path)
     old = {run.info.run_id for run in client.search_runs([before.experiment_id], max_results=1000)}
     sweep = example_sweep.sweep(cells, "rebuilds", registration)
-    result = track.rebuild(sweep, server, {}, {}, tmp_path)
+    result = track.rebuild(Summaries(sweep), server, {}, {}, tmp_path)
     new = {run.info.run_id for run in client.search_runs([result.experiment_id], max_results=1000)}
     assert result.unchanged == 0 and not old & new
     assert set(shown(client, result)) == {cell.name for cell in cells}
-    once_more = track.rebuild(sweep, server, {}, {}, tmp_path)
+    once_more = track.rebuild(Summaries(sweep), server, {}, {}, tmp_path)
     champion = client.get_model_version_by_alias("rebuilt-model", "champion")
     assert str(champion.version) == once_more.version == "2", "a version whose run is gone is replaced"
 
@@ -290,15 +293,6 @@ def test_an_mlflow_that_goes_away_meanwhile(server: str, tmp_path: Path, monkeyp
     monkeypatch.setattr(MlflowClient, "log_batch", gone)
     with pytest.raises(ServiceError, match="mergeloom track"):
         project(example_sweep.sweep(few(), "broken-off"), server, tmp_path)
-
-
-def test_the_tracking_uri_of_the_environment_is_used(
-    server: str, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
-    result = track.project(example_sweep.sweep(few()[:1], "by environment"), None, {}, {}, tmp_path)
-    assert result.urls["leaderboard"].startswith(f"{server}/#/experiments/{result.experiment_id}/runs?{Q}")
-    assert set(shown(client, result)) == {"base"}
 
 
 def test_values_become_flat_parameters() -> None:
