@@ -1,4 +1,4 @@
-"""Cancelling: a flow run that someone cancels in Prefect stops between two pieces of work, not in the middle of one."""
+"""Cancelling: a flow run that someone cancels in Prefect stops between two items of work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POLL_SECONDS = 3.0
 
 @contextlib.contextmanager
 def cancelling(stop: threading.Event) -> Iterator[None]:
-    """Inside, `stop` is set as soon as someone cancels the flow run in Prefect."""
+    """Inside the block, set `stop` within seconds after someone cancels the flow run in Prefect."""
     context = FlowRunContext.get()
     over = threading.Event()
 

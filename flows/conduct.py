@@ -1,4 +1,4 @@
-"""Carries a session through: in this process, or with Prefect, MLflow and Dask around the same steps; then the report."""
+"""Carries a sweep through: in this process, or with Prefect, MLflow and Dask around the same steps."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from mergecore.store.store import write_json
 
 
 def exported(session: Session, folder: Path) -> list[Path]:
-    """One `results.json` per measured cell and split, in `folder`/<cell>; returns what was written.
+    """Write `folder`/<cell>/results_<split>.json for each measured cell and split. Return the paths.
 
     Raises EvaluationError where the sweep was not scored by lm-eval.
     """
@@ -32,8 +32,8 @@ def exported(session: Session, folder: Path) -> list[Path]:
                 if not frontier.done(step):
                     continue
                 table = parquet.read_table(session.store.folder(step) / ITEMS)
-                for part, held in results_json(table, plan.tasks[split][task]).items():
-                    joined[part] = {**joined.get(part, {}), **held} if isinstance(held, dict) else held
+                for key, value in results_json(table, plan.tasks[split][task]).items():
+                    joined[key] = {**joined.get(key, {}), **value} if isinstance(value, dict) else value
             if joined:
                 path = folder / re.sub(r"[^\w.=-]+", "_", cell.name) / f"results_{split}.json"
                 path.parent.mkdir(parents=True, exist_ok=True)

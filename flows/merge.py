@@ -1,4 +1,4 @@
-"""A merge as a Prefect flow: a recipe becomes a model's folder, or several do, spans spread over a Dask cluster."""
+"""A merge as a Prefect flow: a recipe becomes the folder of a model, its spans spread over a Dask cluster."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ def merge(
     durable: bool = False,
     intermediates: str | None = None,
 ) -> State[Any]:
-    """Make one model from a recipe. Returns the folders of what was made and stays.
+    """Make one model from a recipe. Return the folders of the models that stay.
 
     Prefect shows what follows beside the fields of its form.
 
     Args:
         recipe: Path of the recipe file, seen from the project's folder.
         out: The new folder to write; it is there whole or not at all.
-        workers: Worker processes; none given: one a core.
+        workers: Worker processes; none chosen: one a core.
         durable: Have every file on the disk (fsync) before the folder appears.
-        intermediates: Folder for the named results of a recipe of several documents; none given: they are removed.
+        intermediates: Folder for the named results of a recipe of several documents; none chosen: they are removed.
     """
     stop, report, folder = threading.Event(), logged(), Path(out).absolute()
     recipes: dict[Path, Recipe] = {}
@@ -61,7 +61,7 @@ def merge(
 
         @cache
         def executor() -> OnDask:
-            """Started when the first recipe is known to be one."""
+            """Start the cluster, once the first recipe has been read without an error."""
             folder.parent.mkdir(parents=True, exist_ok=True)
             beside = Path(
                 stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent))
@@ -69,27 +69,27 @@ def merge(
             client = stack.enter_context(dask_client(beside, None, worker_setting(workers).value))
             return OnDask(client, beside / "passes", stop)
 
-        def make(parsed: Recipe, place: Path, origin: Origin | None) -> Made:
-            recipes[place], find = parsed, resolver(digest_cache(), report)
-            return merge_recipe(parsed.method, Order(parsed, place, find, executor(), report, durable, loops(), origin))
+        def make(parsed: Recipe, out: Path, origin: Origin | None) -> Made:
+            recipes[out], find = parsed, resolver(digest_cache(), report)
+            return merge_recipe(parsed.method, Order(parsed, out, find, executor(), report, durable, loops(), origin))
 
         try:
             kept = Path(intermediates).absolute() if intermediates else None
-            found = make_file(Path(recipe), folder, resolver(digest_cache(), report), make, kept)
+            models = make_file(Path(recipe), folder, resolver(digest_cache(), report), make, kept)
         except Stopped as error:
             return Cancelled(message=str(error))
-    for made in found:
-        key = f"model-{slug(made.folder.name)}"
-        page = _page(made, recipes[made.folder])
-        create_markdown_artifact(page, key=key, description=f"Model in {made.folder}")
-    told = "; ".join(f"{made.folder}, {readable(made.size)}" for made in found)
-    state: State[Any] = Completed(message=told, data=[str(made.folder) for made in found])
+    for model in models:
+        key = f"model-{slug(model.folder.name)}"
+        page = _page(model, recipes[model.folder])
+        create_markdown_artifact(page, key=key, description=f"Model in {model.folder}")
+    message = "; ".join(f"{model.folder}, {readable(model.size)}" for model in models)
+    state: State[Any] = Completed(message=message, data=[str(model.folder) for model in models])
     return state
 
 
-def _page(made: Made, recipe: Recipe) -> str:
-    """Where the model is and what it is made of, in Markdown."""
-    held = as_yaml(recipe.model_dump(mode="json", exclude_defaults=True))
-    facts = [f"`{made.folder}`, {readable(made.size)}", f"Digest `{made.digest}`"]
-    notes = [f"- {warning}" for warning in made.warnings]
-    return "\n\n".join([f"# {recipe.method}", *facts, *notes, f"```yaml\n{held}```"])
+def _page(model: Made, recipe: Recipe) -> str:
+    """Return a page in Markdown: where the model is and how it was made."""
+    recipe_text = as_yaml(recipe.model_dump(mode="json", exclude_defaults=True))
+    facts = [f"`{model.folder}`, {readable(model.size)}", f"Digest `{model.digest}`"]
+    notes = [f"- {warning}" for warning in model.warnings]
+    return "\n\n".join([f"# {recipe.method}", *facts, *notes, f"```yaml\n{recipe_text}```"])

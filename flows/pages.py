@@ -1,4 +1,4 @@
-"""What a flow run shows on Prefect's pages besides its tasks: log lines and artifacts in Markdown."""
+"""Log lines and artifacts of a flow run on Prefect's pages."""
 
 from __future__ import annotations
 
@@ -13,27 +13,25 @@ from flows.outcome import Outcome
 from mergecore.events import Event, Report
 
 PAGES = {"leaderboard": "Leaderboard", "curves": "Curves", "charts": "Charts", "model": "Registered model"}
-
-
 MOST_KINDS = 3
 
 
 def run_name() -> str:
-    """What a run is called in lists: the file it was started with, then the name it was given or Prefect made up."""
-    given, parameters = str(flow_run.name), flow_run.parameters
+    """Return the name of a run in lists: its spec or recipe, then the name that a person or Prefect chose."""
+    chosen, parameters = str(flow_run.name), flow_run.parameters
     stem = Path(parameters.get("spec") or parameters.get("recipe") or "").stem
-    return given if given.startswith(stem) else f"{stem} · {given}"
+    return chosen if chosen.startswith(stem) else f"{stem} · {chosen}"
 
 
 def listed(kinds: Iterable[str]) -> str:
-    """Names in a row, each once, short enough for a task's bar."""
+    """Return the names in a row, each once, short enough for the bar of a task."""
     names = sorted(set(kinds))
     more = f" and {len(names) - MOST_KINDS} more" if len(names) > MOST_KINDS else ""
     return ", ".join(names[:MOST_KINDS]) + more
 
 
 def logged() -> Report:
-    """Progress into the flow run's log: what is finished, no bars."""
+    """Return a `report` that writes a line into the flow run's log for everything that is finished."""
     logger = get_run_logger()
 
     def report(event: Event) -> None:
@@ -45,7 +43,10 @@ def logged() -> Report:
 
 
 def report_page(outcome: Outcome, figure: Path, pages: Mapping[str, str]) -> str:
-    """The report as an artifact: links to MLflow first, the figure inside the text, so that it needs no other server."""
+    """Return the report as an artifact: links to MLflow, then the report with its figure inside the text.
+
+    pages: page → address in MLflow.
+    """
     title, _, rest = outcome.report.partition("\n")
     links = " · ".join(f"[{name}]({pages[page]})" for page, name in PAGES.items() if page in pages)
     parts = [title, f"MLflow: {links}" if links else "", _inlined(figure), rest.strip()]
@@ -60,5 +61,5 @@ def _inlined(figure: Path) -> str:
 
 
 def slug(name: str) -> str:
-    """A name as artifact keys may be: small letters, digits and dashes."""
+    """Return a name as keys of artifacts may be: small letters, digits and dashes."""
     return "".join(letter if letter.isalnum() else "-" for letter in name.lower())

@@ -125,9 +125,10 @@ def _concluded(session: Session, whole: Session, track: bool) -> State[Any]:
 
 
 def run_session(path: Path, session: Session, report: Report, track: bool) -> Ending:
-    """Run the flow on the spec at `path` with a session that is open already. Raises ServiceError where it is cancelled.
+    """Run the flow on the spec at `path` with a session that is open already. Return how the sweep ended.
 
-    The run can be started again from Prefect's pages with the same parameters.
+    The run can be started again from Prefect's pages with the same parameters. Raises ServiceError where someone
+    cancels it there.
     """
     name = session.spec.name
     run = sweep.with_options(flow_run_name=name)
@@ -136,7 +137,8 @@ def run_session(path: Path, session: Session, report: Report, track: bool) -> En
             ended = run(spec=str(path), workers=session.settings.chosen_workers, track=track)
     except CancelledRun:
         raise ServiceError(
-            f"the sweep '{name}' was cancelled in Prefect; what is finished is kept, run the same command again to go on"
+            f"the sweep '{name}' was cancelled in Prefect; what is finished is kept, run the same command again to go "
+            "on"
         ) from None
     return cast(Ending, ended)
 

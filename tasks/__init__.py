@@ -1,1 +1,1 @@
-"""Thin Prefect tasks, one file per kind of work; they do nothing that mergecore.run does not do."""
+"""Prefect tasks, one file per kind of work. Each calls mergecore and says how it ended."""

@@ -13,6 +13,7 @@ from tasks.work import OPTIONS, Work, cached, ended
 
 @task(name="evaluate", task_run_name="evaluate {name}", **OPTIONS)
 def evaluate(name: str, work: Work) -> State[Any]:
-    """`work.items`: scorings (a cell and the tasks on which it is still to be scored)."""
-    missing = [one for one in work.items if not all(work.place.store.is_done(step) for _, _, step in one.tasks)]
+    """Score `work.items`: scorings, each a cell and the tasks on which it is still to be scored."""
+    store = work.place.store
+    missing = [scoring for scoring in work.items if not all(store.is_done(step) for _, _, step in scoring.tasks)]
     return ended(run_scorings(work.place, missing)) if missing else cached(len(work.items), "scored model")

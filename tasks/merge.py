@@ -1,4 +1,4 @@
-"""Merges: many models completed in one pass over their pool, or one from a recipe; spans spread over the workers."""
+"""Merges: many models in one pass over their pool, or one model from a recipe."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tasks.work import OPTIONS, Work, cached, ended
 
 @task(name="merge", task_run_name="merge {name}", **OPTIONS)
 def merge(name: str, work: Work) -> State[Any]:
-    """`work.items`: plans of merges."""
+    """Make the models of `work.items`, plans of merges, in one pass."""
     missing = [plan for plan in work.items if work.place.store.state(plan.step) is not StoreState.PRESENT]
     return ended(run_merges(work.place, missing)) if missing else cached(len(work.items), "model")
 
 
 class Order:
-    """A recipe, the folder its model shall be in, and how it is made. A plain class, as `Work` is."""
+    """A recipe, the new folder `out` for its model, and how the work is done. A plain class, as `Work` is."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Order:
 
 @task(name="merge", task_run_name="merge {name}", **OPTIONS)
 def merge_recipe(name: str, order: Order) -> single.Made:
-    """Raises a MergeloomError for what cannot be made; nothing is left then."""
+    """Make the model of a recipe. Raises a MergeloomError where that cannot be done; nothing is left then."""
     return single.merge_recipe(
         order.recipe,
         order.out,

@@ -1,4 +1,4 @@
-"""Registration: the best cell's model published in the store and named in the registration record."""
+"""Registration: the best cell's model is published in the store and named in the registration record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tasks.work import OPTIONS, Work, cached, ended
 
 @task(name="register", task_run_name="register {name}", **OPTIONS)
 def register(name: str, work: Work) -> State[Any]:
-    """`work.items`: the frontier. Cached where the winner is registered already."""
+    """Register the best cell of the frontier in `work.items`. The state is Cached where it is registered already."""
     frontier: Frontier = work.items[0]
     done = register_best(work.place, frontier)
     return ended(done) if done.steps or done.failures else cached(1, "registration")

@@ -1,4 +1,4 @@
-"""Profiles of task vectors: norms and bit-pattern counts of every expert, in one reading of the pool."""
+"""Profiles of task vectors: norms and counts of bit patterns of every expert, in one pass."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ from tasks.work import OPTIONS, Work, cached, ended
 
 @task(name="task vectors", task_run_name="task vectors {name}", **OPTIONS)
 def task_vectors(name: str, work: Work) -> State[Any]:
-    """`work.items`: plans of profiles."""
+    """Complete the profiles of `work.items`, plans of statistics, in one pass."""
     missing = [plan for plan in work.items if not work.place.store.is_done(plan.step, bytes_needed=True)]
     return ended(run_statistics(work.place, missing)) if missing else cached(len(work.items), "profile")

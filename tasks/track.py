@@ -1,4 +1,4 @@
-"""The sweep shown in MLflow as a Prefect task; `tasks/tracking/project.py` does the writing and knows nothing of Prefect."""
+"""The sweep shown in MLflow, as a Prefect task. `tasks/tracking` does the writing and knows nothing of Prefect."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Projection:
 
 @task(name="track", task_run_name="track {name}", **OPTIONS)
 def track(name: str, projection: Projection) -> State[Any]:
-    """MLflow is a view: where it is away the task completes saying so, and the sweep can be projected later."""
+    """Show the sweep in MLflow. Where MLflow is away the task completes and says so."""
     try:
         result = projection.project()
     except ServiceError as error:

@@ -1,4 +1,4 @@
-"""What the tasks share: how work is handed to them, and how they end."""
+"""Work as it is handed to a task, and the states that tasks end in."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mergecore.execution.outcome import Done
 from mergecore.execution.place import Place
 
 OPTIONS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
-"""Prefect's own result cache is off: the store is the one truth."""
+"""Prefect's own result cache is off: the store alone knows what is done."""
 
 
 class Work:
-    """Work and the place to do it. A plain class: Prefect looks into dataclasses and lists for futures, not into this."""
+    """Items of work, and the place to do it. A plain class: Prefect looks for futures in dataclasses and lists."""
 
     def __init__(self, place: Place, items: Sequence[Any] = ()) -> None:
         self.place, self.items = place, items
 
 
 def ended(done: Done) -> State[Any]:
-    """The state a task ends in: Completed, its message saying what was done and what failed."""
+    """Return the state a task ends in: Completed, with a message that says what was done and what failed."""
     message = f"{counted(len(done.steps), 'step')} in {done.seconds:.1f} s"
     logger = get_run_logger()
     for name, reason in done.failures.items():
@@ -38,21 +38,21 @@ def ended(done: Done) -> State[Any]:
 
 
 def first(done: Done) -> str:
-    """The first failure as a sentence."""
+    """Return the first failure as a sentence."""
     return next((f"{name}: {reason}" for name, reason in done.failures.items()), "")
 
 
-def cached(count: int, what: str) -> State[Any]:
-    """The state of a task whose work was all done before. what: one of them, as in 'model'."""
-    return Completed(name="Cached", message=f"{counted(count, what)} found in the store", data=None)
+def cached(count: int, noun: str) -> State[Any]:
+    """Return the state of a task whose work was done before. noun: in the singular, 'model'."""
+    return Completed(name="Cached", message=f"{counted(count, noun)} found in the store", data=None)
 
 
-def counted(count: int, what: str) -> str:
-    """'1 model', '2 models'."""
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+def counted(count: int, noun: str) -> str:
+    """Return '1 model', '2 models'."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-@task(name="reuse", task_run_name="reuse {what}", **OPTIONS)
-def reuse(what: str) -> State[Any]:
-    """Shows in one line how much of a kind an earlier run has finished. what: '5 merged models', say."""
-    return Completed(name="Cached", message=f"{what} found in the store", data=None)
+@task(name="reuse", task_run_name="reuse {results}", **OPTIONS)
+def reuse(results: str) -> State[Any]:
+    """Show in one line how many results of a kind an earlier run has finished. results: '5 merged models'."""
+    return Completed(name="Cached", message=f"{results} found in the store", data=None)

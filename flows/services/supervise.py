@@ -28,8 +28,8 @@ def die_with_supervisor() -> None:
 def supervise(parent: int, grace: float, command: Sequence[str]) -> None:
     """Run `command` until it ends by itself, a SIGTERM or SIGINT comes, or the process `parent` is gone.
 
-    Polling the parent's id rather than PR_SET_PDEATHSIG: that fires when the *thread* that started us ends, and services
-    are started from short-lived threads. `grace` is the seconds between SIGTERM and SIGKILL.
+    grace: seconds between SIGTERM and SIGKILL. The parent's id is polled: PR_SET_PDEATHSIG would fire when the *thread*
+    that started us ends, and services are started from short-lived threads.
     """
     asked: list[int] = []
 

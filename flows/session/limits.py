@@ -33,8 +33,8 @@ def check_fit(settings: Settings, store: Store, costs: Cost) -> None:
         worst = max(costs.passes, key=lambda one_pass: one_pass.disk)
         raise CapacityError(
             f"one pass ({worst.what}) takes {readable(worst.disk)} in {store.root} and {readable(disk.value)} may be "
-            f"used ({disk.origin}), {readable(worst.disk - disk.value)} too few; free space, raise run.disk, or put the "
-            "store elsewhere (output.store)"
+            f"used ({disk.origin}), {readable(worst.disk - disk.value)} too few; free space, raise run.disk, or put "
+            "the store elsewhere (output.store)"
         )
 
 

@@ -51,7 +51,7 @@ class Session:
         return self.frontier.plan
 
     def place(self, executor: Executor, report: Report) -> Place:
-        """Where this session's work is done."""
+        """Return where this session's work is done."""
         plan, settings = self.plan, self.settings
         return Place(
             plan.pool, self.store, executor, report, plan.shard_size, plan.evaluators["test"], plan.folder, {},
@@ -67,12 +67,12 @@ class Session:
         return cost(self.frontier, self.settings.workers.value, self.settings.memory.value)
 
     def check_fit(self, costs: Cost) -> None:
-        """Check that what is to be done fits here. Raises CapacityError, and StoreError where nothing can be written."""
+        """Check that the work fits on this machine. Raises CapacityError, and StoreError for a store that is read-only."""
         check_fit(self.settings, self.store, costs)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What whoever starts this ought to know: of the pool, and of what this processor is slow at."""
+        """Warnings for the person who starts the sweep: about the pool, and about dtypes this processor is slow at."""
         dtype = str(self.plan.evaluators["test"].parameters().get("dtype", ""))
         if self.spec.run.dask != "local" or not lacks_arithmetic(dtype):
             return *self.plan.pool.warnings, *self.plan.notes
@@ -84,12 +84,12 @@ class Session:
 
     @property
     def results(self) -> Path:
-        """Where tables and figures of this sweep are written."""
+        """The folder for the tables and figures of this sweep."""
         return self.store.root / "sweeps" / self.spec.name
 
 
 def lacks_arithmetic(dtype: str) -> bool:
-    """Whether this processor works in a 16-bit type only by way of slow substitutes, as torch tells."""
+    """Whether torch says that this processor has no instructions for a 16-bit dtype."""
     known = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
     try:
         return dtype in known and not getattr(torch.ops.mkldnn, known[dtype])()
@@ -98,10 +98,10 @@ def lacks_arithmetic(dtype: str) -> bool:
 
 
 def resolver(digests: DigestCache, report: Report = silent) -> Resolver:
-    """Finds sources with the hub settings of this environment (HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT, HF_HOME)."""
+    """Return a function that finds sources, by HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT and HF_HOME."""
     token = _token()
 
-    def found(source: SourceSpec) -> Source:
+    def find(source: SourceSpec) -> Source:
         return resolve(
             source.source,
             revision=source.revision,
@@ -112,11 +112,11 @@ def resolver(digests: DigestCache, report: Report = silent) -> Resolver:
             report=report,
         )
 
-    return found
+    return find
 
 
 def _token() -> str | None:
-    """HF_TOKEN, else what `hf auth login` has stored."""
+    """Return HF_TOKEN, else the token that `hf auth login` has stored, else None."""
     if token := os.environ.get("HF_TOKEN"):
         return token
     home = os.environ.get("HF_HOME", os.path.join(os.path.expanduser("~"), ".cache", "huggingface"))

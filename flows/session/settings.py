@@ -91,14 +91,14 @@ def resolved(run: Run, store: Store, options: Options = Options()) -> Settings:
         started,
         (run.prefect, "run.prefect of the spec"),
         (os.environ.get("PREFECT_API_URL"), "PREFECT_API_URL"),
-        (served and served.prefect, serve),
+        (served.prefect if served else None, serve),
     )
     mlflow = _first(
         started,
         (options.mlflow, CHOSEN),
         (run.mlflow, "run.mlflow of the spec"),
         (os.environ.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI"),
-        (served and served.mlflow, serve),
+        (served.mlflow if served else None, serve),
     )
     on_gpu = run.dask == "gpu" and cuda_device_count() > 0
     return Settings(

@@ -1,4 +1,4 @@
-"""How a command starts: where this user's things are remembered, and what is done while torch is imported. Imports little."""
+"""The start of a command: the caches of this user, and work that is done while torch is imported. Imports little."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ from mergecore.checkpoints.sources.digests import DigestCache
 from mergecore.native.library import Library, library_in
 
 LARGE = 32 << 20
-"""Bytes hashed at a time while modules are imported: between two pieces a thread waits for the interpreter."""
+"""Bytes hashed at a time while modules are imported: between two reads a thread waits for the interpreter."""
 
 
 def cache_folder() -> Path:
-    """Where things are remembered: XDG_CACHE_HOME/mergeloom."""
+    """Return the folder of this user's caches: XDG_CACHE_HOME/mergeloom."""
     home = os.environ.get("XDG_CACHE_HOME", os.path.join(os.path.expanduser("~"), ".cache"))
     return Path(home) / "mergeloom"
 
 
 def loops() -> Library:
-    """Where this user's fused loops are kept."""
+    """Return the library of this user's fused loops."""
     return library_in(cache_folder() / "loops")
 
 
 def digest_cache() -> DigestCache:
-    """Digests of local files, where there is no store that remembers them."""
+    """Return the cache of the digests of local files."""
     return DigestCache(cache_folder() / "digests.jsonl", loops())
 
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """For work that leaves no garbage, but a million new objects: a cyclic collector that looks through them again and again
-    would take a third of its time."""
+    """Switch the cyclic garbage collector off inside the block.
+
+    For work that makes a million objects and leaves no garbage: the collector would take a third of its time.
+    """
     before = gc.isenabled()
     gc.disable()
     try:
@@ -49,10 +51,10 @@ def without_collector() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
-    """Import without the cyclic garbage collector, and leave what was imported alone ever after.
+    """Switch the cyclic garbage collector off inside the block, and exclude from it what was imported there.
 
-    torch and its like are a million objects that stay until the process ends; looking through them takes 0.3 s while they
-    are imported, and 0.8 s at the end.
+    Importing torch makes a million objects that stay until the process ends. The collector would need 0.3 s for them
+    during the import and 0.8 s at the end.
     """
     with without_collector():
         try:
@@ -63,8 +65,10 @@ def quick_imports() -> Iterator[None]:
 
 
 def hash_ahead(recipe: Path, digests: DigestCache) -> None:
-    """Begin to hash the weights of local checkpoints that a recipe names, in the background: importing torch keeps one core
-    busy for two seconds. What is wrong with the recipe or the files is found, and said, later on."""
+    """Begin to hash the weights of local checkpoints that a recipe names, in the background.
+
+    Importing torch keeps one core busy for two seconds. Errors in the recipe or the files are reported later on.
+    """
     with contextlib.suppress(Exception):
         for file in _weights(recipe):
             if digests.known(file) is None:
@@ -74,7 +78,7 @@ def hash_ahead(recipe: Path, digests: DigestCache) -> None:
 
 
 def _weights(recipe: Path) -> Iterator[Path]:
-    """The files of weights in the folders that any text of the recipe names."""
+    """Yield the files of weights in every folder that a text in the recipe names."""
     import yaml
 
     for document in yaml.safe_load_all(recipe.read_text()):
@@ -88,5 +92,5 @@ def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _texts(one)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)

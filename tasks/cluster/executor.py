@@ -1,9 +1,8 @@
-"""Spreads spans and evaluations over a Dask cluster: the engine's executor, by way of one shared client.
+"""An executor that spreads spans and evaluations over the workers of a Dask cluster.
 
-What all items share is pickled once into the store, which every worker sees, as a draft that is locked while it is
-needed; results of more than a few hundred bytes come back by way of the same folder, so no more than that goes through
-the scheduler for an item. A worker that dies loses nothing that was recorded: its
-items are done again elsewhere.
+The object that all items share is pickled once into the store, which every worker sees. It lies in a draft that is
+locked while it is needed. Results of more than a few hundred bytes come back through the same folder, so little goes
+through the scheduler. When a worker dies its items are done again elsewhere; what was recorded is kept.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ POLL_SECONDS = 1.0
 FETCH_SECONDS = 30.0
 SHARED = "shared"
 THROUGH_SCHEDULER = 400
-"""Bytes of a result that may go through the scheduler."""
-KEPT = 4
-"""How many shared objects a worker process keeps."""
+"""A result of at most so many bytes goes through the scheduler."""
+MOST_SHARED = 4
+"""A worker process keeps so many shared objects."""
 
 STOPPED = "the flow was cancelled; run the same spec again to go on"
 
@@ -44,24 +43,24 @@ _shared: OrderedDict[str, Any] = OrderedDict()
 
 
 class Stopped(Exception):
-    """The flow was cancelled; what is finished is kept. No MergeloomError: those are recorded as a step's failure."""
+    """The flow was cancelled; what is finished is kept. It is no MergeloomError, since those are recorded as failures."""
 
 
 def stoppable(report: Report, stop: threading.Event) -> Report:
-    """The same `report`, which ends the work that reports (a download, a hash, a pass) once `stop` is set."""
+    """Return a `report` that raises Stopped once `stop` is set, and so ends the download, hash or pass that reports."""
 
-    def heard(event: Event) -> None:
+    def report_or_stop(event: Event) -> None:
         if stop.is_set():
             raise Stopped(STOPPED)
         report(event)
 
-    return heard
+    return report_or_stop
 
 
 class OnDask:
-    """An executor (mergecore.engine.pass_plan.Executor) over the workers of `client`. `stop`, once set, ends everything.
+    """A `mergecore.engine.executor.Executor` over the workers of `client`.
 
-    folder: the store's, or another that all workers see.
+    folder: the store's, or another that all workers see. stop: once set, all work ends.
     """
 
     def __init__(self, client: Client, folder: Path, stop: threading.Event | None = None) -> None:
@@ -71,33 +70,36 @@ class OnDask:
     def each(
         self, function: Callable[[Any, Any], Any], shared: Any, items: Sequence[Any], at_once: int | None = None
     ) -> Iterator[tuple[int, Any]]:
-        """(position, function(shared, item)) as they complete. Raises what an item raised, ServiceError where workers
-        die again and again, Stopped where the flow was cancelled; the rest is called off then."""
+        """Yield (position, function(shared, item)) as they complete.
+
+        at_once: how many items are submitted at a time; None: all. Raises the error of an item, ServiceError where
+        workers die again and again, and Stopped where the flow was cancelled. The other items are then cancelled.
+        """
         name = f"pass-{uuid.uuid4().hex}"
         priority = PRIORITIES.get(function.__name__, 0)
         with self._lent(name, shared) as path:
 
-            def begun(position: int) -> Any:
+            def submitted(position: int) -> Any:
                 key = f"{function.__name__}-{path.name.removeprefix('pass-')}-{position}"
                 return self.client.submit(
                     call, str(path), function, items[position], key=key, resources=SLOT, priority=priority, pure=False
                 )
 
             futures: dict[Any, int] = {}
-            left = iter(range(len(items)))
+            waiting = iter(range(len(items)))
             try:
-                for position in itertools.islice(left, len(items) if at_once in (None, self.workers) else at_once):
-                    futures[begun(position)] = position
-                for position, found in self._completed(futures):
-                    if (following := next(left, None)) is not None:
-                        futures[begun(following)] = following
-                    yield position, found
+                for position in itertools.islice(waiting, len(items) if at_once in (None, self.workers) else at_once):
+                    futures[submitted(position)] = position
+                for position, result in self._completed(futures):
+                    if (following := next(waiting, None)) is not None:
+                        futures[submitted(following)] = following
+                    yield position, result
             finally:
                 self.client.cancel(list(futures), force=True)
 
     @contextlib.contextmanager
     def _lent(self, name: str, shared: Any) -> Iterator[Path]:
-        """A folder that holds `shared`, gone at the end; locked, so that `Store.clean` removes those of killed processes."""
+        """Yield a folder with `shared` in it, removed at the end. It is locked: `Store.clean` removes unlocked ones."""
         path = self.store.root / "drafts" / name
         with self.store.lock(name):
             path.mkdir(parents=True, exist_ok=True)
@@ -109,7 +111,7 @@ class OnDask:
                 (self.store.root / "locks" / name).unlink(missing_ok=True)
 
     def _completed(self, futures: dict[Any, int]) -> Iterator[tuple[int, Any]]:
-        """`futures` may grow meanwhile; those that are done leave it."""
+        """Yield (position, result) as futures complete. They leave `futures`, which may grow meanwhile."""
         waiting = futures
         while waiting:
             if self.stop.is_set():
@@ -119,44 +121,48 @@ class OnDask:
             for future in [future for future in waiting if future.done()]:
                 position = waiting.pop(future)
                 try:
-                    found = future.result(timeout=FETCH_SECONDS)
+                    result = future.result(timeout=FETCH_SECONDS)
                 except KilledWorker as error:
+                    worker = error.last_worker.address if error.last_worker else "a worker"
                     raise ServiceError(
-                        f"{error.last_worker.address if error.last_worker else 'a worker'} and others before it died at "
-                        "the same piece of work, most likely out of memory; run fewer workers (run.workers)"
+                        f"{worker} and others before it died at the same item of work, most likely out of memory; run "
+                        "fewer workers (run.workers)"
                     ) from error
                 except TimeoutError:
                     if future.status == "error":
                         raise
-                    waiting[future] = position  # its worker died with the result in hand: it is done once more
+                    waiting[future] = position  # its worker died before it sent the result: it is done once more
                     continue
-                yield position, found.taken() if isinstance(found, Left) else found
+                yield position, result.taken() if isinstance(result, ResultFile) else result
 
 
 @dataclass(frozen=True)
-class Left:
-    """A result that lies in a file."""
+class ResultFile:
+    """A result that a worker has left in a file."""
 
     path: str
 
     def taken(self) -> Any:
-        """The result; its file is gone then."""
+        """Return the result and remove its file."""
         path = Path(self.path)
-        found = pickle.loads(path.read_bytes())
+        result = pickle.loads(path.read_bytes())
         path.unlink(missing_ok=True)
-        return found
+        return result
 
 
 def call(path: str, function: Callable[[Any, Any], Any], item: Any) -> Any:
-    """Runs in a worker: `function(shared, item)`, the shared object read once per process."""
+    """Return `function(shared, item)`, or a ResultFile where it is large. Runs in a worker.
+
+    path: the folder of the shared object, which is read once per process.
+    """
     if path not in _shared:
         _shared[path] = pickle.loads((Path(path) / SHARED).read_bytes())
-        while len(_shared) > KEPT:
+        while len(_shared) > MOST_SHARED:
             _shared.popitem(last=False)
-    found = function(_shared[path], item)
-    data = pickle.dumps(found, protocol=pickle.HIGHEST_PROTOCOL)
+    result = function(_shared[path], item)
+    data = pickle.dumps(result, protocol=pickle.HIGHEST_PROTOCOL)
     if len(data) <= THROUGH_SCHEDULER:
-        return found
-    left = Path(path) / uuid.uuid4().hex
-    left.write_bytes(data)
-    return Left(str(left))
+        return result
+    file = Path(path) / uuid.uuid4().hex
+    file.write_bytes(data)
+    return ResultFile(str(file))

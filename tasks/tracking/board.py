@@ -1,4 +1,4 @@
-"""Brings the runs of one MLflow experiment to what the records say: made, changed, left alone, or tagged retired."""
+"""Brings the runs of one MLflow experiment in line with records: creates, changes, leaves alone, tags as retired."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ OPEN = ("RUNNING", "SCHEDULED")
 
 
 def existing(client: MlflowClient, experiment_id: str, sweep_name: str) -> list[Run]:
-    """Every run of the sweep that is not deleted, the newest first."""
-    found: list[Run] = []
+    """Return every run of the sweep that is not deleted, the newest first."""
+    runs: list[Run] = []
     token: str | None = None
     while True:
         page = client.search_runs([experiment_id], max_results=1000, page_token=token)
-        found += [run for run in page if run.data.tags.get(SWEEP) == sweep_name]
+        runs += [run for run in page if run.data.tags.get(SWEEP) == sweep_name]
         token = page.token
         if not token:
-            return found
+            return runs
 
 
 class Board:
-    """The runs of one sweep: `show` each record, then `close`."""
+    """The runs of one sweep. Call `show` for each record, then `close`."""
 
     def __init__(self, client: MlflowClient, experiment_id: str, sweep_name: str) -> None:
         self.client = client
         self.experiment_id = experiment_id
         self.written = self.unchanged = self.retired = 0
-        self._found: dict[tuple[str, str], Run] = {}
+        self._by_key: dict[tuple[str, str], Run] = {}
         self._left: dict[str, Run] = {}
         for run in existing(client, experiment_id, sweep_name):
             self._left[run.info.run_id] = run
             key = _key(run)
-            if key not in self._found or DIGEST in run.data.tags:  # of two, one that was finished
-                self._found[key] = run
+            if key not in self._by_key or DIGEST in run.data.tags:  # of two, one that was finished
+                self._by_key[key] = run
 
     def show(self, record: RunRecord, parent: Run | None = None, artifacts: Mapping[str, Path] | None = None) -> Run:
-        """The run that says what the record says, perhaps as it was before; written only where it does not yet."""
+        """Return the run that shows the record. It is written only where it does not show the record yet."""
         wanted = {**record.tags, **({PARENT: parent.info.run_id} if parent else {})}
-        run = self._found.get((record.kind, record.identity))
+        run = self._by_key.get((record.kind, record.identity))
         if run is not None and _cannot_become(run, record):
-            del self._found[record.kind, record.identity]  # so that `close` takes it for one that was replaced
+            del self._by_key[record.kind, record.identity]  # so that `close` takes it for one that was replaced
             run = None
         if run is not None:
             self._left.pop(run.info.run_id)
@@ -96,10 +96,10 @@ class Board:
             self.client.log_artifact(run_id, str(copy), folder or None)
 
     def close(self) -> None:
-        """Retire the runs that no record claimed, and delete those that only stand for others or were never finished."""
+        """Tag the runs of cells that no record claimed as retired. Delete duplicates and runs never finished."""
         for run in self._left.values():
             tags = run.data.tags
-            replaced = DIGEST not in tags or self._found.get(_key(run)) is not run
+            replaced = DIGEST not in tags or self._by_key.get(_key(run)) is not run
             if replaced or tags.get(KIND) != "cell":
                 self.client.delete_run(run.info.run_id)
             elif tags.get(STATE) == CURRENT or run.info.status in OPEN:
@@ -115,9 +115,9 @@ def _key(run: Run) -> tuple[str, str]:
 
 
 def _cannot_become(run: Run, record: RunRecord) -> bool:
-    """Whether the run says something MLflow cannot take back: a parameter, a metric, a point of a curve."""
+    """Whether the run has something that MLflow cannot take back: a parameter, a metric, a point of a curve."""
     params, metrics = run.data.params, {name for name, _, _ in record.metrics}
     if any(record.params.get(name) != text for name, text in params.items()):
         return True
-    stands = run.data.tags.get(DIGEST) == record.digest
-    return not stands and (record.kind in ("series", "search") or not metrics.issuperset(run.data.metrics))
+    unchanged = run.data.tags.get(DIGEST) == record.digest
+    return not unchanged and (record.kind in ("series", "search") or not metrics.issuperset(run.data.metrics))

@@ -1,4 +1,4 @@
-"""The Markdown note on a sweep's MLflow pages: what came out, what went wrong, where to look next."""
+"""The note in Markdown on a sweep's MLflow pages: the best cells, failures, and links."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_ROWS = 24
 
 
 def sweep_note(sweep: Sweep, summary: Summary, experiment_id: str, links: Mapping[str, str]) -> str:
-    """The note on the parent run and on the experiment."""
+    """Return the note on the parent run and on the experiment, at most LONGEST characters. links: title → address."""
     counted: dict[str, int] = {}
     for cell in sweep.cells:
         counted[cell.status] = counted.get(cell.status, 0) + 1
@@ -28,7 +28,7 @@ def sweep_note(sweep: Sweep, summary: Summary, experiment_id: str, links: Mappin
     if sweep.searches:
         parts += [
             "Searches, on validation items:",
-            "\n".join(f"- {outcome(way)}" for way in sweep.searches[:MOST_ROWS]),
+            "\n".join(f"- {outcome(search)}" for search in sweep.searches[:MOST_ROWS]),
         ]
     if summary.failed:
         rows = [f"- **{failure.name}** {failure.status}: {failure.reason}" for failure in summary.failed[:MOST_ROWS]]
@@ -52,8 +52,8 @@ def _table(summary: Summary) -> str:
     head = ["method", *(f"{count} experts" for count in counts)]
     rows = []
     for method, label in lines[:MOST_ROWS]:
-        found = [at.get((method, label, count)) for count in counts]
-        rows.append([f"{method} {label}".strip(), *("–" if row is None else _pair(row) for row in found)])
+        points_of_line = [at.get((method, label, count)) for count in counts]
+        rows.append([f"{method} {label}".strip(), *("–" if row is None else _pair(row) for row in points_of_line)])
     if len(lines) > MOST_ROWS:
         rows.append([f"… and {len(lines) - MOST_ROWS} more", *("" for _ in counts)])
     return "\n".join([_row(head), "|" + " --- |" * len(head), *map(_row, rows)])

@@ -1,4 +1,4 @@
-"""A sweep as the MLflow runs that show it: plain records, made without MLflow, so that they can be read and tested.
+"""A sweep as records of the MLflow runs that show it. They need no MLflow, so they can be read and tested.
 
 One run per cell, one per curve (its step is the number of experts: MLflow's line charts are then the curves of the
 sweep), one for the sweep itself. Parameters hold what varies, because the pages that compare runs pick those first;
@@ -41,10 +41,10 @@ GREYS = {"base": "#9A9A9A", "expert": "#C9C9C9", "multitask": "#4A4A4A", "mean e
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything one MLflow run is to say.
+    """Everything that one MLflow run shows.
 
     metrics: (name, value, step). files: artifact path → text. attached: artifact path → digest of a file that the
-    caller has. seconds: what stands as its duration: the time its work took, not that of writing a line about it.
+    caller has. seconds: its duration, which is the time that the work took.
     """
 
     kind: str
@@ -60,7 +60,7 @@ class RunRecord:
 
     @property
     def digest(self) -> str:
-        """Equal for records that say the same: what tells a run that needs nothing from one that is out of date."""
+        """The digest of everything the run shows. A run with this digest needs no writing."""
         return digest(
             {
                 "format": FORMAT,
@@ -77,17 +77,17 @@ class RunRecord:
 
 
 def identity_tag(kind: str) -> str:
-    """The tag by which a run of a kind is found again."""
+    """Return the name of the tag that identifies a run of a kind."""
     return f"{kind}.id"
 
 
 def metric_name(text: str) -> str:
-    """`text` with what MLflow refuses in a name replaced by '_'."""
+    """Return `text` with '_' for every character that MLflow refuses in a name."""
     return re.sub(r"[^\w\-. /]", "_", text)
 
 
 def flat_values(values: Mapping[str, Any]) -> dict[str, str]:
-    """A method's values as parameters: {'drop': {'kind': 'random', 'rate': 0.5}} → drop=random, drop.rate=0.5."""
+    """Return a method's values as flat parameters: {'drop': {'kind': 'random', 'rate': 0.5}} → drop, drop.rate."""
     flat: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -101,7 +101,7 @@ def flat_values(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def cell_records(sweep: Sweep, test: pa.Table, validation: pa.Table | None) -> Iterator[RunRecord]:
-    """Yield one record per cell, in the order of the sweep; scores on validation items stand beside those on test items.
+    """Yield one record per cell, in the order of the sweep, with its scores on test and on validation items.
 
     test, validation: the table `Summary.cells` on each split.
     """
@@ -138,7 +138,7 @@ def _seconds(cell: CellScores) -> float:
 
 
 def _scores(suite: Suite, row: Mapping[str, Any]) -> dict[str, float | None]:
-    """The headline first: pages that show one metric show the first by name."""
+    """Return metric → score of a cell. Pages that show one metric take the first by name: the headline sorts first."""
     scores: dict[str, float | None] = {}
     for side, categories in (("held_in", suite.held_in), ("held_out", suite.held_out)):
         scores[f"{side}/avg"] = row[f"{side}_normalised"]
@@ -149,7 +149,7 @@ def _scores(suite: Suite, row: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _at(metrics: Mapping[str, float | None], step: int) -> tuple[tuple[str, float, int], ...]:
-    """Metrics that were measured and mean something: a NaN has no place on a chart, a seventeenth digit none in a table."""
+    """Return (name, value, step) of the metrics that are finite, rounded to four digits."""
     known = ((metric_name(name), value) for name, value in metrics.items() if value is not None)
     return tuple((name, round(float(value), 4), step) for name, value in known if math.isfinite(value))
 
@@ -174,11 +174,11 @@ def _cell_tags(sweep: Sweep, cell: CellScores) -> dict[str, str]:
 
 def _cell_note(cell: CellScores) -> str:
     if cell.kind == "merge":
-        what = f"**{cell.method}** {values_label(cell.values)} of {cell.count} experts: {', '.join(cell.experts)}"
+        text = f"**{cell.method}** {values_label(cell.values)} of {cell.count} experts: {', '.join(cell.experts)}"
     else:
-        what = f"{BASELINES[cell.kind].capitalize()} **{cell.name}**, as it is"
+        text = f"{BASELINES[cell.kind].capitalize()} **{cell.name}**, as it is"
     trouble = f"\n\n**{cell.status.capitalize()}**: {cell.reason}" if cell.reason else ""
-    return (what + trouble)[:7000]
+    return (text + trouble)[:7000]
 
 
 def _document(value: Mapping[str, Any]) -> str:
@@ -186,7 +186,7 @@ def _document(value: Mapping[str, Any]) -> str:
 
 
 def _colours(sweep: Sweep) -> dict[str, str]:
-    """Cell id → colour: one per method and values in the order of the sweep, so that more methods change no colour."""
+    """Return cell id → colour. Colours follow the order of the sweep, so a method that is added changes no colour."""
     merges = {cell.cell: (cell.method, values_label(cell.values)) for cell in sweep.cells if cell.kind == "merge"}
     order = list(dict.fromkeys(merges.values()))
     greys = {cell.cell: GREYS[cell.kind] for cell in sweep.cells if cell.kind != "merge"}
@@ -194,7 +194,7 @@ def _colours(sweep: Sweep) -> dict[str, str]:
 
 
 def series_records(sweep: Sweep, summary: Summary) -> Iterator[RunRecord]:
-    """One record per curve, its steps the counts of experts, and a level line per baseline to compare with."""
+    """Yield one record per curve, its steps the counts of experts, and a level line for each baseline."""
     colours = _colours(sweep)
     lines: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in summary.curve.to_pylist():
@@ -212,7 +212,7 @@ def series_records(sweep: Sweep, summary: Summary) -> Iterator[RunRecord]:
 
 
 def _short_label(label: str, curves: Sequence[Mapping[str, Any]], own: Mapping[str, Any]) -> str:
-    """A curve's label without what all curves of its method share: columns of run names are narrow."""
+    """Return a curve's label without the values that all curves of its method share: columns of names are narrow."""
     settings = [json.loads(row["values"]) for row in curves]
     values = json.loads(own["values"])
     if len(curves) == 1:
@@ -245,40 +245,45 @@ def _series(
 
 
 def search_records(sweep: Sweep) -> Iterator[RunRecord]:
-    """One record per search: its steps are the models tried, so that MLflow's line charts show its way."""
-    for way in sweep.searches:
+    """Yield one record per search. Its steps are the models tried, so MLflow's line charts show its progress."""
+    for search in sweep.searches:
         metrics = [
             metric
-            for step, one in enumerate(way.trials, start=1)
-            for metric in _at({"search/score": one.score, "search/best": one.best}, step=step)
+            for step, trial in enumerate(search.trials, start=1)
+            for metric in _at({"search/score": trial.score, "search/best": trial.best}, step=step)
         ]
         tags = {
             SWEEP: sweep.name,
             KIND: "search",
-            identity_tag("search"): way.name,
+            identity_tag("search"): search.name,
             STATE: CURRENT,
-            NOTE: outcome(way)[:7000],
+            NOTE: outcome(search)[:7000],
         }
         yield RunRecord(
             kind="search",
-            identity=way.name,
-            name=f"search {way.name}",
-            status="SCHEDULED" if way.state == "open" else "FINISHED" if way.result else "FAILED",
-            params={"method": way.method, "by": way.by, "n_experts": str(way.count), "subset": str(way.subset)},
+            identity=search.name,
+            name=f"search {search.name}",
+            status="SCHEDULED" if search.state == "open" else "FINISHED" if search.result else "FAILED",
+            params={
+                "method": search.method,
+                "by": search.by,
+                "n_experts": str(search.count),
+                "subset": str(search.subset),
+            },
             metrics=tuple(metrics),
-            tags={**tags, "search.state": way.state, **({"search.result": way.result} if way.result else {})},
-            files={"trials.json": _trials(way)},
+            tags={**tags, "search.state": search.state, **({"search.result": search.result} if search.result else {})},
+            files={"trials.json": _trials(search)},
         )
 
 
-def _trials(way: Trajectory) -> str:
-    """The trials as the JSON that MLflow's pages show as a table."""
-    head, rows, _ = search_rows(way, most=len(way.trials))
+def _trials(search: Trajectory) -> str:
+    """Return the trials as JSON that MLflow's pages show as a table."""
+    head, rows, _ = search_rows(search, most=len(search.trials))
     return json.dumps({"columns": head, "data": rows}, ensure_ascii=False)
 
 
 def cells_table(records: Sequence[RunRecord]) -> str:
-    """The cells as the JSON that MLflow's pages show as a table."""
+    """Return the cells as JSON that MLflow's pages show as a table."""
     metrics = list(dict.fromkeys(name for record in records for name, _, _ in record.metrics if name != "n_experts"))
     params = list(dict.fromkeys(name for record in records for name in record.params))
     rows = []

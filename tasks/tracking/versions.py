@@ -1,4 +1,4 @@
-"""Registered merges in MLflow's model registry: a version that points at weights where they lie, never a copy of them."""
+"""Registered merges in MLflow's model registry. A version names the weights in the store; they are not copied."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Registration:
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Registration:
-        """From the record as the store keeps it; raises KeyError where it does not name cell, name, uri and digest."""
+        """Return what the store's record says. Raises KeyError where cell, name, uri or digest is missing."""
         return cls(
             cell=str(record["cell"]),
             name=str(record["name"]),
@@ -46,10 +46,11 @@ class Registration:
 
 
 def register(client: MlflowClient, sweep: Sweep, run_id: str) -> ModelVersion | None:
-    """The version of the sweep's registered cell, made unless there is one of the same digest; the alias points to it.
+    """Return the version of the sweep's registered cell and let the alias point to it.
 
-    run_id: of the registered cell. A version whose run was deleted since (by a rebuild) is not taken for it: its
-    page would lead nowhere. None where the sweep has registered nothing.
+    A version of the same digest and run is used again, else one is created. A version whose run was deleted (by a
+    rebuild) is not used: its page would lead nowhere. run_id: of the registered cell. Returns None where the sweep has
+    registered nothing.
     """
     if sweep.registered is None:
         return None
@@ -107,9 +108,9 @@ def _ensure_registered_model(client: MlflowClient, name: str) -> None:
 
 
 def _external_model(client: MlflowClient, cell: CellScores, run: Run, tags: Mapping[str, str]) -> LoggedModel:
-    """A logged model whose only file says that its weights are elsewhere: what MLflow needs to register it.
+    """Create the logged model that MLflow needs for a version. Its only file says that the weights are elsewhere.
 
-    `mlflow.create_external_model` does the same, but only for the tracking server the whole process is set to.
+    `mlflow.create_external_model` does the same, but only for the tracking server of the whole process.
     """
     model = client.create_logged_model(
         experiment_id=run.info.experiment_id,
@@ -141,5 +142,6 @@ def _description(sweep: Sweep, cell: CellScores, registration: Registration) -> 
     chosen = f", chosen on {registration.chosen_on} items by {sweep.select_by}" if registration.chosen_on else ""
     return (
         f"{cell.method}, {cell.count} experts: {', '.join(cell.experts)}.\n\n"
-        f"Values: {values_label(cell.values) or 'defaults'}. From sweep {sweep.name}{chosen}.\n\nWeights: `{registration.uri}`\n\nDigest: `{registration.digest}`"
+        f"Values: {values_label(cell.values) or 'defaults'}. From sweep {sweep.name}{chosen}.\n\n"
+        f"Weights: `{registration.uri}`\n\nDigest: `{registration.digest}`"
     )

@@ -22,9 +22,9 @@ PACKED = "deflate;"
 
 
 def _page(kind: str, columns: Mapping[str, int], order: str, charts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The state of a page that lists the runs of one kind. Sorted by a metric, nested runs stand as rows of their own.
+    """Return the state of a page that lists the runs of one kind, sorted by a metric so that nested runs have rows.
 
-    columns: what is shown, in this order, and how wide in pixels.
+    columns: column → width in pixels, in the order of the page. order: the metric.
     """
     widths = {"attributes.`Run Name`": 200, "runDateAndNestInfo": 130, **columns}
     return {
@@ -61,8 +61,8 @@ def _chart(section: str, uuid: str, kind: str, title: str, **settings: Any) -> d
 
 def _line(uuid: str, metric: str, title: str) -> dict[str, Any]:
     return _chart(
-        "curves", uuid, "LINE", title, metricKey=metric, selectedMetricKeys=[metric], xAxisKey="step", scaleType="linear",
-        xAxisScaleType="linear", selectedXAxisMetricKey="", lineSmoothness=0, displayPoints=True, yAxisKey="metric",
+        "curves", uuid, "LINE", title, metricKey=metric, selectedMetricKeys=[metric], xAxisKey="step",
+        scaleType="linear", xAxisScaleType="linear", selectedXAxisMetricKey="", lineSmoothness=0, displayPoints=True, yAxisKey="metric",
         selectedYAxisMetricKey="metric", yAxisExpressions=[], range={}, useGlobalXaxisKey=False,
     )  # fmt: skip
 
@@ -73,7 +73,7 @@ def _scatter(uuid: str, title: str, across: str, up: str) -> dict[str, Any]:
 
 
 def view_states(select_by: str, params: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Key → state of each view. select_by: 'held_in' or 'held_out'; params: the parameters that cells have."""
+    """Return key → state of each view. select_by: 'held_in' or 'held_out'. params: the parameters that cells have."""
     headline = f"{select_by}/avg"
     scores = ["held_in/avg", "held_out/avg"]
     shown = {"params.`method`": 125, "params.`n_experts`": 85}
@@ -106,14 +106,14 @@ def view_states(select_by: str, params: Sequence[str]) -> dict[str, dict[str, An
 
 
 def packed(key: str, state: Mapping[str, Any], now: float | None = None) -> str:
-    """The value of the experiment tag of a view."""
+    """Return the value of the experiment tag of a view. now: seconds since the epoch."""
     milliseconds = int((time.time() if now is None else now) * 1000)
     text = PACKED + base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
     return json.dumps({"name": TITLES[key], "createdAt": milliseconds, "updatedAt": milliseconds, "state": text})
 
 
 def is_saved(value: str | None, key: str, state: Mapping[str, Any]) -> bool:
-    """Whether a tag's value holds just this view, whenever it was saved."""
+    """Whether a tag's value is this view, whenever it was saved."""
     try:
         saved = json.loads(value or "")
         text = saved["state"].removeprefix(PACKED)
@@ -123,7 +123,7 @@ def is_saved(value: str | None, key: str, state: Mapping[str, Any]) -> bool:
 
 
 def page(experiment_id: str, key: str | None = None) -> str:
-    """The part after the server's address of the page that lists an experiment's runs, in one of its views.
+    """Return the address, after that of the server, of the page with an experiment's runs. key: of a saved view.
 
     Without `workflowType` MLflow would open it on traces.
     """

@@ -1,4 +1,4 @@
-"""A local Dask cluster has one thread, one slot and one torch thread per process; one that runs elsewhere needs slots."""
+"""A local Dask cluster has one thread and one slot per process; a cluster that runs elsewhere needs slots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings are resolved once, in one order: chosen for this run, spec, environment, default; and say where they are from."""
+"""Settings are resolved in one order: chosen for this run, spec, environment, default. They say where they are from."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def test_a_plan_that_does_not_fit_says_which_limit_and_where_it_is_from(tmp_path
     store = Store(tmp_path)
     settings = resolved(Run(memory="1MB", disk="2MB"), store, Options(workers=2))
     check_fit(settings, store, costs(memory=1_000_000, disk=2_000_000))
-    with pytest.raises(CapacityError, match=r"2 workers \(chosen .*1.0 MB \(run.memory of the spec\), 500.0 kB too few"):
+    with pytest.raises(
+        CapacityError, match=r"2 workers \(chosen .*1.0 MB \(run.memory of the spec\), 500.0 kB too few"
+    ):
         check_fit(settings, store, costs(memory=1_500_000, disk=0))
     with pytest.raises(CapacityError, match=r"2.0 MB may be used \(run.disk of the spec\), 1.0 MB too few"):
         check_fit(settings, store, costs(memory=0, disk=3_000_000))

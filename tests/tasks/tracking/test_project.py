@@ -1,4 +1,4 @@
-"""MLflow shows exactly what a sweep is: projected twice it has one run per cell, and what left the spec leaves the views."""
+"""MLflow shows exactly the sweep: one run per cell however often it is projected, and no cell that left the spec."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def test_a_sweep_is_shown_once_however_often_it_is_projected(client: MlflowClien
 
     run = shown(client, first)["ties-n4"]
     assert run.data.params == {
-        "method": "ties", "n_experts": "4", "subset": "0", "values": "density=0.2, scale=1", "density": "0.2", "scale": "1.0",
+        "method": "ties", "n_experts": "4", "subset": "0", "values": "density=0.2, scale=1", "density": "0.2",
+        "scale": "1.0",
     }  # fmt: skip
     assert {"held_in/avg", "held_out/avg", "held_in/category", "held_out/category_new", "n_experts"} <= set(
         run.data.metrics
