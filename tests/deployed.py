@@ -1,4 +1,4 @@
-"""A project as its users have it: Prefect and MLflow up, `make deploy` done, `make worker` running, a sweep done in two runs."""
+"""A project as its users have it: servers up, `make deploy` done, `make worker` running, a sweep done in two runs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,15 @@ PATIENCE = 500.0  # seconds; a run imports torch, MLflow and Prefect before it d
 
 @dataclass(frozen=True)
 class Project:
-    """folder: its data; page: what a person opens for Prefect; part: the flow run that did a part of the spec; whole: the
-    one after it that did the rest."""
+    """A deployed project.
+
+    folder: its data. page: what a person opens for Prefect. mlflow: its tracking URI. part: the flow run that did a part
+    of the spec. whole: the flow run after it that did the rest.
+    """
 
     folder: Path
     page: str
+    mlflow: str
     part: str
     whole: str
 
@@ -38,15 +42,15 @@ class Project:
         return self.folder / "tiny.yaml"
 
     def ask(self, path: str, **body: Any) -> Any:
-        """What Prefect's API answers: a POST where there is a body, else a GET."""
+        """Return the answer of Prefect's API: to a POST where there is a body, else to a GET."""
         return asked(f"{self.page}/api", path, body)
 
     def deployment(self, name: str) -> Any:
-        """A deployment by its name; its flow has the same."""
+        """Return a deployment by its name, which is also the name of its flow."""
         return self.ask(f"/deployments/name/{name}/{name}")
 
     def start(self, name: str, **parameters: Any) -> str:
-        """Start a deployment's run; returns the run's id."""
+        """Start a run of a deployment. Return the run's id."""
         return started(f"{self.page}/api", name, parameters)
 
     def forget(self, run: str) -> None:
@@ -54,18 +58,18 @@ class Project:
         httpx.delete(f"{self.page}/api/flow_runs/{run}", timeout=60).raise_for_status()
 
     def ended(self, run: str) -> Any:
-        """The run, once it has ended."""
+        """Wait for a run to end and return it."""
         return waited(f"{self.page}/api", run)
 
     def tasks(self, run: str) -> dict[str, str]:
-        """Name → state's name of a run's tasks."""
-        found = self.ask("/task_runs/filter", flow_runs={"id": {"any_": [run]}})
-        return {task["name"]: task["state"]["name"] for task in found}
+        """Return the name of each task of a run → the name of its state."""
+        tasks = self.ask("/task_runs/filter", flow_runs={"id": {"any_": [run]}})
+        return {task["name"]: task["state"]["name"] for task in tasks}
 
     def artifacts(self, run: str) -> dict[str, Any]:
-        """Key → artifact of a run."""
-        found = self.ask("/artifacts/filter", artifacts={"flow_run_id": {"any_": [run]}})
-        return {artifact["key"]: artifact for artifact in found}
+        """Return key → artifact of a run."""
+        artifacts = self.ask("/artifacts/filter", artifacts={"flow_run_id": {"any_": [run]}})
+        return {artifact["key"]: artifact for artifact in artifacts}
 
 
 def asked(api: str, path: str, body: Mapping[str, Any]) -> Any:
@@ -83,11 +87,11 @@ def started(api: str, name: str, parameters: Mapping[str, Any]) -> str:
 def waited(api: str, run: str) -> Any:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        found = asked(api, f"/flow_runs/{run}", {})
-        if found["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
-            return found
+        flow_run = asked(api, f"/flow_runs/{run}", {})
+        if flow_run["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+            return flow_run
         time.sleep(0.5)
-    raise AssertionError(f"the run has not ended: {found['state']}")
+    raise AssertionError(f"the run has not ended: {flow_run['state']}")
 
 
 def make(target: str, store: Path, api: str) -> list[str]:
@@ -121,9 +125,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             runs = []
             for chosen in ({"methods": ["average"], "counts": [2], "track": False}, {}):
                 runs.append(started(addresses.prefect, "sweep", {"spec": str(spec), **chosen}))
-                found = waited(addresses.prefect, runs[-1])
-                assert found["state"]["name"] == "Completed", f"{found['state']}\n{log.read_text()}"
-            yield Project(folder, addresses.prefect_page, *runs)
+                state = waited(addresses.prefect, runs[-1])["state"]
+                assert state["name"] == "Completed", f"{state}\n{log.read_text()}"
+            yield Project(folder, addresses.prefect_page, addresses.mlflow, *runs)
         finally:
             worker.terminate()
             worker.wait(30)

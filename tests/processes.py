@@ -1,4 +1,4 @@
-"""Functions run in processes of their own, forked from one that has imported what they need, so that they can be killed."""
+"""Functions run in processes of their own, so that they can be killed. The processes are forked from a warm one."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def killed_here() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_at(place: str, call: int, after: bool = False) -> None:
-    """Kill this process at the n-th call (from 1) of 'module:name' or 'module:Class.name', before the call or after it."""
-    module, _, path = place.partition(":")
+def kill_at(function: str, call: int, after: bool = False) -> None:
+    """Kill this process at the n-th call (from 1) of 'module:name' or 'module:Class.name', before it or after it."""
+    module, _, path = function.partition(":")
     owner: Any = importlib.import_module(module)
     *parents, name = path.split(".")
     for parent in parents:
         owner = getattr(owner, parent)
     original, calls = getattr(owner, name), [0]
 
-    def wrapped(*given: Any, **named: Any) -> Any:
+    def wrapped(*arguments: Any, **options: Any) -> Any:
         calls[0] += 1
         if calls[0] == call and not after:
             killed_here()
-        found = original(*given, **named)
+        result = original(*arguments, **options)
         if calls[0] == call:
             killed_here()
-        return found
+        return result
 
     setattr(owner, name, wrapped)
 
@@ -70,12 +70,12 @@ class Started:
         """What the function returned; fails with its traceback where it raised."""
         assert self._answer.poll(seconds), f"no answer after {seconds} s"
         try:
-            well, found = self._answer.recv()
+            succeeded, answer = self._answer.recv()
         except EOFError:
-            well, found = False, "the process was killed"
+            succeeded, answer = False, "the process was killed"
         self.process.join(seconds)
-        assert well, found
-        return found
+        assert succeeded, answer
+        return answer
 
     def kill(self) -> None:
         """SIGKILL."""

@@ -1,6 +1,7 @@
-"""`mergeloom sweep` with small spans that take their time, so that a kill hits the middle: run as `python -m`.
+"""`mergeloom sweep` with small spans that are slow, so that a kill hits the middle. It is run as `python -m`.
 
-Arguments: the spec, and seconds a span of a merge lasts. A worker in a span leaves `busy-<its process id>` in the store.
+Arguments: the spec, and the seconds that a span of a merge lasts. A worker in a span leaves `busy-<its process id>` in
+the store.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ class Slow(WorkerPlugin):
 
         original, folder, seconds = mergecore.engine.span.write_journal, self.folder, self.seconds
 
-        def slowly(*given: Any) -> None:
+        def slowly(*arguments: Any) -> None:
             mark = Path(folder) / f"busy-{os.getpid()}"
             mark.touch()
             time.sleep(seconds)
-            original(*given)
+            original(*arguments)
             mark.unlink()
 
         mergecore.engine.span.write_journal = slowly
@@ -66,8 +67,8 @@ def run(spec: str, seconds: float) -> None:
     patiently()
 
     @contextlib.contextmanager
-    def slowed(*given: Any, **named: Any) -> Iterator[Client]:
-        with dask_client(*given, **named) as client:
+    def slowed(*arguments: Any, **options: Any) -> Iterator[Client]:
+        with dask_client(*arguments, **options) as client:
             client.register_plugin(Slow(folder, seconds))
             yield client
 

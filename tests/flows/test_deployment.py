@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,26 @@ from tests import tiny_sweep
 from tests.deployed import REPOSITORY, Project
 
 pytestmark = pytest.mark.timeout(1500)
+
+
+COUNTED = """
+import sys
+from flows.cli.main import main
+from flows.session import session
+
+plans, make_plan = [], session.make_plan
+
+def counted(*arguments):
+    plans.append(1)
+    return make_plan(*arguments)
+
+session.make_plan = counted
+try:
+    main(["sweep", sys.argv[1]])
+finally:
+    print("plans made:", len(plans))
+"""
+"""The command `mergeloom sweep`, which says at the end how often it has planned."""
 
 
 def fields(project: Project, name: str) -> dict[str, Any]:
@@ -48,8 +69,8 @@ def test_methods_and_counts_narrow_a_spec(tmp_path: Path) -> None:
     assert narrowed(path, [], [3]).counts == (3,)
     own = [{"method": "ties", "counts": [1, 2]}, {"method": "sce", "counts": [3]}, {"method": "karcher"}]
     path.write_text(as_yaml({**yaml.safe_load(path.read_text()), "methods": own}))
-    found = {variant.method.name: variant.counts for variant in narrowed(path, [], [2]).variants}
-    assert found == {"average": (2,), "ties": (2,), "karcher": (2,)}
+    counts = {variant.method.name: variant.counts for variant in narrowed(path, [], [2]).variants}
+    assert counts == {"average": (2,), "ties": (2,), "karcher": (2,)}
     path = tiny_sweep.write_spec(tmp_path / "again")
     with pytest.raises(SpecError, match="did you mean 'ties'"):
         narrowed(path, ["tie"], [])
@@ -118,6 +139,25 @@ def test_a_sweep_leaves_its_report(project: Project) -> None:
 def test_a_form_that_cannot_be_meant_is_refused(project: Project) -> None:
     with pytest.raises(Exception, match=r"409|422"):
         project.start("sweep", spec=str(project.spec), methods=["tie"])
+
+
+def test_a_run_of_the_command_line_can_be_started_again_in_prefect(project: Project) -> None:
+    """It has the path of its spec as a parameter, absolute, and yet plans once."""
+    spec = {**yaml.safe_load(project.spec.read_text()), "name": "again"}  # it has everything but the registration
+    path = project.folder / "again.yaml"
+    path.write_text(as_yaml(spec))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    environment |= {"PREFECT_API_URL": f"{project.page}/api", "MLFLOW_TRACKING_URI": project.mlflow}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "PREFECT_HOME": str(project.folder / "prefect-home")}
+    command = [sys.executable, "-c", COUNTED, path.name]
+    ran = subprocess.run(command, cwd=project.folder, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "plans made: 1" in ran.stdout and "MLflow leaderboard: " in ran.stdout
+    (run,) = project.ask("/flow_runs/filter", flow_runs={"name": {"any_": ["again"]}})
+    assert run["parameters"]["spec"] == str(path)
+    again = project.ended(project.start("sweep", **run["parameters"]))
+    assert again["state"]["name"] == "Completed" and again["state"]["message"] == "8 of 8 cells done"
+    assert project.tasks(again["id"])["register again"] == "Cached"
 
 
 def test_a_merge_is_the_one_of_the_command_line(project: Project) -> None:

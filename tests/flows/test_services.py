@@ -94,9 +94,9 @@ def test_serve_says_where_to_look(served: tuple[Path, Ports, subprocess.Popen[st
     folder, ports, _, lines = served
     assert f"http://127.0.0.1:{ports.prefect}" in lines[0]
     assert f"http://127.0.0.1:{ports.mlflow}/#/experiments?workflowType=machine_learning" in lines[1]
-    found = Addresses(f"http://127.0.0.1:{ports.prefect}/api", f"http://127.0.0.1:{ports.mlflow}")
-    assert services.serving(folder) == found
-    assert services.answers(found.prefect_page)
+    addresses = Addresses(f"http://127.0.0.1:{ports.prefect}/api", f"http://127.0.0.1:{ports.mlflow}")
+    assert services.serving(folder) == addresses
+    assert services.answers(addresses.prefect_page)
     assert (folder / "prefect" / "prefect.db").exists() and (folder / "mlflow" / "mlflow.db").exists()
 
 

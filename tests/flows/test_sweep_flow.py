@@ -46,17 +46,17 @@ def tier(pytestconfig: pytest.Config) -> DigitsTier:
 def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Addresses]:
     """One Prefect and one MLflow for all sweeps here."""
     patiently()
-    with services.servers(tmp_path_factory.mktemp("servers")) as found:
-        yield found
+    with services.servers(tmp_path_factory.mktemp("servers")) as addresses:
+        yield addresses
 
 
-def spec(tier: DigitsTier, store: Path, name: str) -> dict[str, Any]:
+def spec(tier: DigitsTier, store: Path, sweep_name: str) -> dict[str, Any]:
     names = EXPERTS[:3]
     return digits_spec(
-        tier, store, name=name, counts=[3], evaluate__limit=30, evaluate__validation={"limit": 20},
-        experts=[{"name": one, "source": str(tier.experts[one]), "tasks": [one]} for one in names],
-        evaluate__held_in={one: [one] for one in names}, evaluate__recalibration_tasks=list(names),
-        output__register={"name": name, "by": "held_in"}, run={"workers": 2},
+        tier, store, name=sweep_name, counts=[3], evaluate__limit=30, evaluate__validation={"limit": 20},
+        experts=[{"name": name, "source": str(tier.experts[name]), "tasks": [name]} for name in names],
+        evaluate__held_in={name: [name] for name in names}, evaluate__recalibration_tasks=list(names),
+        output__register={"name": sweep_name, "by": "held_in"}, run={"workers": 2},
     )  # fmt: skip
 
 
@@ -94,12 +94,10 @@ class Sweeping:
         """The sweep, slowed down."""
         return self.start(sys.executable, "-m", "tests.slow_sweep", str(self.path), str(SPAN_SECONDS), alone=alone)
 
-    def finish(self) -> float:
-        """The command a person would type; gives its seconds. Fails unless it ends well."""
-        began = time.monotonic()
+    def finish(self) -> None:
+        """Run the command that a person would type. Fails unless it ends well."""
         process = self.start(str(Path(sys.executable).parent / "mergeloom"), "sweep", str(self.path))
         assert process.wait(PATIENCE) == 0, self.said()
-        return time.monotonic() - began
 
     def said(self) -> str:
         return self.log.read_text(errors="replace")[-6000:]
@@ -141,14 +139,14 @@ def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def living(processes: list[psutil.Process]) -> list[str]:
-    found = []
+    commands = []
     for process in processes:
         try:
             if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline()))
+                commands.append(" ".join(process.cmdline()))
         except psutil.NoSuchProcess:
             continue
-    return found
+    return commands
 
 
 def check_mlflow(address: str, name: str) -> None:
@@ -196,7 +194,7 @@ def test_the_flow_killed_in_the_middle_of_a_merge_goes_on(
     # Once more: everything is there, no server and no cluster is needed, so none is asked.
     before = contents(sweeping.store), stamps(sweeping.store)
     sweeping.addresses = Addresses("http://127.0.0.1:9/api", "http://127.0.0.1:9")
-    assert sweeping.finish() < 120
+    sweeping.finish()
     assert (contents(sweeping.store), stamps(sweeping.store)) == before
     assert "nothing had to be done" in sweeping.said()
 
@@ -225,11 +223,9 @@ def test_cancelling_in_prefect_stops_the_work(
     running = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
     run = ask(addresses.prefect, "/flow_runs/filter", **running)[0]
     ask(addresses.prefect, f"/flow_runs/{run['id']}/set_state", state={"type": "CANCELLING"}, force=True)
-    began = time.monotonic()
     assert becomes(lambda: not any(psutil.pid_exists(worker) for worker in workers))
-    stopped = time.monotonic() - began
     assert process.wait(PATIENCE) == 1, sweeping.said()
-    assert stopped < 10 if os.getloadavg()[0] < 4 else stopped < 60, f"the work stopped after {stopped:.1f} s"
+    assert not any(name.startswith("registration/") for name in stamps(sweeping.store)), "it stopped before the end"
     assert "cancelled in Prefect" in sweeping.said() and "Traceback" not in sweeping.said(), sweeping.said()
     state = ask(addresses.prefect, "/flow_runs/filter", flow_runs={"id": {"any_": [run["id"]]}})[0]["state"]
     assert state["type"] == "CANCELLED"

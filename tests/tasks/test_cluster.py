@@ -69,18 +69,18 @@ def test_a_recipe_over_vocabularies_on_workers_is_that_of_one_process(
     base = write_model(tmp_path / "base", words(texts))
     others = {"back": texts[::-1], "half": texts[::2], "more": [*texts[::3], "new"], "most": ["new", *texts[5:]]}
     experts = [
-        write_model(tmp_path / name, words(held), seed=seed, base=base).folder
-        for seed, (name, held) in enumerate(others.items(), start=1)
+        write_model(tmp_path / name, words(vocabulary), seed=seed, base=base).folder
+        for seed, (name, vocabulary) in enumerate(others.items(), start=1)
     ]
     rules = {"source": "union", "missing": "mean", "pad_to_multiple_of": 64}
     recipe = parse_recipe(
         plain({"method": "ties", "density": 0.5, "base": base.folder, "experts": experts, "tokenizer": rules}), "recipe"
     )
     executors = {"alone": InProcess(), "spread": OnDask(client, tmp_path / "passes")}
-    made = {name: merge_recipe(recipe, tmp_path / name, find, executor, silent) for name, executor in executors.items()}
-    assert made["alone"].digest == made["spread"].digest
+    models = {name: merge_recipe(recipe, tmp_path / name, find, run, silent) for name, run in executors.items()}
+    assert models["alone"].digest == models["spread"].digest
     alone, spread = (
-        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.is_file()} for name in made
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.is_file()} for name in models
     )
     assert alone == spread and "tokenizer.json" in alone
 
