@@ -12,13 +12,13 @@ import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
 
 from flows.cli.texts import plan_text
 from flows.conduct import conduct
-from flows.session.limits import check_fit, cores, memory_budget
 from flows.session.session import Session, open_session, session_of
+from flows.session.settings import Options
 from mergecore.errors import SpecError
 from mergecore.events import Report, silent
 from mergecore.planning.cells import Cell
 from mergecore.spec.sweep import Spec, parse_spec
-from mergecore.sweeps.cost import Cost, cost
+from mergecore.sweeps.cost import Cost
 from mergecore.sweeps.measured import collect
 from mergecore.sweeps.score_table import score_table
 
@@ -129,10 +129,9 @@ def plan(spec: SpecLike, *, workers: int | None = None, report: Report | None = 
     (checkpoints that do not fit each other), EvaluationError (a task that does not exist), StoreError (a store that
     cannot be written) and CapacityError (too little memory or disk). All are a MergeloomError.
     """
-    session = _session(spec, report or silent)
-    workers = workers or session.spec.run.workers or cores()
-    costs = cost(session.frontier, workers, memory_budget(session.spec))
-    check_fit(session.spec, session.store, costs)
+    session = _session(spec, report or silent, Options(workers=workers))
+    costs = session.cost()
+    session.check_fit(costs)
     return _described(session, costs)
 
 
@@ -158,8 +157,8 @@ def sweep(
     whatever happens.
     """
     tell = report or silent
-    session = _session(spec, tell)
-    outcome = conduct(session, tell, in_process=in_process, workers=workers, retry_failed=retry_failed, track=track)
+    session = _session(spec, tell, Options(workers=workers))
+    outcome = conduct(session, tell, in_process=in_process, retry_failed=retry_failed, track=track)
     failed = []
     for cell in session.plan.cells:
         if reason := session.frontier.trouble(cell):
@@ -204,13 +203,13 @@ def results(spec: SpecLike) -> pa.Table:
     return score_table(session.plan, collect(session.frontier))
 
 
-def _session(spec: SpecLike, report: Report) -> Session:
+def _session(spec: SpecLike, report: Report, options: Options = Options()) -> Session:
     if isinstance(spec, Spec):
-        return session_of(spec, report)
+        return session_of(spec, report, options)
     if isinstance(spec, Mapping):
-        return session_of(parse_spec(spec, "spec"), report)
+        return session_of(parse_spec(spec, "spec"), report, options)
     if isinstance(spec, str | os.PathLike):
-        return open_session(Path(spec), report)
+        return open_session(Path(spec), report, options)
     raise SpecError(f"spec is a {type(spec).__name__}; give the path of a spec file, a mapping or a Spec")
 
 

@@ -393,7 +393,9 @@ def test_intervals_leave_out_what_has_no_value() -> None:
 
 
 def test_importing_the_report_costs_neither_matplotlib_nor_a_service() -> None:
-    code = "import sys, mergecore.reporting.report; print({'matplotlib', 'prefect', 'mlflow', 'dask'} & set(sys.modules))"
+    code = (
+        "import sys, mergecore.reporting.report; print({'matplotlib', 'prefect', 'mlflow', 'dask'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
