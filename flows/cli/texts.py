@@ -33,23 +33,23 @@ WIDTHS = (20, 42, 26, 56)
 """Characters at most in the columns of a table of parameters."""
 
 
-def plan_text(session: Session, found: Cost, cells: bool) -> str:
-    """The plan in a dozen lines, or with every cell."""
+def plan_text(session: Session, costs: Cost, cells: bool) -> str:
+    """Return the plan in a dozen lines. cells: with a line for each cell."""
     plan, frontier = session.plan, session.frontier
     kinds = Counter(cell.kind for cell in plan.cells)
     methods = sorted({cell.method for cell in plan.cells if cell.method})
     lines = [
-        f"sweep {session.spec.name}: {found.cells} cells"
-        f" ({kinds['merge']} merges by {', '.join(methods)}; {found.cells - kinds['merge']} baselines)",
-        f"done: {found.cells_done} cells; still to do: {found.statistics} statistics, {found.merges} merges in "
-        f"{len(found.passes)} passes, {found.evaluations} evaluations",
-        *passes_text(found.passes),
-        f"reads up to {readable(found.bytes_read)}, writes {readable(found.bytes_written)}, at most {readable(found.disk)} of "
-        f"models on disk at a time, {readable(found.peak_memory)} of memory at the peak",
-        f"expected time: {duration(found.seconds)} ({'from what this store measured' if found.measured else 'a guess'})",
+        f"sweep {session.spec.name}: {costs.cells} cells"
+        f" ({kinds['merge']} merges by {', '.join(methods)}; {costs.cells - kinds['merge']} baselines)",
+        f"done: {costs.cells_done} cells; still to do: {costs.statistics} statistics, {costs.merges} merges in "
+        f"{len(costs.passes)} passes, {costs.evaluations} evaluations",
+        *passes_text(costs.passes),
+        f"reads up to {readable(costs.bytes_read)}, writes {readable(costs.bytes_written)}, at most "
+        f"{readable(costs.disk)} of models on disk at a time, {readable(costs.peak_memory)} of memory at the peak",
+        f"expected time: {duration(costs.seconds)} ({'measured in this store' if costs.measured else 'a guess'})",
         settings_text(session.settings),
     ]
-    lines += [search_text(way) for way in frontier.trajectories()]
+    lines += [search_text(search) for search in frontier.trajectories()]
     lines += [f"note: {note}" for note in session.notes]
     refused = [cell for cell in plan.cells if cell.refused]
     lines += [f"refused: {cell.name}: {cell.refused}" for cell in refused[:10]]
@@ -60,7 +60,7 @@ def plan_text(session: Session, found: Cost, cells: bool) -> str:
 
 
 def settings_text(settings: Settings) -> str:
-    """What the work may use, and who says so, in a line."""
+    """Return a line with the workers, memory and disk that the work may use, and where each number comes from."""
     workers, memory, disk = settings.workers, settings.memory, settings.disk
     return (
         f"limits: {workers.value} workers ({workers.origin}), {readable(memory.value)} of memory ({memory.origin}), "
@@ -68,35 +68,35 @@ def settings_text(settings: Settings) -> str:
     )
 
 
-def search_text(way: Trajectory) -> str:
-    """A search in a line: what it found, or what it asks for now and how many models it may ask for in all."""
-    if way.state != "open":
-        return f"search {outcome(way)}"
-    waiting = [one for one in way.trials if one.score is None and not one.reason]
-    shown = ", ".join(one.what for one in waiting[:SHOWN_TRIALS]) + (" …" if len(waiting) > SHOWN_TRIALS else "")
+def search_text(search: Trajectory) -> str:
+    """Return a search in a line: its result, or the models it asks for now and how many it may ask for in all."""
+    if search.state != "open":
+        return f"search {outcome(search)}"
+    waiting = [trial for trial in search.trials if trial.score is None and not trial.reason]
+    shown = ", ".join(trial.what for trial in waiting[:SHOWN_TRIALS]) + (" …" if len(waiting) > SHOWN_TRIALS else "")
     asked = f"round {waiting[0].round} asks for {len(waiting)} model{'s' * (len(waiting) > 1)} ({shown})"
-    return f"search {way.name} ({way.by}): {asked}; {len(way.trials) - len(waiting)} tried so far, at most {way.most} in all"
+    tried = len(search.trials) - len(waiting)
+    return f"search {search.name} ({search.by}): {asked}; {tried} tried so far, at most {search.most} in all"
 
 
 def recipe_text(path: Path, resolve: Resolver) -> str:
-    """What a recipe file asks for as recipes of ours, one document for each model; notes stand before as comments."""
+    """Return a recipe file as recipes of ours, one document for each model, with notes as comments before it."""
     translator = Translator(resolve)
     orders = read_orders(path)
     folders = {order.name: Path(order.name) for order in orders if order.name}
-    found = []
+    documents = []
     for order in orders:
         translation = translator.translation(order, folders)
         head = [f"# {order.name}"] if order.name else []
-        found.append(
-            "\n".join([*head, *(f"# note: {note}" for note in translation.notes), _recipe(translation.recipe)])
-        )
-    return "\n---\n".join(found)
+        notes = [f"# note: {note}" for note in translation.notes]
+        documents.append("\n".join([*head, *notes, _recipe(translation.recipe)]))
+    return "\n---\n".join(documents)
 
 
-def _recipe(held: Mapping[str, Any]) -> str:
-    """A recipe as YAML: a line for each key, and for each entry of the lists that grow long."""
+def _recipe(recipe: Mapping[str, Any]) -> str:
+    """Return a recipe as YAML: a line for each key, and for each entry of lists of mappings."""
     lines = []
-    for key, value in held.items():
+    for key, value in recipe.items():
         if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
             lines += [f"{key}:", *(f"  - {_flow(entry)}" for entry in value)]
         else:
@@ -110,18 +110,19 @@ def _short(value: Any) -> Any:
 
 
 def _flow(value: Any) -> str:
-    """A value in one line, a checkpoint as `path@revision`."""
-    value = {key: _short(held) for key, held in value.items()} if isinstance(value, dict) else value
+    """Return a value as YAML in one line, a checkpoint as `path@revision`."""
+    value = {key: _short(inner) for key, inner in value.items()} if isinstance(value, dict) else value
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=sys.maxsize)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
 def passes_text(passes: Sequence[PassCost]) -> list[str]:
-    """A line for each of the first passes."""
+    """Return a line for each of the first passes."""
     lines = [
-        f"  {number}. {one.what}: reads {readable(one.read)}, writes {readable(one.written)}, "
-        f"{readable(one.memory)} of memory in {one.spans} blocks, {readable(one.disk)} of disk, {duration(one.seconds)}"
-        for number, one in enumerate(passes, start=1)
+        f"  {number}. {cost.what}: reads {readable(cost.read)}, writes {readable(cost.written)}, "
+        f"{readable(cost.memory)} of memory in {cost.spans} blocks, {readable(cost.disk)} of disk, "
+        f"{duration(cost.seconds)}"
+        for number, cost in enumerate(passes, start=1)
     ]
     rest = len(lines) - SHOWN_PASSES
     return lines[:SHOWN_PASSES] + ([f"  … and {rest} more like the last"] if rest > 0 else [])
@@ -136,7 +137,7 @@ def _state(frontier: Any, cell: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Return seconds as people say them: '40 s', '12 min', '3.5 h'."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -159,47 +160,49 @@ def methods_text() -> str:
 
 
 def method_text(name: str) -> str:
-    """One method as docs/methods.md has it: what it is, its source, its parameters with their values and defaults."""
+    """Return one method as on docs/methods.md: its source, parameters, values and defaults. Raises SpecError."""
     from flows.cli.methods_page import description, parameters
 
     if name not in METHODS:
         raise SpecError(f"there is no method '{name}'; {nearest(name, METHODS)}")
     kind = METHODS[name]
     rows = [
-        [one.name, one.values.replace("`", ""), one.default.replace("`", ""), one.meaning] for one in parameters(kind)
+        [parameter.name, parameter.values.replace("`", ""), parameter.default.replace("`", ""), parameter.meaning]
+        for parameter in parameters(kind)
     ]
-    head, *said = description(kind)
+    head, *lines = description(kind)
     if package := METHODS.package(name):
-        said += ["", f"From the package {package}; version {kind.version} of the method."]
+        lines += ["", f"From the package {package}; version {kind.version} of the method."]
     columns = ["parameter", "values", "default", "meaning"]
-    return "\n".join([name, "", head.strip("*"), *said, "", table(columns, _wrapped(rows))])
+    return "\n".join([name, "", head.strip("*"), *lines, "", table(columns, _wrapped(rows))])
 
 
 def _wrapped(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """The same with each cell in as many lines as its column is narrow."""
-    found = []
+    """Return the rows with the text of each cell wrapped to the width of its column."""
+    lines = []
     for row in rows:
         cells = [textwrap.wrap(text, width) for text, width in zip(row, WIDTHS, strict=True)]
-        found += [list(line) for line in itertools.zip_longest(*cells, fillvalue="")]
-    return found
+        lines += [list(line) for line in itertools.zip_longest(*cells, fillvalue="")]
+    return lines
 
 
-def extraction_text(found: Extracted) -> str:
-    """What an extraction lost, per tensor and in total."""
-    rows = [[row.tensor, str(row.rank), f"{row.norm:.4g}", f"{row.error:.3%}"] for row in found.rows]
+def extraction_text(extracted: Extracted) -> str:
+    """Return the loss of an extraction, for each tensor and in total."""
+    rows = [[row.tensor, str(row.rank), f"{row.norm:.4g}", f"{row.error:.3%}"] for row in extracted.rows]
     lines = [table(["tensor", "rank", "norm of its change", "lost"], rows), ""]
-    these = f"these {len(found.rows)} layers" if len(found.rows) != 1 else "this layer"
-    lines.append(f"lost of the change in {these}: {found.error:.3%}")
-    if found.left_out:
-        largest = sorted(found.left_out, key=lambda row: -row.norm)[:3]
+    these = f"these {len(extracted.rows)} layers" if len(extracted.rows) != 1 else "this layer"
+    lines.append(f"lost of the change in {these}: {extracted.error:.3%}")
+    if extracted.left_out:
+        largest = sorted(extracted.left_out, key=lambda row: -row.norm)[:3]
         names = ", ".join(row.tensor for row in largest)
-        lines.append(f"left out: {len(found.left_out)} tensors that changed and are no layers taken here ({names} …)")
-    lines.append(f"lost of the whole change: {found.total_error:.3%}")
+        count = len(extracted.left_out)
+        lines.append(f"left out: {count} tensors that changed and are no layers taken here ({names} …)")
+    lines.append(f"lost of the whole change: {extracted.total_error:.3%}")
     return "\n".join(lines)
 
 
 def inspect_text(snapshot: Snapshot) -> str:
-    """What a checkpoint is, from its headers."""
+    """Return what the headers of a checkpoint say: kind, tensors, dtypes, layers, digests."""
     dtypes = Counter(info.dtype for info in snapshot.tensors.values())
     layers = {layer for name in snapshot.tensors if (layer := layer_of(name)) is not None}
     elements = sum(info.count for info in snapshot.tensors.values())
@@ -210,7 +213,7 @@ def inspect_text(snapshot: Snapshot) -> str:
     ]
     if layers:
         lines.append(f"{len(layers)} layers ({min(layers)} to {max(layers)})")
-    told = (
+    shown = (
         "model_type",
         "architectures",
         "vocab_size",
@@ -220,6 +223,6 @@ def inspect_text(snapshot: Snapshot) -> str:
         "lora_alpha",
         "use_rslora",
     )
-    lines += [f"{key}: {snapshot.config[key]}" for key in told if snapshot.config.get(key) is not None]
+    lines += [f"{key}: {snapshot.config[key]}" for key in shown if snapshot.config.get(key) is not None]
     lines += [f"weights    {snapshot.weights}", f"companions {snapshot.companions}"]
     return "\n".join(lines)

@@ -1,10 +1,10 @@
-"""Local services: a Prefect and an MLflow server over one folder, started when needed and gone when we are.
+"""Local services: a Prefect and an MLflow server over one folder, started when needed, stopped when this process ends.
 
     folder/prefect/   PREFECT_HOME: prefect.db, server.log
     folder/mlflow/    mlflow.db, artifacts/, server.log
-    folder/serving.json   where `serve` says which addresses it holds, so that sweeps over the same folder use them
+    folder/serving.json   the addresses of a running `serve`, for sweeps over the same folder
 
-Each server runs under `supervise.py`, in a process group of its own that ends when this process ends, however it does.
+Each server runs under `supervise.py`, in a process group of its own that ends when this process ends, even by SIGKILL.
 All listen on 127.0.0.1 only.
 """
 
@@ -72,11 +72,11 @@ class Service:
     process: subprocess.Popen[bytes]
 
     def alive(self) -> bool:
-        """Whether it still runs (it may not answer yet)."""
+        """Whether it runs (it may not answer yet)."""
         return self.process.poll() is None
 
     def wait(self, seconds: float = START_SECONDS) -> None:
-        """Return as soon as it answers; raises ServiceError with the end of its log when it ends or takes too long."""
+        """Wait until it answers. Raises ServiceError with the end of its log when it ends or takes too long."""
         deadline = time.monotonic() + seconds
         while not answers(self.url + self.health):
             if not self.alive():
@@ -106,14 +106,14 @@ def answers(url: str, seconds: float = 2.0) -> bool:
 
 
 def last_lines(log: Path, count: int = 15) -> str:
-    """The end of a log with its path, as the tail of an error message."""
+    """Return the last lines of a log and its path, for the end of an error message."""
     text = log.read_text(errors="replace") if log.exists() else ""
     lines = [line for line in text.splitlines() if line.strip()][-count:]
     return "\n".join([f"The last lines of {log}:", *(f"    {line}" for line in lines)])
 
 
 def is_free(port: int) -> bool:
-    """Whether we could listen on this port of the local interface now."""
+    """Whether a server could listen on this port of the local interface now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: a closed connection is no owner
         try:
@@ -124,10 +124,10 @@ def is_free(port: int) -> bool:
 
 
 def free_port() -> int:
-    """A port nobody listens on, below the range systems hand out to outgoing connections.
+    """Return a port nobody listens on, below the range that systems give to outgoing connections.
 
-    A server takes seconds to bind its port: one from the usual `bind(0)` would, now and then, meanwhile become the near
-    end of some connection.
+    A server takes seconds to bind its port. A port from `bind(0)` would sometimes be taken by a connection meanwhile.
+    Raises ServiceError where no port is free.
     """
     for _ in range(200):
         port = random.SystemRandom().randrange(20000, 32000)
@@ -137,7 +137,7 @@ def free_port() -> int:
 
 
 def _environment(**ours: str) -> dict[str, str]:
-    """The environment of a server: the user's own settings for other servers must not reach this one."""
+    """Return the environment of a server, without the user's own settings for other servers."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     return {**kept, "PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": "1", **ours}
 
@@ -194,17 +194,17 @@ STARTS: Mapping[str, Callable[[Path, int | None], Service]] = {"prefect": start_
 
 
 def serving(folder: Path) -> Addresses | None:
-    """The addresses a `serve` over the same folder holds and answers at, or None."""
+    """Return the addresses of a `serve` over the same folder where it answers, else None."""
     try:
-        found = Addresses(**json.loads((folder / SERVING).read_text()))
+        addresses = Addresses(**json.loads((folder / SERVING).read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    return found if answers(found.prefect + "/health") and answers(found.mlflow + "/health") else None
+    return addresses if answers(addresses.prefect + "/health") and answers(addresses.mlflow + "/health") else None
 
 
 @contextlib.contextmanager
 def _started(folder: Path, wanted: Mapping[str, int | None]) -> Iterator[dict[str, Service]]:
-    """The wanted servers (name → port, None for a free one), started side by side, ready; stopped at the end."""
+    """Yield the wanted servers (name → port, None for a free one). They start side by side and stop at the end."""
     services: dict[str, Service] = {}
     try:
         for name, port in wanted.items():
@@ -242,7 +242,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
-    """Inside, a SIGTERM (a container being stopped) is what Ctrl-C is."""
+    """Inside the block, treat SIGTERM (a container is stopped) as Ctrl-C."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -255,7 +255,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 
 
 def serve(folder: Path, ports: Ports = Ports(), say: Callable[[str], None] = print) -> None:
-    """Hold Prefect and MLflow up over `folder` until Ctrl-C, so that its sweeps can be looked at and new ones join in.
+    """Run Prefect and MLflow over `folder` until Ctrl-C. Sweeps over the same folder use them.
 
     Raises ServiceError when a port is taken, and when a server ends by itself.
     """
@@ -263,11 +263,11 @@ def serve(folder: Path, ports: Ports = Ports(), say: Callable[[str], None] = pri
         if not is_free(port):
             raise ServiceError(f"Port {port} on {HOST} is taken, so {name} cannot listen there: choose --{name}-port.")
     with _interrupted_by_sigterm(), contextlib.suppress(KeyboardInterrupt), _started(folder, asdict(ports)) as started:
-        found = Addresses(started["prefect"].url + "/api", started["mlflow"].url)
-        (folder / SERVING).write_text(json.dumps(asdict(found)))
+        addresses = Addresses(started["prefect"].url + "/api", started["mlflow"].url)
+        (folder / SERVING).write_text(json.dumps(asdict(addresses)))
         try:
-            say(f"Prefect  {found.prefect_page}")
-            say(f"MLflow   {found.mlflow_page}")
+            say(f"Prefect  {addresses.prefect_page}")
+            say(f"MLflow   {addresses.mlflow_page}")
             say("Ctrl-C stops both.")
             while True:
                 time.sleep(1)
