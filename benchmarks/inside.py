@@ -17,14 +17,13 @@ from mergecore.checkpoints.sources.digests import DigestCache
 from mergecore.engine.executor import InProcess
 from mergecore.events import Event, Report, silent
 from mergecore.execution.fetch import fetch
+from mergecore.execution.lanes import run_works
 from mergecore.execution.outcome import Done
-from mergecore.execution.passes import run_merges, run_statistics
 from mergecore.execution.place import Place, snapshots_of
 from mergecore.native.library import Library
 from mergecore.planning.merge_builder import MergeBuilder
-from mergecore.planning.plans import MergePlan, StatisticPlan
 from mergecore.planning.pool import Pool, resolve_pool
-from mergecore.plugins.statistic import Statistic
+from mergecore.planning.work import MergeWork, Work
 from mergecore.registry import method_from
 from mergecore.spec.sources import BaseSpec, ExpertSpec, Resolver
 from mergecore.store.store import State, Store
@@ -47,7 +46,7 @@ def pool_in(folder: Path, experts: int) -> Pool:
     return resolve_pool(BaseSpec(source=base), specs, None, _resolver(), silent)
 
 
-def planned(pool: Pool, recipes: Sequence[Mapping[str, Any]]) -> list[MergePlan]:
+def planned(pool: Pool, recipes: Sequence[Mapping[str, Any]]) -> list[MergeWork]:
     """The merges of all experts of a pool, in bfloat16; statistics that several need are one step."""
     builder = MergeBuilder(pool, (), "bfloat16", None)
     members = list(pool.experts.values())
@@ -70,9 +69,9 @@ def place_of(pool: Pool, store: Path, library: Library, workers: int, report: Re
     return place
 
 
-def scan(place: Place, plans: Sequence[MergePlan]) -> int:
+def scan(place: Place, plans: Sequence[MergeWork]) -> int:
     """Complete everything the merges must know beforehand; returns how often the pool was read for it at least."""
-    waiting: dict[str, StatisticPlan] = {one.step.key: one for plan in plans for one in plan.needed}
+    waiting: dict[str, Work] = {one.step.key: one for plan in plans for one in plan.needed}
     readings = 0
     while waiting:
         ready = [
@@ -80,15 +79,15 @@ def scan(place: Place, plans: Sequence[MergePlan]) -> int:
             for one in waiting.values()
             if not any(inner.step.key in waiting for group in one.inputs.values() for inner in group)
         ]
-        _settled(run_statistics(place, ready))
+        _settled(run_works(place, ready))
         waiting = {key: one for key, one in waiting.items() if place.store.state(one.step) is not State.PRESENT}
         readings += 1
     return readings
 
 
-def merge(place: Place, plans: Sequence[MergePlan]) -> list[str]:
+def merge(place: Place, plans: Sequence[MergeWork]) -> list[str]:
     """Complete the merges in one pass; returns the models' digests."""
-    _settled(run_merges(place, plans))
+    _settled(run_works(place, plans))
     return [place.store.record(plan.step).digest for plan in plans]  # type: ignore[union-attr]
 
 
@@ -139,7 +138,7 @@ def known_of(folder: Path, recipe: Mapping[str, Any], experts: int, library: Wat
     # Scans that look at changes read the base; those and merges that work on weights alone do not, whatever is planned. A
     # scan that the one before it has made needless is none, and so is a look into a few blocks.
     with_base, without = (base, *others), tuple(others)
-    changes = any(isinstance(one.statistic, Statistic) and one.statistic.on == "deltas" for one in needed)
+    changes = any(statistic.on == "deltas" for work in needed for statistic in work.scans)
     readings = [with_base if changes else without] * scans + [with_base if plan.method.needs_base else without]
     return Known(
         len(watch.built), sum(watch.built), watch.seconds["count"], watch.seconds["store"], tuple(readings),

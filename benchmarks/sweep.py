@@ -53,8 +53,8 @@ from benchmarks.machine import (
 )
 from benchmarks.models import add_models, model_folders, weights, write_models
 from benchmarks.pairs import PAIRS
-from mergecore.planning.plans import MergePlan
 from mergecore.planning.pool import Pool
+from mergecore.planning.work import MergeWork
 
 EXPERTS = 8
 CELLS: tuple[dict[str, Any], ...] = (
@@ -82,7 +82,7 @@ class Stages:
 
 
 def together(
-    pool: Pool, plans: Sequence[MergePlan], store: Path, library: WatchedLibrary, workers: int
+    pool: Pool, plans: Sequence[MergeWork], store: Path, library: WatchedLibrary, workers: int
 ) -> tuple[Run, list[str]]:
     """All cells in one pass."""
     stages = Stages()
@@ -97,7 +97,7 @@ def together(
     return {**found, **stages.seconds}, digests
 
 
-def alone(pool: Pool, plans: Sequence[MergePlan], store: Path, library: WatchedLibrary) -> tuple[Run, list[str]]:
+def alone(pool: Pool, plans: Sequence[MergeWork], store: Path, library: WatchedLibrary) -> tuple[Run, list[str]]:
     """Each cell by itself; deleting it is part of it, for whoever makes them one by one has no room for all."""
     digests, stages = [], Stages()
     settle()

@@ -29,7 +29,7 @@ def exported(session: Session, folder: Path) -> list[Path]:
             joined: dict[str, Any] = {}
             for task in cell.tasks_on(split):
                 step = plan.evaluation(cell, split, task)
-                if not frontier.done(step):
+                if not frontier.view.done(step):
                     continue
                 table = parquet.read_table(session.store.folder(step) / ITEMS)
                 for key, value in results_json(table, plan.tasks[split][task]).items():

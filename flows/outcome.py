@@ -97,6 +97,8 @@ def conclusion(session: Session, ending: Ending, urls: Mapping[str, str], reused
     if troubled:
         lines.append(f"{troubled} of {len(cells)} cells failed or were refused (--retry-failed tries again):")
         lines += [f"  {cell.name}: {cell.reason}" for cell in cells if cell.reason][:MOST_REASONS]
+        files = dict.fromkeys(cell.failure for cell in cells if cell.failure)
+        lines += [f"  traceback: {file}" for file in files][:MOST_REASONS]
     return Outcome(ending.report, tuple(lines), _in_numbers(counts), troubled > 0 or counts["pending"] > 0)
 
 

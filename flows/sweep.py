@@ -29,9 +29,7 @@ from mergecore.engine.executor import Executor, InProcess
 from mergecore.errors import ServiceError
 from mergecore.events import Report
 from mergecore.execution.place import Place, drop_models, snapshots_of
-from mergecore.planning.plans import StatisticPlan
 from mergecore.registry import METHODS
-from mergecore.statistics.profile import Profile
 from mergecore.sweeps.complete import finished, settle
 from mergecore.sweeps.remaining import Round, summary
 from tasks.cluster.executor import OnDask, Stopped, stoppable
@@ -48,6 +46,9 @@ from tasks.work import Work, counted, reuse
 
 MethodName = Annotated[str, Field(json_schema_extra={"enum": list(METHODS)})]
 """A list of these is a multi-select in Prefect's form; the names are the registry's, so a new method is there too."""
+
+TASK_VECTOR = "task vector"
+"""What profiles of task vectors are shown as: they are a task of their own on Prefect's page."""
 
 RUNNER: Any = ThreadPoolTaskRunner(max_workers=4)
 
@@ -177,16 +178,10 @@ def _rounds(session: Session, place: Place) -> None:
         update_progress_artifact(progress, _share(session))
 
 
-def is_task_vector(plan: StatisticPlan) -> bool:
-    """Whether a planned statistic is shown as a task vector of its expert, not among the other statistics."""
-    return isinstance(plan.statistic, Profile)
-
-
 def submitted(place: Place, round: Round) -> list[PrefectFuture[Any]]:
     """Submit a round's parts as tasks."""
-    plans = [*round.statistics, *round.data]
-    vectors = [plan for plan in plans if is_task_vector(plan)]
-    others = [plan for plan in plans if not is_task_vector(plan)]
+    vectors = [item for item in round.statistics if item.shown_as == TASK_VECTOR]
+    others = [item for item in round.statistics if item.shown_as != TASK_VECTOR]
     futures: list[PrefectFuture[Any]] = []
     if vectors:
         futures.append(task_vectors.submit(name=f"of {counted(len(vectors), 'expert')}", work=Work(place, vectors)))
@@ -220,16 +215,16 @@ def reused(session: Session) -> dict[str, int]:
     for cell in session.plan.cells:
         for split in session.plan.splits:
             tasks = cell.tasks_on(split)
-            counts["score"] += sum(frontier.done(session.plan.evaluation(cell, split, task)) for task in tasks)
+            counts["score"] += sum(frontier.view.done(session.plan.evaluation(cell, split, task)) for task in tasks)
         if cell.merge is None or cell.model.key in seen:
             continue
         seen.add(cell.model.key)
-        counts["merged model"] += frontier.done(cell.model)
-        for plan in cell.merge.needed:
-            if plan.step.key not in seen:
-                seen.add(plan.step.key)
-                kind = "task vector" if is_task_vector(plan) else "statistic"
-                counts[kind] += frontier.done(plan.step)
+        counts["merged model"] += frontier.view.done(cell.model)
+        for needed in cell.merge.needed:
+            if needed.step.key not in seen:
+                seen.add(needed.step.key)
+                kind = needed.shown_as if needed.shown_as in counts else "statistic"
+                counts[kind] += frontier.view.done(needed.step)
     return counts
 
 

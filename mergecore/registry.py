@@ -14,34 +14,32 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from mergecore import methods, searches, statistics
-from mergecore.errors import SpecError, nearest
-from mergecore.plugins.chain import Link
+from mergecore import methods, products, searches, statistics
+from mergecore.errors import PluginError, SpecError, nearest
+from mergecore.plugins.any_statistic import AnyStatistic
 from mergecore.plugins.evaluator import Evaluator
 from mergecore.plugins.method import Method
 from mergecore.plugins.plugin import Plugin
+from mergecore.plugins.product import Product
 from mergecore.plugins.search import Search
 from mergecore.plugins.shelf import Shelf, class_of
-from mergecore.plugins.statistic import DataStatistic, Statistic
 from mergecore.plugins.values import explained
 
 Kind = TypeVar("Kind", bound=Plugin)
 
 
-def _listed(module: ModuleType, *bases: type[Plugin]) -> Iterator[tuple[str, Any]]:
+def _listed(module: ModuleType, base: type[Any]) -> Iterator[tuple[str, Any]]:
     """The plug-ins that a package lists, by name and in its order; other classes it exports are no plug-ins."""
     for kind in vars(module).values():
-        if isinstance(kind, type) and issubclass(kind, bases) and not inspect.isabstract(kind):
-            yield kind.name, kind
+        if isinstance(kind, type) and issubclass(kind, base) and not inspect.isabstract(kind):
+            yield str(vars(kind)["name"]), kind
 
 
 METHODS: Shelf[type[Method]] = Shelf("method", "methods", dict(_listed(methods, Method)), class_of(Method))
-STATISTICS: Shelf[type[Statistic] | type[DataStatistic] | type[Link]] = Shelf(
-    "statistic",
-    "statistics",
-    dict(_listed(statistics, Statistic, DataStatistic, Link)),
-    class_of(Statistic, DataStatistic, Link),
+STATISTICS: Shelf[type[AnyStatistic]] = Shelf(
+    "statistic", "statistics", dict(_listed(statistics, AnyStatistic)), class_of(AnyStatistic)
 )
+PRODUCTS: Shelf[type[Product]] = Shelf("product", "products", dict(_listed(products, Product)), class_of(Product))
 SEARCHES: Shelf[type[Search]] = Shelf("search", "searches", dict(_listed(searches, Search)), class_of(Search))
 EVALUATORS: Shelf[type[Evaluator]] = Shelf(
     "evaluator",
@@ -55,9 +53,9 @@ EVALUATORS: Shelf[type[Evaluator]] = Shelf(
 
 
 def method_from(name: str, values: Mapping[str, Any], where: str, beside: Iterable[str] = ()) -> Method:
-    """The method of that name with these values. beside: keys that may stand beside them, to offer for a misspelt one.
+    """Return the method of that name with these values. beside: keys that may stand beside them.
 
-    Raises SpecError naming `where`, the field and the nearest names.
+    Raise SpecError naming `where`, the field and the nearest names.
     """
     if not name:
         raise SpecError(f"{where}.method: must be given; {nearest('', METHODS)}")
@@ -68,22 +66,32 @@ def method_from(name: str, values: Mapping[str, Any], where: str, beside: Iterab
     return method
 
 
-def _check_statistics(plugin: Method | Statistic | DataStatistic | Link) -> None:
+def _check_statistics(owner: Method | AnyStatistic) -> None:
     """Raise PluginError where a statistic that is needed has the name of another, under which its results are kept."""
-    for statistic in getattr(plugin, "statistics", dict)().values():
-        STATISTICS.check_own(statistic)
+    for statistic in owner.statistics().values():
+        if statistic.registered:
+            STATISTICS.check_own(statistic)
         _check_statistics(statistic)
 
 
+def product_of(method: Method | type[Method]) -> Product:
+    """Return the product that the method makes. Raise PluginError where no product has that name."""
+    if method.product not in PRODUCTS:
+        raise PluginError(
+            f"method '{method.name}' makes a product '{method.product}', which is not there; {nearest(method.product, PRODUCTS)}"
+        )
+    return PRODUCTS[method.product]()
+
+
 def evaluator_from(name: str, values: Mapping[str, Any], where: str, beside: Iterable[str] = ()) -> Evaluator:
-    """The evaluator of that name with these values; errors as for methods."""
+    """Return the evaluator of that name with these values. Errors are as for methods."""
     if name not in EVALUATORS:
         raise SpecError(f"{where}: there is no evaluator '{name}'; {nearest(name, EVALUATORS)}")
     return _built(EVALUATORS[name], values, where, beside)
 
 
 def search_from(name: str, values: Mapping[str, Any], where: str) -> Search:
-    """The search of that name with these values; errors as for methods."""
+    """Return the search of that name with these values. Errors are as for methods."""
     if name not in SEARCHES:
         said = f"there is no search '{name}'; {nearest(name, SEARCHES)}" if name else "must be given, as in by: greedy"
         raise SpecError(f"{where}.by: {said}")

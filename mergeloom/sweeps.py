@@ -161,7 +161,7 @@ def sweep(
     outcome = conduct(session, tell, in_process=in_process, retry_failed=retry_failed, track=track)
     failed = []
     for cell in session.plan.cells:
-        if reason := session.frontier.trouble(cell):
+        if reason := session.frontier.view.trouble(cell):
             failed.append(FailedCell(cell.id, cell.name, "refused" if cell.refused else "failed", reason))
     return SweepOutcome(
         session.spec.name, not outcome.troubled, outcome.summary, outcome.report, outcome.remarks, tuple(failed),
@@ -229,14 +229,14 @@ def _described(session: Session, costs: Cost) -> SweepPlan:
 
 def _planned(session: Session, cell: Cell) -> PlannedCell:
     frontier = session.frontier
-    reason = frontier.trouble(cell)
+    reason = frontier.view.trouble(cell)
     state: Literal["done", "to do", "refused", "failed"]
     if cell.refused:
         state = "refused"
     elif reason:
         state = "failed"
     else:
-        state = "to do" if any(True for _ in frontier.wanted(cell)) else "done"
+        state = "to do" if any(True for _ in frontier.choice.wanted(cell)) else "done"
     return PlannedCell(
         cell.id,
         cell.kind,

@@ -10,7 +10,7 @@ from prefect.client.schemas.objects import State
 
 from mergecore.engine.executor import Executor
 from mergecore.events import Report
-from mergecore.execution.passes import run_merges
+from mergecore.execution.lanes import run_works
 from mergecore.native.library import Library
 from mergecore.recipes import merge_recipe as single
 from mergecore.spec.recipe import Recipe
@@ -23,7 +23,7 @@ from tasks.work import OPTIONS, Work, cached, ended
 def merge(name: str, work: Work) -> State[Any]:
     """Make the models of `work.items`, plans of merges, in one pass."""
     missing = [plan for plan in work.items if work.place.store.state(plan.step) is not StoreState.PRESENT]
-    return ended(run_merges(work.place, missing)) if missing else cached(len(work.items), "model")
+    return ended(run_works(work.place, missing)) if missing else cached(len(work.items), "model")
 
 
 class Order:

@@ -7,7 +7,7 @@ from typing import Any
 from prefect import task
 from prefect.client.schemas.objects import State
 
-from mergecore.execution.passes import run_statistics
+from mergecore.execution.lanes import run_works
 from tasks.work import OPTIONS, Work, cached, ended
 
 
@@ -15,4 +15,4 @@ from tasks.work import OPTIONS, Work, cached, ended
 def task_vectors(name: str, work: Work) -> State[Any]:
     """Complete the profiles of `work.items`, plans of statistics, in one pass."""
     missing = [plan for plan in work.items if not work.place.store.is_done(plan.step, bytes_needed=True)]
-    return ended(run_statistics(work.place, missing)) if missing else cached(len(work.items), "profile")
+    return ended(run_works(work.place, missing)) if missing else cached(len(work.items), "profile")

@@ -19,8 +19,8 @@ from mergecore.execution.place import Place, snapshots_of
 from mergecore.planning.cells import Plan
 from mergecore.planning.merge_builder import MergeBuilder
 from mergecore.planning.planner import make_plan
-from mergecore.planning.plans import MergePlan
 from mergecore.planning.pool import Member, Pool, resolve_pool
+from mergecore.planning.work import MergeWork
 from mergecore.registry import method_from
 from mergecore.spec.sources import BaseSpec, ExpertSpec
 from mergecore.spec.sweep import parse_spec
@@ -63,7 +63,7 @@ def place_in(store: Path, pool: Pool, report: Report = silent, executor: Executo
     return place
 
 
-def merge_plan(pool: Pool, method: str = "average", **values: Any) -> MergePlan:
+def merge_plan(pool: Pool, method: str = "average", **values: Any) -> MergeWork:
     """The merge of all experts by a method."""
     return MergeBuilder(pool, (), None, _no_data).build(
         method_from(method, values, "test"), list(pool.experts.values())

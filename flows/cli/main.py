@@ -116,7 +116,7 @@ def merge(
             from flows.session.session import resolver
             from flows.session.settings import memory_setting, worker_setting
             from mergecore.engine.executor import InProcess
-            from mergecore.formats.masks_product import PRODUCT, open_product
+            from mergecore.products.masks import PRODUCT, open_product
             from mergecore.recipes.merge_file import merge_file
 
         if show:
@@ -157,7 +157,7 @@ def unpack(product: Path, task: str, out: Path, dtype: str | None, shard_size: s
     """
     with errors():
         from flows.cli.terminal import progress
-        from mergecore.formats.masks_product import unpack as write_model
+        from mergecore.formats.unpack import unpack as write_model
         from mergecore.spec.sizes import size_in_bytes
 
         kind = SAFETENSORS_DTYPE[dtype] if dtype else None

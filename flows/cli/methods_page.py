@@ -12,11 +12,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mergecore.errors import SpecError
+from mergecore.plugins.any_statistic import AnyStatistic
 from mergecore.plugins.block import Per
-from mergecore.plugins.chain import Link
 from mergecore.plugins.method import Method
-from mergecore.plugins.statistic import DataStatistic, Statistic
-from mergecore.registry import METHODS
+from mergecore.registry import METHODS, product_of
 
 HEAD = """# The methods
 
@@ -34,11 +33,6 @@ PIECES = {
     Per.TENSOR: "a whole tensor of all experts at a time",
     Per.LAYER: "a layer at a time",
     Per.MODEL: "the whole model at once",
-}
-MADE = {
-    "model": [],
-    "adapter": ["What it makes of LoRA adapters is one that PEFT loads; a sweep measures the base with it."],
-    "masks": ["What it makes is a product from which `mergeloom unpack` makes the model of a task."],
 }
 TRIED = 8
 """Numbers of experts that are tried, to find out how many a method takes."""
@@ -84,7 +78,7 @@ def description(kind: type[Method]) -> list[str]:
     lines += [f"Takes {_experts(kind)}; works on {_ground(kind)}, {_piece(method)}."]
     if kind.ordered:
         lines += ["The order of the experts counts."]
-    lines += MADE[kind.makes]
+    lines += [described] if (described := product_of(kind).described) else []
     lines += [f"Readings: {_cost(kind, method)}."]
     if kind.published:
         lines += ["", "Does as:", "", *(f"- {entry}" for entry in kind.published)]
@@ -198,21 +192,17 @@ def accepts(method: Method, count: int) -> bool:
 
 def _ground(kind: type[Method]) -> str:
     method = built(kind)
-    if method.makes == "adapter":
-        return "the factors of the experts' adapters"
+    if ground := product_of(kind).ground:
+        return ground
     if method.on in ("deltas", "state"):
         return "the experts' changes of the base"
     return "the experts' weights and the base's" if method.needs_base else "the experts' weights alone"
 
 
 def _piece(method: Method) -> str:
-    if _links(method):
+    if any(statistic.chained for statistic in method.statistics().values()):
         return "one expert after another, a whole tensor at a time"
     return PIECES[method.per]
-
-
-def _links(method: Method) -> list[Link]:
-    return [statistic for statistic in method.statistics().values() if isinstance(statistic, Link)]
 
 
 def _cost(kind: type[Method], method: Method) -> str:
@@ -236,35 +226,27 @@ def _cost(kind: type[Method], method: Method) -> str:
 
 
 def _because(method: Method) -> str:
-    names = ", ".join(f"`{statistic.name}`" for statistic in _beforehand(method))
-    data = any(isinstance(statistic, DataStatistic) for statistic in method.statistics().values())
-    said = ", which runs each expert on training items" if data else ""
-    said += ", a chain: one of each expert that is new in it" if _links(method) else ""
-    return f" (beforehand {names}{said})" if names else ""
+    beforehand = [f"`{statistic.name}`" for statistic in _beforehand(method) if statistic.shown_as != "adapter"]
+    costs = dict.fromkeys(statistic.cost for statistic in method.statistics().values() if statistic.cost)
+    told = ", ".join(beforehand) + "".join(f", {cost}" for cost in costs)
+    return f" (beforehand {told})" if beforehand else ""
 
 
-def _beforehand(owner: Method | Statistic | DataStatistic | Link) -> list[Statistic | DataStatistic | Link]:
-    """Everything that is worked out beforehand, deepest first, each once."""
-    found: list[Statistic | DataStatistic | Link] = []
-    for statistic in _needed(owner):
-        found += [one for one in (*_beforehand(statistic), statistic) if one not in found]
-    return list(dict.fromkeys(found))
-
-
-def _needed(owner: Method | Statistic | DataStatistic | Link) -> list[Statistic | DataStatistic | Link]:
-    return [] if isinstance(owner, Link) else list(owner.statistics().values())
+def _beforehand(owner: Method | AnyStatistic) -> list[AnyStatistic]:
+    """Return everything that is worked out beforehand, deepest first, each once."""
+    needed: list[AnyStatistic] = []
+    for statistic in owner.statistics().values():
+        needed += [*_beforehand(statistic), statistic]
+    return list(dict.fromkeys(needed))
 
 
 def _readings(method: Method) -> int:
     return 1 + _depth(method)
 
 
-def _depth(owner: Method | Statistic | DataStatistic | Link) -> int:
-    """Readings until everything it must know is known; what can go side by side does."""
-    return max(
-        (_depth(one) + (one.readings if isinstance(one, Statistic) else 0) for one in _needed(owner)),
-        default=0,
-    )
+def _depth(owner: Method | AnyStatistic) -> int:
+    """Return the readings until everything it must know is known; what can go side by side does."""
+    return max((_depth(statistic) + statistic.readings for statistic in owner.statistics().values()), default=0)
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:

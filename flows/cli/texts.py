@@ -131,9 +131,9 @@ def passes_text(passes: Sequence[PassCost]) -> list[str]:
 def _state(frontier: Any, cell: Any) -> str:
     if cell.refused:
         return "refused"
-    if frontier.trouble(cell):
+    if frontier.view.trouble(cell):
         return "failed"
-    return "to do" if any(True for _ in frontier.wanted(cell)) else "done"
+    return "to do" if any(True for _ in frontier.choice.wanted(cell)) else "done"
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from mergecore.identity.content import GRID
 from mergecore.plugins.block import Per
 from mergecore.plugins.chain import Link
 from mergecore.plugins.method import Method
-from mergecore.plugins.statistic import DataStatistic, Scope, Statistic
+from mergecore.plugins.statistic import Scope, Statistic
 from mergecore.tensors.source import TensorInfo
 
 FLOAT = 4
@@ -54,11 +54,11 @@ class Models:
 
 
 def block_bytes(
-    models: Models, methods: Sequence[Method | Link], statistics: Sequence[Statistic | DataStatistic]
+    models: Models, methods: Sequence[Method | Link], statistics: Sequence[Statistic], beside: bool = False
 ) -> int:
     """Memory of one span in flight: what is read of every model, worked with, and written.
 
-    Element-wise methods hold windows, adapters the deltas of a block of the grid; other methods whole tensors (or layers),
+    beside: whether a tensor of every expert is read beside its weights. Element-wise methods hold windows, adapters the deltas of a block of the grid; other methods whole tensors (or layers),
     in float32, and what they say they work with.
     """
     largest = max((info.count for info in models.base.values()), default=0)
@@ -68,8 +68,8 @@ def block_bytes(
     if models.adapters:
         bytes_held += FLOAT * block * (models.adapters + 3)
     plain = FLOAT * min(EAGER, largest) * (3 * count + 8)
-    bytes_held += plain + FLOAT * window * count * any(isinstance(one, DataStatistic) for one in statistics)
-    bytes_held += _scanned([one for one in statistics if isinstance(one, Statistic)], block, count)
+    bytes_held += plain + FLOAT * window * count * beside
+    bytes_held += _scanned(statistics, block, count)
     whole = [method for method in methods if method.per is not Per.ELEMENT]
     if models.gathered:
         bytes_held += gathering(largest if whole else window, max(map(_widest, models.full), default=0))

@@ -60,14 +60,14 @@ class Classification(Evaluator):
         """
         calibrated = self.recalibration_tasks if self.recalibrate == "batchnorm" else ()
         others = {name: file_sha256(_path(name, folder)) for name in calibrated}
-        found = {}
+        identities = {}
         for name in tasks:
             path = _path(name, folder)
             count = len(_array(path, f"{split}.labels"))
             data = {"sha256": file_sha256(path), "split": split, "recalibration": others}
             identity = {"data": data, "documents": count, "evaluator": self.parameters()}
-            found[name] = TaskIdentity(name, split, min(count, self.limit or count), "acc", identity)
-        return found
+            identities[name] = TaskIdentity(name, split, min(count, self.limit or count), "acc", identity)
+        return identities
 
     def documents(self, task: TaskIdentity, folder: Path | None) -> frozenset[str] | None:
         """Inputs and label of each item."""
@@ -144,20 +144,20 @@ class _ClassifierResident(Resident):
         """
         if not self._filled:
             raise EvaluationError("the evaluator holds no weights: swap a model in before scoring")
-        held = self._items(task)
+        items = self._items(task)
         self._recalibrate(self._evaluator.recalibration_tasks or (task.task,))
         rows: list[Tensor] = []
         device = next(self._model.parameters()).device
         with torch.no_grad():
             for start in range(0, task.items, self._evaluator.batch_size):
                 stop = min(start + self._evaluator.batch_size, task.items)
-                rows.append(_logits(self._model, held.inputs[start:stop].to(device)).double().log_softmax(-1).cpu())
+                rows.append(_logits(self._model, items.inputs[start:stop].to(device)).double().log_softmax(-1).cpu())
                 report(Event(f"evaluate {task.task}", stop, task.items, "items"))
-        found = torch.cat(rows)
-        if torch.isnan(found).any():
-            item = int(torch.isnan(found).any(-1).nonzero()[0])
+        logits = torch.cat(rows)
+        if torch.isnan(logits).any():
+            item = int(torch.isnan(logits).any(-1).nonzero()[0])
             raise NonFiniteError(f"task '{task.task}', item {item}: the model gives NaN")
-        return _table(found, held)
+        return _table(logits, items)
 
     def calibration(self, tasks: Sequence[str], items: int, seed: int) -> ClassifierItems:
         """Training items of the tasks, shared out evenly, with the lowest hash(seed, document), in that order."""
@@ -210,7 +210,9 @@ def _cumulative(norms: Sequence[Any]) -> Iterator[None]:
 
 
 def _made(factory: str, companions: Path) -> nn.Module:
-    """The module of a config. Raises EvaluationError without a config.json, SpecError for a factory that is not there."""
+    """The module of a config. Raises EvaluationError without a config.json, SpecError for a factory that is not
+    there.
+    """
     path = companions / "config.json"
     if not path.is_file():
         raise EvaluationError(f"{companions} holds no config.json: there is no model to score")
@@ -221,10 +223,10 @@ def _made(factory: str, companions: Path) -> nn.Module:
         raise SpecError(f"model '{factory}': the module '{name}' cannot be imported ({error})") from error
     if not hasattr(module, attribute):
         raise SpecError(f"model '{factory}': '{name}' has no '{attribute}'; {nearest(attribute, vars(module))}")
-    made = getattr(module, attribute)(json.loads(path.read_text()))
-    if not isinstance(made, nn.Module):
-        raise SpecError(f"model '{factory}' gave a {type(made).__name__}, not a torch module")
-    return made
+    network = getattr(module, attribute)(json.loads(path.read_text()))
+    if not isinstance(network, nn.Module):
+        raise SpecError(f"model '{factory}' gave a {type(network).__name__}, not a torch module")
+    return network
 
 
 def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
@@ -248,10 +250,10 @@ def _array(path: Path, name: str) -> NDArray[Any]:
     """One array of a task file. Raises EvaluationError naming what the file has instead."""
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as held:
-                known: Sequence[str] = held.files
+            with np.load(path, allow_pickle=False) as archive:
+                known: Sequence[str] = archive.files
                 if name in known:
-                    return np.asarray(held[name])
+                    return np.asarray(archive[name])
         else:
             with safe_open(path, framework="numpy") as opened:
                 known = list(opened.keys())
@@ -270,8 +272,8 @@ def _items(path: Path, split: str) -> ClassifierItems:
     if np.issubdtype(inputs.dtype, np.floating):
         inputs = inputs.astype(np.float32)
     names = tuple(
-        hashlib.sha256(np.ascontiguousarray(one).tobytes() + str(label).encode()).hexdigest()
-        for one, label in zip(inputs, labels.tolist(), strict=True)
+        hashlib.sha256(np.ascontiguousarray(row).tobytes() + str(label).encode()).hexdigest()
+        for row, label in zip(inputs, labels.tolist(), strict=True)
     )
     return ClassifierItems(torch.from_numpy(inputs), torch.from_numpy(labels.astype(np.int64)), names)
 
@@ -279,28 +281,28 @@ def _items(path: Path, split: str) -> ClassifierItems:
 def _drawn(paths: Sequence[Path], items: int, seed: int) -> ClassifierItems:
     """`items` training items, from each file its share, mixed by their hashes so that batches hold all tasks."""
     share, more = divmod(items, max(len(paths), 1))
-    held = [_items(path, "train") for path in paths]
+    tables = [_items(path, "train") for path in paths]
     drawn = []
-    for position, part in enumerate(held):
+    for position, part in enumerate(tables):
         order = sorted((digest([seed, name]), item) for item, name in enumerate(part.documents))
         drawn += [(mark, position, item) for mark, item in order[: share + (position < more)]]
     drawn.sort()
     return ClassifierItems(
-        torch.stack([held[position].inputs[item] for _, position, item in drawn]),
-        torch.stack([held[position].targets[item] for _, position, item in drawn]),
-        tuple(held[position].documents[item] for _, position, item in drawn),
+        torch.stack([tables[position].inputs[item] for _, position, item in drawn]),
+        torch.stack([tables[position].targets[item] for _, position, item in drawn]),
+        tuple(tables[position].documents[item] for _, position, item in drawn),
     )
 
 
-def _table(found: Tensor, held: ClassifierItems) -> pa.Table:
-    count = len(found)
-    predicted, targets = found.argmax(-1), held.targets[:count]
+def _table(scores: Tensor, items: ClassifierItems) -> pa.Table:
+    count = len(scores)
+    predicted, targets = scores.argmax(-1), items.targets[:count]
     columns = {
         "item": pa.array(range(count), pa.int64()),
-        "document": pa.array(held.documents[:count], pa.string()),
+        "document": pa.array(items.documents[:count], pa.string()),
         "target": pa.array([str(label) for label in targets.tolist()], pa.string()),
         "prediction": pa.array([str(label) for label in predicted.tolist()], pa.string()),
         "score": pa.array((predicted == targets).double().tolist(), pa.float64()),
-        "loglikelihoods": pa.array(found.tolist(), pa.list_(pa.float64())),
+        "loglikelihoods": pa.array(scores.tolist(), pa.list_(pa.float64())),
     }
     return pa.table(columns)

@@ -1,4 +1,5 @@
-"""Language models scored by lm-eval's tasks (EleutherAI, 0.4.13): its prompts, requests and metrics, one resident model.
+"""Language models scored by lm-eval's tasks (EleutherAI, 0.4.13): its prompts, requests and metrics, one resident
+model.
 
 Item for item the numbers of `lm_eval.simple_evaluate` in a fresh process. Tasks are YAML files in a folder (lm-eval's
 include path; data files relative to the YAML) or, for a name that is not there, lm-eval's own.
@@ -73,8 +74,10 @@ class LmEval(Evaluator):
         return None if lines is None else frozenset(lines[: task.items])
 
     def training_identity(self, tasks: Sequence[str], folder: Path | None) -> dict[str, Any]:
-        """What `Resident.calibration` draws from, as plain JSON for a statistic's key: configurations and data digests."""
-        local, found = _local(folder), {}
+        """What `Resident.calibration` draws from, as plain JSON for a statistic's key: configurations and data
+        digests.
+        """
+        local, identities = _local(folder), {}
         for name in tasks:
             file = find_task(name, local)
             split = file.config.get("training_split")
@@ -83,9 +86,9 @@ class LmEval(Evaluator):
             data = file.digests(split)
             if data is None:
                 data = [documents_digest(_load(file).training_docs())]
-            found[name] = {"config": file.plain, "data": data}
+            identities[name] = {"config": file.plain, "data": data}
         prompt = {"apply_chat_template": self.apply_chat_template, "system_instruction": self.system_instruction}
-        return {"tasks": found, "lm_eval": lm_eval_version(), **prompt}
+        return {"tasks": identities, "lm_eval": lm_eval_version(), **prompt}
 
     def open(self, companions: Path, folder: Path | None) -> Resident:
         """A model of the config in `companions`, in `dtype`, on the CPU; `.model.to(device)` moves it."""
@@ -166,12 +169,12 @@ class _LmResident(Resident):
         instances = prepared.instances()
         with quiet(), _seeded(self._evaluator.seed):
             self._respond(prepared, list(chain.from_iterable(instances)), task, report)
-            made = list(chain.from_iterable(instances))
+            requests = list(chain.from_iterable(instances))
             for ensemble in prepared.task._filters:
-                ensemble.apply(made)
-            first = next(iter(made[0].filtered_resps))
+                ensemble.apply(requests)
+            first = next(iter(requests[0].filtered_resps))
             rows = [
-                row(prepared.task, document, [held.filtered_resps[first] for held in ours], task)
+                row(prepared.task, document, [instance.filtered_resps[first] for instance in ours], task)
                 for document, ours in zip(prepared.documents, instances, strict=True)
             ]
         return table(rows)
@@ -188,9 +191,9 @@ class _LmResident(Resident):
             count = share[0] + (position < share[1])
             drawn.append(training_items(_load(file), self._lm, self._prompt, count, seed))
         return LanguageItems(
-            tuple(chain.from_iterable(one.sequences for one in drawn)),
-            tuple(chain.from_iterable(one.answers for one in drawn)),
-            tuple(chain.from_iterable(one.documents for one in drawn)),
+            tuple(chain.from_iterable(drawn_from.sequences for drawn_from in drawn)),
+            tuple(chain.from_iterable(drawn_from.answers for drawn_from in drawn)),
+            tuple(chain.from_iterable(drawn_from.documents for drawn_from in drawn)),
         )
 
     def _prompt(self, task: Any, document: Any, examples: int) -> tuple[Any, bool]:
@@ -207,9 +210,9 @@ class _LmResident(Resident):
         return context, chat
 
     def _ready(self, task: TaskIdentity) -> Prepared:
-        held = self._prepared.get((task.task, task.split))
-        if held is not None and held[0] == task:
-            return held[1]
+        prepared = self._prepared.get((task.task, task.split))
+        if prepared is not None and prepared[0] == task:
+            return prepared[1]
         file = find_task(task.task, _local(self._folder))
         # One resident serves validation and test items, whose limits may differ: the task says which holds.
         limit = task.identity["evaluator"]["limit"]
@@ -232,21 +235,21 @@ class _LmResident(Resident):
             def done(requests: int) -> None:
                 report(Event(what, task.items * requests / count, task.items, "items"))
 
-            for held, answer in zip(instances, likelihoods(self._model, prepared.batches, done), strict=True):
-                held.resps.extend([answer] * held.repeats)
+            for instance, answer in zip(instances, likelihoods(self._model, prepared.batches, done), strict=True):
+                instance.resps.extend([answer] * instance.repeats)
             return
-        repeated = [held for held in instances for _ in range(held.repeats)]
+        repeated = [instance for instance in instances for _ in range(instance.repeats)]
         with torch.no_grad():
             responses = getattr(self._lm, repeated[0].request_type)(repeated, disable_tqdm=True)
-        for held, response in zip(repeated, responses, strict=True):
-            held.resps.append(response)
+        for instance, response in zip(repeated, responses, strict=True):
+            instance.resps.append(response)
         report(Event(what, task.items, task.items, "items"))
 
     def _answers(self, requests: Sequence[Encoded], **_: Any) -> list[Likelihood]:
         """What lm-eval's own code asks for (rolling log-likelihoods), by way of our batches."""
         share = self._evaluator.logits_cache
-        made = batches(requests, self._evaluator.batch_size, self._lm.max_length, share)
-        return likelihoods(self._model, made, lambda _: None)
+        packed = batches(requests, self._evaluator.batch_size, self._lm.max_length, share)
+        return likelihoods(self._model, packed, lambda _: None)
 
 
 def _local(folder: Path | None) -> Mapping[str, TaskFile]:

@@ -117,7 +117,7 @@ def likelihoods(model: nn.Module, prepared: Sequence[_Batch], done: Callable[[in
     """One answer per request, in the order of the requests. done: told the number of requests after every batch."""
     device = next(model.parameters()).device
     options = forward_options(model)
-    found: dict[int, Likelihood] = {}
+    likelihoods_by_item: dict[int, Likelihood] = {}
     for batch in prepared:
         with torch.no_grad():  # not inference_mode: what a model keeps from it could not be differentiated later
             logits = model(batch.inputs.to(device), **options(batch.keep)).logits
@@ -131,6 +131,6 @@ def likelihoods(model: nn.Module, prepared: Sequence[_Batch], done: Callable[[in
         for answer in batch.answers:
             stop = answer.token + answer.count
             total = single[answer.token] if answer.count == 1 else float(values[answer.token : stop].sum())
-            found[answer.request] = (total, all(greedy[answer.token : stop]))
-        done(len(found))
-    return [found[index] for index in range(len(found))]
+            likelihoods_by_item[answer.request] = (total, all(greedy[answer.token : stop]))
+        done(len(likelihoods_by_item))
+    return [likelihoods_by_item[index] for index in range(len(likelihoods_by_item))]

@@ -51,10 +51,8 @@ class Prepared:
 
         def new(document: Document, request: tuple[str, Any, int, Any]) -> Any:
             kind, arguments, index, metadata = request
-            held = (
-                copy.deepcopy(arguments) if kind == "generate_until" else arguments
-            )  # holds a dict that is written to
-            return Instance(request_type=kind, doc=document.document, arguments=held, idx=index, metadata=metadata)
+            key = copy.deepcopy(arguments) if kind == "generate_until" else arguments  # holds a dict that is written to
+            return Instance(request_type=kind, doc=document.document, arguments=key, idx=index, metadata=metadata)
 
         return [[new(document, request) for request in document.requests] for document in self.documents]
 
@@ -63,10 +61,10 @@ def encoded(lm: Any, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
     """Token ids of (context, continuation) pairs, from lm-eval's own encoding."""
     from lm_eval.api.instance import Instance
 
-    held: list[Encoded] = []
+    encoded: list[Encoded] = []
 
     def keep(requests: list[Encoded], **_: Any) -> list[tuple[float, bool]]:
-        held.extend(requests)
+        encoded.extend(requests)
         return [(0.0, False)] * len(requests)
 
     scorer = lm._loglikelihood_tokens
@@ -75,7 +73,7 @@ def encoded(lm: Any, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
         lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
     finally:
         lm._loglikelihood_tokens = scorer
-    return held
+    return encoded
 
 
 def prepare(task: Any, lm: Any, prompt: Prompt, limit: int | None, share: bool) -> Prepared:
@@ -86,37 +84,41 @@ def prepare(task: Any, lm: Any, prompt: Prompt, limit: int | None, share: bool) 
         documents = tuple(
             _document(task, item, document, prompt(task, document, examples)) for item, document in listed
         )
-    pairs = [request[1] for held in documents for request in held.requests if request[0] == "loglikelihood"]
+    pairs = [request[1] for document in documents for request in document.requests if request[0] == "loglikelihood"]
     passes = batches(encoded(lm, pairs), lm.batch_size, lm.max_length, share) if pairs else []
     return Prepared(task, documents, tuple(passes))
 
 
 def _requests(task: Any, item: int, document: Any, context: Any, chat: bool) -> list[Any]:
     """lm-eval's requests for a document, as a list."""
-    made = task.construct_requests(
+    requests = task.construct_requests(
         doc=document, ctx=context, metadata=(task.config.task, item, task.config.repeats), apply_chat_template=chat
     )
-    return made if isinstance(made, list) else [made]
+    return requests if isinstance(requests, list) else [requests]
 
 
 def _document(task: Any, item: int, document: Any, context: tuple[Any, bool]) -> Document:
-    made = _requests(task, item, document, *context)
+    instances = _requests(task, item, document, *context)
     choices = tuple(task.doc_to_choice(document)) if task.config.doc_to_choice is not None else ()
-    requests = tuple((held.request_type, held.arguments, held.idx, held.metadata) for held in made)
-    held = hashlib.sha256(document_text(document).encode()).hexdigest()
-    return Document(item, document, held, _target(task, document, choices), choices, requests)
+    requests = tuple(
+        (instance.request_type, instance.arguments, instance.idx, instance.metadata) for instance in instances
+    )
+    document_digest = hashlib.sha256(document_text(document).encode()).hexdigest()
+    return Document(item, document, document_digest, _target(task, document, choices), choices, requests)
 
 
 def _gold(task: Any, document: Any) -> Any:
-    """What is right: an index, a string or a list of either; where the prompts differ instead, the index of the prompt."""
+    """What is right: an index, a string or a list of either; where the prompts differ instead, the index of the
+    prompt.
+    """
     return task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
 
 
 def _target(task: Any, document: Any, choices: Sequence[str]) -> str:
     gold = _gold(task, document)
     named = [
-        choices[one] if isinstance(one, int) and choices else str(one)
-        for one in (gold if isinstance(gold, list) else [gold])
+        choices[answer] if isinstance(answer, int) and choices else str(answer)
+        for answer in (gold if isinstance(gold, list) else [gold])
     ]
     return " | ".join(named)
 
@@ -142,22 +144,23 @@ class LanguageItems:
     def logits(self, model: nn.Module, items: Sequence[int]) -> list[Tensor]:
         """Per item (answer tokens, vocabulary), float32, differentiable.
 
-        Items of equal length share a pass and nothing is ever padded, so hooks on the model see the items' tokens alone.
+        Items of equal length share a pass and nothing is ever padded, so hooks on the model see the items' tokens
+        alone.
         """
         options, device = forward_options(model), next(model.parameters()).device
         by_length: dict[int, list[int]] = {}
         for position, item in enumerate(items):
             by_length.setdefault(len(self.sequences[item]), []).append(position)
-        found: dict[int, Tensor] = {}
+        logits_by_item: dict[int, Tensor] = {}
         for positions in by_length.values():
             inputs = torch.tensor([self.sequences[items[position]][:-1] for position in positions], device=device)
             widths = [self.answers[items[position]] for position in positions]
             logits = model(inputs, **options(max(widths))).logits
-            found.update(
+            logits_by_item.update(
                 (position, logits[row, -width:].float())
                 for row, (position, width) in enumerate(zip(positions, widths, strict=True))
             )
-        return [found[position] for position in range(len(items))]
+        return [logits_by_item[position] for position in range(len(items))]
 
     def labels(self, items: Sequence[int]) -> list[Tensor]:
         """Per item the right answer's tokens, int64, shape (answer tokens,)."""

@@ -25,10 +25,10 @@ def row(task: Any, document: Document, responses: list[Any], identity: TaskIdent
         raise EvaluationError(
             f"task '{identity.task}': '{identity.metric}' has no number per item; name one of: {known}"
         )
-    chosen, found = _prediction(task, document, responses)
-    if found is not None and any(math.isnan(value) for value in found):
+    chosen, prediction = _prediction(task, document, responses)
+    if prediction is not None and any(math.isnan(value) for value in prediction):
         raise NonFiniteError(f"task '{identity.task}', item {document.item}: the model gives NaN log-likelihoods")
-    fixed = (document.item, document.digest, document.target, chosen, score, found)
+    fixed = (document.item, document.digest, document.target, chosen, score, prediction)
     taken = (*_COLUMNS, identity.metric)
     others = {name: value for name, value in metrics.items() if value is not None and name not in taken}
     return {**dict(zip(_COLUMNS, fixed, strict=True)), **others}
@@ -36,8 +36,8 @@ def row(task: Any, document: Document, responses: list[Any], identity: TaskIdent
 
 def _prediction(task: Any, document: Document, responses: list[Any]) -> tuple[str, list[float] | None]:
     if task.OUTPUT_TYPE == "multiple_choice":
-        found = [float(value) for value, _ in responses]
-        return document.choices[int(np.argmax(found[: len(document.choices)]))], found
+        values = [float(value) for value, _ in responses]
+        return document.choices[int(np.argmax(values[: len(document.choices)]))], values
     if task.OUTPUT_TYPE == "loglikelihood":
         return (document.target if responses[0][1] else ""), [float(responses[0][0])]
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
@@ -46,7 +46,9 @@ def _prediction(task: Any, document: Document, responses: list[Any]) -> tuple[st
 
 
 def _number(value: Any) -> float | None:
-    """A metric's number for one item; a rolling log-likelihood per word or byte; None for what only a whole task has."""
+    """A metric's number for one item; a rolling log-likelihood per word or byte; None for what only a whole task
+    has.
+    """
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], float) and isinstance(value[1], int):
         return value[0] / value[1]
     return float(value) if isinstance(value, bool | int | float | np.number | np.bool_) else None

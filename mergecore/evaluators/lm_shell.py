@@ -1,4 +1,6 @@
-"""A causal language model without weights, from its config; and its family's names for weights turned into the module's."""
+"""A causal language model without weights, from its config; and its family's names for weights turned into the
+module's.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,14 @@ def renamed(model: Any, weights: TensorSource) -> TensorSource:
 
     What transformers cannot place either stays as it was, so that the refusal speaks of the checkpoint's names.
     """
-    held = {name: weights.read(name).view(info.shape) for name, info in weights.tensors.items()}
+    state = {name: weights.read(name).view(info.shape) for name, info in weights.tensors.items()}
     try:
         with quiet():
-            loaded, found = type(model).from_pretrained(
-                None, config=model.config, state_dict=held, dtype=model.dtype, output_loading_info=True
+            loaded, report = type(model).from_pretrained(
+                None, config=model.config, state_dict=state, dtype=model.dtype, output_loading_info=True
             )
     except RuntimeError:  # shapes that do not fit, named by `check_fit`
         return weights
-    if any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+    if any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         return weights
     return MemoryTensors(dict(loaded.state_dict()))

@@ -104,16 +104,16 @@ class TaskFile:
     @property
     def data_files(self) -> dict[str, tuple[Path, ...]] | None:
         """Local files by split, found relative to the YAML file's own folder; None where the data come from a hub."""
-        given = (self.config.get("dataset_kwargs") or {}).get("data_files")
-        if self.config.get("dataset_path") not in READERS or not given:
+        data_files = (self.config.get("dataset_kwargs") or {}).get("data_files")
+        if self.config.get("dataset_path") not in READERS or not data_files:
             return None
-        by_split = given if isinstance(given, Mapping) else {"train": given}
+        by_split = data_files if isinstance(data_files, Mapping) else {"train": data_files}
         return {split: tuple(self._paths(files)) for split, files in by_split.items()}
 
     def _paths(self, files: Any) -> Iterator[Path]:
         for name in [files] if isinstance(files, str) else files:
-            found = sorted(self.path.parent.glob(name)) if "*" in name else [self.path.parent / name]
-            for path in found:
+            paths = sorted(self.path.parent.glob(name)) if "*" in name else [self.path.parent / name]
+            for path in paths:
                 if not path.is_file():
                     raise EvaluationError(
                         f"task '{self.name}' reads {name}, which is not there; paths are relative to its YAML"
@@ -149,8 +149,8 @@ class TaskFile:
         files = self.data_files
         if self.count(split) is None or files is None or self.config["dataset_path"] != "json":
             return None
-        held = (line.strip() for path in files[split] for line in path.read_bytes().splitlines())
-        return tuple(hashlib.sha256(line).hexdigest() for line in held if line)
+        lines = (line.strip() for path in files[split] for line in path.read_bytes().splitlines())
+        return tuple(hashlib.sha256(line).hexdigest() for line in lines if line)
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _json_lines(path: Path) -> int | None:
 
 def tasks_in(folder: Path) -> dict[str, TaskFile]:
     """Every task file under `folder` by task name. Files that are no task are passed over; twins are refused."""
-    found: dict[str, TaskFile] = {}
+    files: dict[str, TaskFile] = {}
     for path in sorted(folder.rglob("*.yaml")):
         try:
             config = read_yaml(path)
@@ -203,10 +203,10 @@ def tasks_in(folder: Path) -> dict[str, TaskFile]:
         name = config.get("task")
         if not isinstance(name, str) or "group" in config:
             continue
-        if name in found:
-            raise EvaluationError(f"task '{name}' is in both {found[name].path.name} and {path.name}; rename one")
-        found[name] = TaskFile(name, path.resolve(), config)
-    return found
+        if name in files:
+            raise EvaluationError(f"task '{name}' is in both {files[name].path.name} and {path.name}; rename one")
+        files[name] = TaskFile(name, path.resolve(), config)
+    return files
 
 
 @functools.cache
@@ -219,7 +219,9 @@ def _own_index() -> dict[str, tuple[str, Path | None]]:
 
 
 def find_task(name: str, local: Mapping[str, TaskFile]) -> TaskFile:
-    """The task called `name`, from the folder or else from lm-eval's own. Raises EvaluationError with the nearest name."""
+    """The task called `name`, from the folder or else from lm-eval's own. Raises EvaluationError with the nearest
+    name.
+    """
     if name in local:
         return local[name]
     kind, path = _own_index().get(name, ("", None))
@@ -228,7 +230,7 @@ def find_task(name: str, local: Mapping[str, TaskFile]) -> TaskFile:
             f"'{name}' is a group of lm-eval tasks; name its tasks one by one, the means are taken here"
         )
     if kind != "TASK" or path is None:
-        own = {known for known, (held, _) in _own_index().items() if held == "TASK"}
+        own = {known for known, (kind, _) in _own_index().items() if kind == "TASK"}
         offers = [nearest(name, local), nearest(name, own)]  # lm-eval has thousands of names: offered, never listed
         close = [offer for offer in offers if offer.startswith("did you mean")]
         raise EvaluationError(f"there is no task '{name}': {(close or offers)[0]}")
@@ -242,7 +244,9 @@ def lm_eval_version() -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Warnings and progress bars of lm-eval, transformers and the data reader held back: nothing in mergecore prints."""
+    """Warnings and progress bars of lm-eval, transformers and the data reader held back: nothing in mergecore
+    prints.
+    """
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 

@@ -25,7 +25,9 @@ class _Place:
 
 
 def _places(module: nn.Module) -> list[_Place]:
-    """Parameters and persistent buffers; buffers that are not persistent (rotary frequencies) are no business of ours."""
+    """Parameters and persistent buffers; buffers that are not persistent (rotary frequencies) are no business of
+    ours.
+    """
     names: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
@@ -45,24 +47,24 @@ def mismatches(module: nn.Module, weights: TensorSource) -> list[str]:
     known = {name for place in places for name in place.names}
     missing = [place.names[0] for place in places if not any(name in weights.tensors for name in place.names)]
     unexpected = sorted(set(weights.tensors) - known)
-    found = []
+    problems = []
     if missing:
-        found.append(f"missing: {_few(missing)}")
+        problems.append(f"missing: {_few(missing)}")
     if unexpected:
-        found.append(f"not part of the model: {_few(unexpected)}")
+        problems.append(f"not part of the model: {_few(unexpected)}")
     for place in places:
         for name in place.names:
             if name in weights.tensors and weights.tensors[name].shape != tuple(place.tensor.shape):
                 theirs, ours = list(weights.tensors[name].shape), list(place.tensor.shape)
-                found.append(f"'{name}' has shape {theirs} where the model has {ours}")
-    return found
+                problems.append(f"'{name}' has shape {theirs} where the model has {ours}")
+    return problems
 
 
 def check_fit(module: nn.Module, weights: TensorSource) -> None:
     """Raise MismatchError naming every tensor that is missing, unexpected or of another shape; nothing is written."""
-    if found := mismatches(module, weights):
+    if problems := mismatches(module, weights):
         raise MismatchError(
-            f"the weights are not those of this {type(module).__name__}: {'; '.join(found)}. "
+            f"the weights are not those of this {type(module).__name__}: {'; '.join(problems)}. "
             "Open another evaluator for another config or vocabulary"
         )
 
@@ -83,10 +85,10 @@ def fill(module: nn.Module, weights: TensorSource) -> None:
     """
     with torch.no_grad():
         for place in _places(module):
-            given = [name for name in place.names if name in weights.tensors]
-            _copy(place.tensor, given[0], weights)
-            for name in given[1:]:
-                _check_tied(place.tensor, given[0], name, weights)
+            names = [name for name in place.names if name in weights.tensors]
+            _copy(place.tensor, names[0], weights)
+            for name in names[1:]:
+                _check_tied(place.tensor, names[0], name, weights)
 
 
 def _pieces(count: int) -> list[tuple[int, int]]:

@@ -12,15 +12,15 @@ from mergecore.errors import EvaluationError
 from mergecore.events import Report
 from mergecore.execution.scoring import Bench
 from mergecore.native.library import Library
-from mergecore.planning.plans import MergePlan, StatisticPlan
 from mergecore.planning.pool import Pool
+from mergecore.planning.work import Work
 from mergecore.plugins.evaluator import Evaluator
 from mergecore.store.store import Store
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where work is done: the store, who runs spans and scores, where progress goes, and where checkpoints lie."""
+    """Where work is done: the store, the executor, where progress is reported, and the folders of the checkpoints."""
 
     pool: Pool
     store: Store
@@ -40,18 +40,18 @@ class Place:
 
     @property
     def bench(self) -> Bench:
-        """What scoring and statistics on data share."""
+        """What all tasks that run models share."""
         if self.evaluator is None:
             raise EvaluationError("nothing here says how models are evaluated; run this from a spec with `evaluate:`")
         return Bench(self.store.root, self.evaluator, self.tasks, self.device)
 
 
-def drop_models(place: Place, plans: Sequence[MergePlan | StatisticPlan]) -> None:
-    """Free the bytes of models, and of links of chains, that nothing can ask for any more."""
-    for plan in plans:
-        place.store.drop(plan.step)
+def drop_models(place: Place, works: Sequence[Work]) -> None:
+    """Free the bytes of works that nothing can ask for any more."""
+    for work in works:
+        place.store.drop(work.step)
 
 
 def snapshots_of(pool: Pool) -> list[Snapshot]:
-    """Every checkpoint of the pool, the base first."""
+    """Return every checkpoint of the pool, the base first."""
     return [pool.base, *(member.snapshot for member in pool.members)]

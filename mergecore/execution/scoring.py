@@ -1,4 +1,4 @@
-"""Models on data, in the process it is called in: scores, and statistics that run an expert."""
+"""Runs models on data in the current process: scores, and statistics that run an expert."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from mergecore.errors import EvaluationError
 from mergecore.events import silent
 from mergecore.execution.outcome import RECORDED, Done, failed, made_with
 from mergecore.identity.keys import Step
-from mergecore.planning.plans import StatisticPlan
+from mergecore.planning.work import ModelWork
 from mergecore.plugins.evaluator import Evaluator, Resident, Split, TaskIdentity
-from mergecore.plugins.statistic import DataStatistic
 from mergecore.store.results import ITEMS, commit_result
 from mergecore.store.store import Store
 from mergecore.tensors.source import TensorSource
@@ -31,7 +30,7 @@ _RESIDENT_LOCK = threading.Lock()
 
 @dataclass(frozen=True)
 class Bench:
-    """What every scoring or data statistic of a sweep shares; sent to a worker once."""
+    """What all tasks that run models share. It is sent to a worker once."""
 
     store: Path
     evaluator: Evaluator
@@ -41,7 +40,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """One model and the tasks on which it is to be scored."""
+    """One model, and the tasks on which it is scored."""
 
     weights: TensorSource
     companions: Path
@@ -50,15 +49,14 @@ class ScoreTask:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """What is to be completed."""
         return tuple(step for _, _, step in self.tasks)
 
 
 @dataclass(frozen=True)
-class DataTask:
-    """One expert and the statistic that is to be worked out on its training items."""
+class ModelTask:
+    """One expert, and the statistic that runs it on its training items."""
 
-    plan: StatisticPlan
+    work: ModelWork
     base: TensorSource
     expert: Expert
     companions: Path
@@ -66,12 +64,11 @@ class DataTask:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """What is to be completed."""
-        return (self.plan.step,)
+        return (self.work.step,)
 
 
 def resident(bench: Bench, companions: Path, companions_digest: str, dtype: str | None = None) -> Resident:
-    """The model shell of this process for these companions, opened once. Another one is let go first."""
+    """Return the process's shell for these companions. It is opened once; another one is let go first."""
     evaluator = bench.evaluator
     if dtype is not None and "dtype" in type(evaluator).model_fields:
         evaluator = evaluator.model_copy(update={"dtype": dtype})
@@ -84,18 +81,18 @@ def resident(bench: Bench, companions: Path, companions_digest: str, dtype: str 
 
 
 def score_model(bench: Bench, task: ScoreTask) -> Done:
-    """Score one model on its tasks, in the process it is called in; each task is recorded as soon as it is done."""
+    """Score one model on its tasks. Each task is recorded as soon as it is done."""
     store, done, began = Store(bench.store), Done(), time.monotonic()
     with _RESIDENT_LOCK:
         torch.set_num_threads(1)
         try:
-            held = resident(bench, task.companions, task.companions_digest)
-            held.swap(task.weights)
+            shell = resident(bench, task.companions, task.companions_digest)
+            shell.swap(task.weights)
         except RECORDED as error:
             return failed(store, task.steps, error)
         for _, identity, step in task.tasks:
             try:
-                if _score_task(store, held, identity, step):
+                if _score_task(store, shell, identity, step):
                     done.steps.append(step.name)
             except RECORDED as error:
                 done = done.note(failed(store, [step], error))
@@ -103,13 +100,13 @@ def score_model(bench: Bench, task: ScoreTask) -> Done:
     return done
 
 
-def _score_task(store: Store, held: Resident, identity: TaskIdentity, step: Step) -> bool:
-    """Score one task and record it. False where another process has done so meanwhile."""
+def _score_task(store: Store, shell: Resident, identity: TaskIdentity, step: Step) -> bool:
+    """Score one task and record it. Return False where another process has done so meanwhile."""
     began = time.monotonic()
     with store.draft(step) as draft:
         if store.is_done(step):
             return False
-        table = held.score(identity, silent)
+        table = shell.score(identity, silent)
         scores = table.column("score").to_pylist()
         if not scores:
             raise EvaluationError(f"task '{identity.task}' has no items in its {identity.split} split")
@@ -121,22 +118,21 @@ def _score_task(store: Store, held: Resident, identity: TaskIdentity, step: Step
     return True
 
 
-def find_on_data(bench: Bench, task: DataTask) -> Done:
-    """Work out one data statistic in the process it is called in."""
-    store, began, plan = Store(bench.store), time.monotonic(), task.plan
-    assert isinstance(plan.statistic, DataStatistic)
+def run_on_model(bench: Bench, task: ModelTask) -> Done:
+    """Work out one statistic that runs an expert on data, and record it."""
+    store, began, work = Store(bench.store), time.monotonic(), task.work
+    statistic = work.statistic
     with _RESIDENT_LOCK:
         torch.set_num_threads(1)
         try:
-            with store.draft(plan.step) as draft:
-                if store.is_done(plan.step, bytes_needed=True):
+            with store.draft(work.step) as draft:
+                if store.is_done(work.step, bytes_needed=True):
                     return Done()
-                held = resident(bench, task.companions, task.companions_digest, dtype="float32")
-                held.swap(FoldedTensors(task.base, task.expert))
-                samples = int(getattr(plan.statistic, "samples", 0))
-                data = held.calibration(plan.tasks, samples, int(getattr(plan.statistic, "seed", 0)))
-                result = plan.statistic.compute(held.model, data, plan.selection, silent)
+                shell = resident(bench, task.companions, task.companions_digest, dtype="float32")
+                shell.swap(FoldedTensors(task.base, task.expert))
+                data = shell.calibration(work.tasks, statistic.samples, statistic.seed)
+                result = statistic.compute(shell.model, data, work.selection, silent)
                 commit_result(store, draft, result, made_with(began))
         except RECORDED as error:
             return failed(store, task.steps, error)
-    return Done([plan.step.name], {}, time.monotonic() - began)
+    return Done([work.step.name], {}, time.monotonic() - began)

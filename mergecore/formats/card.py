@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergecore.spec.yaml_files import as_yaml
 
 
-def model_card(recipe: Mapping[str, Any], origin: Mapping[str, Any], scores: Mapping[str, float] | None = None) -> str:
-    """README.md of a merged model: what it is made of, the recipe as it can be run again, digests of every input."""
+def model_card(
+    recipe: Mapping[str, Any],
+    origin: Mapping[str, Any],
+    scores: Mapping[str, float] | None = None,
+    of_product: Sequence[str] = (),
+) -> str:
+    """Return README.md of a merged model: its inputs with their digests, and the recipe as it can be run again.
+
+    of_product: lines on what the product is, where it is no dense model.
+    """
     base = origin["base"]["source"]
     head = {"base_model": [base, *(expert["source"] for expert in origin["experts"])], "tags": ["merge", "mergeloom"]}
     lines = [
@@ -29,18 +37,11 @@ def model_card(recipe: Mapping[str, Any], origin: Mapping[str, Any], scores: Map
     ]
     lines += ["", "| input | source | SHA-256 of its weights |", "|---|---|---|"]
     lines += [f"| base | {base} | `{origin['base']['weights']}` |"]
-    lines += [f"| {one['name']} | {one['source']} | `{one['weights']}` |" for one in origin["experts"]]
+    lines += [f"| {expert['name']} | {expert['source']} | `{expert['weights']}` |" for expert in origin["experts"]]
     if origin.get("kept_density"):
         kept = ", ".join(f"{name} {share:.4%}" for name, share in origin["kept_density"].items())
         lines += ["", f"Share of each task vector that the threshold kept: {kept}."]
-    if "error" in origin:
-        lines += ["", f"Relative error of the cut to the rank, in the Frobenius norm: {origin['error']:.4%}."]
-    if "saved" in origin:
-        lines += [
-            "",
-            "This is no model but a product of masks: `mergeloom unpack` makes the model of one task from it.",
-        ]
-        lines += [f"It takes {origin['saved']}."]
+    lines += ["", *of_product] if of_product else []
     if scores:
         lines += ["", "| score | value |", "|---|---|"]
         lines += [f"| {name} | {value:.4f} |" for name, value in scores.items()]

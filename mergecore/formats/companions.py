@@ -12,9 +12,10 @@ from mergecore.tensors.dtypes import CONFIG_DTYPE
 
 
 def write_companions(folder: Path, snapshot: Snapshot, at: Path, dtypes: Sequence[str]) -> None:
-    """Copy config, tokenizer, chat template and the like of `snapshot` (lying in `at`) beside merged weights.
+    """Copy the small files of `snapshot` (config, tokenizer, chat template …) from the folder `at` beside merged
+    weights.
 
-    dtypes: safetensors names of the floating-point tensors written; where there is only one, the config says so.
+    dtypes: safetensors names of the floating-point tensors that were written. Where there is one, the config names it.
     """
     for name in snapshot.source.files:
         if name.endswith((".safetensors", ".safetensors.index.json")) or name == "adapter_config.json":
@@ -32,10 +33,10 @@ def write_companions(folder: Path, snapshot: Snapshot, at: Path, dtypes: Sequenc
 
 
 def write_chat_template(folder: Path, text: str) -> None:
-    """Have `text` as the chat template, in the file of its own where transformers looks first."""
+    """Write `text` as the chat template, into the file where transformers looks first."""
     (folder / "chat_template.jinja").write_text(text)
     config = folder / "tokenizer_config.json"
     if config.exists():
-        held = json.loads(config.read_text())
-        if held.pop("chat_template", None) is not None:
-            config.write_text(json.dumps(held, indent=2, ensure_ascii=False) + "\n")
+        settings = json.loads(config.read_text())
+        if settings.pop("chat_template", None) is not None:
+            config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""A directory that is there whole or not at all: written as NAME.tmp, renamed when it is done."""
+"""A directory that is there whole or not at all. It is written as NAME.tmp, and renamed at the end."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ WORK = ".work"
 
 @contextlib.contextmanager
 def whole_directory(out: Path, durable: bool) -> Iterator[Path]:
-    """`out`.tmp to write into, with a folder WORK; at the end that folder goes and the rest becomes `out`.
+    """Yield the folder `out`.tmp, with a folder WORK in it. At the end WORK is removed and the rest becomes `out`.
 
-    durable: fsync before the rename. Raises StoreError where `out` exists, or cannot be written; nothing is left then.
+    durable: fsync before the rename. Raise StoreError where `out` exists or cannot be written. Then nothing is left.
     """
     if os.path.lexists(out):
         raise StoreError(f"{out} exists already; choose another name or remove it")
@@ -35,7 +35,9 @@ def whole_directory(out: Path, durable: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _draft(out: Path) -> Iterator[Path]:
-    """`out`.tmp, new and ours alone; gone after an error. What a killed merge left there is removed, nothing else is."""
+    """Yield `out`.tmp, new and ours alone. It is removed after an error. What a killed merge left there is removed
+    first.
+    """
     draft = out.with_name(out.name + ".tmp")
     try:
         if os.path.lexists(draft):
@@ -58,7 +60,7 @@ def _draft(out: Path) -> Iterator[Path]:
 
 
 def _remove_leftover(draft: Path) -> None:
-    """Raise StoreError where `draft` is no leftover: something of the user's, or a merge that is under way."""
+    """Raise StoreError where `draft` is the user's own, or belongs to a merge that still runs."""
     if draft.is_symlink() or not (draft / WORK).is_dir():
         raise StoreError(f"{draft}, where the model would be written first, is something else; move it away")
     handle = os.open(draft, os.O_RDONLY)
@@ -72,13 +74,13 @@ def _remove_leftover(draft: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Have every file and the folder itself on the disk."""
+    """Write every file and the folder itself to the disk."""
     for path in [*sorted(folder.rglob("*")), folder]:
         _sync_entry(path)
 
 
 def _sync_entry(path: Path) -> None:
-    """Have one file, or the names in one folder, on the disk."""
+    """Write one file, or the names in one folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

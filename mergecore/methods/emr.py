@@ -30,7 +30,7 @@ class Emr(Method):
         "Huang et al. 2024, EMR-Merging: tuning-free high-performance model merging, arXiv:2405.17461"
     )
     per: ClassVar[Per] = Per.TENSOR
-    makes = "masks"
+    product: ClassVar[str] = "masks"
     idempotent: ClassVar[bool] = False
     published: ClassVar[tuple[str, ...]] = ("`rescale: tensors, zero_sign: negative` the authors' code",)
 

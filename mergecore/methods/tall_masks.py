@@ -30,7 +30,7 @@ class TallMasks(MaskMethod):
         "Wang et al. 2024, Localizing task information for improved model merging and compression, arXiv:2405.07813"
     )
     per: ClassVar[Per] = Per.TENSOR
-    makes = "masks"
+    product: ClassVar[str] = "masks"
     idempotent: ClassVar[bool] = False
     published: ClassVar[tuple[str, ...]] = (
         "the authors' task-arithmetic masks; a bit is packed as theirs, highest first, but tensor by tensor",

@@ -9,8 +9,8 @@ from typing import Any
 
 from mergecore.checkpoints.select import SelectRule
 from mergecore.identity.keys import Step, digest
-from mergecore.planning.plans import MergePlan
 from mergecore.planning.pool import Member, Pool
+from mergecore.planning.work import MergeWork
 from mergecore.plugins.evaluator import Evaluator, Split, TaskIdentity
 from mergecore.plugins.search import Candidate, Ground
 from mergecore.reporting.scores import Kind, Suite
@@ -21,9 +21,10 @@ from mergecore.spec.sweep import Spec
 
 @dataclass(frozen=True)
 class Cell:
-    """One model to be made and measured. `merge` is None where the model is a checkpoint as it stands.
+    """One model to build and measure. `merge` is None where the model is a checkpoint as it stands.
 
-    method: the label of its variant, under which it stands in tables and figures; '' for baselines.
+    method: the label of its variant, under which it stands in tables and figures; '' for baselines. subset: −1 for
+    baselines. refused: why it cannot be built, '' where it can.
     """
 
     id: str
@@ -35,7 +36,7 @@ class Cell:
     subset: int
     experts: tuple[str, ...]
     model: Step
-    merge: MergePlan | None
+    merge: MergeWork | None
     member: Member | None
     tasks: tuple[str, ...]
     refused: str = ""
@@ -49,12 +50,14 @@ class Cell:
     """The tasks on whose validation items something is decided."""
 
     def tasks_on(self, split: Split) -> tuple[str, ...]:
-        """The tasks that are measured on a split."""
+        """Return the tasks that are measured on a split."""
         return self.tasks if split == "test" else self.deciding
 
     @property
     def group(self) -> tuple[str, int, int]:
-        """Cells of one group differ in their values only; one of them is chosen on validation items."""
+        """What cells have in common that differ in their values only. One cell of a group is chosen on validation
+        items.
+        """
         return (self.method if self.kind == "merge" else self.id, self.count, self.subset)
 
 
@@ -69,18 +72,17 @@ class PlannedSearch:
 
     @property
     def group(self) -> tuple[str, int, int]:
-        """The group of its cells, of which the search chooses one."""
+        """The group of its cells. The search chooses one of them."""
         return self.entry.label, self.count, self.subset
 
     @property
     def name(self) -> str:
-        """How it is called."""
         return f"{self.entry.label} n{self.count} s{self.subset}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a sweep consists of. Searches add cells to it while scores come in (see Frontier)."""
+    """Everything a sweep consists of. Searches add cells while scores come in (see Frontier)."""
 
     spec: Spec
     pool: Pool
@@ -98,7 +100,7 @@ class Plan:
     _evaluations: dict[tuple[str, str, str], Step] = field(default_factory=dict, compare=False, repr=False)
 
     def evaluation(self, cell: Cell, split: Split, task: str) -> Step:
-        """The step that scores a cell's model on one task."""
+        """Return the step that scores a cell's model on one task."""
         place = (cell.id, split, task)
         if place not in self._evaluations:
             self._evaluations[place] = self._evaluation(cell, split, task)
@@ -123,25 +125,25 @@ class Plan:
         )
 
     def companions(self, cell: Cell) -> Any:
-        """The snapshot whose config and tokenizer go with the cell's model."""
+        """Return the snapshot whose config and tokenizer go with the cell's model."""
         if cell.merge is None:
             return (self.pool.base if cell.member is None else cell.member.snapshot).as_stored
         return self.pool.base
 
     @property
     def splits(self) -> tuple[Split, ...]:
-        """Validation first, where the spec has it."""
+        """The splits that are measured, validation first where the spec has it."""
         return tuple(self.evaluators)
 
     @property
     def shard_size(self) -> int:
-        """Bytes of a shard."""
+        """Bytes of a shard at most."""
         return size_in_bytes(self.spec.output.shard_size)
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """The tasks on which one cell's model is still to be scored."""
+    """A cell, and the tasks on which its model is still to be scored."""
 
     cell: Cell
     tasks: tuple[tuple[Split, TaskIdentity, Step], ...]

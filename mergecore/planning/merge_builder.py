@@ -1,9 +1,11 @@
-"""From a method and its experts to steps: layouts, keys, and what must be known beforehand, each distinct one once."""
+"""Builds merges: from a method and its experts to steps, layouts and keys. Works that several merges share are made
+once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,15 @@ from mergecore.checkpoints.layout import Layout, lay_out
 from mergecore.checkpoints.select import SelectRule
 from mergecore.errors import SpecError
 from mergecore.identity.keys import Step, canonical, digest
-from mergecore.planning.parts import Portion, portions
-from mergecore.planning.plans import MergePlan, StatisticPlan, bytes_of
+from mergecore.planning.parts import Portion, portions_of
 from mergecore.planning.pool import Member, Pool
-from mergecore.plugins.adapter_method import ADAPTER, AdapterMethod, ranks_made
+from mergecore.planning.work import AdapterWork, LinkWork, MergeWork, ModelWork, ScanWork, Way, Work, bytes_of
+from mergecore.plugins.adapter_method import AdapterMethod, ranks_made
+from mergecore.plugins.any_statistic import AnyStatistic
 from mergecore.plugins.chain import BEFORE, Link
 from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import DataStatistic, Scope, Statistic
+from mergecore.registry import product_of
 from mergecore.tensors.dtypes import MERGED, SAFETENSORS_DTYPE
 from mergecore.tensors.source import TensorInfo
 
@@ -28,7 +32,7 @@ ENGINE = 1
 
 @dataclass(frozen=True)
 class Laid:
-    """A layout, the tensors that are written for it, the digest of their names, and how many bytes they are."""
+    """A layout, the tensors that are written for it, the digest of their names, and their bytes."""
 
     layout: Layout
     outputs: Mapping[str, TensorInfo]
@@ -37,10 +41,11 @@ class Laid:
 
 
 class MergeBuilder:
-    """Turns (method, experts) into steps; layouts and statistics that several merges share are built once.
+    """Turns (method, experts) into works. Layouts and statistics that several merges share are built once.
 
-    select: rules that hold for merges that are given none of their own. data: for a statistic that needs data, what
-    identifies the data it sees for an expert.
+    select: the rules of merges that have none of their own. dtype: of the models, as people write it; None: each
+    tensor's
+    own. data: returns what identifies the training data of an expert, for statistics that run models.
     """
 
     def __init__(self, pool: Pool, select: Sequence[SelectRule], dtype: str | None, data: Any) -> None:
@@ -49,14 +54,14 @@ class MergeBuilder:
         self.by_id = {member.id: member for member in pool.members}
         self._layouts: dict[tuple[tuple[SelectRule, ...], frozenset[str]], Laid] = {}
         self._laid: dict[tuple[tuple[SelectRule, ...], frozenset[str]], Laid] = {}
-        self._statistics: dict[tuple[type, bytes, str, str], dict[tuple[str, ...], StatisticPlan]] = {}
-        self._links: dict[str, StatisticPlan] = {}
+        self._works: dict[tuple[type, bytes, str, str], dict[tuple[str, ...], Work]] = {}
+        self._links: dict[str, LinkWork] = {}
         self._wholes: dict[str, Mapping[str, TensorInfo]] = {}
 
     def build(
         self, method: Method, members: Sequence[Member], select: tuple[SelectRule, ...] | None = None
-    ) -> MergePlan:
-        """The merge of these experts by this method. Raises SpecError where the values do not fit."""
+    ) -> MergeWork:
+        """Return the merge of these experts by this method. Raise SpecError where the values do not fit."""
         select = self.select if select is None else select
         if not all(rule.plain for rule in select):
             return self._in_parts(method, members, select)
@@ -65,34 +70,25 @@ class MergeBuilder:
         ids = tuple(members[position].id for position in order)
         bound = method.bound(order).fitted(self.pool.base.tensors)
         laid = self._layout(frozenset(ids), select)
-        statistics: Mapping[str, tuple[StatisticPlan, ...]]
-        if isinstance(bound, AdapterMethod):
-            statistics = {ADAPTER: (self._adapter(bound, [self.by_id[one] for one in ids], laid.layout.merged),)}
-        else:
-            statistics = self._statistics_of(bound, ids, laid.layout.merged, laid.tensors)
+        inputs = self.works_for(bound, Subject(ids, laid.layout.merged, laid.tensors))
         step = Step(
             "merge",
             bound.name,
             bound.version,
             {"values": bound.parameters(), "dtype": self.dtype, "tensors": laid.tensors, "engine": ENGINE},
-            {
-                "base": self.pool.base.weights,
-                "experts": list(ids),
-                "statistics": {name: [plan.step.key for plan in plans] for name, plans in statistics.items()},
-            },
+            {"base": self.pool.base.weights, "experts": list(ids), "statistics": keys_of(inputs)},
         )
-        outputs, size = laid.outputs, laid.size
+        product, outputs, size = product_of(bound), laid.outputs, laid.size
         if (changed := bound.outputs(laid.layout.merged, len(ids))) is not laid.layout.merged:
-            held = {**changed, **laid.layout.copied}
-            outputs = self._outputs(held) if bound.makes != "masks" else held
+            outputs = product.stored({**changed, **laid.layout.copied}, self.dtype)
             size = bytes_of(outputs)
-        return MergePlan(step, bound, ids, laid.layout, outputs, statistics, size)
+        return MergeWork(step, ids, laid.layout.merged, inputs, "", bound, product, laid.layout, outputs, size)
 
-    def _in_parts(self, method: Method, members: Sequence[Member], select: tuple[SelectRule, ...]) -> MergePlan:
-        """The merge whose tensors come about in several ways: one part for each."""
-        layout, found = portions(self.pool, members, method, select)
-        parts = tuple(self._part(portion) for portion in found)
-        ids = tuple(sorted({one for part in parts for one in (*part.experts, part.base) if one}))
+    def _in_parts(self, method: Method, members: Sequence[Member], select: tuple[SelectRule, ...]) -> MergeWork:
+        """Return a merge whose tensors are made in several ways, with one part for each way."""
+        layout, portions = portions_of(self.pool, members, method, select)
+        parts = tuple(self._part(portion) for portion in portions)
+        ids = tuple(sorted({expert for part in parts for expert in (*part.experts, part.base) if expert}))
         step = Step(
             "merge",
             method.name,
@@ -101,40 +97,37 @@ class MergeBuilder:
             {"base": self.pool.base.weights, "experts": list(ids), "parts": sorted(part.step.key for part in parts)},
         )
         outputs = {name: info for part in parts for name, info in part.outputs.items()}
-        statistics = {
-            f"{number} {name}": plans for number, part in enumerate(parts) for name, plans in part.statistics.items()
-        }
-        return MergePlan(step, method, ids, layout, outputs, statistics, bytes_of(outputs), parts=parts)
+        inputs = {f"{number} {name}": works for number, part in enumerate(parts) for name, works in part.inputs.items()}
+        product, size = product_of(method), bytes_of(outputs)
+        return MergeWork(step, ids, layout.merged, inputs, "", method, product, layout, outputs, size, parts)
 
-    def _part(self, portion: Portion) -> MergePlan:
-        way, layout = portion.way, portion.layout
-        base = way.base.id if way.base else ""
-        order = way.method.arranged([member.id for member in way.experts])
-        ids = tuple(way.experts[position].id for position in order)
-        bound = way.method.bound(order).fitted(self.pool.base.tensors) if layout.merged else way.method
+    def _part(self, portion: Portion) -> Way:
+        rule, layout = portion.way, portion.layout
+        base = rule.base.id if rule.base else ""
+        order = rule.method.arranged([member.id for member in rule.experts])
+        ids = tuple(rule.experts[position].id for position in order)
+        bound = rule.method.bound(order).fitted(self.pool.base.tensors) if layout.merged else rule.method
         tensors = digest([sorted(layout.merged), sorted(layout.copied)])
-        statistics = self._statistics_of(bound, ids, layout.merged, tensors, base) if layout.merged else {}
+        inputs = self.works_for(bound, Subject(ids, layout.merged, tensors, base)) if layout.merged else {}
         step = Step(
             "part",
             bound.name,
             bound.version,
             {"values": bound.parameters(), "dtype": self.dtype, "tensors": tensors, "engine": ENGINE},
-            {
-                "base": base or self.pool.base.weights,
-                "experts": list(ids),
-                "statistics": {name: [plan.step.key for plan in plans] for name, plans in statistics.items()},
-            },
+            {"base": base or self.pool.base.weights, "experts": list(ids), "statistics": keys_of(inputs)},
         )
         outputs = self._outputs({**bound.outputs(layout.merged, len(ids)), **layout.copied})
-        return MergePlan(step, bound, ids, layout, outputs, statistics, bytes_of(outputs), base)
+        return Way(step, bound, ids, layout, outputs, inputs, base)
 
     def _outputs(self, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
         return {name: info.stored_as(self.dtype or info.dtype) for name, info in tensors.items()}
 
     def _layout(self, ids: frozenset[str], select: tuple[SelectRule, ...]) -> Laid:
-        """What these experts carry between them, laid out; whoever carries the same shares it."""
+        """Return the layout of the tensors that these experts carry. Experts that carry the same tensors share a
+        layout.
+        """
         if (select, ids) not in self._laid:
-            union = frozenset[str]().union(*(self.by_id[one].carried() for one in ids))
+            union = frozenset[str]().union(*(self.by_id[expert].carried() for expert in ids))
             if (select, union) not in self._layouts:
                 layout = lay_out(self.pool.base.tensors, self.pool.base.config, [union], select)
                 outputs = self._outputs({**layout.merged, **layout.copied})
@@ -143,109 +136,143 @@ class MergeBuilder:
             self._laid[select, ids] = self._layouts[select, union]
         return self._laid[select, ids]
 
-    def _statistics_of(
-        self,
-        owner: Method | Statistic,
-        ids: tuple[str, ...],
-        selection: Mapping[str, TensorInfo],
-        tensors: str,
-        base: str = "",
-    ) -> dict[str, tuple[StatisticPlan, ...]]:
-        found: dict[str, tuple[StatisticPlan, ...]] = {}
-        for name, statistic in owner.statistics().items():
-            if isinstance(statistic, Link):
-                found[name] = (self._chain(statistic, ids, selection),)
-                continue
-            groups = [(one,) for one in ids] if statistic.scope is Scope.EXPERT else [ids]
-            shared = self._known(statistic, tensors, base)
-            plans = []
-            for number, group in enumerate(groups):
-                kind = statistic.of_expert(number) if isinstance(statistic, Statistic) else statistic
-                known = shared if kind is statistic else self._known(kind, tensors, base)
-                if group not in known:
-                    known[group] = self._statistic(kind, group, selection, tensors, base)
-                plans.append(known[group])
-            found[name] = tuple(plans)
-        return found
+    # --- what must be known beforehand ------------------------------------------------------------------------------
 
-    def _known(
-        self, statistic: Statistic | DataStatistic, tensors: str, base: str
-    ) -> dict[tuple[str, ...], StatisticPlan]:
-        """Plans of this statistic so far, by its experts."""
+    def works_for(self, owner: Method | AnyStatistic, subject: Subject) -> dict[str, tuple[Work, ...]]:
+        """Return the works whose results `owner` is handed, by the name it knows them under."""
+        wrap = Wrap(self, subject)
+        return {name: statistic.visit(wrap) for name, statistic in owner.statistics().items()}
+
+    def known(self, statistic: AnyStatistic, subject: Subject) -> dict[tuple[str, ...], Work]:
+        """Return the works of this statistic so far, by expert ids. Whoever asks for the same gets the same work."""
         # By what enters its key, not by equality: 0.0 equals -0.0 and is another key.
-        return self._statistics.setdefault((type(statistic), canonical(statistic.parameters()), tensors, base), {})
+        alike = (type(statistic), canonical(statistic.parameters()), subject.tensors, subject.base)
+        return self._works.setdefault(alike, {})
 
-    def _statistic(
-        self,
-        statistic: Statistic | DataStatistic,
-        ids: tuple[str, ...],
-        selection: Mapping[str, TensorInfo],
-        tensors: str,
-        base: str,
-    ) -> StatisticPlan:
-        inner: dict[str, tuple[StatisticPlan, ...]] = {}
-        inputs: dict[str, Any] = {"base": base or self.pool.base.weights, "experts": list(ids)}
-        tasks: tuple[str, ...] = ()
-        if isinstance(statistic, Statistic) and statistic.whole:
-            selection = self._whole(ids[0])
+    def link(self, work: LinkWork) -> LinkWork:
+        """Return the one work of this link. Chains that begin alike share their beginning."""
+        return self._links.setdefault(work.step.key, work)
+
+    def whole(self, expert: str) -> Mapping[str, TensorInfo]:
+        """Return every tensor that the expert can change, whatever is selected. All selections share its profile."""
+        if expert not in self._wholes:
+            layout = lay_out(self.pool.base.tensors, self.pool.base.config, [self.by_id[expert].carried()], ())
+            self._wholes[expert] = {name: info for name, info in layout.merged.items() if info.dtype in MERGED}
+        return self._wholes[expert]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a method or statistic works on.
+
+    experts: ids in fold order. tensors: the digest of the selection's names. base: id of the expert whose weights the
+    changes are counted from; '' for the pool's base.
+    """
+
+    experts: tuple[str, ...]
+    selection: Mapping[str, TensorInfo]
+    tensors: str
+    base: str = ""
+
+
+@dataclass(frozen=True)
+class Wrap:
+    """Wraps each kind of statistic into its works. The planner looks at kinds here and nowhere else."""
+
+    builder: MergeBuilder
+    subject: Subject
+
+    @property
+    def _base(self) -> str:
+        return self.subject.base or self.builder.pool.base.weights
+
+    def streamed(self, statistic: Statistic) -> tuple[Work, ...]:
+        """Return a scan of each expert, or one of all of them."""
+        ids, works = self.subject.experts, []
+        shared = self.builder.known(statistic, self.subject)
+        groups = [ids] if statistic.scope is Scope.POOL else [(expert,) for expert in ids]
+        for position, group in enumerate(groups):
+            own = statistic.of_expert(position)
+            known = shared if own is statistic else self.builder.known(own, self.subject)
+            if group not in known:
+                known[group] = self._scan(own, group)
+            works.append(known[group])
+        return tuple(works)
+
+    def _scan(self, statistic: Statistic, ids: tuple[str, ...]) -> ScanWork:
+        inputs: dict[str, Any] = {"base": self._base, "experts": list(ids)}
+        selection = self.subject.selection
+        if statistic.whole:
+            selection = self.builder.whole(ids[0])
         else:
-            inputs["tensors"] = tensors
-        if isinstance(statistic, DataStatistic):
-            inputs["data"] = self.data(self.by_id[ids[0]])
-            tasks = tuple(inputs["data"]["tasks"])
-        else:
-            inner = self._statistics_of(statistic, ids, selection, tensors, base)
-            inputs["statistics"] = {name: [plan.step.key for plan in plans] for name, plans in inner.items()}
-        parameters = {"values": statistic.parameters(), "engine": ENGINE}
-        step = Step("statistic", statistic.name, statistic.version, parameters, inputs)
-        return StatisticPlan(step, statistic, ids, selection, inner, tasks, base)
+            inputs["tensors"] = self.subject.tensors
+        known = self.builder.works_for(statistic, replace(self.subject, experts=ids, selection=selection))
+        step = _statistic_step(statistic, {**inputs, "statistics": keys_of(known)})
+        return ScanWork(step, ids, selection, known, self.subject.base, statistic)
 
-    def _chain(self, statistic: Link, ids: tuple[str, ...], selection: Mapping[str, TensorInfo]) -> StatisticPlan:
-        """The last link of a chain over these experts, in this order.
+    def on_models(self, statistic: DataStatistic) -> tuple[Work, ...]:
+        """Return a run of each expert on its training items."""
+        known = self.builder.known(statistic, self.subject)
+        for expert in self.subject.experts:
+            if (expert,) not in known:
+                known[expert,] = self._run(statistic, expert)
+        return tuple(known[expert,] for expert in self.subject.experts)
 
-        A link's key holds its own expert, the link before it and the selected tensors that the experts so far carry:
-        nothing of those to come, so that chains which begin alike share their beginning.
+    def _run(self, statistic: DataStatistic, expert: str) -> ModelWork:
+        data = self.builder.data(self.builder.by_id[expert])
+        inputs = {"base": self._base, "experts": [expert], "tensors": self.subject.tensors, "data": data}
+        step, tasks = _statistic_step(statistic, inputs), tuple(data["tasks"])
+        return ModelWork(step, (expert,), self.subject.selection, {}, self.subject.base, statistic, tasks)
+
+    def chained(self, link: Link) -> tuple[Work, ...]:
+        """Return the last link of a chain over the experts, in their order.
+
+        The key of a link holds its own expert, the link before it, and the selected tensors that the experts so far
+        carry. It
+        holds nothing of the experts to come, so that chains which begin alike share their beginning.
         """
         carried: set[str] = set()
-        before: tuple[StatisticPlan, ...] = ()
-        for one in ids:
-            carried |= self.by_id[one].carried()
+        before: tuple[LinkWork, ...] = ()
+        for expert in self.subject.experts:
+            carried |= self.builder.by_id[expert].carried()
             # An expert all of whose tensors `select` leaves out still stands in the chain, with a delta of zero.
-            held = {name: info for name, info in selection.items() if name in carried} or selection
+            own = {name: info for name, info in self.subject.selection.items() if name in carried}
+            selection = own or self.subject.selection
             inputs = {
-                "base": self.pool.base.weights,
-                "experts": [one],
-                "tensors": digest(sorted(held)),
-                "statistics": {BEFORE: [plan.step.key for plan in before]},
+                "base": self.builder.pool.base.weights,
+                "experts": [expert],
+                "tensors": digest(sorted(selection)),
+                "statistics": keys_of({BEFORE: before}),
             }
-            parameters = {"values": statistic.parameters(), "engine": ENGINE}
-            step = Step("statistic", statistic.name, statistic.version, parameters, inputs)
-            plan = StatisticPlan(step, statistic, (one,), held, {BEFORE: before})
-            before = (self._links.setdefault(step.key, plan),)
-        return before[0]
+            work = LinkWork(_statistic_step(link, inputs), (expert,), selection, {BEFORE: before}, "", link)
+            before = (self.builder.link(work),)
+        return before
 
-    def _adapter(
-        self, method: AdapterMethod, members: Sequence[Member], selection: Mapping[str, TensorInfo]
-    ) -> StatisticPlan:
-        """The adapter made of these. Raises SpecError where one is none, and where a value does not fit their ranks."""
+    def adapter(self, method: AdapterMethod) -> tuple[Work, ...]:
+        """Return the adapter made of these experts. Raise SpecError where an expert is none, or a value does not fit."""
+        members = [self.builder.by_id[expert] for expert in self.subject.experts]
         for member in members:
             if member.factors is None:
                 raise SpecError(
                     f"method '{method.name}' merges adapters, and expert '{member.name}' is a full checkpoint; take an "
                     "adapter from it first: `mergeloom extract-lora`"
                 )
-        experts = [member.adapter(Path(), self.pool.base.tensors) for member in members]
+        pool, selection = self.builder.pool, self.subject.selection
+        experts = [member.adapter(Path(), pool.base.tensors) for member in members]
         is_transposed(experts)
         ranks_made(method, experts, selection)
-        ids = tuple(member.id for member in members)
-        inputs = {"base": self.pool.base.weights, "experts": list(ids), "tensors": digest(sorted(selection))}
+        ids = self.subject.experts
+        inputs = {"base": pool.base.weights, "experts": list(ids), "tensors": digest(sorted(selection))}
         parameters = {"values": method.parameters(), "engine": ENGINE}
         step = Step("adapter", method.name, method.version, parameters, inputs)
-        return StatisticPlan(step, method, ids, selection, {})
+        return (AdapterWork(step, ids, selection, {}, "", method),)
 
-    def _whole(self, expert: str) -> Mapping[str, TensorInfo]:
-        """Every tensor the expert can change, whatever is selected: profiles are shared by all selections."""
-        if expert not in self._wholes:
-            layout = lay_out(self.pool.base.tensors, self.pool.base.config, [self.by_id[expert].carried()], ())
-            self._wholes[expert] = {name: info for name, info in layout.merged.items() if info.dtype in MERGED}
-        return self._wholes[expert]
+
+def _statistic_step(statistic: AnyStatistic, inputs: Mapping[str, Any]) -> Step:
+    parameters = {"values": statistic.parameters(), "engine": ENGINE}
+    return Step("statistic", statistic.name, statistic.version, parameters, dict(inputs))
+
+
+def keys_of(inputs: Mapping[str, tuple[Work, ...]]) -> dict[str, list[str]]:
+    """Return the keys of works, by the name under which each is handed on."""
+    return {name: [work.step.key for work in works] for name, works in inputs.items()}

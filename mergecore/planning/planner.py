@@ -1,7 +1,4 @@
-"""From a spec to cells and from cells to steps: what every number needs, by key, before anything is done.
-
-A cell is one model to be made and measured. Planning touches no weights: equal plans come from equal digests.
-"""
+"""Plans a sweep: from the spec to cells, and from cells to steps with their keys. Planning reads no weights."""
 
 from __future__ import annotations
 
@@ -26,10 +23,11 @@ from mergecore.spec.variants import Variant
 
 
 def make_plan(spec: Spec, pool: Pool, root: Path) -> Plan:
-    """The plan of a sweep. `root`: what relative paths in the spec's `evaluate.path` start from.
+    """Return the plan of a sweep. root: the folder that relative paths in `evaluate.path` start from.
 
-    Raises SpecError and EvaluationError for what cannot be meant; a method whose values do not fit a count becomes a
-    refused cell instead.
+    Raise SpecError and EvaluationError for what the spec cannot mean. A method whose values do not fit a count becomes
+    a
+    refused cell.
     """
     evaluate = spec.evaluate
     folder = root / evaluate.path if evaluate.path else None
@@ -44,7 +42,7 @@ def make_plan(spec: Spec, pool: Pool, root: Path) -> Plan:
         {expert.name: expert.tasks for expert in spec.experts},
     )
     names = list(
-        dict.fromkeys(task for group in (suite.held_in, suite.held_out) for held in group.values() for task in held)
+        dict.fromkeys(task for group in (suite.held_in, suite.held_out) for own in group.values() for task in own)
     )
     if not names:
         raise SpecError("evaluate: no task stands in held_in or held_out; a sweep needs something to measure")
@@ -60,40 +58,46 @@ def make_plan(spec: Spec, pool: Pool, root: Path) -> Plan:
 
 
 def deciding(spec: Spec, tasks: Sequence[str], searches: Sequence[Searched] | None = None) -> tuple[str, ...]:
-    """Of these tasks those whose validation items decide something: the ones of the side that chooses grid values and the
-    model to register, and what searches name or look at. searches: all of the spec's where none are given."""
+    """Return those of the tasks whose validation items decide something.
+
+    They are the tasks of the side that chooses grid values and the model to register, and those that a search names or
+    looks at. searches: all searches of the spec where None.
+    """
     held_in, held_out = (
-        {task for held in side.values() for task in held} for side in (spec.evaluate.held_in, spec.evaluate.held_out)
+        {task for names in side.values() for task in names} for side in (spec.evaluate.held_in, spec.evaluate.held_out)
     )
     register = spec.output.register_
     wanted = set(held_out if register and register.by == "held_out" else held_in)
-    for one in spec.searches if searches is None else searches:
-        wanted.update(one.search.tasks, held_in if one.search.by_own_tasks else ())
+    for entry in spec.searches if searches is None else searches:
+        wanted.update(entry.search.tasks, held_in if entry.search.by_own_tasks else ())
     return tuple(task for task in tasks if task in wanted)
 
 
 def leaks(
     evaluators: Mapping[Split, Evaluator], tasks: Mapping[Split, Mapping[str, TaskIdentity]], folder: Path | None
 ) -> tuple[str, ...]:
-    """Tasks some of whose validation items are test items too, as sentences.
+    """Return one sentence for each task some of whose validation items are test items too.
 
-    Raises SpecError where all of them are: what a search has found on them would be reported on the same items.
+    Raise SpecError where all of them are: the search would be reported on the items that it chose by.
     """
-    found = []
+    notes = []
     for name, validation in tasks["validation"].items():
         test = tasks["test"][name]
-        chosen_on, reported_on = (evaluators[one.split].documents(one, folder) for one in (validation, test))
+        chosen_on, reported_on = (
+            evaluators[identity.split].documents(identity, folder) for identity in (validation, test)
+        )
         same = {key: value for key, value in validation.identity.items() if key != "evaluator"} == {
             key: value for key, value in test.identity.items() if key != "evaluator"
         }
         if same or (chosen_on and reported_on and chosen_on <= reported_on):
             raise SpecError(
-                f"task '{name}': its validation items are its test items, so that a search would be reported on what it "
+                f"task '{name}': its validation items are its test items, so that a search would be reported on what "
+                f"it "
                 "was chosen by; give the task a validation split of its own"
             )
         if chosen_on and reported_on and (both := chosen_on & reported_on):
-            found.append(f"task '{name}': {len(both)} of {len(chosen_on)} validation items are test items too")
-    return tuple(found)
+            notes.append(f"task '{name}': {len(both)} of {len(chosen_on)} validation items are test items too")
+    return tuple(notes)
 
 
 def _evaluator(evaluate: Evaluate, changes: Mapping[str, Any]) -> Evaluator:
@@ -101,7 +105,7 @@ def _evaluator(evaluate: Evaluate, changes: Mapping[str, Any]) -> Evaluator:
 
 
 class Planner:
-    """Builds merges and their statistics, each distinct one once."""
+    """Plans the cells of a sweep. Each distinct merge and statistic is planned once."""
 
     def __init__(
         self,
@@ -118,35 +122,51 @@ class Planner:
         self._candidates: dict[tuple[Any, Candidate], Cell] = {}
 
     def _data(self, member: Member) -> dict[str, Any]:
-        names = member.tasks or tuple(dict.fromkeys(task for held in self.suite.held_in.values() for task in held))
+        names = member.tasks or tuple(dict.fromkeys(task for own in self.suite.held_in.values() for task in own))
         training = self.evaluator.training_identity(names, self.folder)
         return {"tasks": list(names), "training": digest(training), "companions": self.pool.base.companions}
 
     def cells(self) -> Iterator[Cell]:
-        """Baselines first, then every merge by count, subset and method."""
+        """Yield the baselines, then every merge by count, subset and method."""
         everything = tuple(
             dict.fromkeys(t for g in (self.suite.held_in, self.suite.held_out) for h in g.values() for t in h)
         )
         base = snapshot_step(self.pool.base.as_stored)
         deciding = self._deciding(everything)
         yield Cell(
-            base.key[:16], "base", "base", "", {}, 0, -1, (), base, None, None, everything, deciding=deciding
-        )  # fmt: skip
+            id=base.key[:16],
+            kind="base",
+            name="base",
+            method="",
+            values={},
+            count=0,
+            subset=-1,
+            experts=(),
+            model=base,
+            merge=None,
+            member=None,
+            tasks=everything,
+            deciding=deciding,
+        )
         for member in self.pool.members:
             own = member.tasks if member.name in self.pool.experts else None
             tasks = everything if own is None else self._tasks_of([member.name])
             yield self._baseline(member, tasks)
         seen: set[str] = set()
         variants = self.spec.variants
-        for count, subset, chosen in self.drawn([*self.spec.counts, *(n for one in variants for n in one.counts)]):
-            for variant in (one for one in variants if count in one.counts):
+        for count, subset, chosen in self.drawn(
+            [*self.spec.counts, *(n for variant in variants for n in variant.counts)]
+        ):
+            for variant in (variant for variant in variants if count in variant.counts):
                 cell = self._cell(variant, count, subset, chosen)
                 if cell.id not in seen:
                     seen.add(cell.id)
                     yield cell
 
     def drawn(self, counts: Sequence[int]) -> Iterator[tuple[int, int, tuple[str, ...]]]:
-        """Count, subset and experts of every drawing; of those with the same experts, and so the same cells, the first."""
+        """Yield count, subset and experts of every drawing. Of drawings with the same experts only the first is
+        yielded.
+        """
         known: set[tuple[str, ...]] = set()
         for count in dict.fromkeys(counts):
             for subset in range(self.spec.subsets.per_count):
@@ -156,11 +176,11 @@ class Planner:
                     yield count, subset, chosen
 
     def draw(self, count: int, subset: int) -> tuple[str, ...]:
-        """The first `count` experts by hash(seed, subset, id), named in the order of the spec."""
+        """Return the first `count` experts by hash(seed, subset, id), in the order of the spec."""
         seed = self.spec.subsets.seed
         ranked = sorted(self.pool.experts.values(), key=lambda member: digest([seed, subset, member.id]))
-        held = {member.name for member in ranked[:count]}
-        return tuple(name for name in self.pool.experts if name in held)
+        drawn = {member.name for member in ranked[:count]}
+        return tuple(name for name in self.pool.experts if name in drawn)
 
     def _tasks_of(self, experts: Sequence[str]) -> tuple[str, ...]:
         own = {task for name in experts for task in self.pool.experts[name].tasks}
@@ -177,13 +197,24 @@ class Planner:
             merge = self.builder.build(Average(), [member])
             step, key = merge.step, digest(["baseline", merge.step.key])
         return Cell(
-            key[:16], kind, member.name, "", {}, len(experts), -1, experts, step, merge, member, tasks,
+            id=key[:16],
+            kind=kind,
+            name=member.name,
+            method="",
+            values={},
+            count=len(experts),
+            subset=-1,
+            experts=experts,
+            model=step,
+            merge=merge,
+            member=member,
+            tasks=tasks,
             deciding=self._deciding(tasks),
-        )  # fmt: skip
+        )
 
     def searches(self) -> tuple[tuple[PlannedSearch, ...], tuple[Cell, ...]]:
-        """A search for each entry and drawing, and a refused cell where its experts cannot be searched over."""
-        found, refused = [], []
+        """Return a search for each entry and drawing, and a refused cell where a search does not fit its experts."""
+        planned_searches, refused = [], []
         for count, subset, chosen in self.drawn(self.spec.counts):
             members = {name: self.pool.experts[name] for name in chosen}
             own = {name: member.tasks for name, member in members.items()}
@@ -194,19 +225,32 @@ class Planner:
                     entry.search.check(ground)
                     if not self._deciding(self._tasks_of(chosen), entry):
                         raise SpecError("none of the tasks that decide is measured for these experts; name their tasks")
-                    found.append(planned)
+                    planned_searches.append(planned)
                 except MergeloomError as error:
                     model = Step("merge", entry.method, 0, {"search": planned.name}, {"experts": list(chosen)})
                     refused.append(
                         Cell(
-                            model.key[:16], "merge", planned.name, entry.label, {}, count, subset, chosen, model, None, None,
-                            (), str(error),
+                            id=model.key[:16],
+                            kind="merge",
+                            name=planned.name,
+                            method=entry.label,
+                            values={},
+                            count=count,
+                            subset=subset,
+                            experts=chosen,
+                            model=model,
+                            merge=None,
+                            member=None,
+                            tasks=(),
+                            refused=str(error),
                         )
-                    )  # fmt: skip
-        return tuple(found), tuple(refused)
+                    )
+        return tuple(planned_searches), tuple(refused)
 
     def candidate_cell(self, planned: PlannedSearch, candidate: Candidate) -> Cell:
-        """What a search asks for as a cell of its own, also where another cell has the same model."""
+        """Return the cell of what a search asks for. It is a cell of its own, also where another cell has the same
+        model.
+        """
         place = (planned.group, candidate)
         if place not in self._candidates:
             cell = self._cell(
@@ -226,7 +270,7 @@ class Planner:
     def _cell(
         self, variant: Variant, count: int, subset: int, chosen: tuple[str, ...], merged: tuple[str, ...] | None = None
     ) -> Cell:
-        """One merge. merged: the experts that it is of, where they are not all that were drawn."""
+        """Return the cell of one merge. merged: the experts that are merged, where these are not all that were drawn."""
         merged = chosen if merged is None else merged
         values = values_label(variant.values) if merged == chosen else " + ".join(merged)
         name = f"{variant.label}({values}) n{count} s{subset}" if values else f"{variant.label} n{count} s{subset}"
@@ -235,25 +279,30 @@ class Planner:
             members = [self.pool.experts[expert] for expert in merged]
             merge = self.builder.build(variant.method, members, variant.select)
             model = merge.step
-            if merge.method.makes == "masks":
-                loads = self._loads(merged)
+            if experts := merge.product.loads(
+                {member.id: member.tasks for member in sorted(members, key=lambda member: member.id)}
+            ):
+                loads = {task: experts[task] for task in tasks if task in experts}
                 tasks = tuple(loads)
         except MergeloomError as error:
             model = Step("merge", variant.method.name, 0, variant.method.parameters(), {"experts": list(merged)})
             refused, tasks = str(error), ()
         return Cell(
-            model.key[:16], "merge", name, variant.label, dict(variant.values), count, subset, chosen, model, merge, None,
-            tasks, refused, loads, variant.select, None if merged == chosen else merged, self._deciding(tasks),
-        )  # fmt: skip
-
-    def _loads(self, chosen: Sequence[str]) -> dict[str, str]:
-        """A product has a model for the tasks of its own experts, and none for what no expert saw."""
-        found: dict[str, str] = {}
-        for member in sorted((self.pool.experts[name] for name in chosen), key=lambda member: member.id):
-            for task in member.tasks:
-                found.setdefault(task, member.id)
-        if not found:
-            raise SpecError(
-                "a product of masks is measured on its experts' own tasks, and the spec names none for them"
-            )
-        return {task: found[task] for task in self._tasks_of(chosen) if task in found}
+            id=model.key[:16],
+            kind="merge",
+            name=name,
+            method=variant.label,
+            values=dict(variant.values),
+            count=count,
+            subset=subset,
+            experts=chosen,
+            model=model,
+            merge=merge,
+            member=None,
+            tasks=tasks,
+            refused=refused,
+            loads=loads,
+            select=variant.select,
+            merged=None if merged == chosen else merged,
+            deciding=self._deciding(tasks),
+        )

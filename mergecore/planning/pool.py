@@ -248,7 +248,8 @@ def _updated(member: Member, ground: Snapshot, rows: Rows) -> Member:
     for target in targets:
         if member.factors[target].transposed:
             raise MismatchError(
-                f"expert '{member.name}' changes '{target}' as (in, out): rows of tokens cannot be told; fold it into its base"
+                f"expert '{member.name}' changes '{target}' as (in, out): rows of tokens cannot be told; fold it into "
+                f"its base"
             )
     snapshot = updated(member.snapshot, [member.factors[target].up for target in targets], rows)
     return dataclasses.replace(member, snapshot=snapshot)

@@ -4,45 +4,63 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
+from mergecore.plugins.any_statistic import AnyStatistic
 from mergecore.plugins.block import Block, Per
-from mergecore.plugins.plugin import Plugin
-from mergecore.plugins.statistic import Scope, Statistics
+from mergecore.plugins.statistic import Statistics
 from mergecore.tensors.source import TensorInfo, TensorSource
+
+Answer_co = TypeVar("Answer_co", covariant=True)
 
 BEFORE = "before"
 """The name under which a link is handed the link before it."""
 
 
-class Link(Plugin, ABC):
-    """What the experts so far have come to, as large as a model: a chain of cached steps, one link for each expert.
+class Link(AnyStatistic, ABC):
+    """A link of a chain: model-sized state over the experts so far. Each link is a cached step.
 
-    A link sees the base, one expert (the newest, as a delta) and the link before it, never the earlier experts: what an
-    arrival costs does not grow with how many there were. Its tensors are written one by one, as a model's are.
+    A link sees the base, one expert (the newest, as a delta) and the link before it, never the earlier experts. So a
+    new
+    expert costs the same however many there were. Its tensors are written one by one, as a model's are.
     """
 
-    scope: ClassVar[Scope] = Scope.PREFIX
+    cost: ClassVar[str] = "a chain: one of each expert that is new in it"
+    chained: ClassVar[bool] = True
+    shown_as: ClassVar[str] = "link of a chain"
     per: ClassVar[Per] = Per.TENSOR
     working: ClassVar[float] = 20.0
     """As `Method.working`: two matrices and the decomposition of one in float64, and the link before."""
-    makes: ClassVar[Literal["state"]] = "state"
     on: ClassVar[str] = "deltas"
     needs_base: ClassVar[bool] = False
     needs_experts: ClassVar[bool] = True
 
+    def visit(self, kinds: VisitsLinks[Answer_co]) -> Answer_co:
+        """Return what `kinds` has for a chain."""
+        return kinds.chained(self)
+
     @abstractmethod
     def outputs(self, selection: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
-        """Names, dtypes and shapes of what is written for the tensors that the experts so far carry."""
+        """Return names, dtypes and shapes of what is written for the tensors that the experts so far carry."""
 
     @abstractmethod
     def merge_block(self, block: Block, statistics: Statistics) -> dict[str, Tensor]:
-        """What is written for one tensor; `statistics[BEFORE]` holds the link before, nothing for the first expert."""
+        """Return what is written for one tensor. `statistics[BEFORE]` has the link before; it is empty for the first
+        expert.
+        """
 
     @abstractmethod
     def numbers(
         self, written: TensorSource, selection: Mapping[str, TensorInfo], statistics: Statistics
     ) -> dict[str, Any]:
-        """What is known once every tensor is written: numbers of the whole model that fit into JSON."""
+        """Return numbers of the whole model, plain JSON, once every tensor is written."""
+
+
+class VisitsLinks(Protocol[Answer_co]):
+    """Has an answer for chains."""
+
+    def chained(self, link: Link, /) -> Answer_co:
+        """Return the answer."""
+        ...

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from mergecore.plugins.any_statistic import AnyStatistic
 from mergecore.plugins.block import Block, Per
-from mergecore.plugins.chain import Link
 from mergecore.plugins.examples import Examples
 from mergecore.plugins.plugin import Plugin
-from mergecore.plugins.statistic import DataStatistic, Statistic, Statistics
+from mergecore.plugins.statistic import Statistics
 from mergecore.tensors.source import TensorInfo
 
 
@@ -37,9 +37,8 @@ class Method(Plugin, ABC):
     """False: a sum without order, experts are folded by ascending id. True: the recipe's order holds."""
     idempotent: ClassVar[bool] = True
     """Experts that are all equal to e give e (with the method's neutral values)."""
-    makes: ClassVar[Literal["model", "adapter", "masks"]] = "model"
-    """'model'; 'adapter', of adapters (mergecore/plugins/adapter_method.py): a sweep measures the base plus it; or 'masks', a product from
-    which the model of a task is read (mergecore/tensors/masked.py)."""
+    product: ClassVar[str] = "model"
+    """Name of the product that it makes (mergecore/products): a dense model, an adapter, masks …"""
     paper: ClassVar[str] = ""
     """The source, with its arXiv number where it has one."""
     published: ClassVar[tuple[str, ...]] = ()
@@ -70,7 +69,7 @@ class Method(Plugin, ABC):
         """Whether the numbers depend on who the experts are: random numbers are drawn by expert id."""
         return getattr(self, "drop", None) is not None
 
-    def statistics(self) -> Mapping[str, Statistic | DataStatistic | Link]:
+    def statistics(self) -> Mapping[str, AnyStatistic]:
         """What the method must know beforehand, by the name it is handed under."""
         return {}
 

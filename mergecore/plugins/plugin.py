@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Plugin(BaseModel):
-    """Parameters and nothing else; `name` is how a spec calls it, `version` is bumped by hand when numbers change."""
+    """Parameters and nothing else. `name` is how a spec calls it. Bump `version` by hand when numbers change."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
@@ -16,5 +16,5 @@ class Plugin(BaseModel):
     version: ClassVar[int] = 1
 
     def parameters(self) -> dict[str, Any]:
-        """The fields as plain JSON, defaults included: what enters the step's key."""
+        """Return the fields as plain JSON, with defaults. They enter the step's key."""
         return self.model_dump(mode="json")

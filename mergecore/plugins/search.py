@@ -1,8 +1,8 @@
-"""Searches: plans that grow. A search asks for the scores of some merges on validation items, hears them, and goes on.
+"""Searches: plans that grow. A search asks for the scores of merges on validation items, is sent them, and goes on.
 
-A search is a generator. What it yields is one round of candidates, what it is sent are their scores, what it returns is
-its result; it knows no store and no clock and draws from its seed alone. So the same scores always lead to the same
-proposals: a search that was killed is played again from the scores on record and goes on where it was.
+A search is a generator. It yields rounds of candidates, is sent their scores, and returns its result. It knows no store
+and no clock, and draws from its seed alone. So equal scores lead to equal proposals: a search that was killed is played
+again from the recorded scores, and goes on where it was.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from mergecore.plugins.plugin import Plugin
 class Candidate:
     """A merge that a search wants measured.
 
-    experts: names, in the order of the spec. values: (path, value) of the method's parameters that differ from what the
-    spec's entry says, as in ('drop.rate', 0.5); one value per expert stands in the order of `experts`.
+    experts: names, in the order of the spec. values: (path, value) of the parameters that differ from the spec's entry,
+    as
+    in ('drop.rate', 0.5). One value per expert stands in the order of `experts`.
     """
 
     experts: tuple[str, ...]
@@ -31,7 +32,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Score:
-    """What a candidate scored on validation items, higher is better: what the search decides by, and each task."""
+    """The score of a candidate on validation items; higher is better. mean: what the search decides by."""
 
     mean: float
     tasks: Mapping[str, float]
@@ -50,21 +51,23 @@ Answer = Score | NoScore | None
 
 @dataclass(frozen=True)
 class Ask:
-    """One round: candidates to be measured side by side, and the best so far, which is kept meanwhile."""
+    """One round: candidates to measure side by side, and the best so far, which is kept meanwhile."""
 
     candidates: tuple[Candidate, ...]
     best: Candidate | None = None
 
 
 Rounds = Generator[Ask, Sequence[Score | None], Candidate | None]
-"""What a search is while it runs: sent one score for each candidate of the round, None for one that cannot be measured."""
+"""What a search is while it runs: sent one score for each candidate of the round, None for one that cannot be
+measured.
+"""
 
 
 @dataclass(frozen=True)
 class Ground:
-    """The experts that one search has to do with, as the sweep drew them.
+    """The experts of one search, as the sweep drew them.
 
-    ids: name → digest of its weights, in the order of the spec. own: name → the tasks it was trained for.
+    ids: {name: digest of its weights}, in the order of the spec. own: {name: the tasks it was trained for}.
     """
 
     ids: Mapping[str, str]
@@ -72,16 +75,16 @@ class Ground:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Their names."""
+        """The experts' names."""
         return tuple(self.ids)
 
     def candidate(self, experts: Sequence[str], values: Mapping[str, Any]) -> Candidate:
-        """The candidate of some of them."""
+        """Return the candidate of some of the experts."""
         return Candidate(tuple(name for name in self.ids if name in experts), tuple(values.items()))
 
 
 class Search(Plugin, ABC):
-    """A way of looking for the best values or experts of a method; `name` is what a spec writes after `by:`."""
+    """A way to look for the best values or experts of a method. `name` is what a spec writes after `by:`."""
 
     tasks: Annotated[
         tuple[str, ...],
@@ -90,23 +93,23 @@ class Search(Plugin, ABC):
 
     @property
     def by_own_tasks(self) -> bool:
-        """Whether it looks at the scores of each expert's own tasks besides."""
+        """Whether it also looks at the scores of each expert's own tasks."""
         return False
 
     @abstractmethod
     def rounds(self, ground: Ground) -> Rounds:
-        """The search itself. Pure: the same ground and the same scores give the same rounds.
+        """Yield the rounds of the search. Equal ground and equal scores give equal rounds.
 
-        Raises a MergeloomError where it cannot go on; the best so far is then its result.
+        Raise a MergeloomError where the search cannot go on. The best so far is then its result.
         """
 
     @abstractmethod
     def most(self, ground: Ground) -> int:
-        """How many candidates it may ask for, at most."""
+        """Return how many candidates it asks for, at most."""
 
     def trials(self) -> Iterator[Mapping[str, Any]]:
-        """Values at both ends of what is searched, to be refused where the method cannot have them."""
+        """Return values at both ends of what is searched. They are refused where the method cannot have them."""
         yield {}
 
     def check(self, ground: Ground) -> None:
-        """Raise SpecError where these experts cannot be searched over."""
+        """Raise SpecError where the search does not fit these experts."""

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mergecore.events import Report
+from mergecore.plugins.any_statistic import AnyStatistic
 from mergecore.plugins.block import Block
-from mergecore.plugins.plugin import Plugin
 from mergecore.tensors.source import TensorInfo, TensorSource
+
+Answer_co = TypeVar("Answer_co", covariant=True)
 
 
 class Scope(StrEnum):
@@ -26,8 +28,6 @@ class Scope(StrEnum):
     """One expert: shared by every cell that uses it."""
     POOL = "pool"
     """All experts of a merge together."""
-    PREFIX = "prefix"
-    """The experts so far, in the order they are folded: a chain whose links see one more expert each."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ Sparse = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Occupied bins in ascending order, and their counts."""
 
 
-class Statistic(Plugin, ABC):
+class Statistic(AnyStatistic, ABC):
     """Looks at models and writes a few tensors: begin, then add for every block, combine, finish.
 
     `add` sees `Block`s whose `experts` are deltas: one expert for scope EXPERT, all for POOL, and returns the new
@@ -100,8 +100,12 @@ class Statistic(Plugin, ABC):
         """How often it reads the models, counting its wishes to read all of them again."""
         return 1
 
-    def statistics(self) -> Mapping[str, Statistic]:
-        """What this statistic must know beforehand, by the name it is handed under."""
+    def visit(self, kinds: VisitsStreamed[Answer_co]) -> Answer_co:
+        """Return what `kinds` has for a streamed statistic."""
+        return kinds.streamed(self)
+
+    def reported(self, numbers: Mapping[str, Any]) -> Mapping[str, float]:
+        """Return what of its numbers stands in the record of a model and on its card, by name."""
         return {}
 
     def of_expert(self, position: int) -> Statistic:
@@ -159,14 +163,22 @@ class Rescan:
     parts: tuple[tuple[str, int, int], ...] | None = None
 
 
-class DataStatistic(Plugin, ABC):
+class DataStatistic(AnyStatistic, ABC):
     """A statistic that runs the model on data (scope EXPERT): Fisher, Gram matrices, router usage."""
 
-    scope: ClassVar[Scope] = Scope.EXPERT
+    cost: ClassVar[str] = "which runs each expert on training items"
 
-    def statistics(self) -> Mapping[str, Statistic]:
-        """What this statistic must know beforehand."""
-        return {}
+    if TYPE_CHECKING:  # declared by every statistic, at the place among its fields where it stands on pages
+        samples: int  # items that it looks at
+        seed: int
+
+    def visit(self, kinds: VisitsOnModels[Answer_co]) -> Answer_co:
+        """Return what `kinds` has for a statistic that runs models on data."""
+        return kinds.on_models(self)
+
+    @abstractmethod
+    def taken(self, tensors: Mapping[str, Tensor], selection: Mapping[str, TensorInfo]) -> Result:
+        """Return the result whose tensors were worked out elsewhere. Raises SpecError where one is missing."""
 
     @abstractmethod
     def compute(
@@ -188,4 +200,20 @@ class Calibration(Protocol):
 
     def labels(self, items: Sequence[int]) -> list[Tensor]:
         """For each of the items the true classes, shape (positions,), int64."""
+        ...
+
+
+class VisitsStreamed(Protocol[Answer_co]):
+    """Has an answer for streamed statistics."""
+
+    def streamed(self, statistic: Statistic, /) -> Answer_co:
+        """Return the answer."""
+        ...
+
+
+class VisitsOnModels(Protocol[Answer_co]):
+    """Has an answer for statistics that run models on data."""
+
+    def on_models(self, statistic: DataStatistic, /) -> Answer_co:
+        """Return the answer."""
         ...

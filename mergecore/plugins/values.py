@@ -21,42 +21,42 @@ PLAIN = {
 
 
 def explained(error: ValidationError, model: type[Any], where: str, beside: Iterable[str] = ()) -> str:
-    """A pydantic error as sentences: the place, what is wrong with it, and for an unknown key the nearest one."""
+    """Return a pydantic error as sentences: the key, what is wrong with it, and for an unknown key the nearest one."""
     said = []
     errors = error.errors(include_url=False)
-    for found in errors:
-        if found["type"] == "too_short" and any(_inside(other["loc"], found["loc"]) for other in errors):
+    for problem in errors:
+        if problem["type"] == "too_short" and any(_inside(other["loc"], problem["loc"]) for other in errors):
             continue  # a list counts as empty once what is in it is wrong
-        place = ".".join([where, *(str(part) for part in found["loc"] if part not in ("(one)", "(each)"))])
-        if found["type"] == "extra_forbidden":
-            parent, key = list(found["loc"][:-1]), str(found["loc"][-1])
+        place = ".".join([where, *(str(part) for part in problem["loc"] if part not in ("(one)", "(each)"))])
+        if problem["type"] == "extra_forbidden":
+            parent, key = list(problem["loc"][:-1]), str(problem["loc"][-1])
             said.append(f"{place}: unknown key; {nearest(key, {*_keys(model, parent), *(() if parent else beside)})}")
-        elif found["type"] == "missing":
+        elif problem["type"] == "missing":
             said.append(f"{place}: must be given")
-        elif found["type"] in ("model_type", "dict_type"):
-            said.append(f"{place}: {_mapping(model, found)}{_given(found['input'])}")
+        elif problem["type"] in ("model_type", "dict_type"):
+            said.append(f"{place}: {_mapping(model, problem)}{_given(problem['input'])}")
         else:
-            said.append(f"{place}: {_message(found)}{_given(found['input'])}")
+            said.append(f"{place}: {_message(problem)}{_given(problem['input'])}")
     return "; ".join(said)
 
 
 def _inside(place: Sequence[int | str], other: Sequence[int | str]) -> bool:
-    """Whether one place of an error lies within another."""
+    """Return whether one location of an error lies within another."""
     return len(place) > len(other) and tuple(place[: len(other)]) == tuple(other)
 
 
-def _mapping(model: Any, found: Mapping[str, Any]) -> str:
-    """What has to stand where something else than a mapping stands."""
-    kind = _model_at(model, found["loc"])
-    if found["type"] == "dict_type" or kind is None:
+def _mapping(model: Any, problem: Mapping[str, Any]) -> str:
+    """Return what must stand where something stands that is no mapping."""
+    kind = _model_at(model, problem["loc"])
+    if problem["type"] == "dict_type" or kind is None:
         return "must be a mapping of keys"
     keys = " and ".join(", ".join(key for key in _names(kind) if key != "kind").rsplit(", ", 1))
     return f"must be a mapping with {keys}" + (", or text" if hasattr(kind, "_from_text") else "")
 
 
-def _message(found: Mapping[str, Any]) -> str:
-    message = str(found["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    if isinstance(found["input"], Mapping) and set(found["input"]) == {"grid"}:
+def _message(problem: Mapping[str, Any]) -> str:
+    message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if isinstance(problem["input"], Mapping) and set(problem["input"]) == {"grid"}:
         return "a grid may stand in the methods of a sweep's spec only; write one value"
     for theirs, ours in PLAIN.items():
         message = message.replace(theirs, ours)
@@ -64,13 +64,13 @@ def _message(found: Mapping[str, Any]) -> str:
 
 
 def _given(value: Any) -> str:
-    """The value in brackets where it is short enough to help."""
+    """Return the value in brackets, where it is short enough to help."""
     text = repr(value)
     return f" (given: {text})" if len(text) <= 80 else ""
 
 
 def _keys(model: Any, path: Sequence[Any]) -> list[str]:
-    """The known keys, as they are written, of the (nested) model that `path` leads to."""
+    """Return the known keys, as people write them, of the (nested) model that `path` leads to."""
     return _names(_model_at(model, path) or model)
 
 
@@ -79,13 +79,13 @@ def _names(model: Any) -> list[str]:
 
 
 def _model_at(model: Any, path: Sequence[Any]) -> Any:
-    """The (nested) model that `path` leads to, None where it leads to none below the model itself."""
-    found = None
+    """Return the (nested) model that `path` leads to; None where it leads to none below the model itself."""
+    inner = None
     for part in path:
-        fields = {info.alias or name: info for name, info in getattr(found or model, "model_fields", {}).items()}
+        fields = {info.alias or name: info for name, info in getattr(inner or model, "model_fields", {}).items()}
         if part in fields:
-            found = next(iter(_models(fields[part].annotation)), found)
-    return found
+            inner = next(iter(_models(fields[part].annotation)), inner)
+    return inner
 
 
 def _models(annotation: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A full expert turned into a LoRA adapter of a chosen rank, and what that loses, tensor by tensor."""
+"""Turns a full expert into a LoRA adapter of a chosen rank, and says what that loses, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from mergecore.checkpoints.layout import lay_out
 from mergecore.engine.executor import Executor
 from mergecore.errors import SpecError, nearest
 from mergecore.events import Event, Report
-from mergecore.formats.adapter_folder import AdapterFile, write_config
 from mergecore.formats.whole_directory import whole_directory
 from mergecore.identity.content import GRID
 from mergecore.planning.merge_builder import ENGINE
 from mergecore.planning.pool import Pool, opened, resolve_pool
+from mergecore.products.adapter_files import AdapterFile, write_config
 from mergecore.spec.sources import BaseSpec, ExpertSpec, Resolver
 from mergecore.spec.yaml_files import as_yaml
 from mergecore.tensors.dtypes import SAFETENSORS_DTYPE, Dtype
@@ -37,7 +37,9 @@ RECORD = "extraction.json"
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor: the norm of its change, how much of that the adapter lacks, and at which rank (0: all of it)."""
+    """One tensor: the norm of its change, the part of it that the adapter lacks, and the rank (0: the adapter lacks
+    all).
+    """
 
     tensor: str
     rank: int
@@ -46,13 +48,13 @@ class Row:
 
     @property
     def error(self) -> float:
-        """Relative, in the Frobenius norm; 0 where nothing changed."""
+        """Relative error in the Frobenius norm; 0 where nothing changed."""
         return self.lost / self.norm if self.norm else 0.0
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """A written adapter: where, its digest and bytes, and its errors. left_out: changed tensors that it cannot hold."""
+    """A written adapter: its folder, digest, bytes and errors. left_out: changed tensors that it cannot hold."""
 
     folder: Path
     digest: str
@@ -68,7 +70,7 @@ class Extracted:
 
     @property
     def total_error(self) -> float:
-        """Relative error over the whole change, tensors left out included."""
+        """Relative error over the whole change, including tensors that are left out."""
         return _error((*self.rows, *self.left_out))
 
 
@@ -90,11 +92,13 @@ def extract_lora(
     dtype: Dtype = "float32",
     durable: bool = False,
 ) -> Extracted:
-    """The adapter of at most `rank` in every linear layer that is nearest to the expert, in the new folder `out`.
+    """Write the adapter of at most `rank` in every linear layer that is nearest to the expert into the new folder
+    `out`.
 
-    modules: names, last parts of names or shell patterns of the layers to take; none: every linear layer. One tensor is in
-    memory at a time and worker. Raises MismatchError where the two are no versions of one model, SpecError where
-    `modules` names none, NonFiniteError naming the tensor.
+    modules: names, last parts of names or shell patterns of the layers to take; none: every linear layer. Each worker
+    has
+    one tensor in memory at a time. Raise MismatchError where the two are no versions of one model, SpecError where
+    `modules` names no layer, NonFiniteError naming the tensor.
     """
     pool = resolve_pool(base, [expert], None, resolve, report)
     (member,) = pool.members
@@ -102,28 +106,28 @@ def extract_lora(
     targets, transposed = linear_layers(changed, str(pool.base.config.get("model_type", "")), modules)
     ranks = {name: min(rank, *info.shape) for name, info in targets.items()}
     with whole_directory(out, durable) as draft:
-        folders = {one.weights: one.source.fetch(report) for one in (pool.base, member.snapshot)}
-        held, experts = opened(pool, folders)
+        folders = {snapshot.weights: snapshot.source.fetch(report) for snapshot in (pool.base, member.snapshot)}
+        base_tensors, experts = opened(pool, folders)
         file = AdapterFile(draft, ranks, targets, transposed, SAFETENSORS_DTYPE[dtype])
-        shared = Shared(held, experts[member.id], file, ranks)
+        shared = Shared(base_tensors, experts[member.id], file, ranks)
         rows = dict(_rows(shared, sorted(changed), executor, report))
         taken = tuple(rows[name] for name in sorted(targets))
         left_out = tuple(rows[name] for name in sorted(set(changed) - set(targets)) if rows[name].norm)
-        found = Extracted(out, file.digest, file.size, taken, left_out, pool.warnings)
+        extracted = Extracted(out, file.digest, file.size, taken, left_out, pool.warnings)
         config = adapter_config(ranks, pool.base.tensors, [{}], transposed)
         write_config(draft, {**config, "base_model_name_or_path": base.known_as or pool.base.source.uri})
-        record = record_of(found, pool, rank, dtype)
+        record = record_of(extracted, pool, rank, dtype)
         (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-        (draft / "README.md").write_text(card(found, pool, rank))
-    return found
+        (draft / "README.md").write_text(card(extracted, pool, rank))
+    return extracted
 
 
 def linear_layers(
     changed: Mapping[str, TensorInfo], model_type: str, modules: Sequence[str]
 ) -> tuple[dict[str, TensorInfo], bool]:
-    """The weights of linear layers among these tensors, and whether the model keeps them as (in, out).
+    """Return the weights of linear layers among these tensors, and whether the model keeps them as (in, out).
 
-    Raises SpecError where one of `modules` names none of them.
+    Raise SpecError where one of `modules` names no layer.
     """
     patterns = TRANSPOSED.get(model_type, ("*.weight",))
     linear = {
@@ -154,7 +158,7 @@ def _is_named(module: str, wanted: str) -> bool:
 
 @dataclass(frozen=True)
 class Shared:
-    """What the work on every tensor shares. ranks: of the tensors that the adapter has."""
+    """What the work on every tensor shares. ranks: {tensor: rank} of the tensors that the adapter has."""
 
     base: TensorSource
     expert: Expert
@@ -173,7 +177,7 @@ def _rows(shared: Shared, names: Sequence[str], executor: Executor, report: Repo
 
 
 def extracted(shared: Shared, name: str) -> Row:
-    """Write one tensor's factors, where the adapter has them, and say what they lose: of the factors as they stand."""
+    """Write one tensor's factors, where the adapter has them. Return what the written factors lose."""
     torch.set_num_threads(1)  # sums over two threads differ from sums over one in the last bits
     info = shared.base.tensors[name]
     if name not in shared.ranks:
@@ -196,8 +200,8 @@ def _delta(shared: Shared, name: str, start: int, stop: int) -> Tensor:
     return delta
 
 
-def record_of(found: Extracted, pool: Pool, rank: int, dtype: Dtype) -> dict[str, Any]:
-    """Everything that is known of an extraction, as JSON."""
+def record_of(extracted: Extracted, pool: Pool, rank: int, dtype: Dtype) -> dict[str, Any]:
+    """Return everything that is known of an extraction, as JSON."""
     (member,) = pool.members
     return {
         "base": {"source": pool.base.source.uri, "weights": pool.base.weights},
@@ -205,16 +209,16 @@ def record_of(found: Extracted, pool: Pool, rank: int, dtype: Dtype) -> dict[str
         "rank": rank,
         "dtype": dtype,
         "engine": ENGINE,
-        "digest": found.digest,
-        "error": found.error,
-        "total_error": found.total_error,
-        "tensors": {row.tensor: {"rank": row.rank, "norm": row.norm, "error": row.error} for row in found.rows},
-        "left_out": {row.tensor: {"norm": row.norm} for row in found.left_out},
+        "digest": extracted.digest,
+        "error": extracted.error,
+        "total_error": extracted.total_error,
+        "tensors": {row.tensor: {"rank": row.rank, "norm": row.norm, "error": row.error} for row in extracted.rows},
+        "left_out": {row.tensor: {"norm": row.norm} for row in extracted.left_out},
     }
 
 
-def card(found: Extracted, pool: Pool, rank: int) -> str:
-    """README.md of an extracted adapter."""
+def card(extracted: Extracted, pool: Pool, rank: int) -> str:
+    """Return README.md of an extracted adapter."""
     (member,) = pool.members
     head = {
         "base_model": pool.base.source.uri,
@@ -224,9 +228,11 @@ def card(found: Extracted, pool: Pool, rank: int) -> str:
     lines = ["---", as_yaml(head).strip(), "---", "", f"# LoRA adapter of rank {rank} out of {member.name}", ""]
     lines += [
         f"Made with Mergeloom from {member.snapshot.source.uri} (`{member.id}`) on {pool.base.source.uri} "
-        f"(`{pool.base.weights}`): in each of {len(found.rows)} linear layers the nearest matrix of rank {rank}.",
+        f"(`{pool.base.weights}`): in each of {len(extracted.rows)} linear layers the nearest matrix of rank {rank}.",
         "",
-        f"Relative error in the Frobenius norm: {found.error:.4%} of these layers' change, {found.total_error:.4%} of the "
-        f"whole change; {len(found.left_out)} tensors that changed are no linear layers here. Per tensor: `{RECORD}`.",
+        f"Relative error in the Frobenius norm: {extracted.error:.4%} of these layers' change, "
+        f"{extracted.total_error:.4%} of the "
+        f"whole change; {len(extracted.left_out)} tensors that changed are no linear layers here. Per tensor: "
+        f"`{RECORD}`.",
     ]
     return "\n".join(lines) + "\n"

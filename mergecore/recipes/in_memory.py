@@ -1,13 +1,13 @@
-"""Merging in memory: mappings in, a mapping out, the same numbers as the pipeline writes."""
+"""Merges in memory: mappings in, a mapping out. The numbers are those that the pipeline writes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mergecore.arithmetic.linear_algebra import squared_norm
 from mergecore.checkpoints.experts import Expert, FullExpert
 from mergecore.checkpoints.fit import check_fit
 from mergecore.checkpoints.layout import lay_out
@@ -19,9 +19,11 @@ from mergecore.errors import SpecError
 from mergecore.events import Report, silent
 from mergecore.native.library import Library
 from mergecore.plugins.adapter_method import AdapterMethod
+from mergecore.plugins.any_statistic import AnyStatistic
 from mergecore.plugins.chain import BEFORE, Link
 from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import DataStatistic, Found, Scope, Statistic, Statistics
+from mergecore.registry import product_of
 from mergecore.tensors.memory import MemoryTensors
 from mergecore.tensors.sinks import MemorySink
 from mergecore.tensors.source import TensorInfo
@@ -40,13 +42,17 @@ def merge(
     report: Report = silent,
     library: Library | None = None,
 ) -> dict[str, Tensor]:
-    """Merge `experts` (and `base`) by `method`; the result has the base's names, shapes and, unless `dtype` says
-    otherwise, dtypes.
+    """Merge `experts` (and `base`) by `method` into {name: tensor}.
 
-    base may be left out where the method does not need it; tensors that are not merged are then the first expert's.
-    ids: the experts' ids; given, experts are folded by ascending id as the pipeline does, else in list order. A random
-    drop demands them. statistics: what the method cannot work out from weights alone (Fisher), one mapping per expert.
-    Raises SpecError, MismatchError and NonFiniteError.
+    The result has the names and shapes of the base and, unless `dtype` is given, its dtypes. base may be left out where
+    the
+    method does not need it; the first expert's tensors are then copied where nothing is merged. ids: the experts' ids.
+    With
+    ids, experts are folded by ascending id as in the pipeline; without, in list order. A random drop needs ids.
+    statistics:
+    {name: one mapping per expert} for what weights alone do not tell (Fisher). select: plain rules only.
+
+    Raise SpecError, MismatchError and NonFiniteError.
     """
     _check(method, base, experts, ids)
     if not all(rule.plain for rule in select):
@@ -81,15 +87,15 @@ def _merged(
         FullExpert(name, f"{position}", MemoryTensors(experts[position]))
         for name, position in zip(named, order, strict=True)
     )
-    given = {name: [values[position] for position in order] for name, values in (statistics or {}).items()}
+    handed = {name: [values[position] for position in order] for name, values in (statistics or {}).items()}
     bound = method.bound(order).fitted(shapes.tensors)
-    found = find_statistics(bound, shapes, pool, layout.merged, given, report, library)
+    known = find_statistics(bound, shapes, pool, layout.merged, handed, report, library)
     outputs = {**bound.outputs(layout.merged, len(pool)), **layout.copied}
-    if dtype is not None and bound.makes != "masks":
-        outputs = {name: info.stored_as(DTYPE_NAMES[dtype]) for name, info in outputs.items()}
+    if dtype is not None:
+        outputs = dict(product_of(bound).stored(outputs, DTYPE_NAMES[dtype]))
     sink = MemorySink(outputs)
     shown = tuple(range(len(pool))) if bound.needs_experts else ()
-    job = MergeJob("merge", bound, shown, frozenset(layout.merged), outputs, found, sink)
+    job = MergeJob("merge", bound, shown, frozenset(layout.merged), outputs, known, sink)
     spans = plan_spans({**layout.merged, **layout.copied}, bound.per)
     run_pass(PassPlan(shapes, pool, (job,), (), spans, library=library), InProcess(), report)
     return {name: sink.held[name] for name in first if name in sink.held} | sink.held
@@ -104,9 +110,10 @@ def _check(
     if not experts:
         raise SpecError("no experts given: a merge needs at least one")
     method.validate_count(len(experts))
-    if isinstance(method, AdapterMethod):
+    product = product_of(method)
+    if not product.in_memory:
         raise SpecError(
-            f"method '{method.name}' makes an adapter of adapters, which are folders: give a recipe of them to "
+            f"method '{method.name}' makes {product.noun} of {product.of}, which are folders: give a recipe of them to "
             "`mergeloom merge`, or to mergecore.recipes.merge_recipe.merge_recipe"
         )
     if base is None and method.needs_base:
@@ -118,69 +125,74 @@ def _check(
 
 
 def find_statistics(
-    method: Method | Statistic,
+    owner: Method | AnyStatistic,
     base: MemoryTensors,
     pool: Sequence[Expert],
     selection: Mapping[str, TensorInfo],
-    given: Mapping[str, Sequence[Mapping[str, Tensor]]],
+    handed: Mapping[str, Sequence[Mapping[str, Tensor]]],
     report: Report,
     library: Library | None = None,
 ) -> Statistics:
-    """Everything `method` must know beforehand, worked out depth first from models in memory, or as given."""
-    found: dict[str, Sequence[Found]] = {}
-    for name, statistic in method.statistics().items():
-        if name in given:
-            found[name] = [_given(values, selection) for values in given[name]]
-        elif isinstance(statistic, DataStatistic):
+    """Return everything `owner` must know beforehand. It is worked out from models in memory, deepest first.
+
+    handed: {name: one mapping per expert} for statistics that take data.
+    """
+    kinds = _InMemory(owner.name, base, pool, selection, handed, report, library)
+    return {name: statistic.visit(replace(kinds, called=name)) for name, statistic in owner.statistics().items()}
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """Works out each kind of statistic from models in memory. called: the name under which the owner is handed the
+    result.
+    """
+
+    owner: str
+    base: MemoryTensors
+    pool: Sequence[Expert]
+    selection: Mapping[str, TensorInfo]
+    handed: Mapping[str, Sequence[Mapping[str, Tensor]]]
+    report: Report
+    library: Library | None
+    called: str = ""
+
+    def streamed(self, statistic: Statistic) -> list[Found]:
+        """Return what a pass finds: for each expert, or for all."""
+        if statistic.scope is Scope.POOL:
+            return [self._scanned(statistic, self.pool)]
+        return [self._scanned(statistic.of_expert(number), [expert]) for number, expert in enumerate(self.pool)]
+
+    def _scanned(self, statistic: Statistic, pool: Sequence[Expert]) -> Found:
+        known = find_statistics(statistic, self.base, pool, self.selection, {}, self.report, self.library)
+        job = StatisticJob("statistic", statistic, tuple(range(len(pool))), self.selection, known)
+        spans = plan_spans(self.selection, coarsest(()))
+        plan = PassPlan(self.base, tuple(pool), (), (job,), spans, library=self.library)
+        result = run_pass(plan, InProcess(), self.report).results["statistic"]
+        return Found(MemoryTensors(result.tensors), result.numbers)
+
+    def on_models(self, statistic: DataStatistic) -> list[Found]:
+        """Return what was worked out elsewhere: there is no data here."""
+        if self.called not in self.handed:
             raise SpecError(
-                f"method '{method.name}' needs '{name}', which takes data: give statistics={{'{name}': "
+                f"method '{self.owner}' needs '{self.called}', which takes data: give statistics={{'{self.called}': "
                 "[one mapping per expert]}, or run it from a spec with tasks"
             )
-        elif isinstance(statistic, Link):
-            found[name] = [_chained(statistic, base, pool, selection, report)]
-        else:
-            each = statistic.scope is Scope.EXPERT
-            groups = [(p,) for p in range(len(pool))] if each else [tuple(range(len(pool)))]
-            kinds = [statistic.of_expert(p) for p in range(len(pool))] if each else [statistic]
-            found[name] = [
-                _find(kind, base, [pool[p] for p in group], selection, report, library)
-                for kind, group in zip(kinds, groups, strict=True)
-            ]
-    return found
+        results = [statistic.taken(tensors, self.selection) for tensors in self.handed[self.called]]
+        return [Found(MemoryTensors(result.tensors), result.numbers) for result in results]
 
+    def chained(self, link: Link) -> list[Found]:
+        """Return the last link over the experts; at most two links are in memory at a time."""
+        known: dict[str, Sequence[Found]] = {BEFORE: []}
+        for expert in self.pool:
+            outputs = link.outputs(self.selection)
+            sink = MemorySink(outputs)
+            job = MergeJob("link", link, (0,), frozenset(self.selection), outputs, known, sink)
+            plan = PassPlan(self.base, (expert,), (job,), (), plan_spans(self.selection, link.per))
+            run_pass(plan, InProcess(), self.report)
+            written = MemoryTensors(sink.held)
+            known = {BEFORE: [Found(written, link.numbers(written, self.selection, known))]}
+        return list(known[BEFORE])
 
-def _find(
-    statistic: Statistic,
-    base: MemoryTensors,
-    pool: Sequence[Expert],
-    selection: Mapping[str, TensorInfo],
-    report: Report,
-    library: Library | None,
-) -> Found:
-    known = find_statistics(statistic, base, pool, selection, {}, report, library)
-    job = StatisticJob("statistic", statistic, tuple(range(len(pool))), selection, known)
-    plan = PassPlan(base, tuple(pool), (), (job,), plan_spans(selection, coarsest(())), library=library)
-    result = run_pass(plan, InProcess(), report).results["statistic"]
-    return Found(MemoryTensors(result.tensors), result.numbers)
-
-
-def _chained(
-    link: Link, base: MemoryTensors, pool: Sequence[Expert], selection: Mapping[str, TensorInfo], report: Report
-) -> Found:
-    """The last link over these experts; at most two links are held at a time."""
-    known: dict[str, Sequence[Found]] = {BEFORE: []}
-    for expert in pool:
-        outputs = link.outputs(selection)
-        sink = MemorySink(outputs)
-        job = MergeJob("link", link, (0,), frozenset(selection), outputs, known, sink)
-        run_pass(PassPlan(base, (expert,), (job,), (), plan_spans(selection, link.per)), InProcess(), report)
-        written = MemoryTensors(sink.held)
-        known = {BEFORE: [Found(written, link.numbers(written, selection, known))]}
-    return known[BEFORE][0]
-
-
-def _given(values: Mapping[str, Tensor], selection: Mapping[str, TensorInfo]) -> Found:
-    missing = sorted(set(selection) - set(values))
-    if missing:
-        raise SpecError(f"statistics: nothing given for tensor '{missing[0]}' and {len(missing) - 1} more")
-    return Found(MemoryTensors(values), {"squared_norm": {name: squared_norm(values[name]) for name in selection}})
+    def adapter(self, method: AdapterMethod) -> list[Found]:
+        """Refuse: adapters are folders."""
+        raise SpecError(f"method '{method.name}' merges adapters, which are folders, not mappings of tensors")

@@ -1,4 +1,4 @@
-"""What a recipe file asks for, made: one model, or several of which later ones are made of earlier ones."""
+"""Carries out a recipe file: one model, or several of which later ones are made of earlier ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def merge_file(
     memory: int | None = None,
     store: Path | None = None,
 ) -> list[Made]:
-    """Make what a recipe file asks for, as `make_file` does, in this process or on the executor's workers."""
+    """Make what a recipe file asks for, in this process or on the executor's workers (see `make_file`)."""
 
     def make(recipe: Recipe, folder: Path, origin: Origin | None) -> Made:
         return merge_recipe(
@@ -48,10 +48,11 @@ def merge_file(
 
 
 def make_file(path: Path, out: Path, resolve: Resolver, make: Maker, intermediates: Path | None = None) -> list[Made]:
-    """Make what a recipe file asks for, in our form or in mergekit's; of several documents the one without a name is
-    `out`, and where all have names each becomes a folder in `out`.
+    """Make what a recipe file asks for, in our form or in mergekit's.
 
-    intermediates: where results that others are made of stay; none: they are removed. Raises a MergeloomError.
+    Of several documents the one without a name becomes `out`; where all have names, each becomes a folder in `out`.
+    intermediates: the folder that keeps results which others are made of; None: they are removed. Raise a
+    MergeloomError.
     """
     orders = read_orders(path)
     translator, text = Translator(resolve), path.read_text(encoding="utf-8")
@@ -60,19 +61,19 @@ def make_file(path: Path, out: Path, resolve: Resolver, make: Maker, intermediat
         passing = intermediates is None and len(orders) > 1 and not all(order.name for order in orders)
         named = [order.name for order in orders if order.name and passing]
         called = {str(folders[name]): f"{name} of {MERGEKIT}" for name in named}
-        made = []
+        models = []
         for order in orders:
             recipe, notes = translator.recipe(order, folders)
-            origin = Origin(text, called) if is_mergekit(order.held) else None
-            one = make(recipe, folders[order.name], origin)
-            made.append(dataclasses.replace(one, warnings=(*notes, *one.warnings)))
-    return [one for one in made if one.folder.exists()]
+            origin = Origin(text, called) if is_mergekit(order.document) else None
+            model = make(recipe, folders[order.name], origin)
+            models.append(dataclasses.replace(model, warnings=(*notes, *model.warnings)))
+    return [model for model in models if model.folder.exists()]
 
 
 def _folders(
     orders: Sequence[Order], out: Path, intermediates: Path | None, stack: contextlib.ExitStack
 ) -> dict[str, Path]:
-    """Where each result goes. Raises SpecError where one would be made for nobody."""
+    """Return the folder of each result. Raise SpecError where nobody would use a result."""
     if len(orders) == 1:
         return {orders[0].name: out}
     needed = {name for order in orders for name in order.needs}
@@ -81,12 +82,13 @@ def _folders(
     for order in orders:
         if intermediates is None and order.name and order.name not in needed:
             raise SpecError(
-                f"{order.where}: no other document is made of '{order.name}'; give --intermediates FOLDER to keep it there"
+                f"{order.where}: no other document is made of '{order.name}'; give --intermediates FOLDER to keep it "
+                f"there"
             )
     if intermediates is None:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        made = tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent)
-        stack.callback(shutil.rmtree, made, ignore_errors=True)
-        intermediates = Path(made)
+        folder = tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent)
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        intermediates = Path(folder)
     intermediates.mkdir(parents=True, exist_ok=True)
     return {order.name: intermediates / order.name if order.name else out for order in orders}

@@ -1,4 +1,5 @@
-"""How the scores of a cell become its four measures: held-in and held-out, raw and normalised, with what stood in the way.
+"""How the scores of a cell become its four measures: held-in and held-out, raw and normalised, with what stood in the
+way.
 
 Source: Yadav et al. 2024, "What Matters for Model Merging at Scale?": a ratio per task, the mean of the ratios within
 a category, then the mean over categories. Neither a flat mean over tasks nor a ratio of means.

@@ -43,7 +43,7 @@ def points(cells: Sequence[CellScores], is_measured: Callable[[CellScores], bool
     Where a grid was chosen on validation only the chosen cells count, under one label for all counts. Cells that are
     not done or not measured are left out and show as the difference between `planned` and the number of cells.
     """
-    found: list[Point] = []
+    points: list[Point] = []
     merges = [cell for cell in cells if cell.kind == "merge"]
     for method in dict.fromkeys(cell.method for cell in merges):
         labels = curve_labels([cell for cell in merges if cell.method == method])
@@ -57,8 +57,8 @@ def points(cells: Sequence[CellScores], is_measured: Callable[[CellScores], bool
             done = tuple(cell for cell in members if cell.status == "done" and is_measured(cell))
             if done:
                 planned = len({cell.subset for cell in merges if cell.method == method and cell.count == count})
-                found.append(Point(method, label, count, done, max(planned, len(done))))
-    return found
+                points.append(Point(method, label, count, done, max(planned, len(done))))
+    return points
 
 
 def curve_labels(cells: Sequence[CellScores]) -> dict[str, str]:

@@ -104,7 +104,7 @@ def method_lines(summary: Summary) -> list[tuple[str, list[Row]]]:
     lines = []
     for method, labels in methods.items():
         ranked = {label: _rank([row[measure] for row in rows]) for label, rows in labels.items()}
-        label = max(ranked, key=lambda one: ranked[one])
+        label = max(ranked, key=lambda name: ranked[name])
         text = f"{method} ({label})" if label else method
         text = textwrap.shorten(text, LONGEST_LABEL, placeholder=" …")  # the table has the whole
         text += f" – best of {len(labels)} listed" if len(labels) > 1 else ""

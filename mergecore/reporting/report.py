@@ -48,8 +48,8 @@ def _by_count(curve: Sequence[Mapping[str, Any]], name: str) -> str:
     at = {(row["method"], row["label"], row["count"]): row for row in curve}
     rows = []
     for method, label in lines:
-        found = [at.get((method, label, count)) for count in counts]
-        rows.append([f"{method} {label}".strip(), *("" if row is None else _point_text(row, name) for row in found)])
+        points = [at.get((method, label, count)) for count in counts]
+        rows.append([f"{method} {label}".strip(), *("" if row is None else _point_text(row, name) for row in points)])
     return _grid(["method", *(f"{count} experts" for count in counts)], rows)
 
 
@@ -112,6 +112,8 @@ def _troubles(summary: Summary, cells: Sequence[Mapping[str, Any]]) -> list[str]
     if summary.failed:
         rows = [[failure.name, failure.status, failure.reason] for failure in summary.failed]
         parts += ["## Cells without a result", _grid(["cell", "status", "reason"], rows)]
+        files = dict.fromkeys(failure.file for failure in summary.failed if failure.file)
+        parts += ["Tracebacks:", "\n".join(f"- `{file}`" for file in files)] if files else []
     pending = sum(row["status"] == "pending" for row in cells)
     if pending:
         parts.append(f"{pending} of {len(cells)} cells are pending.")
@@ -136,7 +138,8 @@ def _explanation(summary: Summary) -> str:
 
 
 def write_tables(summary: Summary, folder: Path | str) -> tuple[Path, ...]:
-    """Write cells, curve, baselines and searches (where there are any) as Parquet and CSV, and report.md; each file appears whole or not at all.
+    """Write cells, curve, baselines and searches (where there are any) as Parquet and CSV, and report.md; each file
+    appears whole or not at all.
 
     Lists become JSON in the CSV files. Returns the paths written. Raises OSError where the folder cannot be written.
     """

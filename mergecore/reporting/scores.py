@@ -31,7 +31,8 @@ class CellScores:
     items: split → task → one score per item (float64, same items in the same order for every cell).
     model: key of the step that makes the model, `digest` of its content where it is known. `chosen`: this cell's
     values won on the validation items of its (method, count, subset), or there was nothing to choose.
-    measured: seconds, peak bytes and the like; never part of any key. lineage: recipe and keys, JSON.
+    failure: path of the record with the traceback, for a cell that failed. measured: seconds, peak bytes and the like;
+    never part of any key. lineage: recipe and keys, JSON.
     """
 
     cell: str
@@ -50,6 +51,7 @@ class CellScores:
     items: Mapping[str, Mapping[str, NDArray[np.float64]]]
     measured: Mapping[str, float] = field(default_factory=dict)
     lineage: Mapping[str, Any] = field(default_factory=dict)
+    failure: str = ""
 
 
 @dataclass(frozen=True)

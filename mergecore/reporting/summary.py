@@ -25,12 +25,15 @@ NO_CHANCE: Mapping[str, float] = {}
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell without a result: `status` is 'failed' or 'refused'."""
+    """A cell without a result: `status` is 'failed' or 'refused'. file: the record with the traceback, '' where none
+    is.
+    """
 
     cell: str
     name: str
     status: str
     reason: str
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def summarise(sweep: Sweep, split: str, *, chance: Mapping[str, float] = NO_CHAN
         curve=_curve_table(sweep, scores, averages, draws),
         baselines=_baseline_table(sweep, scores, averages, draws),
         failed=tuple(
-            Failure(cell.cell, cell.name, cell.status, cell.reason)
+            Failure(cell.cell, cell.name, cell.status, cell.reason, cell.failure)
             for cell in sweep.cells
             if cell.status in ("failed", "refused")
         ),
@@ -123,7 +126,8 @@ def cell_table(sweep: Sweep, split: str, *, chance: Mapping[str, float] = NO_CHA
 def best(sweep: Sweep, *, chance: Mapping[str, float] = NO_CHANCE) -> tuple[str, str]:
     """The merge to register and the split that chose it: the highest normalised score, equal ones by cell id.
 
-    Only merges that are done and whose values were chosen compete, on validation scores where any of them has some, else on test scores.
+    Only merges that are done and whose values were chosen compete, on validation scores where any of them has some,
+    else on test scores.
     Raises EvaluationError where none has a score that can be compared.
     """
     measure = f"{sweep.select_by}_normalised"

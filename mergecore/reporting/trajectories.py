@@ -1,4 +1,6 @@
-"""The ways of a sweep's searches for a person to read: a table of all trials, sections of the report, and a small plot."""
+"""The ways of a sweep's searches for a person to read: a table of all trials, sections of the report, and a small
+plot.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,17 @@ MOST_PANELS = 12
 
 
 def search_table(searches: Sequence[Trajectory]) -> pa.Table:
-    """One row per trial: search, method, by, count, subset, state, round, cell, what, score, kept, best, reason, result."""
+    """One row per trial: search, method, by, count, subset, state, round, cell, what, score, kept, best, reason,
+    result.
+    """
     rows = [
         {
             "search": way.name, "method": way.method, "by": way.by, "count": way.count, "subset": way.subset,
-            "state": way.state, "round": one.round, "cell": one.cell, "what": one.what, "score": one.score,
-            "kept": one.kept, "best": one.best, "reason": one.reason, "result": bool(way.result) and one.cell == way.result,
+            "state": way.state, "round": trial.round, "cell": trial.cell, "what": trial.what, "score": trial.score,
+            "kept": trial.kept, "best": trial.best, "reason": trial.reason, "result": bool(way.result) and trial.cell == way.result,
         }
         for way in searches
-        for one in way.trials
+        for trial in way.trials
     ]  # fmt: skip
     text, whole, real, yes = pa.string(), pa.int64(), pa.float64(), pa.bool_()
     schema = pa.schema([
@@ -40,29 +44,29 @@ def search_table(searches: Sequence[Trajectory]) -> pa.Table:
 
 def outcome(way: Trajectory) -> str:
     """How a search stands, in one sentence."""
-    measured = sum(one.score is not None for one in way.trials)
-    found = next((one for one in reversed(way.trials) if way.result and one.cell == way.result), None)
+    measured = sum(trial.score is not None for trial in way.trials)
+    winner = next((trial for trial in reversed(way.trials) if way.result and trial.cell == way.result), None)
     if way.state == "open":
         return f"{way.name} ({way.by}) goes on: {measured} of at most {way.most} models are measured."
     said = f" It ended early: {way.reason}." if way.reason else ""
-    if found is None:
+    if winner is None:
         return f"{way.name} ({way.by}) found nothing.{said}"
-    return f"{way.name} ({way.by}) found {found.what} ({found.score:.4f}), {len(way.trials)} models tried.{said}"
+    return f"{way.name} ({way.by}) found {winner.what} ({winner.score:.4f}), {len(way.trials)} models tried.{said}"
 
 
 def search_rows(way: Trajectory, most: int = MOST_ROWS) -> tuple[list[str], list[list[str]], int]:
     """Head and rows of one search's table, and how many trials are left out of it."""
     shown = list(way.trials)
     if len(shown) > most:
-        shown = [one for one in shown if one.kept or one.reason or one.cell == way.result][:most]
+        shown = [trial for trial in shown if trial.kept or trial.reason or trial.cell == way.result][:most]
     head = ["round", "what", "score", "kept", "best so far"]
-    return head, [_row(one, way.result) for one in shown], len(way.trials) - len(shown)
+    return head, [_row(trial, way.result) for trial in shown], len(way.trials) - len(shown)
 
 
-def _row(one: Trial, result: str) -> list[str]:
-    score = one.reason or ("asked for" if one.score is None else f"{one.score:.4f}")
-    kept = "result" if result and one.cell == result else "yes" if one.kept else ""
-    return [str(one.round), one.what, score, kept, "" if one.best is None else f"{one.best:.4f}"]
+def _row(trial: Trial, result: str) -> list[str]:
+    score = trial.reason or ("asked for" if trial.score is None else f"{trial.score:.4f}")
+    kept = "result" if result and trial.cell == result else "yes" if trial.kept else ""
+    return [str(trial.round), trial.what, score, kept, "" if trial.best is None else f"{trial.best:.4f}"]
 
 
 def draw_searches(searches: Sequence[Trajectory], path: Path) -> Path | None:
@@ -76,7 +80,7 @@ def draw_searches(searches: Sequence[Trajectory], path: Path) -> Path | None:
 
     from mergecore.reporting.figure import SETTINGS
 
-    shown = [way for way in searches if any(one.score is not None for one in way.trials)][:MOST_PANELS]
+    shown = [way for way in searches if any(trial.score is not None for trial in way.trials)][:MOST_PANELS]
     if not shown:
         return None
     columns = min(3, len(shown))
@@ -98,15 +102,15 @@ def draw_searches(searches: Sequence[Trajectory], path: Path) -> Path | None:
 
 
 def _panel(panel: Any, way: Trajectory) -> None:
-    known = [(place, one) for place, one in enumerate(way.trials, start=1) if one.score is not None]
-    kept = [(place, one) for place, one in known if one.kept]
-    best = [(place, one.best) for place, one in known if one.best is not None]
+    known = [(place, trial) for place, trial in enumerate(way.trials, start=1) if trial.score is not None]
+    kept = [(place, trial) for place, trial in known if trial.kept]
+    best = [(place, trial.best) for place, trial in known if trial.best is not None]
     panel.step(*zip(*best, strict=True), where="post", color="#0072B2", linewidth=1.4, label="best so far")
-    for style, label, held in (
+    for style, label, points in (
         ({"color": "#56B4E9", "markersize": 4}, "a model tried", known),
         ({"color": "#D55E00", "markersize": 5}, "kept: the best when its round was over", kept),
     ):
-        panel.plot([place for place, _ in held], [one.score for _, one in held], "o", label=label, **style)
+        panel.plot([place for place, _ in points], [trial.score for _, trial in points], "o", label=label, **style)
     panel.set_title(f"{way.name} ({way.by})", fontsize=9)
     panel.set_xlabel("models tried", fontsize=8)
     panel.set_ylabel("score on validation items", fontsize=8)

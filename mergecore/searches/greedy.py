@@ -1,4 +1,6 @@
-"""Greedy soup: experts join in the order of their own scores as long as the merge gets no worse (Wortsman et al. 2022, §2)."""
+"""Greedy soup: experts join in the order of their own scores as long as the merge gets no worse (Wortsman et al. 2022,
+§2).
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,11 @@ class Greedy(Search):
         """All experts alone in one round, then a round for each that may join."""
         alone = tuple(ground.candidate([expert], {}) for expert in ground.experts)
         scores = yield Ask(alone)
-        held = {expert: score.mean for expert, score in zip(ground.experts, scores, strict=True) if score is not None}
-        order = sorted(held, key=lambda expert: (-held[expert], ground.ids[expert]))
+        means = {expert: score.mean for expert, score in zip(ground.experts, scores, strict=True) if score is not None}
+        order = sorted(means, key=lambda expert: (-means[expert], ground.ids[expert]))
         if not order:
             return None
-        soup, best = [order[0]], held[order[0]]
+        soup, best = [order[0]], means[order[0]]
         for expert in order[1:]:
             candidate = ground.candidate([*soup, expert], {})
             (score,) = yield Ask((candidate,), ground.candidate(soup, {}))

@@ -1,4 +1,6 @@
-"""Values from a list, measured in one round: one choice for the whole merge, or one for each expert on its own tasks."""
+"""Values from a list, measured in one round: one choice for the whole merge, or one for each expert on its own
+tasks.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,9 @@ class Listed(BaseModel):
 class Grid(Search):
     """Which of the listed values: all combinations are made in one pass and measured side by side.
 
-    choose 'for_each' is how TALL masks get their λ_t (Wang et al. 2024, §3): every expert takes the values that are best
-    on its own tasks, and the merge with all of these is measured in a second round; where that is worse than the best
-    choice for all (it cannot be, where a task's model depends on its own λ_t alone), the latter is the result.
+    choose 'for_each' is how TALL masks get their λ_t (Wang et al. 2024, §3): every expert takes the values that are
+    best on its own tasks, and the merge with all of these is measured in a second round; where that is worse than the
+    best choice for all (it cannot be, where a task's model depends on its own λ_t alone), the latter is the result.
     """
 
     name: ClassVar[str] = "grid"
@@ -52,24 +54,28 @@ class Grid(Search):
     @property
     def combinations(self) -> list[Combination]:
         """Every combination, in the order written."""
-        names = [one.parameter for one in self.over]
-        return [dict(zip(names, held, strict=True)) for held in itertools.product(*(one.values for one in self.over))]
+        names = [axis.parameter for axis in self.over]
+        return [
+            dict(zip(names, values, strict=True)) for values in itertools.product(*(axis.values for axis in self.over))
+        ]
 
     def rounds(self, ground: Ground) -> Rounds:
         """Every combination; then, with 'for_each', the merge in which each expert has its own."""
         combinations = self.combinations
-        asked = tuple(ground.candidate(ground.experts, held) for held in combinations)
+        asked = tuple(ground.candidate(ground.experts, values) for values in combinations)
         scores = yield Ask(asked)
-        found = [score for score in scores if score is not None]
-        if not found:
+        known_scores = [score for score in scores if score is not None]
+        if not known_scores:
             return None
-        best = max(found, key=lambda score: score.mean)
-        held = asked[next(place for place, score in enumerate(scores) if score is best)]
-        mixed = self._mixed(ground, dict(held.values), combinations, scores) if self.choose == "for_each" else None
+        best = max(known_scores, key=lambda score: score.mean)
+        best_values = asked[next(place for place, score in enumerate(scores) if score is best)]
+        mixed = (
+            self._mixed(ground, dict(best_values.values), combinations, scores) if self.choose == "for_each" else None
+        )
         if mixed is None:
-            return held
-        (score,) = yield Ask((mixed,), held)
-        return mixed if score is not None and score.mean >= best.mean else held
+            return best_values
+        (score,) = yield Ask((mixed,), best_values)
+        return mixed if score is not None and score.mean >= best.mean else best_values
 
     def _mixed(
         self,
@@ -78,16 +84,18 @@ class Grid(Search):
         combinations: Sequence[Combination],
         scores: Sequence[Score | None],
     ) -> Candidate | None:
-        """Each expert with the values best on its own tasks, of equals those best for all; None where nobody differs."""
-        known = [(held, score) for held, score in zip(combinations, scores, strict=True) if score is not None]
-        known.sort(key=lambda one: one[0] != for_all)
+        """Each expert with the values best on its own tasks, of equals those best for all; None where nobody
+        differs.
+        """
+        known = [(values, score) for values, score in zip(combinations, scores, strict=True) if score is not None]
+        known.sort(key=lambda pair: pair[0] != for_all)
         chosen = [
-            max(known, key=lambda one, own=ground.own[expert]: fmean(one[1].tasks[task] for task in own))[0]  # type: ignore[misc]
+            max(known, key=lambda pair, own=ground.own[expert]: fmean(pair[1].tasks[task] for task in own))[0]  # type: ignore[misc]
             for expert in ground.experts
         ]
-        if all(held == for_all for held in chosen):
+        if all(values == for_all for values in chosen):
             return None
-        return ground.candidate(ground.experts, {name: tuple(held[name] for held in chosen) for name in chosen[0]})
+        return ground.candidate(ground.experts, {name: tuple(values[name] for values in chosen) for name in chosen[0]})
 
     def most(self, ground: Ground) -> int:
         """All combinations, and the one made of them."""
@@ -97,7 +105,7 @@ class Grid(Search):
         """Every combination, for one expert where each has its own."""
         yield from self.combinations
         if self.choose == "for_each":
-            yield {one.parameter: one.values[:1] for one in self.over}
+            yield {axis.parameter: axis.values[:1] for axis in self.over}
 
     def check(self, ground: Ground) -> None:
         """To choose for each expert it must be known what it was trained for."""
@@ -111,7 +119,7 @@ class Grid(Search):
 
 def each_once(over: tuple[Any, ...]) -> tuple[Any, ...]:
     """The parameters as they are. Raises ValueError where one stands twice."""
-    names = [one.parameter for one in over]
+    names = [range_of.parameter for range_of in over]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"'{twice}' stands there twice; list each parameter once")

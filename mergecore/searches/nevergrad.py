@@ -1,4 +1,6 @@
-"""Numbers found by an optimiser that sees nothing but scores: nevergrad's, as PCB-Merging uses it (Du et al. 2024, §3.3)."""
+"""Numbers found by an optimiser that sees nothing but scores: nevergrad's, as PCB-Merging uses it (Du et al. 2024,
+§3.3).
+"""
 
 from __future__ import annotations
 
@@ -53,8 +55,8 @@ class Between(BaseModel):
 class Nevergrad(Search):
     """Which numbers within bounds, by an optimiser that is told scores and asked for more.
 
-    What is tried first are the starting values, so that the result is never worse than they are. A candidate that fails is
-    told to the optimiser as the worst so far. Equal proposals cost nothing but their place in the budget.
+    What is tried first are the starting values, so that the result is never worse than they are. A candidate that fails
+    is told to the optimiser as the worst so far. Equal proposals cost nothing but their place in the budget.
     """
 
     name: ClassVar[str] = "nevergrad"
@@ -78,40 +80,42 @@ class Nevergrad(Search):
     def rounds(self, ground: Ground) -> Rounds:
         """The starting values, then what the optimiser proposes."""
         optimizer = self._optimizer(len(ground.ids))
-        held = self._candidate(ground, [one.first for one in self._places(len(ground.ids))])
+        best = self._candidate(ground, [axis.first for axis in self._places(len(ground.ids))])
         heard: list[float] = []
-        left, first = self.budget, [held]
+        left, first = self.budget, [best]
         while left > 0:
             with self._going_on():
                 asked = [optimizer.ask() for _ in range(min(self.at_once, left) - len(first))]
-            batch = (*first, *(self._candidate(ground, list(one.value)) for one in asked))
-            scores = yield Ask(batch, held if heard else None)
+            batch = (*first, *(self._candidate(ground, list(proposal.value)) for proposal in asked))
+            scores = yield Ask(batch, best if heard else None)
             for candidate, score in zip(batch, scores, strict=True):
                 if score is not None:
-                    held = candidate if not heard or score.mean > max(heard) else held
+                    best = candidate if not heard or score.mean > max(heard) else best
                     heard.append(score.mean)
             with self._going_on():
-                for one, score in zip(asked, scores[len(first) :], strict=True):
-                    optimizer.tell(one, -(min(heard, default=0.0) if score is None else score.mean))
+                for proposal, score in zip(asked, scores[len(first) :], strict=True):
+                    optimizer.tell(proposal, -(min(heard, default=0.0) if score is None else score.mean))
             left, first = left - len(batch), []
-        return held if heard else None
+        return best if heard else None
 
     def _places(self, count: int) -> list[Between]:
         """The range of each number that is searched."""
-        return [one for one in self.over for _ in range(count if one.per == "expert" else 1)]
+        return [axis for axis in self.over for _ in range(count if axis.per == "expert" else 1)]
 
     def _candidate(self, ground: Ground, point: list[float]) -> Candidate:
         values: dict[str, Any] = {}
         left = iter(point)
-        for one in self.over:
-            if one.per == "expert":
-                values[one.parameter] = tuple(one.written(float(next(left))) for _ in ground.ids)
+        for axis in self.over:
+            if axis.per == "expert":
+                values[axis.parameter] = tuple(axis.written(float(next(left))) for _ in ground.ids)
             else:
-                values[one.parameter] = one.written(float(next(left)))
+                values[axis.parameter] = axis.written(float(next(left)))
         return ground.candidate(ground.experts, values)
 
     def _optimizer(self, count: int) -> Any:
-        """nevergrad's optimiser over one array, seeded. Raises SpecError where it is not installed or cannot be replayed."""
+        """nevergrad's optimiser over one array, seeded. Raises SpecError where it is not installed or cannot be
+        replayed.
+        """
         try:
             import nevergrad
         except ImportError as error:
@@ -119,8 +123,8 @@ class Nevergrad(Search):
                 f"a search by nevergrad needs that package ({error}); install it with: pip install 'mergeloom[search]'"
             ) from None
         places = self._places(count)
-        ends = {"lower": [one.low for one in places], "upper": [one.high for one in places]}
-        space = nevergrad.p.Array(init=[one.first for one in places], **ends)
+        ends = {"lower": [axis.low for axis in places], "upper": [axis.high for axis in places]}
+        space = nevergrad.p.Array(init=[axis.first for axis in places], **ends)
         space.random_state.seed(self.seed)
         kind = nevergrad.optimizers.registry[OPTIMIZERS[self.optimizer]]
         optimizer = kind(parametrization=space, budget=self.budget, num_workers=self.at_once)
@@ -137,7 +141,9 @@ class Nevergrad(Search):
 
     @contextmanager
     def _going_on(self) -> Iterator[None]:
-        """Around what the optimiser does: its errors are ours, and its warnings (about tolerances nobody set) nobody's."""
+        """Around what the optimiser does: its errors are ours, and its warnings (about tolerances nobody set)
+        nobody's.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -155,8 +161,8 @@ class Nevergrad(Search):
     def trials(self) -> Iterator[Mapping[str, Any]]:
         """Both ends of every range."""
         for end in ("low", "high"):
-            ends = {one.parameter: (one, one.written(getattr(one, end))) for one in self.over}
-            yield {name: (value,) if one.per == "expert" else value for name, (one, value) in ends.items()}
+            ends = {axis.parameter: (axis, axis.written(getattr(axis, end))) for axis in self.over}
+            yield {name: (value,) if axis.per == "expert" else value for name, (axis, value) in ends.items()}
 
     def check(self, ground: Ground) -> None:
         """The package must be there, and what 'ngopt' picks must be one that can be replayed."""

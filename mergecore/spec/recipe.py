@@ -64,18 +64,18 @@ ENTRY = ("search", "label", "counts")
 """Keys of an entry of a spec's methods that are no values of its method."""
 
 
-def parse_recipe(held: Mapping[str, Any], where: str) -> Recipe:
+def parse_recipe(document: Mapping[str, Any], where: str) -> Recipe:
     """A checked recipe. Raises SpecError."""
-    if "merge_method" in held or "slices" in held:
+    if "merge_method" in document or "slices" in document:
         raise SpecError(f"{where} is in mergekit's form; `mergeloom merge` takes it, and --show prints it in ours")
-    kind = METHODS.get(str(held.get("method")))
+    kind = METHODS.get(str(document.get("method")))
     if kind is not None:
         known = {*Recipe.model_fields, *kind.model_fields}
-        strange = [str(key) for key in held if key not in known]
+        strange = [str(key) for key in document if key not in known]
         if strange:
             raise SpecError("; ".join(f"{where}.{key}: {_strange(key, known)}" for key in strange))
     try:
-        recipe = Recipe.model_validate(dict(held))
+        recipe = Recipe.model_validate(dict(document))
     except ValidationError as error:
         raise SpecError(explained(error, Recipe, where)) from None
     method = recipe.built()

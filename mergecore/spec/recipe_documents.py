@@ -29,7 +29,7 @@ class Order:
 
     name: str
     where: str
-    held: Mapping[str, Any]
+    document: Mapping[str, Any]
     needs: frozenset[str] = frozenset()
 
 
@@ -41,36 +41,39 @@ def read_orders(path: Path) -> tuple[Order, ...]:
     documents = read_documents(path)
     named = len(documents) > 1
     orders: dict[str, Order] = {}
-    for number, held in enumerate(documents):
+    for number, document in enumerate(documents):
         where = f"{path.name}[{number}]" if named else path.name
-        if named and not is_mergekit(held) and "modules" not in held:
+        if named and not is_mergekit(document) and "modules" not in document:
             raise SpecError(f"{where}: several documents in one file are mergekit's form; this one is not")
-        name = str(held.get("name") or "") if named else ""
+        name = str(document.get("name") or "") if named else ""
         if name in (".", "..") or "/" in name:
             raise SpecError(f"{where}.name: '{name}' is to be the name of a folder; write it without slashes")
         if name in orders:
             what = f"two documents are called '{name}'" if name else "two documents have no name"
             raise SpecError(f"{where}: {what}; only the result of the file may go without")
-        if not is_mergekit(held):
-            parse_recipe(held, where)
+        if not is_mergekit(document):
+            parse_recipe(document, where)
         else:
-            document_from(held, where)
-        orders[name] = Order(name, where, held)
+            document_from(document, where)
+        orders[name] = Order(name, where, document)
     known = frozenset(orders) - {""}
-    found = {name: Order(name, one.where, one.held, frozenset(_names(one.held, known))) for name, one in orders.items()}
-    return tuple(_in_order(found))
+    linked = {
+        name: Order(name, order.where, order.document, frozenset(_names(order.document, known)))
+        for name, order in orders.items()
+    }
+    return tuple(_in_order(linked))
 
 
-def _names(held: Any, known: frozenset[str]) -> Iterator[str]:
-    """The names of other documents that stand where a model stands."""
-    if isinstance(held, Mapping):
-        for key, value in held.items():
-            if key in MODELS and (name := _named(value)) in known:
+def _names(value: Any, known: frozenset[str]) -> Iterator[str]:
+    """Yield the names of other documents that stand where a model stands."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key in MODELS and (name := _named(inner)) in known:
                 yield name
-            yield from _names(value, known)
-    elif isinstance(held, list):
-        for value in held:
-            yield from _names(value, known)
+            yield from _names(inner, known)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _names(item, known)
 
 
 def _named(value: Any) -> str:
@@ -94,27 +97,29 @@ def _in_order(orders: Mapping[str, Order]) -> Iterator[Order]:
             yield waiting.pop(order.name)
 
 
-def placed(held: Any, folders: Mapping[str, Path]) -> Any:
+def placed(value: Any, folders: Mapping[str, Path]) -> Any:
     """The document with the folders of earlier results in place of their names."""
-    if isinstance(held, list):
-        return [placed(value, folders) for value in held]
-    if not isinstance(held, Mapping):
-        return held
-    found = {key: placed(value, folders) for key, value in held.items()}
+    if isinstance(value, list):
+        return [placed(item, folders) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    mapping = {key: placed(inner, folders) for key, inner in value.items()}
     for key in MODELS:
-        name = _named(held.get(key))
+        name = _named(value.get(key))
         if name and name in folders:
             place = {"path": str(folders[name])}
-            if isinstance(held[key], str):
-                lora = held[key].partition("+")[2]
-                found[key] = {"model": place, **({"lora": lora} if lora else {})}
+            if isinstance(value[key], str):
+                lora = value[key].partition("+")[2]
+                mapping[key] = {"model": place, **({"lora": lora} if lora else {})}
             else:
-                found[key] = {**held[key], **place}
-    return found
+                mapping[key] = {**value[key], **place}
+    return mapping
 
 
 class Translator:
-    """Turns orders into recipes. Models are looked up once; those that are still to be made are known by their shape."""
+    """Turns orders into recipes. Models are looked up once; those that are still to be made are known by their
+    shape.
+    """
 
     def __init__(self, resolve: Resolver) -> None:
         self._read = cache(
@@ -124,27 +129,27 @@ class Translator:
 
     def translation(self, order: Order, folders: Mapping[str, Path]) -> Translation:
         """The recipe as plain values. folders: where results of other documents lie, or will lie."""
-        if not is_mergekit(order.held):
-            return Translation(dict(order.held), ())
-        document = document_from(placed(order.held, folders), order.where)
-        found = recipe_from(document, self.lookup, order.where)
+        if not is_mergekit(order.document):
+            return Translation(dict(order.document), ())
+        document = document_from(placed(order.document, folders), order.where)
+        translation = recipe_from(document, self.lookup, order.where)
         if order.name:
-            stack = [StackRule(**rule) for rule in found.recipe.get("stack", ())]
-            base = found.recipe["base"]
+            stack = [StackRule(**rule) for rule in translation.recipe.get("stack", ())]
+            base = translation.recipe["base"]
             ground = self._shapes.get(base["source"]) or self._read(base["source"], base.get("revision"))
             self._shapes[str(folders[order.name])] = restacked(ground, stack, BASE)
-        return found
+        return translation
 
     def recipe(self, order: Order, folders: Mapping[str, Path]) -> tuple[Recipe, tuple[str, ...]]:
         """The checked recipe, and what is to be said aloud about it."""
-        found = self.translation(order, folders)
-        return parse_recipe(found.recipe, order.where), found.notes
+        translation = self.translation(order, folders)
+        return parse_recipe(translation.recipe, order.where), translation.notes
 
     @property
     def lookup(self) -> Lookup:
         """Headers and configuration of a model, without its adapter."""
 
-        def found(model: Reference) -> Snapshot:
+        def header_of(model: Reference) -> Snapshot:
             path = model.model.path
             if path in self._shapes and not Path(path).exists():
                 return self._shapes[path]
@@ -153,4 +158,4 @@ class Translator:
                 raise SpecError(f"'{path}' is an adapter; write model+adapter, as in base-model+{path}")
             return snapshot
 
-        return found
+        return header_of

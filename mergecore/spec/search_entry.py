@@ -37,19 +37,21 @@ class Searched:
 
     def variant(self, candidate: Candidate) -> Variant:
         """The entry as a candidate has it. Raises SpecError."""
-        (found,) = of_entry(overlaid(self.entry, dict(candidate.values)), self.select, self.experts, self.where)
-        return found
+        (variant,) = of_entry(overlaid(self.entry, dict(candidate.values)), self.select, self.experts, self.where)
+        return variant
 
 
 def searched_from(
     entry: Mapping[str, Any], select: Sequence[Mapping[str, Any]], experts: Sequence[str], where: str
 ) -> Searched:
-    """The entry, with the ends of everything that is searched tried on the method. Raises SpecError naming the place."""
-    held = {key: value for key, value in entry.items() if key != "search"}
+    """The entry, with the ends of everything that is searched tried on the method. Raises SpecError naming the
+    place.
+    """
+    values = {key: value for key, value in entry.items() if key != "search"}
     name, asked = str(entry.get("method") or ""), entry["search"]
     if not isinstance(asked, Mapping):
         raise SpecError(f"{where}.search: write how it is searched, as in search: {{by: greedy}} (given: {asked!r})")
-    if _has_grid(held) or _has_grid(asked) or ("select" not in entry and _has_grid(select)):
+    if _has_grid(values) or _has_grid(asked) or ("select" not in entry and _has_grid(select)):
         raise SpecError(
             f"{where}: a grid and a search do not stand in one entry (nor a grid in rules that it takes from the spec); "
             "list the values under search: {by: grid, over: [{parameter: scale, values: [0.3, 0.5]}]}"
@@ -58,13 +60,13 @@ def searched_from(
         raise SpecError(f"{where}.counts: an entry with a search is searched for every count of the spec; leave it out")
     by = str(asked.get("by") or "")
     search = search_from(by, {key: value for key, value in asked.items() if key != "by"}, f"{where}.search")
-    found = Searched(
-        search, {**held, "method": name, "label": entry.get("label") or f"{name}+{by}"}, select, experts, where
+    searched = Searched(
+        search, {**values, "method": name, "label": entry.get("label") or f"{name}+{by}"}, select, experts, where
     )
     for trial in search.trials():
-        _check_places(found, trial)
-        found.variant(Candidate((), tuple(trial.items())))
-    return found
+        _check_places(searched, trial)
+        searched.variant(Candidate((), tuple(trial.items())))
+    return searched
 
 
 def _check_places(entry: Searched, trial: Mapping[str, Any]) -> None:
@@ -85,16 +87,18 @@ def _check_places(entry: Searched, trial: Mapping[str, Any]) -> None:
 
 
 def overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with others set at their paths: {'drop': {'seed': 0}} and {'drop.rate': 0.5} → {'drop': {'seed': 0, 'rate': 0.5}}."""
-    found = dict(values)
+    """Values with others set at their paths: {'drop': {'seed': 0}} and {'drop.rate': 0.5} → {'drop': {'seed': 0,
+    'rate': 0.5}}.
+    """
+    merged_values = dict(values)
     for path, value in changes.items():
         first, _, rest = path.partition(".")
         if rest:
-            inner = found.get(first)
-            found[first] = overlaid(inner if isinstance(inner, Mapping) else {}, {rest: value})
+            inner = merged_values.get(first)
+            merged_values[first] = overlaid(inner if isinstance(inner, Mapping) else {}, {rest: value})
         else:
-            found[first] = list(value) if isinstance(value, tuple) else value
-    return found
+            merged_values[first] = list(value) if isinstance(value, tuple) else value
+    return merged_values
 
 
 def _has_grid(value: Any) -> bool:

@@ -145,31 +145,36 @@ class Spec(Part):
         """The entries whose values or experts are searched for, each under a label of its own."""
         entries = [(f"methods[{place}]", entry) for place, entry in enumerate(self.methods) if "search" in entry]
         experts = [expert.name for expert in self.experts]
-        found = tuple(searched_from(entry, self.select, experts, where) for where, entry in entries)
-        if found and self.evaluate.validation is None:
+        searches = tuple(searched_from(entry, self.select, experts, where) for where, entry in entries)
+        if searches and self.evaluate.validation is None:
             raise SpecError(
-                f"{found[0].where}: a search decides by validation items, and the spec has none; add "
+                f"{searches[0].where}: a search decides by validation items, and the spec has none; add "
                 "evaluate: {validation: {limit: 100}}"
             )
-        taken = [variant.label for variant in self.variants] + [one.label for one in found]
+        taken = [variant.label for variant in self.variants] + [search.label for search in searches]
         measured = {
-            task for side in (self.evaluate.held_in, self.evaluate.held_out) for held in side.values() for task in held
+            task
+            for side in (self.evaluate.held_in, self.evaluate.held_out)
+            for names in side.values()
+            for task in names
         }
-        for one in found:
-            if taken.count(one.label) > 1:
-                raise SpecError(f"{one.where}: another entry is called '{one.label}' too; give it a `label` of its own")
-            for task in one.search.tasks:
+        for search in searches:
+            if taken.count(search.label) > 1:
+                raise SpecError(
+                    f"{search.where}: another entry is called '{search.label}' too; give it a `label` of its own"
+                )
+            for task in search.search.tasks:
                 if task not in measured:
                     raise SpecError(
-                        f"{one.where}.search.tasks: '{task}' is no task of this spec; {nearest(task, measured)}"
+                        f"{search.where}.search.tasks: '{task}' is no task of this spec; {nearest(task, measured)}"
                     )
-        return found
+        return searches
 
 
-def parse_spec(held: Mapping[str, Any], where: str) -> Spec:
+def parse_spec(document: Mapping[str, Any], where: str) -> Spec:
     """A checked spec, its methods built once to be checked too. Raises SpecError naming every place that is wrong."""
     try:
-        spec = Spec.model_validate(dict(held))
+        spec = Spec.model_validate(dict(document))
     except ValidationError as error:
         raise SpecError(explained(error, Spec, where)) from None
     _ = spec.variants

@@ -1,4 +1,6 @@
-"""The methods of a sweep with every combination of their grids, each with the rules that say which tensors it merges."""
+"""The methods of a sweep with every combination of their grids, each with the rules that say which tensors it
+merges.
+"""
 
 from __future__ import annotations
 
@@ -41,29 +43,29 @@ def variants_of(
     experts: Sequence[str],
     counts: Sequence[int],
 ) -> tuple[Variant, ...]:
-    """Every entry of a spec's `methods` with every combination of its grids and of those in its rules; equal ones are one,
-    and those that a search finds the values of (mergecore/spec/search_entry.py) are not among them.
+    """Every entry of a spec's `methods` with every combination of its grids and of those in its rules; equal ones are
+    one, and those that a search finds the values of (mergecore/spec/search_entry.py) are not among them.
     Average, by the rules of the spec, is always there.
 
     select, counts: for entries that have none of their own. experts: names that rules may name. Raises SpecError.
     """
-    found: dict[str, Variant] = {}
+    variants: dict[str, Variant] = {}
     plain: str | None = None
     for position, entry in enumerate(entries):
         if "search" in entry:
             continue
-        for one in of_entry(entry, select, experts, f"methods[{position}]"):
-            key = _key(one)
-            if one.method == AVERAGE and "select" not in entry:
+        for variant in of_entry(entry, select, experts, f"methods[{position}]"):
+            key = _key(variant)
+            if variant.method == AVERAGE and "select" not in entry:
                 plain = key
-            others = found[key].counts if key in found else ()
-            found[key] = replace(found.get(key, one), counts=_together(others, one.counts or counts))
+            others = variants[key].counts if key in variants else ()
+            variants[key] = replace(variants.get(key, variant), counts=_together(others, variant.counts or counts))
     if plain is not None:  # what others are compared with is there for every count of the spec
-        found[plain] = replace(found[plain], counts=_together(counts, found[plain].counts))
-        return tuple(found.values())
+        variants[plain] = replace(variants[plain], counts=_together(counts, variants[plain].counts))
+        return tuple(variants.values())
     averages = of_entry({"method": AVERAGE.name}, select, experts, "average")
-    first = {_key(one): replace(one, counts=tuple(counts)) for one in averages}
-    return tuple((first | found).values())
+    first = {_key(variant): replace(variant, counts=tuple(counts)) for variant in averages}
+    return tuple((first | variants).values())
 
 
 def _together(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
@@ -71,10 +73,10 @@ def _together(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*first, *second]))
 
 
-def _key(one: Variant) -> str:
+def _key(variant: Variant) -> str:
     """What tells variants apart."""
-    rules = [rule.model_dump(mode="json") for rule in one.select]
-    return digest([one.method.name, one.method.parameters(), rules])
+    rules = [rule.model_dump(mode="json") for rule in variant.select]
+    return digest([variant.method.name, variant.method.parameters(), rules])
 
 
 def of_entry(
@@ -84,16 +86,16 @@ def of_entry(
     own, counts = "select" in entry, _counts_of(entry, len(experts), where)
     rules, ruled = (entry["select"], f"{where}.select") if own else (list(select), "select")
     methods = expanded({key: value for key, value in entry.items() if key not in ("select", "counts")}, where)
-    for values, given in itertools.product(methods, expanded(rules, ruled)):
-        held = dict(values)
-        name = str(held.pop("method", ""))
-        plain = name + ("+drop" if held.get("drop") else "") + ("+select" if own else "")
-        label = str(held.pop("label", "") or plain)
-        method = method_from(name, held, where, ("method", "label", "select", "counts"))
-        chosen = select_rules(given, ruled)
+    for values, ruled_values in itertools.product(methods, expanded(rules, ruled)):
+        together = dict(values)
+        name = str(together.pop("method", ""))
+        plain = name + ("+drop" if together.get("drop") else "") + ("+select" if own else "")
+        label = str(together.pop("label", "") or plain)
+        method = method_from(name, together, where, ("method", "label", "select", "counts"))
+        chosen = select_rules(ruled_values, ruled)
         for number, rule in enumerate(chosen):
             _check(rule, method, experts, f"{ruled}.{number}", own)
-        yield Variant(method, label, held | gridded({"select": rules}, {"select": given}), chosen, counts)
+        yield Variant(method, label, together | gridded({"select": rules}, {"select": ruled_values}), chosen, counts)
 
 
 def _counts_of(entry: Mapping[str, Any], most: int, where: str) -> tuple[int, ...]:
@@ -127,17 +129,17 @@ def _check(rule: SelectRule, method: Method, experts: Sequence[str], where: str,
     method_of(rule, method, where)
 
 
-def select_rules(given: Any, where: str) -> tuple[SelectRule, ...]:
+def select_rules(entries: Any, where: str) -> tuple[SelectRule, ...]:
     """Rules as YAML has them, checked. Raises SpecError."""
-    if not isinstance(given, list | tuple):
+    if not isinstance(entries, list | tuple):
         raise SpecError(f"{where}: must be a list of rules, as in select: [{{names: '*mlp*'}}, {{take: copy}}]")
-    found = []
-    for number, rule in enumerate(given):
+    rules = []
+    for number, rule in enumerate(entries):
         try:
-            found.append(SelectRule.model_validate(rule))
+            rules.append(SelectRule.model_validate(rule))
         except ValidationError as error:
             raise SpecError(explained(error, SelectRule, f"{where}.{number}")) from None
-    return tuple(found)
+    return tuple(rules)
 
 
 def method_of(rule: SelectRule, method: Method, where: str) -> Method:
@@ -150,8 +152,8 @@ def method_of(rule: SelectRule, method: Method, where: str) -> Method:
     strange = [key for key in rule.values if kind is not None and key not in known]
     if strange:
         raise SpecError("; ".join(f"{where}.{key}: unknown key; {nearest(key, known)}" for key in strange))
-    given = method.model_dump(mode="json", exclude_unset=True) if rule.method is None else {}
-    return method_from(name, {**given, **rule.values}, where, SelectRule.model_fields)
+    values = method.model_dump(mode="json", exclude_unset=True) if rule.method is None else {}
+    return method_from(name, {**values, **rule.values}, where, SelectRule.model_fields)
 
 
 def expanded(value: Any, where: str) -> Iterator[Any]:
@@ -181,16 +183,16 @@ def expanded(value: Any, where: str) -> Iterator[Any]:
 
 def gridded(written: Any, came: Any) -> dict[str, Any]:
     """Of something that was `expanded` only what its grids came to, nested by key, or by place in a list."""
-    found: dict[str, Any] = {}
+    values_of: dict[str, Any] = {}
     if isinstance(written, Mapping) and "grid" not in written:
         pairs = [(key, value, came[key]) for key, value in written.items()]
     elif isinstance(written, list | tuple):
         pairs = [(str(number), value, came[number]) for number, value in enumerate(written)]
     else:
-        return found
+        return values_of
     for key, value, became in pairs:
         if isinstance(value, Mapping) and "grid" in value:
-            found[key] = became
+            values_of[key] = became
         elif inner := gridded(value, became):
-            found[key] = inner
-    return found
+            values_of[key] = inner
+    return values_of

@@ -12,18 +12,18 @@ from mergecore.errors import SpecError
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping a YAML file holds. Raises SpecError with line and column where it is not YAML."""
-    held = read_documents(path)
-    if len(held) > 1:
+    documents = read_documents(path)
+    if len(documents) > 1:
         raise SpecError(
-            f"{path} holds {len(held)} documents (between lines of ---); only mergekit's form may have several"
+            f"{path} holds {len(documents)} documents (between lines of ---); only mergekit's form may have several"
         )
-    return held[0]
+    return documents[0]
 
 
 def read_documents(path: Path) -> tuple[dict[str, Any], ...]:
     """The mappings of a YAML file's documents, at least one. Raises SpecError with line and column."""
     try:
-        held = list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=_Loader))
+        loaded = list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=_Loader))
     except FileNotFoundError:
         beside = sorted(other.name for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         raise SpecError(f"{path} does not exist" + (f"; there is {', '.join(beside[:5])}" if beside else "")) from None
@@ -35,12 +35,12 @@ def read_documents(path: Path) -> tuple[dict[str, Any], ...]:
         raise SpecError(f"{path}{place}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise SpecError(f"{path} is not valid YAML: {error}") from None
-    found = [document for document in held if document is not None]  # a file may begin or end with ---
-    for document in found or [None]:
+    documents = [document for document in loaded if document is not None]  # a file may begin or end with ---
+    for document in documents or [None]:
         if not isinstance(document, dict):
             kind = "is empty" if document is None else f"holds a {type(document).__name__}"
             raise SpecError(f"{path} {kind}; a spec or recipe is a mapping of keys, as in `method: average`")
-    return tuple(found)
+    return tuple(documents)
 
 
 class _Loader(yaml.SafeLoader):

@@ -10,7 +10,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mergecore.errors import CapacityError, MismatchError, NonFiniteError
+from mergecore.arithmetic.linear_algebra import squared_norm
+from mergecore.errors import CapacityError, MismatchError, NonFiniteError, SpecError
 from mergecore.events import Event, Report
 from mergecore.identity.draws import random_key, random_words
 from mergecore.plugins.statistic import Calibration, DataStatistic, Result
@@ -56,6 +57,14 @@ class DiagonalFisher(DataStatistic):
                 "use batch: item"
             )
         return self
+
+    def taken(self, tensors: Mapping[str, Tensor], selection: Mapping[str, TensorInfo]) -> Result:
+        """Return F as it was worked out elsewhere, with its norms."""
+        missing = sorted(set(selection) - set(tensors))
+        if missing:
+            raise SpecError(f"statistics: nothing given for tensor '{missing[0]}' and {len(missing) - 1} more")
+        norms = {name: squared_norm(tensors[name]) for name in selection}
+        return Result(tensors=tensors, numbers={"squared_norm": norms})
 
     def compute(
         self, model: nn.Module, data: Calibration, selection: Mapping[str, TensorInfo], report: Report

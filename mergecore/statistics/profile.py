@@ -30,6 +30,7 @@ class Profile(Statistic):
     """Bit-pattern counts of one expert's delta, over all tensors that it carries (of any selection)."""
 
     name: ClassVar[str] = "profile"
+    shown_as: ClassVar[str] = "task vector"
     version: ClassVar[int] = 3
     scope: ClassVar[Scope] = Scope.EXPERT
     whole: ClassVar[bool] = True

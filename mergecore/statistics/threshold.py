@@ -112,6 +112,10 @@ class Threshold(Statistic):
     """At least so many elements of each ranking are wanted, where the density is above 0."""
     drop: RandomDrop | None = None
 
+    def reported(self, numbers: Mapping[str, Any]) -> Mapping[str, float]:
+        """Return the share of the task vector that the threshold really keeps."""
+        return {"kept_density": float(numbers["density"])}
+
     def of_expert(self, position: int) -> Threshold:
         """With the expert's own density and rate."""
         if not isinstance(self.density, tuple) and (self.drop is None or self.drop.of_expert(position) is self.drop):

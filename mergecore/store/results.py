@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from mergecore.tensors.source import TensorInfo, TensorSource
 from mergecore.tensors.torch_dtypes import DTYPE_NAMES
 
 TENSORS = "tensors.safetensors"
+ITEMS = "items.parquet"
 
 
 def commit_result(store: Store, draft: Draft, result: Result, made: Mapping[str, Any]) -> None:
@@ -64,4 +67,9 @@ def open_model(store: Store, step: Step) -> FileTensors:
     return open_files(store.folder(step), names)
 
 
-ITEMS = "items.parquet"
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name; copy it where the two folders are not on one disk."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -201,12 +201,20 @@ class Store:
         if folder.exists():
             self._discard(folder)
 
-    def fail(self, step: Step, reason: str) -> None:
-        """Record that a step was tried and why it failed; it is not tried again until `forgive`."""
-        path = self.root / "failures" / f"{step.key}.json"
+    def failure_path(self, key: str) -> Path:
+        """Return where the failure of the step of this key is recorded."""
+        return self.root / "failures" / f"{key}.json"
+
+    def fail(self, step: Step, reason: str, traceback: str = "") -> None:
+        """Record that a step was tried, why it failed and where; it is not tried again until `forgive`."""
+        path = self.failure_path(step.key)
+        record = {"step": step.as_json(), "reason": reason}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"step": step.as_json(), "reason": reason})
+            try:
+                write_json(path, {**record, "traceback": traceback.splitlines()})
+            except OSError:
+                write_json(path, record)  # a full disk may still have room for the reason alone
         except OSError as error:
             raise StoreError(f"{step.name} failed ({reason}), and {path} cannot be written: {error}") from error
 

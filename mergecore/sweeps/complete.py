@@ -1,4 +1,7 @@
-"""A whole sweep in this process: rounds of work until nothing is missing. The Prefect flow does the same rounds as tasks."""
+"""Completes a sweep in this process: rounds of work until nothing is missing.
+
+The Prefect flow does the same rounds as tasks.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ from dataclasses import dataclass
 from math import isfinite
 
 from mergecore.errors import EvaluationError
-from mergecore.execution.evaluations import run_data_statistics, run_scorings
+from mergecore.execution.evaluations import run_scorings
 from mergecore.execution.fetch import fetch
+from mergecore.execution.lanes import run_works
 from mergecore.execution.outcome import Done
-from mergecore.execution.passes import run_merges, run_statistics
 from mergecore.execution.place import Place, drop_models, snapshots_of
 from mergecore.reporting.scores import Sweep
 from mergecore.reporting.summary import best, cell_table
@@ -22,30 +25,30 @@ from mergecore.sweeps.remaining import Frontier, Round
 
 @dataclass(frozen=True)
 class Winner:
-    """The cell to be registered, and whether validation or test scores chose it."""
+    """The cell to register. chosen_on: the split whose scores chose it."""
 
     cell: str
     chosen_on: str
 
 
 def complete(place: Place, frontier: Frontier, after: Callable[[Done], None]) -> Done:
-    """Do everything that is missing, round by round; `after` hears of each round."""
+    """Do everything that is missing, round by round. `after` is called with the outcome of each round."""
     done = Done()
     for snapshot in snapshots_of(place.pool):
         done = done.note(fetch(place, snapshot))
     drop_models(place, frontier.droppable())
     while round := frontier.round():
-        found = run_round(place, round)
+        outcome = run_round(place, round)
         drop_models(place, frontier.droppable())
-        after(found)
-        done = done.note(found)
+        after(outcome)
+        done = done.note(outcome)
     done = done.note(register_best(place, frontier))
     settle(frontier)
     return done
 
 
 def settle(frontier: Frontier) -> None:
-    """What remains when nothing is missing: models that nothing asks for go, and with them what killed runs have left."""
+    """Drop models that nothing asks for any more, and remove what killed runs left. Nothing may be missing."""
     for merge in frontier.droppable(settled=True):
         frontier.store.drop(merge.step)
     for cell in frontier.plan.cells:
@@ -55,21 +58,17 @@ def settle(frontier: Frontier) -> None:
 
 
 def run_round(place: Place, round: Round) -> Done:
-    """One round, its parts one after another."""
+    """Do one round, its parts one after another."""
     done = Done()
-    if round.statistics:
-        done = done.note(run_statistics(place, round.statistics))
-    if round.data:
-        done = done.note(run_data_statistics(place, round.data))
-    if round.merges:
-        done = done.note(run_merges(place, round.merges))
+    for works in (round.statistics, round.merges):
+        done = done.note(run_works(place, works))
     if round.scorings:
         done = done.note(run_scorings(place, round.scorings))
     return done
 
 
 def winner(frontier: Frontier, sweep: Sweep) -> Winner | None:
-    """The cell that is to be registered; None where the spec registers nothing or nothing can win."""
+    """Return the cell to register; None where the spec registers nothing or nothing can win."""
     if frontier.plan.spec.output.register_ is None:
         return None
     try:
@@ -79,36 +78,36 @@ def winner(frontier: Frontier, sweep: Sweep) -> Winner | None:
 
 
 def to_register(frontier: Frontier, sweep: Sweep) -> Winner | None:
-    """The winner where it is not registered yet, else None."""
-    found = winner(frontier, sweep)
-    if found is None:
+    """Return the winner where it is not registered yet, else None."""
+    best_cell = winner(frontier, sweep)
+    if best_cell is None:
         return None
-    cell = next(cell for cell in frontier.plan.cells if cell.id == found.cell)
-    held = sweep.registered or {}
+    cell = next(cell for cell in frontier.plan.cells if cell.id == best_cell.cell)
+    registered = sweep.registered or {}
     published = frontier.store.is_done(registration_step(frontier, cell), bytes_needed=True)
     settings = frontier.plan.spec.output.register_
     assert settings is not None
-    same = (held.get("cell"), held.get("name"), held.get("alias"), held.get("chosen_on"))
-    return None if published and same == (cell.id, settings.name, settings.alias, found.chosen_on) else found
+    same = (registered.get("cell"), registered.get("name"), registered.get("alias"), registered.get("chosen_on"))
+    return None if published and same == (cell.id, settings.name, settings.alias, best_cell.chosen_on) else best_cell
 
 
 def register_best(place: Place, frontier: Frontier) -> Done:
-    """Register the winner; its model, or the adapter that it is, is made again where it was dropped."""
+    """Register the winner. What is published of it is made again where it was dropped."""
     sweep = collect(frontier)
-    found = to_register(frontier, sweep)
-    if found is None:
+    best_cell = to_register(frontier, sweep)
+    if best_cell is None:
         return Done()
     done = Done()
-    cell = next(cell for cell in frontier.plan.cells if cell.id == found.cell)
+    cell = next(cell for cell in frontier.plan.cells if cell.id == best_cell.cell)
     assert cell.merge is not None
-    at_hand = frontier.store.is_done(cell.merge.product, bytes_needed=True)
-    while round := frontier.making([] if at_hand else [cell.merge]):
+    at_hand = frontier.store.is_done(cell.merge.published.step, bytes_needed=True)
+    while round := frontier.making([] if at_hand else [cell.merge.published]):
         done = done.note(run_round(place, round))
         if done.failures:
             return done
-    row = next(row for row in cell_table(sweep, found.chosen_on).to_pylist() if row["cell"] == cell.id)
+    row = next(row for row in cell_table(sweep, best_cell.chosen_on).to_pylist() if row["cell"] == cell.id)
     scores = {name: float(value) for name, value in row.items() if isinstance(value, float) and isfinite(value)}
-    done = done.note(register(place, frontier, cell, found.chosen_on, scores))
+    done = done.note(register(place, frontier, cell, best_cell.chosen_on, scores))
     drop_models(place, frontier.droppable())
     return done
 

@@ -7,12 +7,8 @@ from dataclasses import dataclass
 
 from mergecore.engine.memory import Models, block_bytes, blocks_in_flight, read_bytes
 from mergecore.planning.cells import Plan
-from mergecore.planning.plans import MergePlan, StatisticPlan
 from mergecore.planning.pool import Pool
-from mergecore.plugins.adapter_method import AdapterMethod
-from mergecore.plugins.chain import BEFORE, Link
-from mergecore.plugins.method import Method
-from mergecore.plugins.statistic import DataStatistic, Statistic
+from mergecore.planning.work import Lane, MergeWork, Work
 from mergecore.store.store import State
 from mergecore.sweeps.remaining import Frontier
 from mergecore.tensors.dtypes import ELEMENT_TYPES
@@ -25,8 +21,11 @@ BYTES_A_SECOND = 1e9
 
 @dataclass(frozen=True)
 class PassCost:
-    """One reading of a pool: bytes read and written, memory of one block in flight, how many of them at a time, disk that
-    its models take, expected seconds."""
+    """One reading of a pool. read, written: bytes. block: bytes of memory for one block in flight. spans: blocks in
+    flight.
+
+    disk: bytes that its models take. seconds: expected time.
+    """
 
     what: str
     read: int
@@ -44,7 +43,7 @@ class PassCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What is still to be done, in numbers."""
+    """What is still to do, in numbers."""
 
     cells: int
     cells_done: int
@@ -59,18 +58,18 @@ class Cost:
 
     @property
     def bytes_read(self) -> int:
-        """In all passes."""
-        return sum(one.read for one in self.passes)
+        """Bytes read in all passes."""
+        return sum(planned.read for planned in self.passes)
 
     @property
     def bytes_written(self) -> int:
-        """In all passes."""
-        return sum(one.written for one in self.passes)
+        """Bytes written in all passes."""
+        return sum(planned.written for planned in self.passes)
 
     @property
     def disk(self) -> int:
-        """The most that models take at a time."""
-        return max((one.disk for one in self.passes), default=0)
+        """Bytes that models take on the disk at a time, at most."""
+        return max((planned.disk for planned in self.passes), default=0)
 
 
 def cost(frontier: Frontier, workers: int, memory: int) -> Cost:
@@ -80,126 +79,128 @@ def cost(frontier: Frontier, workers: int, memory: int) -> Cost:
     """
     frontier.refresh()
     plan = frontier.plan
-    merges: dict[str, MergePlan] = {}
+    merges: dict[str, MergeWork] = {}
     evaluations = items = done = 0
     for cell in plan.cells:
-        if frontier.trouble(cell):
+        if frontier.view.trouble(cell):
             continue
-        wanted = list(frontier.wanted(cell))
+        wanted = list(frontier.choice.wanted(cell))
         done += not wanted
         evaluations += len(wanted)
         items += sum(identity.items for _, identity, _ in wanted)
-        if wanted and cell.merge is not None and frontier.state(cell.model) is not State.PRESENT:
+        if wanted and cell.merge is not None and frontier.view.state(cell.model) is not State.PRESENT:
             merges[cell.model.key] = cell.merge
     statistics = {
-        one.step.key: one
+        work.step.key: work
         for merge in merges.values()
-        for one in merge.missing(frontier.at_hand)
-        if not isinstance(one.statistic, DataStatistic)
+        for work in merge.missing_inputs(frontier.view.at_hand)
+        if work.lane is not Lane.MODELS  # what runs models is no pass; its time is not projected yet
     }
     passes = passes_of(plan.pool, list(merges.values()), list(statistics.values()), frontier.room, workers, memory)
     an_item = measured_seconds_an_item(frontier)
     scoring = items * (an_item or EVALUATION_SECONDS_AN_ITEM) / workers
     evaluated = workers * _evaluation_memory(plan) if evaluations else 0
     return Cost(
-        len(plan.cells), done, len(statistics), len(merges), evaluations, passes,
-        max([evaluated, *(one.memory for one in passes)]), sum(one.seconds for one in passes) + scoring, an_item is not None,
-    )  # fmt: skip
+        cells=len(plan.cells),
+        cells_done=done,
+        statistics=len(statistics),
+        merges=len(merges),
+        evaluations=evaluations,
+        passes=passes,
+        peak_memory=max([evaluated, *(planned.memory for planned in passes)]),
+        seconds=sum(planned.seconds for planned in passes) + scoring,
+        measured=an_item is not None,
+    )
 
 
 def passes_of(
     pool: Pool,
-    merges: Sequence[MergePlan],
-    statistics: Sequence[StatisticPlan],
+    merges: Sequence[MergeWork],
+    statistics: Sequence[Work],
     room: int,
     workers: int,
     memory: int,
 ) -> tuple[PassCost, ...]:
-    """The passes that complete these statistics (one per level, for some look at what others found) and merges (`room` at
-    a time). Raises nothing: what does not fit is refused by `check_fit` and by the engine."""
-    waiting, found = {one.step.key: one for one in statistics}, []
-    ends = chain_ends(merges)
+    """Return the passes that complete these statistics and merges.
+
+    Statistics take one pass per level, since some need the results of others. room: merges in one pass at most. Nothing
+    is
+    raised: `check_fit` and the engine refuse what does not fit.
+    """
+    waiting, passes = {work.step.key: work for work in statistics}, []
+    stays = chain_ends(merges).keys()
     lying: dict[str, int] = {}
+    limits = Limits(workers, memory)
     while waiting:
         ready = [
-            one
-            for one in waiting.values()
-            if not any(inner.step.key in waiting for group in one.inputs.values() for inner in group)
+            work
+            for work in waiting.values()
+            if not any(inner.step.key in waiting for group in work.inputs.values() for inner in group)
         ]
-        experts = {expert for one in ready for expert in one.experts}
-        names = {name for one in ready if not isinstance(one.statistic, AdapterMethod) for name in one.selection}
-        what = f"scan: {len(ready)} statistics of {len(experts)} experts"
-        scans = [one.statistic for one in ready if isinstance(one.statistic, Statistic)]
-        links = {one.step.key: one.written() for one in ready if isinstance(one.statistic, Link)}
-        written = sum(link.size for link in links.values())
-        methods = [link.method for link in links.values()]
+        experts = {expert for work in ready for expert in work.experts}
         # While a chain goes on the link before lies beside the one that is written.
-        lying |= {key: link.size for key, link in links.items()}
-        disk = sum(lying.values())
-        found.append(_pass_cost(pool, what, experts, names, methods, scans, written, disk, workers, memory))
-        for passed in {
-            before.step.key for key in links for before in waiting[key].inputs.get(BEFORE, ())
-        } - ends.keys():
-            lying.pop(passed, None)
-        waiting = {key: one for key, one in waiting.items() if one not in ready}
+        lying |= {work.step.key: work.size for work in ready if work.goes_on}
+        shown_as = f"scan: {len(ready)} statistics of {len(experts)} experts"
+        passes.append(_pass_cost(pool, shown_as, ready, sum(lying.values()), limits))
+        for passed in (passed.step.key for work in ready for passed in work.passed_on):
+            if passed not in stays:
+                lying.pop(passed, None)
+        waiting = {key: work for key, work in waiting.items() if work not in ready}
     for first in range(0, len(merges), max(room, 1)):
-        held = merges[first : first + max(room, 1)]
-        experts = {expert for merge in held for expert in merge.experts}
-        names = {name for merge in held for name in (*merge.layout.merged, *merge.layout.copied)}
-        what = f"merge: {len(held)} model{'s' * (len(held) > 1)} of {len(experts)} experts"
-        if len(held) < len(merges):
-            what += f" ({room} at a time)"
-        needs = [one.statistic for merge in held for group in merge.statistics.values() for one in group]
-        data = [one for one in needs if isinstance(one, DataStatistic)]
-        written = sum(merge.size for merge in held)
-        methods = [way.method for merge in held for way in merge.ways]
-        disk = written + sum(lying.values())
-        found.append(_pass_cost(pool, what, experts, names, methods, data, written, disk, workers, memory))
-    return tuple(found)
+        together = merges[first : first + max(room, 1)]
+        experts = {expert for merge in together for expert in merge.experts}
+        shown_as = f"merge: {len(together)} model{'s' * (len(together) > 1)} of {len(experts)} experts"
+        if len(together) < len(merges):
+            shown_as += f" ({room} at a time)"
+        disk = sum(merge.size for merge in together) + sum(lying.values())
+        passes.append(_pass_cost(pool, shown_as, together, disk, limits))
+    return tuple(passes)
 
 
-def chain_ends(merges: Sequence[MergePlan]) -> dict[str, int]:
-    """Bytes of the links that models are read off, by key. They stay, for an expert who comes later."""
+def chain_ends(merges: Sequence[MergeWork]) -> dict[str, int]:
+    """Return {key: bytes} of the links that models are read from. They stay, for experts that come later."""
     return {
-        one.step.key: one.written().size
+        work.step.key: work.size
         for merge in merges
-        for group in merge.statistics.values()
-        for one in group
-        if isinstance(one.statistic, Link)
+        for works in merge.inputs.values()
+        for work in works
+        if work.goes_on
     }
 
 
-def _pass_cost(
-    pool: Pool,
-    what: str,
-    experts: set[str],
-    names: set[str],
-    methods: Sequence[Method | Link],
-    statistics: Sequence[Statistic | DataStatistic],
-    written: int,
-    disk: int,
-    workers: int,
-    memory: int,
-) -> PassCost:
+@dataclass(frozen=True)
+class Limits:
+    """What passes may use: worker processes, and bytes of memory."""
+
+    workers: int
+    memory: int
+
+
+def _pass_cost(pool: Pool, shown_as: str, works: Sequence[Work], disk: int, limits: Limits) -> PassCost:
+    experts = {expert for work in works for expert in work.experts}
     members = [member for member in pool.members if member.id in experts]
     full = tuple(member.snapshot.opened_tensors if member.factors is None else None for member in members)
     snapshots = (pool.base, *(member.snapshot for member in members if member.factors is None))
     gathered = any(snapshot.contents.gathers_rows for snapshot in snapshots)
     models = Models(pool.base.opened_tensors, full, gathered)
-    block = block_bytes(models, methods, statistics)
-    spans = blocks_in_flight(block, workers, memory)
+    methods = [way.method for work in works for way in work.ways]
+    scans = [statistic for work in works for statistic in work.scans]
+    beside = any(known.read_beside for work in works for group in work.inputs.values() for known in group)
+    block = block_bytes(models, methods, scans, beside)
+    spans = blocks_in_flight(block, limits.workers, limits.memory)
     adapters = sum(member.snapshot.size for member in members if member.factors is not None)
-    read = read_bytes(models, names, adapters)
-    return PassCost(what, read, written, block, spans, disk, (read + written) / BYTES_A_SECOND / spans)
+    read = read_bytes(models, {name for work in works for name in work.reads}, adapters)
+    written = sum(work.size for work in works)
+    return PassCost(shown_as, read, written, block, spans, disk, (read + written) / BYTES_A_SECOND / spans)
 
 
 def _evaluation_memory(plan: Plan) -> int:
-    """A resident model in float32 at most, and as much again for what it computes."""
+    """Return the bytes of a shell in float32, and as many for what it computes."""
     return 2 * sum(info.count * ELEMENT_TYPES["F32"].itemsize for info in plan.pool.base.tensors.values())
 
 
 def measured_seconds_an_item(frontier: Frontier) -> float | None:
-    """Seconds per scored item, from the evaluations this store holds; None where there are none."""
+    """Return the seconds per scored item, from evaluations in this store; None where there are none."""
     seconds = items = 0.0
     for cell in frontier.plan.cells[:40]:
         for split in frontier.plan.splits:

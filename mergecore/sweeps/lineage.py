@@ -1,4 +1,4 @@
-"""Where a model comes from, and the recipe that makes it again."""
+"""The lineage of a model, and the recipe that makes it again."""
 
 from __future__ import annotations
 
@@ -11,24 +11,29 @@ from mergecore.planning.cells import Cell, Plan
 
 
 def lineage(plan: Plan, cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Recipe and origin of a cell's model: what a stranger needs to make it again."""
+    """Return recipe and origin of a cell's model: what a stranger needs to make it again."""
     base = plan.pool.base.as_stored
     merged = cell.experts if cell.merged is None else cell.merged
     experts = {name: plan.pool.experts[name].snapshot.as_stored for name in merged}
-    found: dict[str, Any] = {
+    origin: dict[str, Any] = {
         "base": {"source": base.source.uri, "weights": base.weights, "config": plan.pool.base.companions},
-        "experts": [{"name": name, "source": one.source.uri, "weights": one.weights} for name, one in experts.items()],
+        "experts": [
+            {"name": name, "source": snapshot.source.uri, "weights": snapshot.weights}
+            for name, snapshot in experts.items()
+        ],
         "recipe": recipe_of(plan, cell),
         "step": cell.model.as_json(),
     }
     if "kept_density" in result:
         names = {member.id: member.name for member in plan.pool.members}
-        found["kept_density"] = {names.get(one, one): kept for one, kept in result["kept_density"].items()}
-    return found
+        origin["kept_density"] = {names.get(expert, expert): kept for expert, kept in result["kept_density"].items()}
+    return origin
 
 
 def recipe_of(plan: Plan, cell: Cell) -> dict[str, Any]:
-    """The recipe that `mergeloom merge` takes to make this cell's model alone; empty for a checkpoint as it stands."""
+    """Return the recipe from which `mergeloom merge` makes this cell's model alone; empty for a checkpoint as it
+    stands.
+    """
     if cell.kind != "merge" or cell.merge is None:
         return {}
     values = {name: value for name, value in cell.values.items() if name != "select"}
@@ -36,15 +41,15 @@ def recipe_of(plan: Plan, cell: Cell) -> dict[str, Any]:
     spec = plan.spec
     base = plan.pool.base.as_stored
     # A vocabulary is that of the whole pool: all of it is named, and rules say who is merged.
-    shared = spec.tokenizer is not None and cell.merge.method.makes == "model"
+    shared = spec.tokenizer is not None and cell.merge.product.pool_vocabulary
     everyone = list(plan.pool.experts) if shared else list(merged)
     recipe = {
         "method": cell.merge.method.name,
         **values,
-        "base": base.source.uri if base.adapter_source is None else _origin(base),
-        "experts": [{"name": name, **_origin(plan.pool.experts[name].snapshot.as_stored)} for name in everyone],
+        "base": base.source.uri if base.adapter_source is None else _source(base),
+        "experts": [{"name": name, **_source(plan.pool.experts[name].snapshot.as_stored)} for name in everyone],
     }
-    if spec.output.dtype and cell.merge.method.makes != "adapter":  # there it is the dense model's
+    if spec.output.dtype and cell.merge.product.dtype_in_recipe:
         recipe["dtype"] = spec.output.dtype
     rules = [rule.model_dump(mode="json", exclude_defaults=True) for rule in cell.select]
     if len(everyone) > len(merged):
@@ -59,7 +64,7 @@ def recipe_of(plan: Plan, cell: Cell) -> dict[str, Any]:
     return recipe
 
 
-def _origin(snapshot: Snapshot) -> dict[str, str]:
-    """Say where a checkpoint comes from, and the adapter that is folded into it."""
+def _source(snapshot: Snapshot) -> dict[str, str]:
+    """Return where a checkpoint comes from, with the adapter that is folded into it."""
     adapter = snapshot.adapter_source
     return {"source": snapshot.source.uri, **({} if adapter is None else {"adapter": adapter.uri})}

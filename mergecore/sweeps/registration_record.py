@@ -10,14 +10,14 @@ from mergecore.store.store import Store
 
 
 def registration_file(store: Store, sweep: str) -> Path:
-    """Where the sweep's registration is recorded."""
+    """Return the path of the sweep's registration record."""
     return store.root / "sweeps" / sweep / "registration.json"
 
 
 def read_registration(store: Store, sweep: str, cells: set[str]) -> dict[str, Any] | None:
-    """The registration record, None where there is none or its cell is no longer part of the sweep."""
+    """Return the registration record; None where there is none, or its cell is no longer part of the sweep."""
     try:
-        held = json.loads(registration_file(store, sweep).read_text())
+        record = json.loads(registration_file(store, sweep).read_text())
     except (OSError, ValueError):
         return None
-    return held if held.get("cell") in cells else None
+    return record if record.get("cell") in cells else None

@@ -13,8 +13,8 @@ FRUITLESS = 5
 
 
 @dataclass(frozen=True)
-class Round:
-    """One round that is over: what was asked, what was answered, and the best after it."""
+class AnsweredRound:
+    """A round that is over: what was asked, what was answered, and the best after it."""
 
     candidates: tuple[Candidate, ...]
     answers: tuple[Score | NoScore, ...]
@@ -22,12 +22,12 @@ class Round:
 
 
 @dataclass
-class Run:
-    """A search played as far as scores are known. `waiting`: what it asks for now; `trouble`: why it ended early."""
+class SearchState:
+    """A search, played as far as scores are known. waiting: what it asks for now. trouble: why it ended early."""
 
     search: Search
     ground: Ground
-    rounds: list[Round] = field(default_factory=list)
+    rounds: list[AnsweredRound] = field(default_factory=list)
     waiting: tuple[Candidate, ...] = ()
     best: Candidate | None = None
     ended: bool = False
@@ -36,13 +36,13 @@ class Run:
 
     @property
     def candidates(self) -> Iterator[Candidate]:
-        """Everything asked for so far, in this order; some may be named twice."""
+        """Yield everything asked for so far, in order. Some may come twice."""
         for round in self.rounds:
             yield from round.candidates
         yield from self.waiting
 
     def advance(self, known: Callable[[Candidate], Answer]) -> None:
-        """Go on as far as scores are known. Where a failure was forgiven the search is played again from its start."""
+        """Go on as far as scores are known. Where a failure was forgiven, play the search again from its start."""
         lost = (
             candidate
             for round in self.rounds
@@ -62,7 +62,7 @@ class Run:
     def _answered(self, answers: tuple[Score | NoScore, ...]) -> None:
         asked = self.waiting
         self._step([answer if isinstance(answer, Score) else None for answer in answers])
-        self.rounds.append(Round(asked, answers, self.best))
+        self.rounds.append(AnsweredRound(asked, answers, self.best))
         tried = [answer for round in self.rounds for answer in round.answers]
         if not self.ended and len(tried) >= FRUITLESS and all(isinstance(answer, NoScore) for answer in tried):
             self._end(f"none of the first {len(tried)} candidates could be measured")

@@ -26,7 +26,7 @@ from mergecore.errors import ServiceError
 from mergecore.events import Event, Report
 from mergecore.store.store import Store
 
-PRIORITIES = {"run_span": 20, "find_on_data": 10}
+PRIORITIES = {"run_span": 20, "run_on_model": 10}
 """Spans come before statistics on data, and these before evaluations."""
 SLOT = {"slot": 1}
 POLL_SECONDS = 1.0

@@ -32,7 +32,7 @@ AT_MOST = 3
 def _chosen() -> list[tuple[str, Method]]:
     """Of each method the first variant, the last, and one between."""
     found = []
-    for name in (name for name, kind in METHODS.items() if kind.makes != "adapter"):
+    for name in (name for name, kind in METHODS.items() if kind.product != "adapter"):
         held = [values for other, values in VARIANTS if other == name]
         places = sorted({round(place * (len(held) - 1) / (AT_MOST - 1)) for place in range(AT_MOST)})
         for values in (held[place] for place in places):
@@ -76,7 +76,7 @@ def merged(method: Method, base: Model, experts: Sequence[Model]) -> Model:
 
 def outcomes(method: Method, found: Model, base: Model) -> list[Model]:
     """The merged model, or of a product every task's."""
-    if method.makes == "model":
+    if method.product == "model":
         return [found]
     source = MemoryTensors(found)
     infos = {name: source.tensors[name] for name in base}

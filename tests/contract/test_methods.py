@@ -199,7 +199,7 @@ def test_shapes_dtypes_and_inputs_are_kept(method: Method, dtype: torch.dtype) -
     base, experts = models(dtype)
     before = [{n: t.clone() for n, t in held.items()} for held in (base, *experts)]
     found = merged(method, base, experts)
-    written = {n: (t.shape, t.dtype) for n, t in found.items() if method.makes == "model" or n in base}
+    written = {n: (t.shape, t.dtype) for n, t in found.items() if method.product == "model" or n in base}
     assert written == {n: (t.shape, t.dtype) for n, t in base.items()}
     assert all(same(old, new) for old, new in zip(before, (base, *experts), strict=True))
     assert torch.equal(found["count"], base["count"])

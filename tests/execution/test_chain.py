@@ -18,9 +18,9 @@ from mergecore.events import silent
 from mergecore.execution import passes as run
 from mergecore.methods import Opcm
 from mergecore.planning.merge_builder import MergeBuilder
-from mergecore.planning.plans import MergePlan
 from mergecore.planning.pool import resolve_pool
-from mergecore.recipes.merge_recipe import run_all
+from mergecore.planning.work import MergeWork
+from mergecore.recipes.merge_recipe import run_for
 from mergecore.spec.sources import BaseSpec, ExpertSpec
 from mergecore.store.store import State
 from mergecore.sweeps.complete import run_round
@@ -39,8 +39,8 @@ def tier(pytestconfig: pytest.Config) -> DigitsTier:
     return digits_tier(Path(pytestconfig.cache.mkdir("digits")))
 
 
-def links(plan: MergePlan) -> list[Any]:
-    return [one for group in plan.statistics["sum"] for one in group.with_inputs()]
+def links(plan: MergeWork) -> list[Any]:
+    return [one for group in plan.inputs["sum"] for one in group.with_inputs()]
 
 
 def spec(tier: DigitsTier, store: Path, experts: Sequence[str], counts: list[int], **changes: Any) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def test_a_link_knows_nothing_of_those_to_come(tmp_path: Path) -> None:
     assert links(alone)[0].step.key == links(both)[0].step.key
     assert len(links(both)[0].selection) == 2 and len(links(both)[1].selection) == 4
     place = place_in(tmp_path / "store", pool)
-    assert not run_all(place, both).failures
+    assert not run_for(place, both).failures
     change = {}
     for name, path in (("few", few), ("more", more)):
         made({"method": "average", "base": tmp_path / "base", "experts": [path]}, tmp_path / f"dense-{name}")
@@ -182,7 +182,7 @@ def test_an_arrival_reads_one_expert(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return real(plan, *rest)
 
     monkeypatch.setattr(run, "run_pass", watched)
-    assert not run_all(place, merge_plan(pool, "opcm")).failures
+    assert not run_for(place, merge_plan(pool, "opcm")).failures
     assert seen == [(1, (0,)), (1, (0,)), (1, (0,)), (3, ())]
 
 
@@ -234,7 +234,7 @@ def test_a_killed_link_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.
     pool = open_pool(matrices(tmp_path))
     plan = merge_plan(pool, "opcm")
     whole = place_in(tmp_path / "whole", pool)
-    assert not run_all(whole, plan).failures
+    assert not run_for(whole, plan).failures
 
     class Killed(BaseException):
         """Like SIGKILL: nobody handles it."""
@@ -247,10 +247,10 @@ def test_a_killed_link_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.
 
     place = place_in(tmp_path / "store", pool, executor=Stopping())
     with pytest.raises(Killed):
-        run_all(place, plan)
+        run_for(place, plan)
     first = links(plan)[0].step
     assert list((tmp_path / "store/drafts" / first.key).glob("journal-*/*.json")), "one span is done"
-    assert not run_all(place_in(tmp_path / "store", pool), plan).failures
+    assert not run_for(place_in(tmp_path / "store", pool), plan).failures
     for step in (plan.step, links(plan)[-1].step):
         one, other = whole.store.record(step), place.store.record(step)
         assert one is not None and other is not None and one.digest == other.digest
@@ -259,7 +259,7 @@ def test_a_killed_link_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.
 def test_a_link_says_what_it_has_come_to(tmp_path: Path) -> None:
     pool = open_pool(matrices(tmp_path))
     place, plan = place_in(tmp_path / "store", pool), merge_plan(pool, "opcm")
-    assert not run_all(place, plan).failures
+    assert not run_for(place, plan).failures
     last = place.store.record(links(plan)[-1].step)
     assert last is not None
     held = [load_file(tmp_path / f"pool/{name}/model.safetensors") for name in ("base", "expert-0", "expert-1", "expert-2")]  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flows.cli.main import main
 from mergecore.errors import SourceError
-from mergecore.formats.masks_product import open_product
+from mergecore.products.masks import open_product
 from mergecore.store.results import ITEMS
 from tests.digits import DigitsTier, digits_tier
 from tests.digits_sweep import digits_spec, opened

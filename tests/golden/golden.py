@@ -24,7 +24,7 @@ from mergecore import merge
 from mergecore.checkpoints.experts import AdapterExpert, Factor
 from mergecore.identity.content import model_digest, tensor_digest
 from mergecore.identity.draws import random_key, random_words
-from mergecore.plugins.adapter_method import AdapterMethod, made
+from mergecore.plugins.adapter_method import AdapterMethod, combined_modules
 from mergecore.plugins.block import Per
 from mergecore.plugins.chain import Link
 from mergecore.plugins.method import Method
@@ -155,7 +155,9 @@ def result(method: Method) -> dict[str, Tensor]:
     """The method's merge of the tiny models; Fisher information and the like is made up. Of adapters: what they change."""
     if isinstance(method, AdapterMethod):
         selection = {"a.weight": TensorInfo("F32", (9, 7)), "b.weight": TensorInfo("F32", (5, 8))}
-        return {target: combined.up @ combined.down for target, combined in made(method, adapters(), selection)}
+        return {
+            target: combined.up @ combined.down for target, combined in combined_modules(method, adapters(), selection)
+        }
     base, experts = models()
     experts = experts[: COUNTS.get(method.name, len(experts))]
     given = {}
@@ -222,7 +224,7 @@ def golden_of(method: Method) -> Golden:
     from one machine's libraries to another's."""
     found = result(method)
     inexact = any(isinstance(statistic, Link | Products) for statistic in method.statistics().values())
-    exact = (method.per is Per.ELEMENT and not inexact) or method.makes == "masks"
+    exact = (method.per is Per.ELEMENT and not inexact) or method.product == "masks"
     return digest_of(found) if exact else summary_of(found)
 
 

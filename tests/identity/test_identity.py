@@ -23,8 +23,8 @@ from mergecore.identity.content import model_digest, tensor_digest
 from mergecore.identity.draws import drop_limit, random_key, random_words
 from mergecore.identity.keys import Step, canonical, digest
 from mergecore.planning.merge_builder import MergeBuilder
-from mergecore.planning.plans import MergePlan
 from mergecore.planning.pool import resolve_pool
+from mergecore.planning.work import MergeWork
 from mergecore.plugins.block import Block
 from mergecore.recipes.merge_recipe import _base, _no_data
 from mergecore.spec.recipe import parse_recipe
@@ -120,7 +120,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
     return base, [*full, write_adapter(base, folder / "e3", 3)]
 
 
-def planned(recipe: dict[str, Any]) -> MergePlan:
+def planned(recipe: dict[str, Any]) -> MergeWork:
     parsed = parse_recipe(plain(recipe), "recipe")
     pool = resolve_pool(_base(parsed), parsed.experts, None, find, silent)
     builder = MergeBuilder(pool, parsed.select, parsed.dtype, _no_data)
@@ -130,7 +130,7 @@ def planned(recipe: dict[str, Any]) -> MergePlan:
 def keys(recipe: dict[str, Any]) -> list[str]:
     """The key of the merge and those of everything it must know beforehand."""
     plan = planned(recipe)
-    inner = [one.step.key for plans in plan.statistics.values() for group in plans for one in group.with_inputs()]
+    inner = [one.step.key for plans in plan.inputs.values() for group in plans for one in group.with_inputs()]
     return [plan.step.key, *inner]
 
 
@@ -218,7 +218,7 @@ def test_profiles_are_shared_by_selections_and_companions_are_in_no_merge(
     recipe = {"method": "ties", "base": base, "experts": experts[:1]}
 
     def profile(changes: dict[str, Any]) -> str:
-        held = planned({**recipe, **changes}).statistics["threshold"][0]
+        held = planned({**recipe, **changes}).inputs["threshold"][0]
         return held.inputs["profile"][0].step.key
 
     assert profile({}) == profile({"select": [{"names": "*mlp*"}]}) == profile({"density": 0.7})

@@ -23,10 +23,9 @@ from mergecore.errors import MismatchError, SpecError
 from mergecore.events import silent
 from mergecore.methods import LoraArithmetic, LoraLego
 from mergecore.planning.pool import resolve_pool
-from mergecore.plugins.adapter_method import AdapterMethod, ranks_made
-from mergecore.plugins.adapter_method import made as made_of
+from mergecore.plugins.adapter_method import AdapterMethod, combined_modules, ranks_made
 from mergecore.plugins.method import Method
-from mergecore.recipes.merge_recipe import run_all
+from mergecore.recipes.merge_recipe import run_for
 from mergecore.registry import METHODS
 from mergecore.spec.sources import BaseSpec, ExpertSpec
 from mergecore.store.store import RECORD, State
@@ -87,7 +86,7 @@ def result(method: Method, experts: Sequence[AdapterExpert], target: str = "m.we
     """ΔW of what is made."""
     assert isinstance(method, AdapterMethod)
     shapes = {name: TensorInfo("F32", shape) for one in experts for name, shape in one.shapes.items()}
-    found = dict(made_of(method, experts, shapes))[target]
+    found = dict(combined_modules(method, experts, shapes))[target]
     assert found.down.shape[0] == found.up.shape[1] == ranks_made(method, experts, shapes)[target]
     return found.up @ found.down
 
@@ -161,7 +160,7 @@ def test_the_cut_is_the_nearest_adapter_and_its_error_is_said(rank: int) -> None
     whole = change(experts[0]) + change(experts[1])
     method = LoraArithmetic(rank=rank)
     shapes = {"m.weight": TensorInfo("F32", (9, 7))}
-    ((target, combined),) = made_of(method, experts, shapes)
+    ((target, combined),) = combined_modules(method, experts, shapes)
     left, values, right = torch.linalg.svd(whole, full_matrices=False)
     close(combined.up @ combined.down, left[:, :rank] * values[:rank] @ right[:rank])
     wanted = float(values[rank:].norm() / values.norm())
@@ -197,7 +196,7 @@ def test_worked_numbers() -> None:
     found = result(LoraLego(rank=1), experts)
     close(found, torch.tensor([[1.83673, 0.61224], [0, 0]], dtype=torch.float64), 1e-5)
     shapes = {"m.weight": TensorInfo("F32", (2, 2))}
-    combined = dict(made_of(LoraLego(rank=1), experts, shapes))["m.weight"]
+    combined = dict(combined_modules(LoraLego(rank=1), experts, shapes))["m.weight"]
     close(combined.down, torch.tensor([[0.90914, 0.30305]], dtype=torch.float64), 1e-5)
     close(combined.up, torch.tensor([[2.02031], [0]], dtype=torch.float64), 1e-5)
     for reweight in ("max", "none"):  # the largest magnitude of both, and of the centroid, is 2
@@ -407,10 +406,10 @@ def test_in_a_sweep_the_model_is_the_base_plus_the_adapter(bases: Callable[[str]
     place = place_in(tmp_path / "store", pool)
     for name, values in (("lora_lego", {"gauge": "canonical"}), ("lora_arithmetic", {"rank": 3, "weights": [1, 2]})):
         plan = merge_plan(pool, name, **values)
-        done = run_all(place, plan)
+        done = run_for(place, plan)
         assert not done.failures and len(done.steps) == 2
-        assert [one.step.kind for one in plan.statistics["adapter"]] == ["adapter"]
-        folder = place.store.folder(plan.statistics["adapter"][0].step)
+        assert [one.step.kind for one in plan.inputs["adapter"]] == ["adapter"]
+        folder = place.store.folder(plan.inputs["adapter"][0].step)
         made({"method": name, **values, "base": base, "experts": experts_named(experts)}, tmp_path / name)
         assert (folder / "adapter_model.safetensors").read_bytes() == (
             tmp_path / name / "adapter_model.safetensors"
@@ -423,7 +422,7 @@ def test_in_a_sweep_the_model_is_the_base_plus_the_adapter(bases: Callable[[str]
         for tensor, wanted in loaded("llama", base, tmp_path / name).items():
             torch.testing.assert_close(found.read(tensor).view(wanted.shape), wanted, rtol=1e-5, atol=1e-6)
         place.store.drop(plan.step)
-        assert run_all(place, plan).steps == [plan.step.name], "the adapter is there still"
+        assert run_for(place, plan).steps == [plan.step.name], "the adapter is there still"
 
 
 def experts_named(experts: Sequence[Path]) -> list[dict[str, Any]]:
@@ -472,7 +471,7 @@ def test_a_sweep_registers_the_adapter(tmp_path: Path, monkeypatch: pytest.Monke
     assert swept.store.state(cell.model) is State.DROPPED
     assert swept.run().steps == [], "and nothing is missing"
 
-    swept.store.drop(cell.merge.product)  # type: ignore[union-attr]
+    swept.store.drop(cell.merge.published.step)  # type: ignore[union-attr]
     for path in folder.parent.glob("*"):
         shutil.rmtree(path)
     lost = opened(spec)

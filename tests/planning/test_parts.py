@@ -248,7 +248,7 @@ def test_a_merge_in_parts_goes_on_where_it_was(
     from mergecore.engine.executor import InProcess
     from mergecore.events import silent
     from mergecore.execution.fetch import fetch
-    from mergecore.execution.passes import run_merges
+    from mergecore.execution.lanes import run_works
     from mergecore.execution.place import Place, snapshots_of
     from mergecore.planning.merge_builder import MergeBuilder
     from mergecore.planning.pool import resolve_pool
@@ -291,9 +291,9 @@ def test_a_merge_in_parts_goes_on_where_it_was(
             fetch(place, snapshot)
         if interrupted:
             with pytest.raises(KeyboardInterrupt):
-                run_merges(place, [plan])
+                run_works(place, [plan])
             assert noted, "the first pass is noted"
-        run_merges(place, [plan])
+        run_works(place, [plan])
         record = place.store.record(plan.step)
         assert record is not None
         digests.append(record.digest)

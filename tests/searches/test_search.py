@@ -13,7 +13,7 @@ import pytest
 from mergecore.errors import SpecError
 from mergecore.plugins.search import Answer, Candidate, Ground, NoScore, Score, Search
 from mergecore.registry import search_from
-from mergecore.sweeps.search_progress import FRUITLESS, Run
+from mergecore.sweeps.search_progress import FRUITLESS, SearchState
 
 Formula = Callable[[Candidate], Answer]
 
@@ -26,15 +26,15 @@ def scored(mean: float, tasks: Mapping[str, float] | None = None) -> Score:
     return Score(round(mean, 12), tasks or {})
 
 
-def played(search: Search, formula: Formula, where: Ground | None = None) -> Run:
+def played(search: Search, formula: Formula, where: Ground | None = None) -> SearchState:
     """A search whose every candidate is scored at once."""
-    run = Run(search, where or ground())
+    run = SearchState(search, where or ground())
     run.advance(formula)
     assert run.ended
     return run
 
 
-def asked(run: Run) -> list[list[Candidate]]:
+def asked(run: SearchState) -> list[list[Candidate]]:
     return [list(round.candidates) for round in run.rounds]
 
 
@@ -265,9 +265,9 @@ def test_killed_after_any_score_a_search_goes_on_to_the_same_end(kind: str) -> N
     search, formula = ALL[kind]()
     whole = played(search, formula)
     known: dict[Candidate, Score] = {}
-    live, steps = Run(search, ground()), 0
+    live, steps = SearchState(search, ground()), 0
     while True:
-        anew = Run(search, ground())  # as a new process would begin: with nothing but the scores
+        anew = SearchState(search, ground())  # as a new process would begin: with nothing but the scores
         for run in (anew, live):
             run.advance(known.get)
         assert (anew.rounds, anew.waiting, anew.best, anew.ended) == (live.rounds, live.waiting, live.best, live.ended)
@@ -281,7 +281,7 @@ def test_killed_after_any_score_a_search_goes_on_to_the_same_end(kind: str) -> N
 
 def test_a_failure_that_is_forgiven_is_played_again() -> None:
     lost = {("A",)}
-    run = Run(greedy(), ground())
+    run = SearchState(greedy(), ground())
     formula: Formula = lambda candidate: NoScore("killed") if candidate.experts in lost else soup(candidate)  # noqa: E731
     run.advance(formula)
     assert run.best == Candidate(("B",))

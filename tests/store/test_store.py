@@ -18,10 +18,11 @@ import mergecore.engine.span as span_module
 from mergecore.engine.journal import read_journal, write_journal
 from mergecore.errors import CapacityError, MergeloomError, StoreError
 from mergecore.events import Event
+from mergecore.execution.lanes import run_works
 from mergecore.execution.outcome import Done
-from mergecore.execution.passes import _merge_job, _ways, run_merges, run_statistics
+from mergecore.execution.passes import _parts, _writing
 from mergecore.identity.keys import Step
-from mergecore.planning.plans import MergePlan
+from mergecore.planning.work import MergeWork
 from mergecore.store.store import RECORD, State, Store, write_json
 from tests.processes import CONTEXT, Started, kill_at, killed_here, ran, was_killed
 from tests.small_pool import files_below, merge_plan, open_pool, place_in, write_pool
@@ -262,11 +263,11 @@ def test_files_have_the_permissions_that_the_umask_leaves(tmp_path: Path) -> Non
 # --- a merge in the store ---------------------------------------------------------------------------------------------
 
 
-def made(place: object, plan: MergePlan) -> Done:
+def made(place: object, plan: MergeWork) -> Done:
     """The merge and what it must know beforehand."""
-    from mergecore.recipes.merge_recipe import run_all
+    from mergecore.recipes.merge_recipe import run_for
 
-    return run_all(place, plan)  # type: ignore[arg-type]
+    return run_for(place, plan)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +284,7 @@ def undisturbed(pool_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return model(place.store, plan)
 
 
-def model(store: Store, plan: MergePlan) -> dict[str, bytes]:
+def model(store: Store, plan: MergeWork) -> dict[str, bytes]:
     record = store.record(plan.step)
     assert record is not None and store.state(plan.step) is State.PRESENT
     held = files_below(store.folder(plan.step))
@@ -387,21 +388,20 @@ def test_a_killed_merge_goes_on_with_files_of_another_size(
     assert model(place.store, plan)["digest"] == undisturbed["digest"]
 
 
-def statistics_of(plan: MergePlan) -> int:
+def statistics_of(plan: MergeWork) -> int:
     """How many statistics are committed before the merge."""
-    return len({one.step.key for plans in plan.statistics.values() for group in plans for one in group.with_inputs()})
+    return len({one.step.key for plans in plan.inputs.values() for group in plans for one in group.with_inputs()})
 
 
 def test_a_worker_of_a_pass_that_was_called_off_cannot_speak_for_the_next(pool_folder: Path, tmp_path: Path) -> None:
     pool = open_pool(pool_folder)
     place, plan = place_in(tmp_path, pool), merge_plan(pool)
-    position = {one: number for number, one in enumerate(sorted(plan.experts))}
     span = passes.plan_spans(plan.layout.merged, plan.method.per)[0]
     with pytest.raises(MergeloomError), place.store.draft(plan.step, resume=True) as draft:
-        old = _merge_job(place, _ways(place, plan, draft)[0], position)
+        old = _writing(place, _parts(place, plan, draft)).merges[0]
         raise MergeloomError("an expert holds a NaN, say")
     with place.store.draft(plan.step, resume=True) as draft:
-        new = _merge_job(place, _ways(place, plan, draft)[0], position)
+        new = _writing(place, _parts(place, plan, draft)).merges[0]
         with pytest.raises(FileNotFoundError):
             write_journal(old, span, {})
         assert read_journal(new, span) is None
@@ -464,8 +464,8 @@ def test_a_statistic_is_made_once_for_several_merges(pool_folder: Path, tmp_path
     place = place_in(tmp_path, pool)
     first, second = merge_plan(pool, "ties", density=0.3), merge_plan(pool, "ties", density=0.3, scale=0.5)
     made(place, first)
-    profiles = [one for plans in first.statistics.values() for group in plans for one in group.with_inputs()]
+    profiles = [one for plans in first.inputs.values() for group in plans for one in group.with_inputs()]
     stamps = {one.step.key: (place.store.folder(one.step) / RECORD).stat().st_mtime_ns for one in profiles}
-    assert run_statistics(place, list({one.step.key: one for one in profiles}.values())).failures == {}
-    assert run_merges(place, [first, second]).failures == {}
+    assert run_works(place, list({one.step.key: one for one in profiles}.values())).failures == {}
+    assert run_works(place, [first, second]).failures == {}
     assert stamps == {one.step.key: (place.store.folder(one.step) / RECORD).stat().st_mtime_ns for one in profiles}

@@ -21,8 +21,8 @@ from mergecore.errors import CapacityError, EvaluationError, SpecError
 from mergecore.identity.keys import Step, canonical
 from mergecore.planning.cells import Cell, Plan
 from mergecore.planning.merge_builder import MergeBuilder
-from mergecore.planning.plans import MergePlan
 from mergecore.planning.pool import Member
+from mergecore.planning.work import MergeWork
 from mergecore.plugins.adapter_method import AdapterMethod
 from mergecore.registry import METHODS, method_from
 from mergecore.store.store import RECORD, State, Store, write_json
@@ -86,10 +86,12 @@ def test_what_another_process_has_finished_is_not_asked_for_again(folder: Path, 
     step = plan.evaluation(base, "validation", base.tasks[0])
     assert step.key in asked(frontier)
     recorded(other, step, score=0.25)
-    assert frontier.score(base, "validation", base.tasks[0]) is None  # the store as it was when it was last looked at
+    assert (
+        frontier.view.score(base, "validation", base.tasks[0]) is None
+    )  # the store as it was when it was last looked at
     assert step.key not in asked(frontier)
-    assert frontier.score(base, "validation", base.tasks[0]) == 0.25
-    assert frontier.seconds(step) == 1.5
+    assert frontier.view.score(base, "validation", base.tasks[0]) == 0.25
+    assert frontier.view.seconds(step) == 1.5
 
 
 def test_models_and_statistics_of_another_process_are_seen(folder: Path, tmp_path: Path) -> None:
@@ -127,34 +129,34 @@ def test_failures_of_another_process_are_seen_and_forgiven(folder: Path, tmp_pat
     frontier = Frontier(plan, Store(tmp_path), room=8)
     ties = [cell for cell in merges_of(plan) if cell.method == "ties"]
     assert ties[0].merge is not None and ties[1].merge is not None
-    threshold = ties[0].merge.statistics["threshold"][0].step
-    inside = ties[0].merge.statistics["threshold"][0].inputs["profile"][0].step
+    threshold = ties[0].merge.inputs["threshold"][0].step
+    inside = ties[0].merge.inputs["threshold"][0].inputs["profile"][0].step
     for step, whom in ((threshold, ties), (inside, ties), (ties[1].model, ties[1:])):
         other.fail(step, "why")
         assert summary(frontier)["failed"] == len(whom)
-        assert [cell.id for cell in plan.cells if frontier.trouble(cell) == "why"] == [cell.id for cell in whom]
+        assert [cell.id for cell in plan.cells if frontier.view.trouble(cell) == "why"] == [cell.id for cell in whom]
         other.forgive()
         assert summary(frontier)["failed"] == 0
     score = plan.evaluation(plan.cells[0], "test", plan.cells[0].tasks[0])
     other.fail(score, "no memory")
     assert not {scoring.cell.id for scoring in frontier.round().scorings} & {plan.cells[0].id}
-    assert frontier.trouble(plan.cells[0]) == "no memory"
+    assert frontier.view.trouble(plan.cells[0]) == "no memory"
 
 
 def test_values_are_chosen_anew_where_a_rival_fails(folder: Path, tmp_path: Path) -> None:
     plan, store = of_two(folder), Store(tmp_path)
     frontier = Frontier(plan, store, room=8)
     low, high = (cell for cell in merges_of(plan) if cell.method == "ties")
-    assert frontier.chosen(low) is None
+    assert frontier.choice.chosen(low) is None
     measured(store, plan, low, "validation", 0.5)
     measured(store, plan, high, "validation", 0.75)
     frontier.refresh()
-    assert (frontier.chosen(low), frontier.chosen(high)) == (False, True)
-    assert plan.evaluation(low, "test", low.tasks[0]) not in [step for _, _, step in frontier.wanted(low)]
+    assert (frontier.choice.chosen(low), frontier.choice.chosen(high)) == (False, True)
+    assert plan.evaluation(low, "test", low.tasks[0]) not in [step for _, _, step in frontier.choice.wanted(low)]
     store.fail(plan.evaluation(high, "test", high.tasks[0]), "why")
     frontier.refresh()
-    assert frontier.chosen(low) is True  # no rival is left
-    assert {split for split, _, _ in frontier.wanted(low)} == {"test"}
+    assert frontier.choice.chosen(low) is True  # no rival is left
+    assert {split for split, _, _ in frontier.choice.wanted(low)} == {"test"}
 
 
 @pytest.mark.parametrize("by", [None, "held_in", "held_out"])
@@ -164,7 +166,7 @@ def test_validation_items_are_scored_where_they_decide(folder: Path, tmp_path: P
     frontier = Frontier(of_two(folder, output__register=register), Store(tmp_path), room=8)
     for cell in frontier.plan.cells:
         wanted = {
-            split: {one.task for held, one, _ in frontier.wanted(cell) if held == split}
+            split: {one.task for held, one, _ in frontier.choice.wanted(cell) if held == split}
             for split in ("validation", "test")
         }
         side = {"other"} if by == "held_out" else set(NAMES)
@@ -175,7 +177,7 @@ def test_validation_items_are_scored_where_they_decide(folder: Path, tmp_path: P
         for task in cell.tasks_on("validation"):
             recorded(frontier.store, frontier.plan.evaluation(cell, "validation", task), score=scores[task == "other"])
     frontier.refresh()
-    assert [cell for cell in (low, high) if frontier.chosen(cell)] == [high if by == "held_out" else low]
+    assert [cell for cell in (low, high) if frontier.choice.chosen(cell)] == [high if by == "held_out" else low]
 
 
 def test_a_task_that_decides_nothing_needs_no_validation_items(folder: Path) -> None:
@@ -287,7 +289,7 @@ def no_data(member: Member) -> dict[str, Any]:
     return {"tasks": [member.name], "training": "0" * 64, "companions": "1" * 64}
 
 
-def steps_of(merge: MergePlan) -> list[dict[str, Any]]:
+def steps_of(merge: MergeWork) -> list[dict[str, Any]]:
     """The merge and everything it must know, as plain values."""
     return [merge.step.as_json(), *(one.step.as_json() for one in merge.needed)]
 
@@ -315,7 +317,7 @@ def test_a_merge_planned_among_thousands_has_the_steps_it_has_alone(folder: Path
                 assert [one.selection for one in among.needed] == [one.selection for one in alone.needed]
                 assert [one.experts for one in among.needed] == [one.experts for one in alone.needed]
                 assert among.size == sum(WIDTHS[info.dtype] * info.count for info in among.outputs.values())
-                assert method.makes == "masks" or {info.dtype for info in among.outputs.values()} == {"BF16"}
+                assert method.product == "masks" or {info.dtype for info in among.outputs.values()} == {"BF16"}
                 assert len({one.step.key for one in among.needed}) == len(among.needed)
 
 
@@ -337,9 +339,9 @@ def test_equal_values_that_are_written_differently_keep_their_own_keys(folder: P
     builder = MergeBuilder(pool, (), None, no_data)
     members = list(pool.experts.values())
     plans = [builder.build(method_from("ties", {"density": density}, "test"), members) for density in (0.0, -0.0)]
-    first, second = (plan.statistics["threshold"][0].step.parameters["values"]["density"] for plan in plans)
+    first, second = (plan.inputs["threshold"][0].step.parameters["values"]["density"] for plan in plans)
     assert math.copysign(1, first) != math.copysign(1, second)
-    assert plans[0].statistics["threshold"][0].step.key != plans[1].statistics["threshold"][0].step.key
+    assert plans[0].inputs["threshold"][0].step.key != plans[1].inputs["threshold"][0].step.key
 
 
 def test_subsets_that_are_drawn_twice_are_planned_once(folder: Path) -> None:

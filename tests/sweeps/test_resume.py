@@ -71,7 +71,7 @@ MOMENTS = [
     ("mergecore.statistics.fisher:DiagonalFisher.compute", 2, False),
     ("mergecore.engine.span:write_journal", 9, False),  # in the middle of a merge
     ("mergecore.tensors.sinks:ShardSink.write", 40, False),
-    ("mergecore.execution.passes:_commit_model", 2, False),
+    ("mergecore.execution.passes:_commit", 2, False),
     ("mergecore.evaluators.classification:_ClassifierResident.score", 5, False),
     ("pyarrow.parquet:write_table", 15, True),
     ("os:rename", 20, False),

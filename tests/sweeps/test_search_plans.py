@@ -71,7 +71,7 @@ def work(frontier: Frontier, formula: Callable[[Cell], float], rounds: int = 100
     store, number = frontier.store, 0
     while number < rounds and (round := frontier.round()):
         number += 1
-        for step in [*(plan.step for plan in (*round.statistics, *round.data)), *(plan.step for plan in round.merges)]:
+        for step in [*(work.step for work in (*round.statistics, *round.merges))]:
             with store.draft(step) as draft:
                 (draft.path / "file").write_bytes(b"1234")
                 store.commit(draft, "digest", {}, {})
@@ -160,12 +160,12 @@ def test_a_soup_asks_for_experts_then_for_one_more_at_a_time(folder: Path, tmp_p
     cells = cells_of(frontier, "soup")
     assert [merged(cell) for cell in cells[3:]] == [(NAMES[0], NAMES[1]), tuple(NAMES)]
     assert all(cell.experts == tuple(NAMES) for cell in cells), "all are measured on the tasks of all"
-    chosen = [cell for cell in cells if frontier.chosen(cell)]
+    chosen = [cell for cell in cells if frontier.choice.chosen(cell)]
     assert [merged(cell) for cell in chosen] == [(NAMES[0], NAMES[1])]
     for cell in cells:
-        assert frontier.measured(cell, "validation") and cell.tasks_on("validation") == tuple(NAMES)
+        assert frontier.view.measured(cell, "validation") and cell.tasks_on("validation") == tuple(NAMES)
         opened = cell in chosen or cell.merged is None  # all three are the average, which has a cell of its own
-        assert frontier.measured(cell, "test") is opened, "test items are opened for the result only"
+        assert frontier.view.measured(cell, "test") is opened, "test items are opened for the result only"
     (way,) = frontier.trajectories()
     assert [(one.round, one.score, one.kept, one.best) for one in way.trials] == [
         (1, 0.4, False, 0.4), (1, 0.5, True, 0.5), (1, 0.3, False, 0.5), (2, 0.6, True, 0.6), (3, 0.55, False, 0.6),
@@ -182,7 +182,7 @@ def test_the_whole_soup_and_the_average_are_one_model_and_two_cells(folder: Path
 
     work(frontier, heard)
     average, whole = cells_of(frontier, "average")[0], cells_of(frontier, "soup")[-1]
-    assert whole.model == average.model and whole.id != average.id and frontier.chosen(whole)
+    assert whole.model == average.model and whole.id != average.id and frontier.choice.chosen(whole)
     assert measured.count(average.id) and not measured.count(whole.id), "it was measured when it was asked for"
     assert len({cell.id for cell in frontier.plan.cells}) == len(frontier.plan.cells)
 
@@ -212,11 +212,11 @@ def test_a_candidate_that_fails_is_left_out_and_named(folder: Path, tmp_path: Pa
     (way,) = frontier.trajectories()
     assert [one.reason for one in way.trials][:3] == ["", "disk full", ""] and way.state == "done"
     assert summary(frontier)["failed"] == 1
-    chosen = [cell for cell in cells_of(frontier, "soup") if frontier.chosen(cell)]
+    chosen = [cell for cell in cells_of(frontier, "soup") if frontier.choice.chosen(cell)]
     assert [merged(cell) for cell in chosen] == [(NAMES[0],)]
     frontier.store.forgive()
     work(frontier, pairs_are_best)
-    chosen = [cell for cell in cells_of(frontier, "soup") if frontier.chosen(cell)]
+    chosen = [cell for cell in cells_of(frontier, "soup") if frontier.choice.chosen(cell)]
     assert [merged(cell) for cell in chosen] == [(NAMES[0], NAMES[1])], "forgiven, the search is played again"
 
 
@@ -233,12 +233,12 @@ def test_the_rules_of_an_entry_hold_for_everything_it_asks_for(folder: Path, tmp
 def test_what_fails_on_test_items_changes_nothing_that_was_decided(folder: Path, tmp_path: Path) -> None:
     frontier = Frontier(planned(folder, SOUP), Store(tmp_path), room=8)
     work(frontier, pairs_are_best)
-    (result,) = [cell for cell in cells_of(frontier, "soup") if frontier.chosen(cell)]
+    (result,) = [cell for cell in cells_of(frontier, "soup") if frontier.choice.chosen(cell)]
     step = frontier.plan.evaluation(result, "test", NAMES[0])
     frontier.store.remove(step)
     frontier.store.fail(step, "out of memory")
     anew = Frontier(planned(folder, SOUP), Store(tmp_path), room=8)
-    assert anew.trouble(result) == "out of memory" and anew.trajectories()[0].result == result.id
+    assert anew.view.trouble(result) == "out of memory" and anew.trajectories()[0].result == result.id
 
 
 def test_experts_whose_tasks_are_not_known_cannot_be_searched_over(folder: Path, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_named_tasks_decide(folder: Path, tmp_path: Path) -> None:
                 share = 1 / len(merged(scoring.cell)) if identity.task in merged(scoring.cell) else 0.0
                 with store.draft(step) as draft:
                     store.commit(draft, "digest", {"score": share}, {})
-    chosen = [cell for cell in cells_of(frontier, "soup") if frontier.chosen(cell)]
+    chosen = [cell for cell in cells_of(frontier, "soup") if frontier.choice.chosen(cell)]
     assert [merged(cell) for cell in chosen] == [(NAMES[0],)]
 
 
@@ -362,7 +362,7 @@ def test_every_mask_scale_is_made_in_one_pass_and_each_expert_gets_its_own(
     cells = {cell.id: cell for cell in swept.plan.cells}
     experts = swept.plan.searches[0].ground.experts
     chosen = [
-        max(measured, key=lambda one: swept.frontier.score(cells[one.cell], "validation", expert) or 0.0).what
+        max(measured, key=lambda one: swept.frontier.view.score(cells[one.cell], "validation", expert) or 0.0).what
         for expert in experts
     ]
     result = cells[way.result].values["mask_scale"]
@@ -370,8 +370,8 @@ def test_every_mask_scale_is_made_in_one_pass_and_each_expert_gets_its_own(
     assert [f"mask_scale={value:g}" for value in each] == chosen
     for expert, value in zip(experts, each, strict=True):
         alone = next(one for one in measured if one.what == f"mask_scale={value:g}")
-        own = swept.frontier.score(cells[way.result], "validation", expert)
-        assert own == swept.frontier.score(cells[alone.cell], "validation", expert), (
+        own = swept.frontier.view.score(cells[way.result], "validation", expert)
+        assert own == swept.frontier.view.score(cells[alone.cell], "validation", expert), (
             "a task's model has its own λ alone"
         )
 

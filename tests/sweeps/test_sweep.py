@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ from mergecore.errors import ServiceError
 from mergecore.evaluators.classification import Classification
 from mergecore.execution.outcome import Done
 from mergecore.execution.scoring import ScoreTask
+from mergecore.reporting.report import markdown
+from mergecore.reporting.summary import summarise
 from mergecore.store.results import ITEMS
 from mergecore.store.store import State
 from mergecore.sweeps.registration import registration_step
@@ -316,6 +319,8 @@ def test_refused_and_failing_cells_do_not_stop_the_others(broken_tier: DigitsTie
             assert cell.status == "refused" and f"3 given for {cell.count} experts" in cell.reason
         elif "mirror" in cell.experts:
             assert cell.status == "failed" and "3.weight" in cell.reason, cell.name
+            lines = json.loads(Path(cell.failure).read_text())["traceback"]
+            assert lines[0].startswith("Traceback") and "3.weight" in lines[-1]
             assert "mirror" in cell.reason or cell.kind == "expert"
         else:
             assert cell.status == "done", (cell.name, cell.reason)
@@ -328,6 +333,26 @@ def test_refused_and_failing_cells_do_not_stop_the_others(broken_tier: DigitsTie
     again = opened(spec)
     assert worked(again) == [], "a failure is not tried again by itself"
     assert swept.store.forgive() == len(set(done.failures)) == len(opened(spec).run().failures), "unless it is forgiven"
+
+
+def test_a_programming_error_ends_the_sweep_and_finished_work_is_kept(
+    tier: DigitsTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergecore.methods import Ties
+
+    def wrong(*_: Any, **__: Any) -> Tensor:
+        raise TypeError("unsupported operand")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Ties, "merge", wrong)
+        swept = opened(small(tier, tmp_path))
+        with pytest.raises(TypeError, match="unsupported operand"):
+            swept.run()
+    assert not swept.store.failures(), "it is no property of the cell"
+    again = opened(small(tier, tmp_path))
+    done = {step for step in again.run().steps if step.startswith("statistic")}
+    assert not done, "what was finished before is found"
+    assert {cell.status for cell in again.scores().cells} == {"done"}
 
 
 def test_what_failed_is_done_once_it_can_be(tier: DigitsTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,6 +368,7 @@ def test_what_failed_is_done_once_it_can_be(tier: DigitsTier, tmp_path: Path, mo
     monkeypatch.setattr(Ties, "merge", wrong)
     swept = opened(spec)
     assert list(swept.run().failures.values()) == ["RuntimeError: sizes do not match"]
+    assert "def wrong" not in (report := markdown(summarise(swept.scores(), "test"))) and "failures/" in report
     status = {cell.name: (cell.status, cell.reason) for cell in swept.scores().cells if cell.kind == "merge"}
     assert status.pop("ties(density=0.3, scale=1) n2 s0") == ("failed", "RuntimeError: sizes do not match")
     assert set(status.values()) == {("done", "")} and not leftovers(swept.store)

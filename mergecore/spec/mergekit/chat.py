@@ -30,17 +30,19 @@ NOT_HERE = ("exaone", "mistral")
 """Names that mergekit has besides; their formats differ between versions, so that the text has to be given."""
 
 
-def chat_template(given: str, models: Sequence[Snapshot], where: str) -> str | None:
+def chat_template(setting: str, models: Sequence[Snapshot], where: str) -> str | None:
     """The template's text, None where it is 'auto' and no model has one. Raises SpecError for what is no template."""
-    if given == "auto":
-        held = [text.strip() for text in map(template_of, models) if text]
-        return Counter(held).most_common(1)[0][0] if held else None
-    if given in TEMPLATES:
-        return TEMPLATES[given]
-    if given in NOT_HERE:
-        raise SpecError(f"{where}.chat_template: '{given}' has more than one form; give the template's text, or 'auto'")
-    if "{" not in given:
+    if setting == "auto":
+        templates = [text.strip() for text in map(template_of, models) if text]
+        return Counter(templates).most_common(1)[0][0] if templates else None
+    if setting in TEMPLATES:
+        return TEMPLATES[setting]
+    if setting in NOT_HERE:
         raise SpecError(
-            f"{where}.chat_template: '{given}' is neither a template (Jinja) nor a name; {nearest(given, [*TEMPLATES, 'auto'])}"
+            f"{where}.chat_template: '{setting}' has more than one form; give the template's text, or 'auto'"
         )
-    return given
+    if "{" not in setting:
+        raise SpecError(
+            f"{where}.chat_template: '{setting}' is neither a template (Jinja) nor a name; {nearest(setting, [*TEMPLATES, 'auto'])}"
+        )
+    return setting

@@ -11,7 +11,7 @@ from mergecore.spec.mergekit.document import Document, Inputs, OutputSlice, Para
 from mergecore.spec.mergekit.layers import Made
 from mergecore.spec.mergekit.methods import ELSEWHERE, MergekitMethod, Parameter, Values
 from mergecore.spec.mergekit.reference import Reference
-from mergecore.spec.mergekit.setting import Scalar, Settings, found, setting_from
+from mergecore.spec.mergekit.setting import Scalar, Settings, setting_from, value_for
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Resolver:
         self._known: dict[int, Settings] = {}
         self._held: list[Any] = []
 
-    def decision(self, made: Made) -> Decision:
+    def decision(self, tensor: Made) -> Decision:
         """What is to be done with a tensor."""
-        base = made.out.base_model or self.document.base_model
-        sources = [source.model for source in made.out.sources]
-        place = f"{self.where}: '{made.name}'"
+        base = tensor.out.base_model or self.document.base_model
+        sources = [source.model for source in tensor.out.sources]
+        place = f"{self.where}: '{tensor.name}'"
         needed = self.method.base == "required" or (self.method.base == "optional" and base is not None)
         if needed and base not in sources:
             raise SpecError(
@@ -57,19 +57,23 @@ class Resolver:
         if not experts:
             return Decision(None, (sources[0],), None)
         shared = {
-            one.name: self._value(one, self._shared(made), made.name, made.depth, place)
-            for one in self.method.parameters
-            if one.per == "merge"
+            parameter.name: self._value(parameter, self._shared(tensor), tensor.name, tensor.depth, place)
+            for parameter in self.method.parameters
+            if parameter.per == "merge"
         }
         each = {
-            one.name: [
+            parameter.name: [
                 self._value(
-                    one, self._of(made, number), made.names[number], made.depth, f"{place} of '{sources[number]}'"
+                    parameter,
+                    self._of(tensor, number),
+                    tensor.names[number],
+                    tensor.depth,
+                    f"{place} of '{sources[number]}'",
                 )
                 for number in experts
             ]
-            for one in self.method.parameters
-            if one.per != "merge"
+            for parameter in self.method.parameters
+            if parameter.per != "merge"
         }
         ours = self.method.ours(Values(shared, each, self.document.random_seed, chosen is not None))
         return Decision(ours, tuple(sources[number] for number in experts), chosen)
@@ -81,19 +85,19 @@ class Resolver:
     def _value(
         self, parameter: Parameter, sources: Iterator[Settings], tensor: str, depth: float, place: str
     ) -> Scalar | None:
-        value = found(sources, parameter.name, tensor, depth)
+        value = value_for(sources, parameter.name, tensor, depth)
         if value is None and parameter.required:
             raise SpecError(f"{place}: no value for '{parameter.name}', which '{self.method.name}' needs")
         return parameter.default if value is None else value
 
-    def _shared(self, made: Made) -> Iterator[Settings]:
-        yield self._settings(made.out.parameters, f"{self.where}.slices.parameters")
-        yield from self._outer(made.inputs)
+    def _shared(self, tensor: Made) -> Iterator[Settings]:
+        yield self._settings(tensor.out.parameters, f"{self.where}.slices.parameters")
+        yield from self._outer(tensor.inputs)
 
-    def _of(self, made: Made, number: int) -> Iterator[Settings]:
-        source = made.out.sources[number]
+    def _of(self, tensor: Made, number: int) -> Iterator[Settings]:
+        source = tensor.out.sources[number]
         yield self._settings(source.parameters, f"{self.where}, '{source.model}'.parameters")
-        yield from self._shared(made)
+        yield from self._shared(tensor)
 
     def _outer(self, inputs: Inputs) -> Iterator[Settings]:
         if inputs is not self.document:
@@ -113,7 +117,7 @@ class Resolver:
     def _parameter(self, name: str, where: str) -> Parameter | None:
         parameter = self.method.parameter(name)
         if parameter is None and name not in ELSEWHERE:
-            own = [one.name for one in self.method.parameters]
+            own = [parameter.name for parameter in self.method.parameters]
             raise SpecError(f"{where}.{name}: '{self.method.name}' has no such parameter; {nearest(name, own)}")
         if parameter is None:
             note = f"{where}.{name}: has no effect with '{self.method.name}', in mergekit neither"

@@ -1,4 +1,6 @@
-"""mergekit's schema: one document of a recipe file, checked. Unknown keys are errors that name the nearest known one."""
+"""mergekit's schema: one document of a recipe file, checked. Unknown keys are errors that name the nearest known
+one.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Part(BaseModel):
     @classmethod
     def _without_nothing(cls, value: Any) -> Any:
         """A key with nothing behind it counts as left out."""
-        return {key: held for key, held in value.items() if held is not None} if isinstance(value, Mapping) else value
+        return (
+            {key: entry for key, entry in value.items() if entry is not None} if isinstance(value, Mapping) else value
+        )
 
 
 class ModelInput(Part):
@@ -138,10 +142,10 @@ class Document(Inputs):
 
     @model_validator(mode="after")
     def _one_form(self) -> Document:
-        given = [key for key in ("models", "slices", "modules") if getattr(self, key) is not None]
-        if len(given) != 1:
+        ways = [key for key in ("models", "slices", "modules") if getattr(self, key) is not None]
+        if len(ways) != 1:
             raise ValueError(
-                f"give exactly one of 'models', 'slices' and 'modules' ({' and '.join(given) or 'none'} given)"
+                f"give exactly one of 'models', 'slices' and 'modules' ({' and '.join(ways) or 'none'} given)"
             )
         if self.tokenizer is not None and self.tokenizer_source is not None:
             raise ValueError("give 'tokenizer' or 'tokenizer_source', not both")
@@ -159,23 +163,23 @@ class Document(Inputs):
     def _references(self) -> Iterator[Reference]:
         if self.base_model is not None:
             yield self.base_model
-        for held in self.inputs.values():
-            for model in held.models or ():
+        for models in self.inputs.values():
+            for model in models.models or ():
                 yield model.model
-            for out in held.slices or ():
+            for out in models.slices or ():
                 yield from (source.model for source in out.sources)
                 if out.base_model is not None:
                     yield out.base_model
 
 
-def is_mergekit(held: Mapping[str, Any]) -> bool:
+def is_mergekit(document: Mapping[str, Any]) -> bool:
     """Whether a mapping is in mergekit's form rather than in ours."""
-    return "merge_method" in held or "slices" in held
+    return "merge_method" in document or "slices" in document
 
 
-def document_from(held: Mapping[str, Any], where: str) -> Document:
+def document_from(document: Mapping[str, Any], where: str) -> Document:
     """The checked document. Raises SpecError naming every place that is wrong."""
     try:
-        return Document.model_validate(dict(held))
+        return Document.model_validate(dict(document))
     except ValidationError as error:
         raise SpecError(explained(error, Document, where)) from None

@@ -1,4 +1,6 @@
-"""What each tensor of mergekit's result is made of: which tensors of which models, at which depth, with which settings."""
+"""What each tensor of mergekit's result is made of: which tensors of which models, at which depth, with which
+settings.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ MODULES: dict[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Made:
-    """One tensor of the result. out: the slice it belongs to; names: what it is called in each source, in their order."""
+    """One tensor of the result. out: the slice it belongs to; names: what it is called in each source, in their
+    order.
+    """
 
     name: str
     out: OutputSlice
@@ -43,38 +47,44 @@ class Level:
 def depth_of(snapshot: Snapshot, module: str = "") -> int:
     """Number of layers, of the whole model or of one of its modules."""
     mine = MODULES.get(str(snapshot.config.get("model_type")), {}).get(module, "")
-    found = [layer for name in snapshot.tensors if re.search(mine, name) and (layer := layer_of(name)) is not None]
-    return max(found) + 1 if found else 0
+    layers = [layer for name in snapshot.tensors if re.search(mine, name) and (layer := layer_of(name)) is not None]
+    return max(layers) + 1 if layers else 0
 
 
 def slices_of(document: Document, module: str, lookup: Lookup, where: str) -> tuple[OutputSlice, ...]:
-    """The slices of a document ('') or module; whole models are one slice, to which the base belongs where there is one."""
+    """The slices of a document ('') or module; whole models are one slice, to which the base belongs where there is
+    one.
+    """
     inputs = document.inputs[module]
     where = f"{where}.modules.{module}" if module else where
     if inputs.slices is not None:
         for number, out in enumerate(inputs.slices):
             for source in out.sources:
-                held = depth_of(lookup(source.model), module)
-                if source.layer_range[1] > held:
+                depth = depth_of(lookup(source.model), module)
+                if source.layer_range[1] > depth:
                     raise SpecError(
                         f"{where}.slices[{number}]: layer_range {list(source.layer_range)} of '{source.model}', which "
-                        f"has {held} layers: the end may be {held} at most"
+                        f"has {depth} layers: the end may be {depth} at most"
                     )
         return inputs.slices
     models = inputs.models or ()
-    given = {model.model: model.parameters for model in models}
-    if len(given) < len(models):
-        twice = next(one.model for number, one in enumerate(models) if one.model in [m.model for m in models[:number]])
+    parameters = {model.model: model.parameters for model in models}
+    if len(parameters) < len(models):
+        twice = next(
+            model.model for number, model in enumerate(models) if model.model in [m.model for m in models[:number]]
+        )
         raise SpecError(f"{where}.models: '{twice}' stands there twice; list each model once")
     if document.base_model is not None:
-        given.setdefault(document.base_model, {})
-    counts = {str(model): depth_of(lookup(model), module) for model in given}
+        parameters.setdefault(document.base_model, {})
+    counts = {str(model): depth_of(lookup(model), module) for model in parameters}
     if len(set(counts.values())) > 1:
         raise SpecError(
             f"{where}.models have different numbers of layers ({counts}); use slices to say which go together"
         )
     whole = (0, max(1, *counts.values()))
-    return (OutputSlice(sources=tuple(SliceInput(model=m, layer_range=whole, parameters=p) for m, p in given.items())),)
+    return (
+        OutputSlice(sources=tuple(SliceInput(model=m, layer_range=whole, parameters=p) for m, p in parameters.items())),
+    )
 
 
 def made_tensors(slices: Sequence[OutputSlice], inputs: Inputs, tensors: Sequence[str]) -> Iterator[Made]:

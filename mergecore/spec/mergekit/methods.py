@@ -66,7 +66,7 @@ class MergekitMethod:
 
     def parameter(self, name: str) -> Parameter | None:
         """The parameter of that name."""
-        return next((one for one in self.parameters if one.name == name), None)
+        return next((parameter for parameter in self.parameters if parameter.name == name), None)
 
     def check_count(self, count: int, where: str) -> None:
         """Raise SpecError where there are too few or too many models beside the base."""
@@ -125,8 +125,8 @@ def _ties(values: Values) -> dict[str, Any]:
 def _without_nothing(values: Values) -> Values:
     """Density 0 of a random drop as weight 0: an expert of which nothing is kept counts for nothing."""
     nothing = [share == 0 for share in _shares(values)]
-    weights = [0.0 if one else weight for one, weight in zip(nothing, values.each["weight"], strict=True)]
-    shares = [1.0 if one else share for one, share in zip(nothing, values.each["density"], strict=True)]
+    weights = [0.0 if is_nothing else weight for is_nothing, weight in zip(nothing, values.each["weight"], strict=True)]
+    shares = [1.0 if is_nothing else share for is_nothing, share in zip(nothing, values.each["density"], strict=True)]
     return Values(values.shared, {**values.each, "weight": weights, "density": shares}, values.seed, values.based)
 
 

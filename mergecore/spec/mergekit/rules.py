@@ -48,21 +48,25 @@ def rules_for(payloads: Mapping[str, Payload], conditions: Sequence[Condition]) 
 
 
 def _names(combination: tuple[int, ...], conditions: Sequence[Condition]) -> dict[str, str]:
-    """The pattern for tensors that match the chosen alternative of every condition (others were met by earlier rules)."""
-    held = list(
+    """The pattern for tensors that match the chosen alternative of every condition (others were met by earlier
+    rules).
+    """
+    chosen = list(
         dict.fromkeys(
             condition.alternatives[number]
             for number, condition in zip(combination, conditions, strict=True)
             if number < len(condition.alternatives)
         )
     )
-    if not held:
+    if not chosen:
         return {}
-    text, expression = held[0]
-    if len(held) == 1:
+    text, expression = chosen[0]
+    if len(chosen) == 1:
         return {"names": f"*{text}*" if text and not GLOB.search(text) else f"/{re.escape(text) or expression}/"}
     return {
-        "names": "/^" + "".join(f"(?=.*{re.escape(text) or expression.strip('^')})" for text, expression in held) + "/"
+        "names": "/^"
+        + "".join(f"(?=.*{re.escape(text) or expression.strip('^')})" for text, expression in chosen)
+        + "/"
     }
 
 
@@ -90,16 +94,16 @@ def _by_layer(payloads: Mapping[str, Payload]) -> Iterator[dict[str, Any]]:
 def _runs(layered: Mapping[int, Payload]) -> Iterator[tuple[int, int, Payload]]:
     first: int | None = None
     last = -1
-    held: Payload = {}
+    payload: Payload = {}
     for layer in sorted(layered):
-        if first is not None and layered[layer] != held:
-            yield first, last, held
+        if first is not None and layered[layer] != payload:
+            yield first, last, payload
             first = None
         if first is None:
-            first, held = layer, layered[layer]
+            first, payload = layer, layered[layer]
         last = layer
     if first is not None:
-        yield first, last, held
+        yield first, last, payload
 
 
 def _exceptions(payloads: Mapping[str, Payload], rules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -107,13 +111,13 @@ def _exceptions(payloads: Mapping[str, Payload], rules: Sequence[Mapping[str, An
     known = [
         (SelectRule(**{key: rule[key] for key in ("names", "layers") if key in rule}), _payload(rule)) for rule in rules
     ]
-    found = []
+    exceptions: list[dict[str, Any]] = []
     for name, payload in payloads.items():
-        said = next((held for matcher, held in known if matcher.matches(name)), None)
+        said = next((other for matcher, other in known if matcher.matches(name)), None)
         if said != payload:
-            found.append({"names": "".join(f"[{c}]" if c in "*?[" else c for c in name), **payload})
-            assert fnmatch.fnmatchcase(name, found[-1]["names"])
-    return found
+            exceptions.append({"names": "".join(f"[{c}]" if c in "*?[" else c for c in name), **payload})
+            assert fnmatch.fnmatchcase(name, exceptions[-1]["names"])
+    return exceptions
 
 
 def _payload(rule: Mapping[str, Any]) -> Payload:

@@ -1,4 +1,6 @@
-"""What a parameter can be in mergekit: a value, a gradient over layers, or such values behind filters over tensor names."""
+"""What a parameter can be in mergekit: a value, a gradient over layers, or such values behind filters over tensor
+names.
+"""
 
 from __future__ import annotations
 
@@ -73,16 +75,16 @@ def _case(entry: Mapping[str, Any], read: Callable[[Any], Scalar], where: str) -
 
 def _values(chosen: str | None, value: Any, read: Callable[[Any], Scalar], where: str) -> Case:
     gradient = isinstance(value, list)
-    held = value if gradient else [value]
-    if not held:
+    values = value if gradient else [value]
+    if not values:
         raise SpecError(f"{where}: is an empty list; give at least one value")
     try:
-        return Case(chosen, tuple(read(one) for one in held), gradient)
+        return Case(chosen, tuple(read(item) for item in values), gradient)
     except ValueError as error:
         raise SpecError(f"{where}: {error}") from None
 
 
-def found(sources: Iterator[Settings], name: str, tensor: str, depth: float) -> Scalar | None:
+def value_for(sources: Iterator[Settings], name: str, tensor: str, depth: float) -> Scalar | None:
     """The value of a parameter for a tensor: of the sources, nearest first, the first that has a case for it."""
     for settings in sources:
         for case in settings.get(name, ()):

@@ -56,7 +56,7 @@ def recipe_from(document: Document, lookup: Lookup, where: str) -> Translation:
     for module, inputs in document.inputs.items():
         slices = slices_of(document, module, lookup, where)
         mine = module_tensors(module, str(cast.ground.config.get("model_type")), cast.tensors(), where)
-        decisions |= {made.name: resolver.decision(made) for made in made_tensors(slices, inputs, mine)}
+        decisions |= {tensor.name: resolver.decision(tensor) for tensor in made_tensors(slices, inputs, mine)}
         piles[module] = levels(slices)
     cast.settle(decisions)
     head = cast.head(decisions)
@@ -117,16 +117,20 @@ class Cast:
         taken = {BASE}
         for model in chosen:
             stem = Path((model.lora or model.model).path).name
-            name = next(one for one in (stem, *(f"{stem}-{number}" for number in range(2, 1000))) if one not in taken)
+            name = next(
+                candidate
+                for candidate in (stem, *(f"{stem}-{number}" for number in range(2, 1000)))
+                if candidate not in taken
+            )
             taken.add(name)
             self.names[model] = name
 
     def head(self, decisions: Mapping[str, Decision]) -> dict[str, Any]:
         """The method that most tensors are merged by, which the rules then only amend."""
-        held = [decision for decision in decisions.values() if decision.method is not None]
-        if not held:
+        chosen = [decision for decision in decisions.values() if decision.method is not None]
+        if not chosen:
             return {"method": "average"}
-        self._default = max(held, key=held.count)
+        self._default = max(chosen, key=chosen.count)
         assert self._default.method is not None
         return dict(self._default.method)
 
@@ -162,17 +166,17 @@ def _place(place: Place) -> dict[str, Any]:
 
 def _conditions(document: Document, cast: Cast) -> list[Condition]:
     """What may tell tensors of one layer apart: modules, and the filters of each parameter."""
-    found = []
+    ranges = []
     modules = MODULES.get(str(cast.ground.config.get("model_type")), {})
     if len(document.inputs) > 1:
-        found.append(Condition(tuple(("", modules[module]) for module in document.inputs)))
+        ranges.append(Condition(tuple(("", modules[module]) for module in document.inputs)))
     for _, parameters in all_parameters(document):
         for name, value in parameters.items():
             setting = setting_from(value, lambda scalar: scalar, name) if value is not None else ()
             filters = tuple(dict.fromkeys(filters_of({name: setting})))
             if filters:
-                found.append(Condition(tuple((text, "") for text in filters)))
-    return found
+                ranges.append(Condition(tuple((text, "") for text in filters)))
+    return ranges
 
 
 def _stack(piles: Mapping[str, tuple[Level, ...]], cast: Cast, where: str) -> list[dict[str, Any]]:
@@ -188,7 +192,7 @@ def _stack(piles: Mapping[str, tuple[Level, ...]], cast: Cast, where: str) -> li
     ((module, pile),) = piles.items()
     depths = {model: depth_of(cast.lookup(model), module) for model in cast.models}
     base = depth_of(cast.ground, module)
-    found: list[dict[str, Any]] = []
+    rules: list[dict[str, Any]] = []
     for first, last, level in _level_runs(pile, base):
         length = last - first
         runs = {cast.names[model]: [at, at + length] for model, at in level.layers.items() if model in cast.names}
@@ -199,8 +203,8 @@ def _stack(piles: Mapping[str, tuple[Level, ...]], cast: Cast, where: str) -> li
         runs = {BASE: [at, at + length], **runs}
         deep = all(depth > runs[BASE][1] for depth in depths.values())
         same = deep and len({tuple(run) for run in runs.values()}) == 1
-        found.append({"layers": runs[BASE] if same else runs})
-    return found
+        rules.append({"layers": runs[BASE] if same else runs})
+    return rules
 
 
 def _as_they_are(pile: Sequence[Level], module: str, cast: Cast) -> bool:
@@ -211,28 +215,30 @@ def _as_they_are(pile: Sequence[Level], module: str, cast: Cast) -> bool:
 
 
 def _level_runs(pile: Sequence[Level], longest: int) -> list[tuple[int, int, Level]]:
-    """(first layer of the result, last, what the first is): layers that follow each other in every model they are of."""
-    found: list[tuple[int, int, Level]] = []
+    """(first layer of the result, last, what the first is): layers that follow each other in every model they are
+    of.
+    """
+    levels: list[tuple[int, int, Level]] = []
     for number, level in enumerate(pile):
-        if found:
-            first, _, start = found[-1]
+        if levels:
+            first, _, start = levels[-1]
             follows = {model: at + number - first for model, at in start.layers.items()}
             if follows == dict(level.layers) and number - first < longest:
-                found[-1] = (first, number, start)
+                levels[-1] = (first, number, start)
                 continue
-        found.append((number, number, level))
-    return found
+        levels.append((number, number, level))
+    return levels
 
 
 def _dtype(document: Document, cast: Cast) -> str | None:
     """The dtype of the files: as written, else where the models differ the one that holds them all."""
     if document.out_dtype or document.dtype:
         return document.out_dtype or document.dtype
-    held = {i.dtype for model in cast.models for i in cast.lookup(model).tensors.values() if i.dtype in MERGED}
-    if len(held) < 2:
+    dtypes = {i.dtype for model in cast.models for i in cast.lookup(model).tensors.values() if i.dtype in MERGED}
+    if len(dtypes) < 2:
         return None
     joined = None
-    for name in sorted(held):
+    for name in sorted(dtypes):
         joined = DTYPES[name] if joined is None else torch.promote_types(joined, DTYPES[name])
     assert joined is not None
     return CONFIG_DTYPE.get(DTYPE_NAMES[joined])
@@ -240,7 +246,7 @@ def _dtype(document: Document, cast: Cast) -> str | None:
 
 def _tokenizer(document: Document, cast: Cast, where: str) -> dict[str, Any]:
     """The vocabulary, and which chat template the result gets."""
-    found: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     rules = document.tokenizer or TokenizerRule(source=document.tokenizer_source or "base")
     if document.tokenizer is not None or document.tokenizer_source is not None:
         if rules.source == "base" and document.base_model is None:
@@ -249,7 +255,7 @@ def _tokenizer(document: Document, cast: Cast, where: str) -> dict[str, Any]:
             rules.source if isinstance(rules.source, str) else _named(rules.source, cast, f"{where}: the tokenizer")
         )
         tokens = {token: _token_rule(rule, cast, f"{where}.tokenizer.tokens") for token, rule in rules.tokens.items()}
-        found["tokenizer"] = {
+        keys["tokenizer"] = {
             "source": source,
             **({"missing": "mean"} if document.base_model is None else {}),
             "conflicts": "first",
@@ -258,8 +264,8 @@ def _tokenizer(document: Document, cast: Cast, where: str) -> dict[str, Any]:
         }
     if document.chat_template is not None:
         text = chat_template(document.chat_template, [cast.lookup(model) for model in cast.models], where)
-        found |= {"chat_template": text} if text is not None else {}
-    return found
+        keys |= {"chat_template": text} if text is not None else {}
+    return keys
 
 
 def _named(model: Reference, cast: Cast, what: str) -> str:
@@ -276,12 +282,12 @@ def _named(model: Reference, cast: Cast, what: str) -> str:
 
 def _token_rule(rule: TokenRule, cast: Cast, where: str) -> dict[str, Any]:
     """Where a token's row comes from, in our words."""
-    held: Any = rule.source
-    if isinstance(held, NoToken):
-        held = {"kind": "zero"}
-    elif isinstance(held, TokenOf):
-        said = {"token_id": held.token_id} if held.token is None else {"token": held.token}
-        held = {"model": _named(held.model, cast, f"{where}: a row"), **said}
-    elif held is not None:
-        held = _named(held, cast, f"{where}: a row")
-    return {**({"source": held} if held is not None else {}), **({"to": "all"} if rule.force else {})}
+    source: Any = rule.source
+    if isinstance(source, NoToken):
+        source = {"kind": "zero"}
+    elif isinstance(source, TokenOf):
+        said = {"token_id": source.token_id} if source.token is None else {"token": source.token}
+        source = {"model": _named(source.model, cast, f"{where}: a row"), **said}
+    elif source is not None:
+        source = _named(source, cast, f"{where}: a row")
+    return {**({"source": source} if source is not None else {}), **({"to": "all"} if rule.force else {})}

@@ -1,4 +1,4 @@
-"""An adapter as files: its weights written module by module, its configuration beside them."""
+"""An adapter as files. Its weights are written module by module, its configuration beside them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from mergecore.checkpoints.adapters import CONFIG, STEM, is_transposed, made_factor, outputs
 from mergecore.checkpoints.experts import AdapterExpert
 from mergecore.identity.content import block_digests, bytes_of, model_digest, tensor_digest
-from mergecore.plugins.adapter_method import AdapterMethod, made, ranks_made
+from mergecore.plugins.adapter_method import AdapterMethod, combined_modules, ranks_made
 from mergecore.tensors.finite import TAME, check_finite
 from mergecore.tensors.sinks import ShardSink, plan_shards
 from mergecore.tensors.source import TensorInfo, TensorSource
@@ -21,7 +21,7 @@ from mergecore.tensors.torch_dtypes import DTYPES
 
 
 class AdapterFile:
-    """The weights of an adapter in `folder`: laid out first, then written in any order, one module at a time."""
+    """The weights of an adapter in `folder`. The file is laid out first; modules may be written in any order."""
 
     def __init__(
         self,
@@ -38,23 +38,24 @@ class AdapterFile:
         self._digests: dict[str, str] = {}
 
     def write(self, target: str, down: Tensor, up: Tensor, owner: str) -> tuple[Tensor, Tensor]:
-        """One module's factors, rounded to the file's dtype; returns them as they stand there. owner: whose they are.
+        """Write one module's factors, rounded to the file's dtype. Return them as they are written. owner: whose they
+        are.
 
-        Raises NonFiniteError where they hold what is not finite.
+        Raise NonFiniteError where values are not finite.
         """
-        factor, held = made_factor(target, self.transposed), []
+        factor, written = made_factor(target, self.transposed), []
         for name, wide in ((factor.down, down), (factor.up, up)):
             info = self.infos[name]
             values = wide.reshape(info.shape).to(DTYPES[info.dtype]).contiguous()
             check_finite(values, name, owner, TAME)
             self._sink.write(name, 0, bytes_of(values.reshape(-1)))
             self._digests[name] = tensor_digest(list(block_digests(values.reshape(-1)).values()))
-            held.append(values)
-        return held[0], held[1]
+            written.append(values)
+        return written[0], written[1]
 
     @property
     def digest(self) -> str:
-        """The digest of all that was to be written."""
+        """The digest of all tensors. Every module must have been written."""
         return model_digest({name: (info.dtype, info.shape, self._digests[name]) for name, info in self.infos.items()})
 
     @property
@@ -66,10 +67,10 @@ class AdapterFile:
 def write_made(
     folder: Path, method: AdapterMethod, experts: Sequence[AdapterExpert], selection: Mapping[str, TensorInfo]
 ) -> tuple[str, dict[str, Any]]:
-    """The weights of what a method makes of adapters; returns their digest, and what is to be recorded."""
+    """Write the adapter that a method makes. Return the digest of its tensors, and what is recorded."""
     transposed, ranks = is_transposed(experts), ranks_made(method, experts, selection)
     file, numbers = AdapterFile(folder, ranks, selection, transposed), dict[str, Mapping[str, float]]()
-    for target, combined in made(method, experts, selection):
+    for target, combined in combined_modules(method, experts, selection):
         file.write(target, combined.down, combined.up, f"method '{method.name}'")
         numbers[target] = combined.numbers
     record = {"fan_in_fan_out": transposed, "modules": numbers, "ranks": ranks, **method.total(numbers)}
@@ -77,16 +78,17 @@ def write_made(
 
 
 def write_copy(
-    folder: Path, held: TensorSource, record: Mapping[str, Any], selection: Mapping[str, TensorInfo], dtype: str
+    folder: Path, factors: TensorSource, record: Mapping[str, Any], selection: Mapping[str, TensorInfo], dtype: str
 ) -> AdapterFile:
-    """An adapter made earlier (its tensors and its record), its weights in another dtype."""
+    """Write an adapter with its weights in another dtype. factors: its tensors. record: what was recorded when it was
+    made.
+    """
     file = AdapterFile(folder, record["ranks"], selection, record["fan_in_fan_out"], dtype)
     for target in record["ranks"]:
         factor = made_factor(target, file.transposed)
-        file.write(target, held.read(factor.down), held.read(factor.up), "the adapter")
+        file.write(target, factors.read(factor.down), factors.read(factor.up), "the adapter")
     return file
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """`adapter_config.json`."""
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
