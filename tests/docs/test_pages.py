@@ -181,6 +181,14 @@ def test_design_notes_are_listed() -> None:
     assert [path.name for path in (DOCS / "design").glob("20*.md") if f"({path.name})" not in listed] == []
 
 
+def test_the_picture_of_the_packages_has_all_of_them() -> None:
+    picture = (DOCS / "images" / "packages.svg").read_text()
+    drawn = re.findall(r"600\">(\w+)</tspan>", picture)
+    contracts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract.get("containers") == ["mergecore"])
+    assert drawn == ["flows", "tasks", *(name for layer in layers for name in layer.split(" | "))]
+
+
 def test_messages_of_the_faq_are_ours() -> None:
     source = "\n".join(
         path.read_text() for name in ("mergecore", "flows", "tasks") for path in (REPOSITORY / name).rglob("*.py")
