@@ -82,7 +82,8 @@ check: setup
 
 # Servers, browsers and benchmarks run in processes of their own, whose lines are not counted; they are left out.
 coverage: setup
-	$(BIN)/python -m pytest --cov --cov-report=term --ignore=tests/flows --ignore=tests/ui --ignore=tests/benchmarks
+	$(BIN)/python -m pytest --cov --cov-report=term \
+	  --ignore=tests/flows --ignore=tests/ui --ignore=tests/benchmarks --ignore=tests/docs --ignore=tests/mergeloom
 
 docs: setup
 	$(BIN)/mergeloom methods --markdown > docs/methods.md
