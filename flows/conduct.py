@@ -75,8 +75,10 @@ def _with_services(session: Session, report: Report, track: bool) -> tuple[Endin
             environment(PREFECT_API_URL=addresses.prefect, MLFLOW_TRACKING_URI=addresses.mlflow),
             _quiet_console(),
         ):
-            ended = run_session(_spec_file(session), session.at(addresses), report, track)
-            APILogWorker.drain_all(timeout=5)  # while the server is still there
+            try:
+                ended = run_session(_spec_file(session), session.at(addresses), report, track)
+            finally:
+                APILogWorker.drain_all(timeout=5)  # while the server is still there, after Ctrl-C too
     return ended, {"Prefect": addresses.prefect_page} if known.prefect.value else {}
 
 

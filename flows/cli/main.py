@@ -6,8 +6,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import click
@@ -19,16 +20,44 @@ FAILED_CELLS = 3
 """Exit code of a sweep that went through but has failed or refused cells."""
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+def nothing_kept() -> str:
+    """What a command that keeps nothing half done says after Ctrl-C."""
+    return "run the same command again to start anew"
+
+
 @contextmanager
-def errors() -> Iterator[None]:
-    """Errors meant for a person are shown as one; everything else keeps its traceback."""
+def errors(after_interrupt: Callable[[], str] = nothing_kept) -> Iterator[None]:
+    """Show an error meant for a person as one, and Ctrl-C as a line; everything else keeps its traceback.
+
+    after_interrupt: says, once everything has been put away, what Ctrl-C has left.
+    """
     try:
         yield
     except MergeloomError as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
-        click.echo("interrupted; what is finished is kept, run the same command again to go on", err=True)
-        sys.exit(130)
+        click.echo(f"interrupted; {after_interrupt()}", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def left_of(out: Path | None, store: Path | None = None, intermediates: Path | None = None) -> str:
+    """What an interrupted command that writes `out` has left: nothing, or whole results, or what a store keeps."""
+    if out is None:
+        return nothing_kept()
+    whole = [str(folder) for folder in (out, intermediates) if folder is not None and folder.exists()]
+    told = [f"what was finished before lies in {' and '.join(whole)}"] if whole else [f"{out} was not written"]
+    if store is not None:
+        told.append(f"what was worked out for it is kept in {store}: run the same command again to go on")
+    return ", ".join(told)
+
+
+def kept_in_the_store() -> str:
+    """What an interrupted sweep has left."""
+    return "what is finished is kept, run the same command again to go on"
 
 
 def process_start(otherwise: float) -> float:
@@ -102,7 +131,7 @@ def merge(
     continual method (opcm) stays: the same recipe with one more expert costs one more step.
     """
     began = time.time()
-    with errors():
+    with errors(partial(left_of, out, store, intermediates)):
         from flows.session.startup import digest_cache, hash_ahead, loops, quick_imports
 
         digests = digest_cache()
@@ -155,7 +184,7 @@ def unpack(product: Path, task: str, out: Path, dtype: str | None, shard_size: s
 
     TASK is the name of an expert in the product's recipe. OUT holds what `transformers` loads.
     """
-    with errors():
+    with errors(partial(left_of, out)):
         from flows.cli.terminal import progress
         from mergecore.formats.unpack import unpack as write_model
         from mergecore.spec.sizes import size_in_bytes
@@ -190,7 +219,7 @@ def extract_lora(
     In every linear layer the change from the base is replaced by the nearest matrix of the given rank. OUT is what PEFT
     loads, with every tensor's error in extraction.json. Changes of embeddings, norms and biases are left out, and counted.
     """
-    with errors():
+    with errors(partial(left_of, Path(out))):
         from flows.cli.terminal import progress
         from flows.cli.texts import extraction_text
         from flows.session.limits import readable
@@ -227,10 +256,12 @@ def plan(spec: Path, cells: bool) -> None:
         from flows.session.startup import quick_imports
 
         with quick_imports():
+            from flows.cli.terminal import progress
             from flows.cli.texts import plan_text
             from flows.session.session import open_session
 
-        session = open_session(spec)
+        with progress() as report:
+            session = open_session(spec, report)
         costs = session.cost()
         click.echo(plan_text(session, costs, cells))
         session.check_fit(costs)
@@ -251,7 +282,7 @@ def sweep(spec: Path, in_process: bool, workers: int | None, retry_failed: bool,
     reason and do not stop the others; the exit code is then 3. Without addresses in the spec a local Prefect server,
     MLflow and Dask cluster are started and stopped again.
     """
-    with errors():
+    with errors(kept_in_the_store):
         from flows.session.startup import quick_imports
 
         with quick_imports():
@@ -259,12 +290,12 @@ def sweep(spec: Path, in_process: bool, workers: int | None, retry_failed: bool,
             from flows.conduct import conduct
             from flows.session.session import open_session
             from flows.session.settings import Options
-            from mergecore.events import silent
+            from mergecore.events import Event
 
-        session = open_session(spec, silent, Options(workers=workers))
-        for warning in session.notes:
-            click.echo(f"note: {warning}", err=True)
         with progress() as report:
+            session = open_session(spec, report, Options(workers=workers))
+            for warning in session.notes:
+                report(Event(f"note: {warning}"))
             outcome = conduct(session, report, in_process=in_process, retry_failed=retry_failed, track=not no_track)
         click.echo(outcome.text)
         sys.exit(FAILED_CELLS if outcome.troubled else 0)

@@ -196,7 +196,7 @@ def _read_experts(
     """The experts by name, full ones with the result's layers."""
     found: dict[str, Snapshot] = {}
     for position, expert in enumerate(experts):
-        report(Event(f"expert {expert.name}", position + 1, len(experts), "experts"))
+        report(Event(f"experts: {expert.name}", position + 1, len(experts), "experts"))
         if expert.name in found:
             raise SpecError(f"experts: two are called '{expert.name}'; give each its own name")
         held = read_source(expert, resolve, f"expert '{expert.name}'")

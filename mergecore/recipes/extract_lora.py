@@ -170,7 +170,7 @@ def _rows(shared: Shared, names: Sequence[str], executor: Executor, report: Repo
     threads = torch.get_num_threads()
     try:
         for done, (position, row) in enumerate(executor.each(extracted, shared, names), 1):
-            report(Event(f"extracting {names[position]}", done, len(names), "tensors"))
+            report(Event(f"extracting: {names[position]}", done, len(names), "tensors"))
             yield names[position], row
     finally:
         torch.set_num_threads(threads)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 import dask
 from distributed import Client, Nanny, Scheduler, SpecCluster, Worker, WorkerPlugin
+from distributed.utils import LoopRunner
 
 from mergecore.errors import ServiceError
 
@@ -77,16 +80,35 @@ def local_cluster(folder: Path, workers: int, devices: Sequence[str] = ()) -> It
     }
     with dask.config.set(settings), contextlib.ExitStack() as stack:
         specification = {number: _worker(number, device) for number, device in enumerate(chosen)}
+        loop = stack.enter_context(_loop_deaf_to_interrupts())
+        scheduler = {"cls": Scheduler, "options": options}
         try:
-            cluster = stack.enter_context(
-                SpecCluster(specification, {"cls": Scheduler, "options": options}, silence_logs=logging.ERROR)
-            )
+            cluster = stack.enter_context(SpecCluster(specification, scheduler, loop=loop, silence_logs=logging.ERROR))
             client = stack.enter_context(Client(cluster, set_as_default=False))
             client.wait_for_workers(len(chosen), timeout=START_SECONDS)
         except (OSError, TimeoutError, RuntimeError) as error:
             raise ServiceError(f"The local Dask cluster did not come up ({error}); its logs are in {logs}.") from error
         client.register_plugin(LogFile(str(logs)))
         yield client
+
+
+@contextlib.contextmanager
+def _loop_deaf_to_interrupts() -> Iterator[Any]:
+    """An event loop in a thread of its own, in which SIGINT is blocked, as it is then in the workers that it starts.
+
+    Ctrl-C in a terminal reaches every process there. We end the workers; they would each print a traceback first.
+    """
+    resource_tracker.ensure_running()  # whoever starts it first has SIGINT unblocked after
+    runner = LoopRunner()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        runner.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield runner.loop
+    finally:
+        runner.stop()
 
 
 @contextlib.contextmanager
