@@ -118,6 +118,12 @@ def test_the_method_is_a_method(project: Path, monkeypatch: pytest.MonkeyPatch) 
     assert merged.keys() == parts.keys() and any(not torch.equal(merged[name].float(), parts[name]) for name in merged)
 
 
+def test_the_number_of_methods_is_theirs() -> None:
+    count = len(METHODS.own)
+    assert f"**{count} methods**" in README.read_text()
+    assert f"– {count} of them" in (REPOSITORY / "docs" / "index.md").read_text()
+
+
 def test_it_is_short() -> None:
     assert len(README.read_text().splitlines()) <= LONGEST
 
