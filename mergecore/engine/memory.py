@@ -15,7 +15,7 @@ from mergecore.identity.content import GRID
 from mergecore.plugins.block import Per
 from mergecore.plugins.chain import Link
 from mergecore.plugins.method import Method
-from mergecore.plugins.statistic import Scope, Statistic
+from mergecore.plugins.statistic import Blocks, Counts, Scope, Statistic
 from mergecore.tensors.source import TensorInfo
 
 FLOAT = 4
@@ -81,13 +81,19 @@ def block_bytes(
 
 
 def _scanned(statistics: Sequence[Statistic], block: int, count: int) -> int:
-    """Bins of counts, for as many results as experts at least, and three times more while the first elements are counted both
-    ways (`Given.count`); and what scans see of a block of the grid that neither count nor add up window by window."""
-    counting = [one for one in statistics if type(one).counting is not Statistic.counting]
-    results = sum(count if one.scope is Scope.POOL else 1 for one in counting)
-    adding = [one for one in statistics if type(one).summing is not Statistic.summing]
-    blocks = len(counting) + len(adding) < len(statistics)
-    return results * FLOAT * (4 * COPIES * stride(1) + BINS) + FLOAT * block * (2 * count + 4) * blocks
+    """Return the bytes that statistics take beside the models: bins of counts, and blocks that they are handed.
+
+    Bins: as many results as experts at least, and three times more while the first elements are counted both ways
+    (`Given.count`). Blocks: one at a time, and not while the same statistic counts.
+    """
+    bins = FLOAT * (4 * COPIES * stride(1) + BINS)
+    total = most_beyond = 0
+    for statistic in statistics:
+        seen = count if statistic.scope is Scope.POOL else 1
+        counted = seen * bins if Counts in statistic.looks else 0
+        handed = FLOAT * min(block, statistic.largest_block) * (2 * seen + 4) if Blocks in statistic.looks else 0
+        total, most_beyond = total + counted, max(most_beyond, handed - counted)
+    return total + most_beyond
 
 
 def pass_models(plan: PassPlan) -> Models:

@@ -18,137 +18,148 @@ from mergecore.engine.pass_plan import StatisticJob
 from mergecore.engine.windows import Reading, cut
 from mergecore.errors import NonFiniteError
 from mergecore.identity.content import GRID
-from mergecore.plugins.statistic import Counting, Sparse, Summing
+from mergecore.plugins.statistic import Blocks, Counts, SparseCounts, Sums
 
 LEFT_OUT = 1 << 14
 """Elements that a scan beyond selections leaves out where one of them is not finite."""
 
-Scan = tuple[StatisticJob, Callable[..., Sequence[Tensor]], Mapping[str, Any]]
-"""A statistic, its function of flat tensors, and the arguments of the function."""
+CountScan = tuple[StatisticJob, Counts]
+SumScan = tuple[StatisticJob, Sums]
 
 
 class Scans:
-    """The statistics of one span: shows each reading to all of them, counts first."""
+    """The statistics of one span: shows each reading to all of them."""
 
     def __init__(self, loops: Loops, jobs: Sequence[StatisticJob], states: dict[str, Any]) -> None:
         self._jobs, self._states = jobs, states
-        self._counts = Counts(loops, states)
-        self._sums = Sums(loops, states)
+        self._counting = CountingScans(loops, states)
+        self._adding = AddingScans(loops, states)
 
     def observe(self, reading: Reading) -> None:
-        """Show every statistic the reading: counts window by window, all scans that count by one function in one loop; the
-        rest block by block of the grid, for their sums must not depend on any other cut."""
-        counts: dict[Any, list[tuple[StatisticJob, Counting]]] = {}
-        sums: dict[Any, list[tuple[StatisticJob, Summing]]] = {}
+        """Show the reading to every statistic; counts and sums by the same function are done in one loop."""
+        counts: dict[Any, list[CountScan]] = {}
+        sums: dict[Any, list[SumScan]] = {}
         for job in self._jobs:
             if reading.name not in job.selection or reading.start == reading.stop:
                 continue
-            block = reading.place(job.experts)
-            summing = job.statistic.summing(self._states[job.key], block, job.statistics)
-            if summing is not None:
-                alike = (summing.values, job.statistic.whole, job.statistic.on, summing.with_base, summing.grain)
-                sums.setdefault(alike, []).append((job, summing))
-                continue
-            counting = job.statistic.counting(self._states[job.key], block, job.statistics)
-            if counting is None:
-                for start, stop in cut(reading.start, reading.stop, GRID):
-                    reading.window(start, stop)
-                    self._add(job, reading)
-            elif counting.windows != ():
-                windows = len(counting.windows[0]) if counting.windows else 0
-                kind = (counting.patterns, windows, job.statistic.whole)
-                counts.setdefault(kind, []).append((job, counting))
-        for (_, windows, whole), group in counts.items():
-            self._counts.count(reading, group, windows, whole)
-        for group_of_sums in sums.values():
-            self._sums.sum(reading, reading.start, reading.stop, group_of_sums)
+            look = job.statistic.look(self._states[job.key], reading.place(job.experts), job.statistics)
+            match look:
+                case Sums():
+                    key = (look.values, job.statistic.whole, job.statistic.on, look.with_base, look.window)
+                    sums.setdefault(key, []).append((job, look))
+                case Counts():
+                    kind = (look.patterns, _bins_per_result(look), job.statistic.whole)
+                    counts.setdefault(kind, []).append((job, look))
+                case Blocks():
+                    self._hand_over(job, reading)
+        for count_scans in counts.values():
+            self._counting.count(reading, count_scans)
+        for sum_scans in sums.values():
+            self._adding.add(reading, reading.start, reading.stop, sum_scans)
 
     def finish(self) -> None:
         """Hand over what was counted of the last tensors."""
-        self._counts.finish()
+        self._counting.finish()
 
-    def _add(self, job: StatisticJob, reading: Reading) -> None:
-        try:
-            block = reading.block("deltas", False, job.experts, flat=True)
-        except NonFiniteError:
-            if not job.statistic.whole:
-                raise
-            # It looks beyond the selection: values there must not stop a merge that leaves the tensor out. Where the
-            # tensor is selected, the merge itself reads it and refuses it.
-            return
-        self._states[job.key] = job.statistic.add(self._states[job.key], block, job.statistics)
+    def _hand_over(self, job: StatisticJob, reading: Reading) -> None:
+        """Grid block by grid block: what a statistic makes of one must not depend on how the pass is cut."""
+        for start, stop in cut(reading.start, reading.stop, GRID):
+            reading.window(start, stop)
+            try:
+                block = reading.block("deltas", False, job.experts, flat=True)
+            except NonFiniteError:
+                if not job.statistic.whole:
+                    raise
+                # It looks beyond the selection: values there must not stop a merge that leaves the tensor out. Where the
+                # tensor is selected, the merge itself reads it and refuses it.
+                continue
+            self._states[job.key] = job.statistic.add(self._states[job.key], block, job.statistics)
 
 
-class Sums:
-    """Sums of values, per grid block (or per grain)."""
+class AddingScans:
+    """Sums of values, one per grid block (or per window of it)."""
 
     def __init__(self, loops: Loops, states: dict[str, Any]) -> None:
         self._loops, self._states = loops, states
 
-    def sum(self, reading: Reading, first: int, end: int, group: list[tuple[StatisticJob, Summing]]) -> None:
-        """Hand over the sums from `first` to `end`, for scans that add up by one function, of the same things."""
-        statistic, with_base = group[0][0].statistic, group[0][1].with_base
-        whole, on = statistic.whole, statistic.on
-        needed = with_base or on == "deltas"
-        scans = [(job, summing.values, summing.arguments) for job, summing in group]
-        positions, loop = _loop_of(self._loops, scans, "sums", with_base=with_base)
-        grain, window = group[0][1].grain or GRID, reading.readers.window
-        blocks = list(cut(first, end, grain))
-        lanes = np.zeros((len(blocks), sum(summing.results for _, summing in group), LANES))
-        lost = [False] * len(blocks)
-        for start, stop in cut(first, end, window // grain * grain or grain):
-            for low, high in cut(start, stop, window):
-                reading.window(low, high)
-                for at, _, part in reading.chunk(positions, needed).parts(grain):
-                    number = (low + at - first) // grain
-                    lost[number] |= loop.sum(part, lanes[number])
-        for (start, stop), not_finite, sums in zip(blocks, lost, total_of(lanes), strict=True):
-            if not_finite and not whole:
+    def add(self, reading: Reading, first: int, end: int, scans: Sequence[SumScan]) -> None:
+        """Hand over the sums of elements first … end−1, for scans of one function over the same things."""
+        (job, sums), *others = scans
+        statistic, window = job.statistic, sums.window or GRID
+        needed = sums.with_base or statistic.on == "deltas"
+        functions = [(job, sums.values, sums.arguments) for job, sums in scans]
+        positions, loop = _loop_of(self._loops, functions, "sums", with_base=sums.with_base)
+        blocks = list(cut(first, end, window))
+        lanes, lost = self._lanes(reading, positions, needed, loop, blocks, sum(sums.results for _, sums in scans))
+        for (start, stop), not_finite, totals in zip(blocks, lost, total_of(lanes), strict=True):
+            if not_finite and not statistic.whole:
                 reading.window(start, stop)
-                reading.block(on, needed, positions, flat=True)  # which says what is not finite, and where
-            elif not_finite and len(group) > 1:  # one expert's trouble is not the others'; its own block is left out
-                for alone in group:
-                    self.sum(reading, start, stop, [alone])
+                reading.block(statistic.on, needed, positions, flat=True)  # which says what is not finite, and where
+            elif not_finite and others:  # one expert's trouble is not the others'; its own block is left out
+                for scan in scans:
+                    self.add(reading, start, stop, [scan])
             elif not not_finite:
-                rest = iter(sums)
-                for job, summing in group:
-                    own = list(islice(rest, summing.results))
+                rest = iter(totals)
+                for job, sums in scans:
+                    own = list(islice(rest, sums.results))
                     state = self._states[job.key]
                     self._states[job.key] = job.statistic.summed(state, reading.name, start, own)
+
+    def _lanes(
+        self,
+        reading: Reading,
+        positions: Sequence[int],
+        with_base: bool,
+        loop: Given,
+        blocks: Sequence[tuple[int, int]],
+        results: int,
+    ) -> tuple[NDArray[np.float64], list[bool]]:
+        """Per block and result the sums, LANES of them; and per block whether an input is not finite."""
+        lanes, lost = np.zeros((len(blocks), results, LANES)), [False] * len(blocks)
+        (first, stop), end = blocks[0], blocks[-1][1]
+        window, at_hand = stop - first, reading.readers.window
+        for start, stop in cut(first, end, at_hand // window * window or window):
+            for low, high in cut(start, stop, at_hand):
+                reading.window(low, high)
+                for offset, _, part in reading.chunk(positions, with_base).parts(window):
+                    number = (low + offset - first) // window
+                    lost[number] |= loop.sum(part, lanes[number])
+        return lanes, lost
 
 
 @dataclass
 class TensorCounts:
-    """Counts of a part of a tensor under way: of which scans, how many results each has, and the bins."""
+    """Counts of a part of a tensor under way. jobs: the scans, and how many results each has; per_result: its bins."""
 
     tensor: str
     jobs: list[tuple[StatisticJob, int]]
-    windows: int
+    per_result: int
     bins: NDArray[np.uint32]
 
 
-class Counts:
+class CountingScans:
     """Counts of bit patterns: kept for the tensor that is under way, handed over once the next one begins."""
 
     def __init__(self, loops: Loops, states: dict[str, Any]) -> None:
         self._loops, self._states = loops, states
         self._under_way: dict[tuple[str, ...], TensorCounts] = {}
 
-    def count(self, reading: Reading, group: list[tuple[StatisticJob, Counting]], windows: int, whole: bool) -> None:
-        """Count the reading for scans that count by one function. windows: per result, 0 for high half-words."""
-        scans = [(job, counting.patterns, counting.arguments) for job, counting in group]
-        positions, loop = _loop_of(self._loops, scans, "counts", windows)
-        key = tuple(job.key for job, _ in group)
-        wanted = [window for _, counting in group for result in counting.windows or () for window in result]
+    def count(self, reading: Reading, scans: Sequence[CountScan]) -> None:
+        """Count the reading, for scans of one function with the same number of bins per result."""
+        functions = [(job, counts.patterns, counts.arguments) for job, counts in scans]
+        per_result, whole = _bins_per_result(scans[0][1]), scans[0][0].statistic.whole
+        positions, loop = _loop_of(self._loops, functions, "counts", per_result)
+        key = tuple(job.key for job, _ in scans)
+        wanted = [high for _, counts in scans for bins in counts.bins or () for high in bins]
         for start, stop in reading.windows():
-            bins = self._bins(reading.name, key, group, windows)
+            bins = self._bins(reading.name, key, scans, per_result)
             if loop.count(reading.chunk(positions, with_base=True), wanted, bins):
                 if not whole:
                     reading.block("deltas", True, positions, flat=True)  # which says what is not finite, and where
                 for low, high in cut(start, stop, LEFT_OUT):
                     reading.window(low, high)
-                    for job, counting in group:
-                        self._count_alone(reading, job, counting, windows)
+                    for scan in scans:
+                        self._count_alone(reading, scan, per_result)
 
     def finish(self) -> None:
         """Hand over what was counted of the last tensors."""
@@ -156,38 +167,51 @@ class Counts:
             self._hand_over(counts)
         self._under_way.clear()
 
-    def _count_alone(self, reading: Reading, job: StatisticJob, counting: Counting, windows: int) -> None:
-        """The window alone for one scan that looks beyond selections; where it is not finite it is left out: one expert's
-        trouble is not the others', and what is left out must not depend on how many are read."""
-        function = _together([(counting.patterns, list(range(len(job.experts))))], with_base=False)
-        loop = Fused(function, "deltas", "counts", None, windows=windows).given({"job 0": counting.arguments})
-        bins = empty_bins(counting.results, windows)
-        wanted = [window for result in counting.windows or () for window in result]
+    def _count_alone(self, reading: Reading, scan: CountScan, per_result: int) -> None:
+        """Count the window for one scan that looks beyond selections, or leave it out where it is not finite.
+
+        One expert's trouble is not the others', and what is left out must not depend on how many are read.
+        """
+        job, counts = scan
+        function = _together([(counts.patterns, list(range(len(job.experts))))], with_base=False)
+        loop = Fused(function, "deltas", "counts", None, windows=per_result).given({"job 0": counts.arguments})
+        bins = empty_bins(counts.results, per_result)
+        wanted = [high for bins_of_result in counts.bins or () for high in bins_of_result]
         loop.count(reading.chunk(job.experts, with_base=True), wanted, bins)
-        self._hand_over(TensorCounts(reading.name, [(job, counting.results)], windows, bins))
+        self._hand_over(TensorCounts(reading.name, [(job, counts.results)], per_result, bins))
 
     def _bins(
-        self, tensor: str, key: tuple[str, ...], group: list[tuple[StatisticJob, Counting]], windows: int
+        self, tensor: str, key: tuple[str, ...], scans: Sequence[CountScan], per_result: int
     ) -> NDArray[np.uint32]:
         counts = self._under_way.get(key)
         if counts is None or counts.tensor != tensor:
             if counts is not None:
                 self._hand_over(counts)
-            jobs = [(job, counting.results) for job, counting in group]
-            bins = empty_bins(sum(results for _, results in jobs), windows)
-            counts = self._under_way[key] = TensorCounts(tensor, jobs, windows, bins)
+            jobs = [(job, counts.results) for job, counts in scans]
+            bins = empty_bins(sum(results for _, results in jobs), per_result)
+            counts = self._under_way[key] = TensorCounts(tensor, jobs, per_result, bins)
         return counts.bins
 
     def _hand_over(self, counts: TensorCounts) -> None:
-        results = [_sparse(bins, 0 if counts.windows else -HALF) for bins in counts_of(counts.bins, counts.windows)]
+        per_result = counts.per_result
+        results = [_sparse(bins, 0 if per_result else -HALF) for bins in counts_of(counts.bins, per_result)]
         for job, count in counts.jobs:
-            own, results = results[: count * max(counts.windows, 1)], results[count * max(counts.windows, 1) :]
+            own, results = results[: count * max(per_result, 1)], results[count * max(per_result, 1) :]
             state = self._states[job.key]
             self._states[job.key] = job.statistic.counted(state, counts.tensor, own)
 
 
+def _bins_per_result(counts: Counts) -> int:
+    """0 where high half-words are counted."""
+    return len(counts.bins[0]) if counts.bins else 0
+
+
+Scan = tuple[StatisticJob, Callable[..., Sequence[Tensor]], Mapping[str, Any]]
+"""A statistic, its function of flat tensors, and the arguments of the function."""
+
+
 def _loop_of(
-    loops: Loops, scans: Sequence[Scan], out: Out, windows: int = 0, with_base: bool = False
+    loops: Loops, scans: Sequence[Scan], out: Out, bins: int = 0, with_base: bool = False
 ) -> tuple[list[int], Given]:
     """Scans in one loop: the experts that it reads, and the loop."""
     positions = sorted({position for job, _, _ in scans for position in job.experts})
@@ -195,7 +219,7 @@ def _loop_of(
         [(values, [positions.index(position) for position in job.experts]) for job, values, _ in scans], with_base
     )
     key = (out, tuple(job.key for job, _, _ in scans))
-    fused = loops.fused(key, function, scans[0][0].statistic.on, out, windows)
+    fused = loops.fused(key, function, scans[0][0].statistic.on, out, bins)
     return positions, fused.given({f"job {number}": arguments for number, (_, _, arguments) in enumerate(scans)})
 
 
@@ -214,6 +238,6 @@ def _together(
     return results
 
 
-def _sparse(counts: NDArray[np.uint32], first: int) -> Sparse:
+def _sparse(counts: NDArray[np.uint32], first: int) -> SparseCounts:
     occupied = np.flatnonzero(counts != 0)  # of truth values: an eighth of the time that numbers take
     return occupied.astype(np.int64) + first, counts[occupied].astype(np.int64)

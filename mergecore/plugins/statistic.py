@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mergecore.events import Report
+from mergecore.identity.content import GRID
 from mergecore.plugins.any_statistic import AnyStatistic
 from mergecore.plugins.block import Block
 from mergecore.tensors.source import TensorInfo, TensorSource
@@ -43,61 +44,74 @@ Statistics = Mapping[str, Sequence[Found]]
 
 
 @dataclass(frozen=True)
-class Counting:
-    """What a scan counts of one block: patterns(experts, **arguments) gives int32 values, one or more per element, in plain
-    torch on flat float32 deltas. windows: None: counts their high half-words; else, per result, the low half-words inside
-    each of these high ones (as many for every result; none at all: nothing is counted).
+class Counts:
+    """Have the bit patterns of a block counted; the counts come back in `Statistic.counted`.
+
+    patterns(experts, **arguments) returns `results` int32 tensors, one value per element, in plain torch on flat float32
+    deltas. bins: None counts the high half-words; else, per result, the high half-words inside which the low half-words
+    are counted (as many for every result).
     """
 
     patterns: Callable[..., Sequence[Tensor]]
     arguments: Mapping[str, Any]
     results: int = 1
-    windows: tuple[tuple[int, ...], ...] | None = None
+    bins: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
-class Summing:
-    """What a scan adds up of one block: values(experts, **arguments) gives float32 or float64 values, one or more per element,
-    in plain torch on flat float32 deltas (or what else the statistic is `on`); their sums are float64, formed in one order
-    whatever runs it. with_base: the base comes first, before the experts. grain: elements whose sums are handed over
-    together, a divisor of the grid's blocks; None: a block.
+class Sums:
+    """Have values of a block added up; the sums come back in `Statistic.summed`.
+
+    values(experts, **arguments) returns `results` float32 or float64 tensors, one value per element, in plain torch on
+    flat float32 deltas (or weights, see `Statistic.on`). Sums are float64, in an order that no machine changes.
+    with_base: the base comes first, before the experts. window: elements per sum, a divisor of a grid block; None: a
+    grid block.
     """
 
     values: Callable[..., Sequence[Tensor]]
     arguments: Mapping[str, Any]
     results: int = 1
     with_base: bool = False
-    grain: int | None = None
+    window: int | None = None
 
 
-Sparse = tuple[NDArray[np.int64], NDArray[np.int64]]
+@dataclass(frozen=True)
+class Blocks:
+    """Have the deltas of a block handed over, one grid block at a time, to `Statistic.add`."""
+
+
+Look = Counts | Sums | Blocks
+"""The three ways to look at a block."""
+
+SparseCounts = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Occupied bins in ascending order, and their counts."""
 
 
 class Statistic(AnyStatistic, ABC):
-    """Looks at models and writes a few tensors: begin, then add for every block, combine, finish.
+    """Looks at models and writes a few tensors: begin, look at every block, combine, finish.
 
-    `add` sees `Block`s whose `experts` are deltas: one expert for scope EXPERT, all for POOL, and returns the new
-    state; blocks come in any order and states of different workers are joined by `combine`, so a reduction keeps one
-    float64 value per block and folds them in order in `finish`. `finish` may return `Rescan`: the pass then reads
-    again, only what is named, every span starting from the state given. States are plain picklable data.
-
-    A scan that only counts bit patterns says so with `counting`, one that only adds up with `summing`; the engine then does
-    it in one fused loop and hands over the counts (`counted`) or the sums (`summed`) instead of calling `add`.
+    For each block `look` says how: the engine counts, adds up or hands over, and gives the outcome to `counted`, `summed`
+    or `add`, which return the new state. Blocks come in any order, and `combine` joins states of different workers: a
+    reduction keeps one float64 value per grid block and folds them in order in `finish`. `finish` may return `Rescan`:
+    the pass then reads again, only what is named, and every span starts from that state. States are plain picklable data.
     """
 
     scope: ClassVar[Scope]
+    looks: ClassVar[frozenset[type[Look]]]
+    """What `look` may return; in one reading it is always the same. The memory of a pass is projected from it."""
+    largest_block: ClassVar[int] = GRID
+    """Elements of the largest block that `add` gets; less than a grid block where only small parts are read again."""
     whole: ClassVar[bool] = False
     """True: looks at all tensors an expert carries, whatever the selection, so that selections share it."""
 
     @property
     def on(self) -> Literal["weights", "deltas"]:
-        """What it looks at; weights only where it adds up."""
+        """What it looks at; weights only for `Sums`."""
         return "deltas"
 
     @property
     def readings(self) -> int:
-        """How often it reads the models, counting its wishes to read all of them again."""
+        """How often it reads all of the models."""
         return 1
 
     def visit(self, kinds: VisitsStreamed[Answer_co]) -> Answer_co:
@@ -109,41 +123,36 @@ class Statistic(AnyStatistic, ABC):
         return {}
 
     def of_expert(self, position: int) -> Statistic:
-        """For scope EXPERT: the statistic of the expert at this place, where parameters are one value per expert."""
+        """Return the statistic of one expert, for scope EXPERT, where parameters are one value per expert."""
         return self
 
     @abstractmethod
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Any:
-        """The empty state for the tensors that are merged and counted; with it the wish to read only some of their blocks
-        (`Rescan`), or the result, where nothing has to be read."""
+        """Return the state before any block; `Rescan` to read only some blocks; `Result` where nothing is to be read."""
 
-    def counting(self, state: Any, block: Block, statistics: Statistics) -> Counting | None:
-        """What this scan counts of the block (of which only the place is known); None where it has to `add` it."""
-        return None
+    @abstractmethod
+    def look(self, state: Any, block: Block, statistics: Statistics) -> Look | None:
+        """Return how to look at a block, of which only the place is known; None: not at all."""
 
-    def counted(self, state: Any, tensor: str, counts: Sequence[Sparse]) -> Any:
-        """The state after counts of a part of one tensor: per result one of high half-words, or one per window."""
+    def counted(self, state: Any, tensor: str, counts: Sequence[SparseCounts]) -> Any:
+        """Return the state after `Counts` of a part of one tensor: one per result, or per result one per bin."""
         raise NotImplementedError
 
-    def summing(self, state: Any, block: Block, statistics: Statistics) -> Summing | None:
-        """What this scan adds up of the block (of which only the place is known); None where it does something else."""
-        return None
-
     def summed(self, state: Any, tensor: str, start: int, sums: Sequence[float]) -> Any:
-        """The state after the sums, one per result, over the block (of the grid, or a grain) that starts there."""
+        """Return the state after `Sums`, one per result, of the grid block (or window) from element `start` on."""
         raise NotImplementedError
 
     def add(self, state: Any, block: Block, statistics: Statistics) -> Any:
-        """The state after one more block; not called for a scan that only counts or adds up."""
+        """Return the state after `Blocks`: `block.experts` are flat float32 deltas, one for scope EXPERT, all for POOL."""
         raise NotImplementedError
 
     @abstractmethod
     def combine(self, left: Any, right: Any) -> Any:
-        """One state from two that have seen different blocks."""
+        """Return one state from two that have seen different blocks."""
 
     @abstractmethod
     def finish(self, state: Any, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result | Rescan:
-        """The result, or a wish to read again."""
+        """Return the result, or the wish to read again."""
 
 
 @dataclass(frozen=True)

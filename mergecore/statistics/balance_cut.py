@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.plugins.block import Block
-from mergecore.plugins.statistic import Counting, Rescan, Result, Scope, Sparse, Statistic, Statistics
+from mergecore.plugins.statistic import Counts, Look, Rescan, Result, Scope, SparseCounts, Statistic, Statistics
 from mergecore.statistics.balance_scores import Form, balancing, scores
 from mergecore.statistics.magnitude_quantiles import MagnitudeQuantiles
 from mergecore.statistics.radix import OrderStatistic, joined, signed_bits, value_of
@@ -28,7 +28,7 @@ from mergecore.tensors.source import TensorInfo
 class CutState:
     """Per expert the counts of β's high half-words; then the two order statistics wanted: the largest β and the cut."""
 
-    high: list[Sparse | None]
+    high: list[SparseCounts | None]
     wanted: list[tuple[OrderStatistic, OrderStatistic]] = field(default_factory=list)
 
 
@@ -37,6 +37,7 @@ class BalanceCut(Statistic):
 
     name: ClassVar[str] = "balance_cut"
     scope: ClassVar[Scope] = Scope.POOL
+    looks: ClassVar[frozenset[type[Look]]] = frozenset({Counts})
 
     form: Form
     density: Annotated[float, Field(gt=0, le=1)]
@@ -57,14 +58,14 @@ class BalanceCut(Statistic):
         """Nothing counted."""
         return CutState([])
 
-    def counting(self, state: CutState, block: Block, statistics: Statistics) -> Counting:
+    def look(self, state: CutState, block: Block, statistics: Statistics) -> Counts:
         """Of every expert's score the high half-words in the first scan, low ones inside the wanted bins in the second."""
         count = len(block.ids)
         arguments = {"balancing": balancing(self.form, count, statistics)}
-        windows = tuple((high.bin, low.bin) for high, low in state.wanted) if state.wanted else None
-        return Counting(_patterns, arguments, count, windows)
+        bins = tuple((high.bin, low.bin) for high, low in state.wanted) if state.wanted else None
+        return Counts(_patterns, arguments, count, bins)
 
-    def counted(self, state: CutState, tensor: str, counts: Sequence[Sparse]) -> CutState:
+    def counted(self, state: CutState, tensor: str, counts: Sequence[SparseCounts]) -> CutState:
         """Counts added; both values may lie in one bin, whose counts then come first."""
         for position, (high, low) in enumerate(state.wanted):
             high.counted(counts[2 * position])

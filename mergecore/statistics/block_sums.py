@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
-from mergecore.plugins.statistic import Statistic, Statistics
+from mergecore.plugins.statistic import Look, Statistic, Statistics, Sums
 from mergecore.tensors.source import TensorInfo
 
 State = list[tuple[str, int, list[float]]]
@@ -13,6 +14,8 @@ State = list[tuple[str, int, list[float]]]
 
 class BlockSums(Statistic):
     """Keeps the sums of every block, so that no total depends on who saw which; a kind of statistic says what is summed."""
+
+    looks: ClassVar[frozenset[type[Look]]] = frozenset({Sums})
 
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> State:
         """No block seen yet."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mergecore.arithmetic.trims import RandomDrop, dropped
 from mergecore.plugins.block import Block
-from mergecore.plugins.statistic import Result, Scope, Statistic, Statistics, Summing
+from mergecore.plugins.statistic import Result, Scope, Statistic, Statistics, Sums
 from mergecore.statistics.block_sums import BlockSums, State, folded
 from mergecore.tensors.source import TensorInfo
 
@@ -29,9 +29,9 @@ class DroppedNorms(BlockSums):
         own = self.drop.of_expert(position)
         return self if own is self.drop else self.model_copy(update={"drop": own})
 
-    def summing(self, state: Any, block: Block, statistics: Statistics) -> Summing:
+    def look(self, state: Any, block: Block, statistics: Statistics) -> Sums:
         """Both l1 norms."""
-        return Summing(_magnitudes, {"drawn": self.drop.drawn(block, [1.0])}, 2)
+        return Sums(_magnitudes, {"drawn": self.drop.drawn(block, [1.0])}, 2)
 
     def finish(self, state: State, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
         """{'factor': {tensor: ratio}} as numbers, blocks folded in order."""

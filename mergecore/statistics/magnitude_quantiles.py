@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from mergecore.plugins.block import Block
-from mergecore.plugins.statistic import Counting, Result, Scope, Sparse, Statistic, Statistics
+from mergecore.plugins.statistic import Counts, Look, Result, Scope, SparseCounts, Statistic, Statistics
 from mergecore.statistics.profile import Profile, fine_counts, magnitudes
 from mergecore.statistics.radix import OrderStatistic, value_of
 from mergecore.tensors.source import TensorInfo
@@ -26,6 +26,7 @@ class MagnitudeQuantiles(Statistic):
 
     name: ClassVar[str] = "magnitude_quantiles"
     scope: ClassVar[Scope] = Scope.EXPERT
+    looks: ClassVar[frozenset[type[Look]]] = frozenset({Counts})
 
     tail: Annotated[float, Field(ge=0, lt=0.5, description="share beyond each of the two; 0: smallest and largest")]
 
@@ -49,11 +50,11 @@ class MagnitudeQuantiles(Statistic):
             wanted.locate_fine(counts)
         return state if any(wanted.left for wanted in state) else self.finish(state, selection, statistics)
 
-    def counting(self, state: State, block: Block, statistics: Statistics) -> Counting:
-        """The low half-words inside both bins."""
-        return Counting(magnitudes, {"drawn": None}, 1, (tuple(wanted.bin for wanted in state),) if state else ())
+    def look(self, state: State, block: Block, statistics: Statistics) -> Counts:
+        """Count the low half-words inside both bins."""
+        return Counts(magnitudes, {"drawn": None}, 1, (tuple(wanted.bin for wanted in state),))
 
-    def counted(self, state: State, tensor: str, counts: Sequence[Sparse]) -> State:
+    def counted(self, state: State, tensor: str, counts: Sequence[SparseCounts]) -> State:
         """Counts added; both values may lie in one bin."""
         for wanted in state:
             wanted.counted(counts[0] if wanted.bin == state[0].bin else counts[1])

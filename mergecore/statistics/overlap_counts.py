@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergecore.arithmetic.trims import folded_sum
 from mergecore.plugins.block import Block
-from mergecore.plugins.statistic import Result, Scope, Statistic, Statistics, Summing
+from mergecore.plugins.statistic import Look, Result, Scope, Statistic, Statistics, Sums
 from mergecore.tensors.source import TensorInfo
 
 SHARED, UNIQUE = 0, 1
@@ -26,6 +26,7 @@ class OverlapCounts(Statistic):
 
     name: ClassVar[str] = "overlap_counts"
     scope: ClassVar[Scope] = Scope.POOL
+    looks: ClassVar[frozenset[type[Look]]] = frozenset({Sums})
 
     epsilon: Annotated[float, Field(ge=0, description="changes of at most this size count as none")]
 
@@ -33,9 +34,9 @@ class OverlapCounts(Statistic):
         """Nothing counted."""
         return {}
 
-    def summing(self, state: Any, block: Block, statistics: Statistics) -> Summing:
+    def look(self, state: Any, block: Block, statistics: Statistics) -> Sums:
         """Per expert what it changes, and what it alone changes."""
-        return Summing(_changes, {"epsilon": self.epsilon}, 2 * len(block.ids))
+        return Sums(_changes, {"epsilon": self.epsilon}, 2 * len(block.ids))
 
     def summed(self, state: State, tensor: str, start: int, sums: Sequence[float]) -> State:
         """The counts of one more block."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.plugins.block import Block
-from mergecore.plugins.statistic import Result, Scope, Statistics, Summing
+from mergecore.plugins.statistic import Result, Scope, Statistics, Sums
 from mergecore.statistics.block_sums import BlockSums, State, folded
 from mergecore.tensors.source import TensorInfo
 
@@ -31,11 +31,11 @@ class Products(BlockSums):
         """What the vectors are."""
         return "deltas" if self.of == "deltas" else "weights"
 
-    def summing(self, state: Any, block: Block, statistics: Statistics) -> Summing:
+    def look(self, state: Any, block: Block, statistics: Statistics) -> Sums:
         """One product for every pair, a vector with itself included."""
         with_base = self.of == "base and weights"
         count = len(block.ids) + with_base
-        return Summing(_multiplied, {}, count * (count + 1) // 2, with_base)
+        return Sums(_multiplied, {}, count * (count + 1) // 2, with_base)
 
     def finish(self, state: State, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
         """{'products': {tensor: the upper triangle, row by row}} as numbers, blocks folded in order."""

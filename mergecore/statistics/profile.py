@@ -17,12 +17,12 @@ from torch import Tensor
 
 from mergecore.arithmetic.trims import RandomDrop, dropped
 from mergecore.plugins.block import Block
-from mergecore.plugins.statistic import Counting, Found, Result, Scope, Sparse, Statistic, Statistics
+from mergecore.plugins.statistic import Counts, Found, Look, Result, Scope, SparseCounts, Statistic, Statistics
 from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
 from mergecore.statistics.radix import bits, fine, joined
 from mergecore.tensors.source import TensorInfo
 
-State = dict[str, Sparse]
+State = dict[str, SparseCounts]
 """Counts per tensor."""
 
 
@@ -33,6 +33,7 @@ class Profile(Statistic):
     shown_as: ClassVar[str] = "task vector"
     version: ClassVar[int] = 3
     scope: ClassVar[Scope] = Scope.EXPERT
+    looks: ClassVar[frozenset[type[Look]]] = frozenset({Counts})
     whole: ClassVar[bool] = True
 
     drop: RandomDrop | None = None
@@ -45,11 +46,11 @@ class Profile(Statistic):
         """Nothing counted."""
         return {}
 
-    def counting(self, state: State, block: Block, statistics: Statistics) -> Counting:
+    def look(self, state: State, block: Block, statistics: Statistics) -> Counts:
         """The finer bin of every magnitude."""
-        return Counting(_fine, {"drawn": drawn_for(self.drop, block, statistics)})
+        return Counts(_fine, {"drawn": drawn_for(self.drop, block, statistics)})
 
-    def counted(self, state: State, tensor: str, counts: Sequence[Sparse]) -> State:
+    def counted(self, state: State, tensor: str, counts: Sequence[SparseCounts]) -> State:
         """Counts added."""
         state[tensor] = joined(state.get(tensor), counts[0])
         return state
@@ -85,13 +86,13 @@ def _concatenated(parts: list[NDArray[np.int64]]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, dtype=torch.int64)
 
 
-def fine_counts(profile: Found, selection: Mapping[str, TensorInfo]) -> dict[str, Sparse]:
+def fine_counts(profile: Found, selection: Mapping[str, TensorInfo]) -> dict[str, SparseCounts]:
     """Per tensor of the selection the counts of the finer bins. What was not counted is 0: a tensor that the expert does not
     carry, and pieces with values that are not finite, which the merge itself will refuse."""
     names = list(profile.numbers["tensors"])
     held = {name: profile.tensors.read(name).numpy() for name in ("bins", "counts", "offset")}
     place = {name: position for position, name in enumerate(names)}
-    found: dict[str, Sparse] = {}
+    found: dict[str, SparseCounts] = {}
     for name, info in selection.items():
         counts = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         if name in place:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergecore.plugins.statistic import Sparse
+from mergecore.plugins.statistic import SparseCounts
 
 
 def bits(magnitude: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def value_of(pattern: int) -> float:
     return float(struct.unpack("f", struct.pack("i", held))[0])
 
 
-def joined(left: Sparse | None, right: Sparse) -> Sparse:
+def joined(left: SparseCounts | None, right: SparseCounts) -> SparseCounts:
     """The sum of two sparse counts."""
     if left is None:
         return right
@@ -57,14 +57,14 @@ def fine(magnitudes: Tensor) -> Tensor:
     return (((pattern >> 16) - (1 << 14)) << 17) | between
 
 
-def coarse(counts: Sparse) -> Sparse:
+def coarse(counts: SparseCounts) -> SparseCounts:
     """Counts of the high half-words, from those of the finer bins."""
     return joined((counts[0] >> 1, counts[1]), (counts[0][:0], counts[1][:0]))
 
 
-def bin_of_rank(counts: Iterable[Sparse], rank: int) -> tuple[int, int, int]:
+def bin_of_rank(counts: Iterable[SparseCounts], rank: int) -> tuple[int, int, int]:
     """The bin that holds the rank-th largest element, how many lie in higher bins, and how many in it."""
-    total: Sparse | None = None
+    total: SparseCounts | None = None
     for part in counts:
         total = joined(total, part)
     assert total is not None
@@ -86,18 +86,18 @@ class OrderStatistic:
     rank: int
     bin: int = -1
     above: int = 0
-    low: Sparse | None = None
+    low: SparseCounts | None = None
     left: int = 0
     """How many values inside the bin are still to be counted."""
     value: int = -1
     """The pattern of the value found; −1, which no value has, before."""
     equal: int = 0
 
-    def locate(self, counts: Iterable[Sparse]) -> None:
+    def locate(self, counts: Iterable[SparseCounts]) -> None:
         """Find the bin from the counts of the high half-words."""
         self.bin, self.above, self.left = bin_of_rank(counts, self.rank)
 
-    def locate_fine(self, counts: Sequence[Sparse]) -> None:
+    def locate_fine(self, counts: Sequence[SparseCounts]) -> None:
         """Find the value from counts of the finer bins, or the bin where it lies between two of those."""
         place, above, inside = bin_of_rank(counts, self.rank)
         if place & 1:
@@ -105,7 +105,7 @@ class OrderStatistic:
         else:
             self.bin, self.above, self.value, self.equal = place >> 1, above, place >> 1 << 16, inside
 
-    def counted(self, counts: Sparse) -> None:
+    def counted(self, counts: SparseCounts) -> None:
         """Take in counts of the low half-words inside the bin; once the value is found there is nothing to take."""
         if self.left and len(counts[0]):
             self.low = joined(self.low, counts)

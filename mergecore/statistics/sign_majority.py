@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mergecore.arithmetic.trims import Elect, elected_sign
 from mergecore.plugins.block import Block
-from mergecore.plugins.statistic import Result, Scope, Statistic, Statistics, Summing
+from mergecore.plugins.statistic import Look, Result, Scope, Statistic, Statistics, Sums
 from mergecore.statistics.threshold import Threshold, trim_statistics, trimmed_deltas, trims
 from mergecore.statistics.trimmed_norms import TrimmedNorms, shares_of
 from mergecore.tensors.source import TensorInfo
@@ -20,6 +20,7 @@ class SignMajority(Statistic):
 
     name: ClassVar[str] = "sign_majority"
     scope: ClassVar[Scope] = Scope.POOL
+    looks: ClassVar[frozenset[type[Look]]] = frozenset({Sums})
 
     threshold: Threshold
     elect: Elect = "mass"
@@ -33,11 +34,11 @@ class SignMajority(Statistic):
         """Zero."""
         return 0
 
-    def summing(self, state: Any, block: Block, statistics: Statistics) -> Summing:
+    def look(self, state: Any, block: Block, statistics: Statistics) -> Sums:
         """Positive minus negative elections."""
         shares = None if self.elect == "mass" else shares_of(statistics, len(block.ids))
         given = {"trims": trims(self.threshold, block, statistics), "elect": self.elect, "shares": shares}
-        return Summing(_elected, given)
+        return Sums(_elected, given)
 
     def summed(self, state: int, tensor: str, start: int, sums: Sequence[float]) -> int:
         """Those of one more block."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from mergecore.arithmetic.transcendental import exponential
 from mergecore.arithmetic.trims import divided
 from mergecore.plugins.block import Block
-from mergecore.plugins.statistic import Rescan, Result, Scope, Statistic, Statistics
+from mergecore.plugins.statistic import Blocks, Look, Rescan, Result, Scope, Statistic, Statistics
 from mergecore.tensors.source import TensorInfo
 
 PIECE = 1 << 16
@@ -41,6 +41,7 @@ class SoftmaxMeans(Statistic):
 
     name: ClassVar[str] = "softmax_means"
     scope: ClassVar[Scope] = Scope.POOL
+    looks: ClassVar[frozenset[type[Look]]] = frozenset({Blocks})
 
     @property
     def readings(self) -> int:
@@ -50,6 +51,10 @@ class SoftmaxMeans(Statistic):
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> SoftmaxState:
         """Nothing seen."""
         return SoftmaxState([])
+
+    def look(self, state: SoftmaxState, block: Block, statistics: Statistics) -> Blocks:
+        """Get every block: sums in the order of `_sum`, which is no order of the engine's."""
+        return Blocks()
 
     def add(self, state: SoftmaxState, block: Block, statistics: Statistics) -> SoftmaxState:
         """Extremes in the first scan, sums in the second."""

@@ -23,7 +23,19 @@ from torch import Tensor
 from mergecore.arithmetic.trims import RandomDrop, Shares, dropped, trimmed
 from mergecore.engine.kernels.run import materialised
 from mergecore.plugins.block import Block, Index
-from mergecore.plugins.statistic import Counting, Found, Rescan, Result, Scope, Sparse, Statistic, Statistics, Summing
+from mergecore.plugins.statistic import (
+    Blocks,
+    Counts,
+    Found,
+    Look,
+    Rescan,
+    Result,
+    Scope,
+    SparseCounts,
+    Statistic,
+    Statistics,
+    Sums,
+)
 from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
 from mergecore.statistics.profile import Profile, fine_counts, magnitudes
 from mergecore.statistics.radix import OrderStatistic, value_of
@@ -104,6 +116,8 @@ class Threshold(Statistic):
 
     name: ClassVar[str] = "threshold"
     scope: ClassVar[Scope] = Scope.EXPERT
+    looks: ClassVar[frozenset[type[Look]]] = frozenset({Counts, Sums, Blocks})
+    largest_block: ClassVar[int] = GRAIN
 
     density: Shares
     ranked: Literal["global", "tensor"] = "global"
@@ -177,28 +191,24 @@ class Threshold(Statistic):
             return Group(tensors, total, OrderStatistic(total, above=total, value=0))
         return Group(tensors, total, OrderStatistic(self.rank(total)))
 
-    def counting(self, state: ThresholdState, block: Block, statistics: Statistics) -> Counting | None:
-        """The low half-words inside the group's bin; nothing (None: it looks for itself) once that is found."""
+    def look(self, state: ThresholdState, block: Block, statistics: Statistics) -> Look | None:
+        """Count inside the group's bin; once that is done, how many are at the threshold; then look for the cut."""
         group = state.group_of(block.name)
-        if state.wanted == "cut" and group is not None and group.grain == (block.name, block.start):
+        if group is None:
             return None
-        windows = ((group.order.bin,),) if state.wanted == "bin" and group is not None else ()
-        return Counting(magnitudes, {"drawn": drawn_for(self.drop, block, statistics)}, 1, windows)
+        if state.wanted == "cut":
+            return Blocks() if group.grain == (block.name, block.start) else None
+        drawn = drawn_for(self.drop, block, statistics)
+        if state.wanted == "equal":
+            return Sums(_equal, {"drawn": drawn, "value": group.order.value}, window=GRAIN)
+        return Counts(magnitudes, {"drawn": drawn}, 1, ((group.order.bin,),))
 
-    def counted(self, state: ThresholdState, tensor: str, counts: Sequence[Sparse]) -> ThresholdState:
+    def counted(self, state: ThresholdState, tensor: str, counts: Sequence[SparseCounts]) -> ThresholdState:
         """The group's counts."""
         group = state.group_of(tensor)
         assert group is not None
         group.order.counted(counts[0])
         return state
-
-    def summing(self, state: ThresholdState, block: Block, statistics: Statistics) -> Summing | None:
-        """How many elements are exactly at the group's threshold, once that is found."""
-        group = state.group_of(block.name)
-        if state.wanted != "equal" or group is None:
-            return None
-        arguments = {"drawn": drawn_for(self.drop, block, statistics), "value": group.order.value}
-        return Summing(_equal, arguments, grain=GRAIN)
 
     def summed(self, state: ThresholdState, tensor: str, start: int, sums: Sequence[float]) -> ThresholdState:
         """Of one more block."""

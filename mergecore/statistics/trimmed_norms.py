@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mergecore.plugins.block import Block
-from mergecore.plugins.statistic import Result, Scope, Statistic, Statistics, Summing
+from mergecore.plugins.statistic import Result, Scope, Statistic, Statistics, Sums
 from mergecore.statistics.block_sums import BlockSums, State, folded
 from mergecore.statistics.threshold import Threshold, trim_statistics, trimmed_deltas, trims
 from mergecore.tensors.source import TensorInfo
@@ -26,9 +26,9 @@ class TrimmedNorms(BlockSums):
         """Each expert's threshold, and the l1 factors of the drop where it has them."""
         return trim_statistics(self.threshold)
 
-    def summing(self, state: Any, block: Block, statistics: Statistics) -> Summing:
+    def look(self, state: Any, block: Block, statistics: Statistics) -> Sums:
         """One square per expert."""
-        return Summing(_squares, trims(self.threshold, block, statistics), len(block.ids))
+        return Sums(_squares, trims(self.threshold, block, statistics), len(block.ids))
 
     def finish(self, state: State, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
         """{'squares': one per expert}, blocks folded in order."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergecore.arithmetic.trims import agreeing, elected_sign
 from mergecore.plugins.block import Block
-from mergecore.plugins.statistic import Result, Scope, Statistics, Summing
+from mergecore.plugins.statistic import Result, Scope, Statistics, Sums
 from mergecore.statistics.block_sums import BlockSums, State, folded
 from mergecore.tensors.source import TensorInfo
 
@@ -32,9 +32,9 @@ class UnifiedNorms(BlockSums):
 
     zero_sign: ZeroSign = "drop"
 
-    def summing(self, state: Any, block: Block, statistics: Statistics) -> Summing:
+    def look(self, state: Any, block: Block, statistics: Statistics) -> Sums:
         """Both l1 norms of every expert."""
-        return Summing(_shares, {"zero_sign": self.zero_sign}, 2 * len(block.ids))
+        return Sums(_shares, {"zero_sign": self.zero_sign}, 2 * len(block.ids))
 
     def finish(self, state: State, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
         """The factors, blocks folded in order."""
