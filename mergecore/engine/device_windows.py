@@ -1,7 +1,7 @@
-"""Windows of a pool on their way to a device and back: while one is worked on, the next is read and copied there.
+"""Windows on a device: while the device works on one, the next one is read and copied there.
 
-Inputs go through pinned memory on a stream of their own; what fits stays on the device and is found there by the next
-cell of the same pool. On a processor ('cpu:0') the same steps run without streams, which is how they are tested.
+Inputs go through pinned memory on a stream of their own. Windows that fit stay on the device, for the next cell of the
+same pool. On a processor ('cpu:0') the same steps run without streams; so they are tested without a GPU.
 """
 
 from __future__ import annotations
@@ -17,46 +17,46 @@ from mergecore.engine.kernels.run import Chunk, Given
 from mergecore.errors import CapacityError
 
 SPARE = 1 << 30
-"""Bytes of a device that stay free of models kept there."""
+"""Bytes of a device that stay free of kept windows."""
 SMALLEST = 1 << 14
-"""Elements below which a window is not made smaller."""
+"""Elements of the smallest window that is tried."""
 
 
 @dataclass
 class Launched:
-    """A result under way: its place on the host (filled once `ready`), and whether an input, or a result is not finite."""
+    """A result under way. values: on the host, filled once `ready`; flags: whether an input, a result is not finite."""
 
     values: Tensor
     flags: Tensor
     event: Any
 
     def ready(self) -> tuple[Tensor, bool, bool]:
-        """Waits; (values, inputs not finite, results not finite)."""
+        """Wait, then return (values, whether an input is not finite, whether a result is not finite)."""
         if self.event is not None:
             self.event.synchronize()
-        read, made = (bool(flag) for flag in self.flags.tolist())
-        return self.values, read, made
+        input_lost, result_lost = (bool(flag) for flag in self.flags.tolist())
+        return self.values, input_lost, result_lost
 
 
 @dataclass
 class Stage:
-    """One thread's way to one device. kept: models' windows that stay there, by model, tensor and first element."""
+    """What one thread does on one device. kept: windows that stay there, by model, tensor and first element."""
 
     device: torch.device
     kept: dict[Any, Tensor] = field(default_factory=dict)
     room: int = 0
-    """What counts as free where the device does not say."""
+    """Bytes that count as free, on a device that cannot be asked."""
 
     def __post_init__(self) -> None:
         cuda = self.device.type == "cuda"
         self._copying: Any = torch.cuda.Stream(self.device) if cuda else None  # type: ignore[no-untyped-call]
         self._working: Any = torch.cuda.Stream(self.device) if cuda else None  # type: ignore[no-untyped-call]
 
-    def held(self, key: Any, count: int, read: Callable[[], Tensor]) -> Tensor:
-        """A window on the device: as it was kept under its key (None: never kept), else copied from what `read` gives."""
-        found = self.kept.get(key) if key is not None else None
-        if found is not None and found.numel() == count:
-            return found
+    def window(self, key: Any, count: int, read: Callable[[], Tensor]) -> Tensor:
+        """Return a window on the device: the one kept under `key` (None: never kept), else a copy of what `read` returns."""
+        kept = self.kept.get(key) if key is not None else None
+        if kept is not None and kept.numel() == count:
+            return kept
         values = read()
         if self._copying is None:
             moved = values.to(self.device, copy=True)
@@ -73,7 +73,7 @@ class Stage:
         return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else self.room
 
     def launch(self, given: Given, chunk: Chunk, dtype: torch.dtype, host: Tensor) -> Launched:
-        """Begin to work out the function on a chunk that is on the device; `host` (pinned) will hold the result."""
+        """Start the function on a window that is on the device. The result goes to `host`, which is pinned."""
         if self._working is None:
             target = torch.empty(chunk.count, dtype=dtype, device=self.device)
             flags = given.launch(chunk, target)
@@ -87,14 +87,14 @@ class Stage:
         return Launched(host, flags, event)
 
     def release(self) -> None:
-        """Give back what is kept."""
+        """Free the kept windows."""
         self.kept.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def in_smaller_windows(work: Callable[[int], None], size: int, stage: Stage) -> None:
-    """work(size), where the device's memory does not suffice once more without what is kept, then in smaller windows.
+    """Call work(size); where the device's memory is too small, again without kept windows, then with half the size.
 
     Raises CapacityError where the smallest window does not fit.
     """

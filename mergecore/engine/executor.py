@@ -1,4 +1,4 @@
-"""Who runs spans and evaluations: the executor's interface, and threads of this process."""
+"""Executors run spans and evaluations: their interface, and the one with threads of this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class InProcess:
     def each(
         self, function: Any, shared: Any, items: Sequence[Any], at_once: int | None = None
     ) -> Iterator[tuple[int, Any]]:
-        """In order with one worker, else as they complete."""
+        """As `Executor.each`; in order with one worker."""
         workers = min(self.workers, at_once or self.workers)
         if workers == 1 or len(items) == 1:
             for position, item in enumerate(items):
@@ -39,10 +39,10 @@ Outcome = TypeVar("Outcome")
 
 
 class Executor(Protocol):
-    """Where spans and evaluations run: in this process or on a cluster."""
+    """Runs spans and evaluations: in this process or on a cluster."""
 
     workers: int
-    """How many items run at once."""
+    """How many items run at a time."""
 
     def each(
         self,
@@ -51,6 +51,8 @@ class Executor(Protocol):
         items: Sequence[Item],
         at_once: int | None = None,
     ) -> Iterator[tuple[int, Outcome]]:
-        """(position, function(shared, item)) as they complete; the first error ends it. All arguments are picklable,
-        `shared` is sent once. at_once: how many may run at a time; None: as many as there are workers."""
+        """Yield (position, function(shared, item)) as they complete. The first error is raised and ends it.
+
+        All arguments are picklable; `shared` is sent once. at_once: how many may run at a time, None: `workers`.
+        """
         ...

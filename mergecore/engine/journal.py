@@ -1,4 +1,4 @@
-"""What spans of a merge are done: a small file per span beside the shards, with the digests of the blocks it wrote."""
+"""Which spans of a merge are done: a small file per span beside the shards, with the digests of its grid blocks."""
 
 from __future__ import annotations
 
@@ -12,24 +12,29 @@ from mergecore.store.store import write_json
 
 
 def _entry(job: MergeJob, span: Span) -> Path:
-    """Named by what the span covers, so that a pass cut otherwise never takes another span's word."""
+    """The name says what the span covers: a pass with other spans never reads it."""
     assert job.journal is not None
-    return job.journal / f"{digest([list(piece) for unit in span for piece in unit])[:24]}.json"
+    return job.journal / f"{digest([list(blocks) for group in span for blocks in group])[:24]}.json"
 
 
 def read_journal(job: MergeJob, span: Span) -> dict[str, dict[int, str]] | None:
-    """The digests of a span that an earlier try of this merge has finished, None where it has not."""
+    """Return the digests of a span that an earlier try of this merge has finished; None where there are none."""
     if job.journal is None:
         return None
     try:
-        held = json.loads(_entry(job, span).read_text())
+        tensors = json.loads(_entry(job, span).read_text())
     except (OSError, ValueError):
         return None
-    return {name: {int(start): found for start, found in blocks.items()} for name, blocks in held.items()}
+    return {
+        name: {int(start): block_digest for start, block_digest in blocks.items()} for name, blocks in tensors.items()
+    }
 
 
 def write_journal(job: MergeJob, span: Span, digests: Mapping[str, Mapping[int, str]]) -> None:
-    """Note that a span's bytes are in their place."""
+    """Note that the bytes of a span are written."""
     if job.journal is not None:
-        held = {name: {str(start): found for start, found in blocks.items()} for name, blocks in digests.items()}
-        write_json(_entry(job, span), held)
+        tensors = {
+            name: {str(start): block_digest for start, block_digest in blocks.items()}
+            for name, blocks in digests.items()
+        }
+        write_json(_entry(job, span), tensors)

@@ -1,4 +1,4 @@
-"""The fused loops of a reading: each is worked out once per process, whatever spans it runs there."""
+"""The fused loops of a reading of the models: each process looks for a loop once, however many spans it does."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import Any
 
 from mergecore.engine.kernels.run import Fused
 from mergecore.engine.kernels.source import Out
-from mergecore.engine.pass_plan import Round
+from mergecore.engine.pass_plan import PassReading
 
 WORTH_BUILDING = 1 << 24
-"""Elements of a pass from which on a fused loop that is not at hand is built."""
+"""A pass of at least so many elements builds a fused loop that the library does not have."""
 
 
 class Loops:
     """Finds the fused loop of a function."""
 
-    def __init__(self, round: Round) -> None:
-        self._plan, self._known = round.plan, round.fused
+    def __init__(self, reading: PassReading) -> None:
+        self._plan, self._known = reading.plan, reading.fused
 
     def fused(self, key: tuple[Any, ...], function: Any, on: Any, out: Out, windows: int = 0) -> Fused:
         """Return the loop that is known under `key` and `windows`, or a new one for `function`."""

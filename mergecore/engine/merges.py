@@ -139,7 +139,7 @@ class ByElementOnDevice:
         keep, experts = self._plan.base_id, self._plan.experts
 
         def moved(model: str, read: Callable[[], Tensor]) -> Tensor:
-            return stage.held((keep, model, reading.name, start) if keep else None, stop - start, read)
+            return stage.window((keep, model, reading.name, start) if keep else None, stop - start, read)
 
         deltas = tuple(not experts[position].complete for position in job.experts)
         needed = job.method.needs_base or any(deltas)

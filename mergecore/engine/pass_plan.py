@@ -1,7 +1,7 @@
-"""What a pass is, as data: the models that are read, what is to be made of them, and the pieces in which it is done.
+"""A pass as data: the models that are read, the jobs that are done on them, and the spans in which this happens.
 
-A pass is scheduling, never identity: each job's bytes are those of its lone run, for any company, chunk, span, order
-and number of workers. What a worker needs is in the pickled `PassPlan`; a span is a list of blocks of it.
+A pass decides when work is done, never what comes out: a job gives the same bytes alone and beside others, for any
+windows, spans, order and number of workers. A worker needs the pickled `PassPlan` and the number of a span.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ from mergecore.tensors.sinks import Sink
 from mergecore.tensors.source import TensorInfo, TensorSource
 
 SPAN_BYTES = 64 << 20
-"""Bytes of the base that one span covers, about: large enough that scheduling it costs nothing beside reading it."""
+"""Bytes of the base in one span, about. Scheduling so much costs nothing beside reading it."""
 
 BLOCKS = 4
-"""Blocks of the grid that are worked out with one set of arguments, where nothing must be seen at once."""
+"""Grid blocks that element-wise methods get with one set of arguments."""
 
 
 @dataclass(frozen=True)
 class MergeJob:
-    """One model to be made: `outputs` are its tensors, of which `merged` are the method's and the rest are copied."""
+    """One model: the method writes the `merged` ones of its `outputs`, the others are copied from the base.
+
+    experts: their positions in `PassPlan.experts`. journal: folder that notes which spans are done.
+    """
 
     key: str
     method: Method | Link
@@ -46,7 +49,7 @@ class MergeJob:
 
 @dataclass(frozen=True)
 class StatisticJob:
-    """One statistic to be found, over the tensors of `selection`."""
+    """One statistic over the tensors of `selection`. experts: their positions in `PassPlan.experts`."""
 
     key: str
     statistic: Statistic
@@ -55,16 +58,17 @@ class StatisticJob:
     statistics: Statistics
 
 
-Piece = tuple[str, int, int]
-"""Tensor, first element, end: whole blocks of the grid."""
-Unit = tuple[Piece, ...]
+GridBlocks = tuple[str, int, int]
+"""Consecutive grid blocks of a tensor: its name, first element, end."""
+BlockGroup = tuple[GridBlocks, ...]
 """What the most demanding method of the pass must see at once."""
-Span = tuple[Unit, ...]
+Span = tuple[BlockGroup, ...]
+"""What one worker reads, in order."""
 
 
 @dataclass(frozen=True)
 class PassPlan:
-    """Everything a worker needs to do any span of the pass. Picklable."""
+    """Everything that a worker needs for any span of the pass. Picklable."""
 
     base: TensorSource
     experts: tuple[Expert, ...]
@@ -73,23 +77,23 @@ class PassPlan:
     spans: tuple[Span, ...]
     device: str = "cpu"
     library: Library | None = None
-    """Where fused loops are kept; None: everything runs operation by operation."""
+    """Where fused loops are kept. None: everything runs operation by operation."""
 
     memory: int | None = None
-    """Bytes that the blocks in flight may take, on all workers together; None: whatever they take."""
+    """Bytes that the spans in flight may take together, on all workers. None: no limit."""
 
     base_id: str = ""
-    """Digest of the base's weights: with the experts' ids it says whose windows stay on a device; '': none stay."""
+    """Digest of the base's weights: windows of the base stay on a device under this name. '': none stay."""
 
     @cached_property
     def elements(self) -> int:
-        """Of the base, in all spans."""
-        return sum(stop - start for span in self.spans for unit in span for _, start, stop in unit)
+        """Elements of the base in all spans."""
+        return sum(stop - start for span in self.spans for group in span for _, start, stop in group)
 
 
 @dataclass
 class SpanOutcome:
-    """What a span gives back: digests of the blocks it wrote, per merge, and the states of the statistics."""
+    """What a span returns. digests: per merge, tensor and first element of a grid block. states: per statistic."""
 
     digests: dict[str, dict[str, dict[int, str]]] = field(default_factory=dict)
     states: dict[str, Any] = field(default_factory=dict)
@@ -97,7 +101,7 @@ class SpanOutcome:
 
 @dataclass
 class PassOutcome:
-    """What a pass completed: per merge {tensor: digest} and the model's digest, per statistic its result."""
+    """What a pass completed. tensors: per merge the digest of each tensor. models: per merge the model's digest."""
 
     tensors: dict[str, dict[str, str]] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
@@ -105,22 +109,22 @@ class PassOutcome:
 
 
 def plan_spans(tensors: Mapping[str, TensorInfo], per: Per, size: int = SPAN_BYTES) -> tuple[Span, ...]:
-    """Units of what `per` must see at once, in name order, gathered into spans of about `size` bytes of the base."""
+    """Return spans of about `size` bytes of the base, in order of names. per: what must be seen at once."""
     spans: list[Span] = []
-    units: list[Unit] = []
+    groups: list[BlockGroup] = []
     filled = 0
-    for unit in _units(tensors, per):
-        units.append(unit)
-        filled += sum((stop - start) * tensors[name].itemsize for name, start, stop in unit)
+    for group in _groups(tensors, per):
+        groups.append(group)
+        filled += sum((stop - start) * tensors[name].itemsize for name, start, stop in group)
         if filled >= size:
-            spans.append(tuple(units))
-            units, filled = [], 0
-    if units:
-        spans.append(tuple(units))
+            spans.append(tuple(groups))
+            groups, filled = [], 0
+    if groups:
+        spans.append(tuple(groups))
     return tuple(spans)
 
 
-def _units(tensors: Mapping[str, TensorInfo], per: Per) -> Iterator[Unit]:
+def _groups(tensors: Mapping[str, TensorInfo], per: Per) -> Iterator[BlockGroup]:
     names = sorted(tensors)
     if per is Per.ELEMENT:
         for name in names:
@@ -128,46 +132,48 @@ def _units(tensors: Mapping[str, TensorInfo], per: Per) -> Iterator[Unit]:
             for start in range(0, max(count, 1), BLOCKS * GRID):
                 yield ((name, start, min(start + BLOCKS * GRID, count)),)
         return
-    groups: dict[str, list[Piece]] = {}
+    groups: dict[str, list[GridBlocks]] = {}
     for name in names:
         layer = layer_of(name)
         key = "" if per is Per.MODEL else str(layer) if per is Per.LAYER and layer is not None else name
         groups.setdefault(key, []).append((name, 0, tensors[name].count))
-    for pieces in groups.values():
-        yield tuple(pieces)
+    for blocks in groups.values():
+        yield tuple(blocks)
 
 
 def coarsest(methods: Sequence[Method | Link]) -> Per:
-    """What the most demanding of the methods must see at once."""
+    """Return what the most demanding of the methods must see at once."""
     order = list(Per)
     return max((method.per for method in methods), key=order.index, default=Per.ELEMENT)
 
 
 @dataclass(frozen=True)
-class Round:
-    """One reading of the pass: the plan, the states from which every span's statistics start (pickled: each span has its
-    own, and unpickling is the fastest copy), and of a reading that a statistic has asked for which tensors are read, whole
-    or only those parts (first elements and ends, in order). Merges are done in the first reading."""
+class PassReading:
+    """One reading of the models in a pass. Merges are done in the first one; statistics may ask for more.
+
+    states: pickled, for every span starts from its own copy, and unpickling is the fastest way to copy. only: which
+    tensors are read, each whole (None) or in parts (first element, end), in order; None: everything is read.
+    """
 
     plan: PassPlan
     states: Mapping[str, bytes]
     only: Mapping[str, tuple[tuple[int, int], ...] | None] | None = None
     fused: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What this process has worked out about the jobs' functions; never sent."""
+    """Fused loops that this process has found for the jobs; never sent to another one."""
 
-    def wanted(self, unit: Unit) -> Unit:
-        """What of a unit this reading reads."""
+    def wanted(self, group: BlockGroup) -> BlockGroup:
+        """Return what of a group this reading reads."""
         if self.only is None:
-            return unit
-        pieces: list[Piece] = []
-        for name, start, stop in unit:
+            return group
+        wanted: list[GridBlocks] = []
+        for name, start, stop in group:
             parts = self.only.get(name, ())
             if parts is None:
-                pieces.append((name, start, stop))
+                wanted.append((name, start, stop))
             for first, end in parts or ():
                 if first < stop and start < end:
-                    pieces.append((name, max(first, start), min(end, stop)))
-        return tuple(pieces)
+                    wanted.append((name, max(first, start), min(end, stop)))
+        return tuple(wanted)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "fused": {}}

@@ -18,7 +18,7 @@ from mergecore.engine.pass_plan import StatisticJob
 from mergecore.engine.windows import Reading, cut
 from mergecore.errors import NonFiniteError
 from mergecore.identity.content import GRID
-from mergecore.plugins.statistic import Blocks, Counts, SparseCounts, Sums
+from mergecore.plugins.statistic import Blocks, Counts, Look, SparseCounts, Sums
 
 LEFT_OUT = 1 << 14
 """Elements that a scan beyond selections leaves out where one of them is not finite."""
@@ -42,7 +42,7 @@ class Scans:
         for job in self._jobs:
             if reading.name not in job.selection or reading.start == reading.stop:
                 continue
-            look = job.statistic.look(self._states[job.key], reading.place(job.experts), job.statistics)
+            look = self._look(job, reading)
             match look:
                 case Sums():
                     key = (look.values, job.statistic.whole, job.statistic.on, look.with_base, look.window)
@@ -60,6 +60,13 @@ class Scans:
     def finish(self) -> None:
         """Hand over what was counted of the last tensors."""
         self._counting.finish()
+
+    def _look(self, job: StatisticJob, reading: Reading) -> Look | None:
+        look = job.statistic.look(self._states[job.key], reading.place(job.experts), job.statistics)
+        if look is not None and type(look) not in job.statistic.looks:
+            kind, name = type(job.statistic).__name__, type(look).__name__
+            raise TypeError(f"{kind}.look returned {name} for tensor '{reading.name}': add {name} to {kind}.looks")
+        return look
 
     def _hand_over(self, job: StatisticJob, reading: Reading) -> None:
         """Grid block by grid block: what a statistic makes of one must not depend on how the pass is cut."""

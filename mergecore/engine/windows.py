@@ -1,4 +1,4 @@
-"""One piece of every model of a pool, read when first asked for, into buffers that are used again and again."""
+"""Windows of the models of a pool: read when first asked for, into buffers that are used again and again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergecore.checkpoints.experts import FullExpert
 from mergecore.engine.kernels.run import Chunk
-from mergecore.engine.pass_plan import PassPlan, Unit
+from mergecore.engine.pass_plan import BlockGroup, PassPlan
 from mergecore.identity.content import GRID, bytes_of
 from mergecore.plugins.block import Block
 from mergecore.tensors.finite import KEEP_OUT, check_finite
@@ -19,9 +19,9 @@ from mergecore.tensors.source import TensorSource
 from mergecore.tensors.torch_dtypes import DTYPES
 
 Filler = Callable[[memoryview, int], None]
-"""Fills memory with a tensor's bytes, from this byte of it on."""
+"""filler(memory, first): fills memory with the bytes of a tensor, from byte `first` on."""
 AT_HAND = 5 << 19
-"""Bytes of all models that are at hand at once: what lies between reading and writing stays in the processor's cache."""
+"""Bytes of a window of all models together: between reading and writing it stays in the processor's cache."""
 WINDOWS = 1 << 14, 1 << 19
 """The fewest and the most elements of a window."""
 
@@ -29,7 +29,7 @@ _spaces = threading.local()
 
 
 class Space:
-    """Memory that is used again and again: as a flat tensor, and as its bytes."""
+    """Memory that is used again and again: `values`, a flat tensor, and its `bytes`."""
 
     __slots__ = ("bytes", "count", "values")
 
@@ -38,114 +38,113 @@ class Space:
         self.bytes = bytes_of(values)
 
 
-def space(place: object, count: int, dtype: torch.dtype, pinned: bool = False) -> Space:
-    """`count` elements for this thread and place, their content left from before; the same memory each time.
+def space(use: object, count: int, dtype: torch.dtype, pinned: bool = False) -> Space:
+    """Return `count` elements for this thread and use: the same memory each time, its content is what it was.
 
-    pinned: from which a CUDA device can copy while other work goes on. What is asked for over and over, whole windows, is
-    found made: between two windows the interpreter's own data have left the processor's cache, and every step costs.
+    pinned: a CUDA device can copy from it while other work goes on. The last view is kept, for most windows have one
+    size: between two windows the interpreter's data leave the processor's cache, and then every step costs.
     """
-    held: dict[tuple[object, torch.dtype], list[Space]] = _spaces.__dict__.setdefault("held", {})
-    found = held.get((place, dtype))
-    if found is None or found[0].count < count:
+    spaces: dict[tuple[object, torch.dtype], list[Space]] = _spaces.__dict__.setdefault("spaces", {})
+    largest_and_last = spaces.get((use, dtype))
+    if largest_and_last is None or largest_and_last[0].count < count:
         whole = Space(torch.empty(count, dtype=dtype, pin_memory=pinned))
-        found = held[place, dtype] = [whole, whole]
-    if found[1].count != count:
-        found[1] = Space(found[0].values[:count])
-    return found[1]
+        largest_and_last = spaces[use, dtype] = [whole, whole]
+    if largest_and_last[1].count != count:
+        largest_and_last[1] = Space(largest_and_last[0].values[:count])
+    return largest_and_last[1]
 
 
 @runtime_checkable
 class ReadsAhead(Protocol):
-    """A source that can have the system begin to read from the disk."""
+    """A source that can tell the system what will be read."""
 
     def expect(self, name: str, start: int, stop: int) -> None:
-        """These elements will be read soon."""
+        """Have the system read these elements from the disk meanwhile."""
 
 
 @runtime_checkable
 class Fills(Protocol):
-    """A source that can read into given memory."""
+    """A source that can read into memory of the caller."""
 
     def filler(self, name: str) -> Filler:
-        """What reads this tensor."""
+        """Return what reads this tensor."""
 
 
 def window_of(width: int) -> int:
-    """Elements of every model that are at hand at once, a power of two; width: bytes of one element of all of them."""
+    """Return the elements of a window, a power of two. width: bytes of one element of all models together."""
     return min(max(1 << (AT_HAND // max(width, 1)).bit_length() - 1, WINDOWS[0]), WINDOWS[1])
 
 
 class Readers:
-    """The models of a pool as one thread reads them: who reads a tensor, looked up once for all of its pieces."""
+    """The models of a pool as one thread reads them: what reads a tensor is looked up once for all of its windows."""
 
     def __init__(self, plan: PassPlan, window: int) -> None:
         self.plan, self.window = plan, window
         self.pinned = plan.device.startswith("cuda")
         self.complete = tuple(expert.complete for expert in plan.experts)
-        held = [expert.held for expert in plan.experts if isinstance(expert, FullExpert)]
-        self._ahead = [source for source in (plan.base, *held) if isinstance(source, ReadsAhead)]
+        sources = [expert.held for expert in plan.experts if isinstance(expert, FullExpert)]
+        self._ahead = [source for source in (plan.base, *sources) if isinstance(source, ReadsAhead)]
         self._lanes: dict[int, tuple[torch.dtype, Filler | None]] = {}
         self._name = ""
 
-    def expect(self, unit: Unit) -> None:
-        """Have the system read ahead what the next unit is made of, while this one is worked on."""
-        for name, start, stop in unit:
+    def expect(self, group: BlockGroup) -> None:
+        """Have the system read the next group of grid blocks while this one is worked on."""
+        for name, start, stop in group:
             for source in self._ahead:
                 if name in source.tensors:
                     source.expect(name, start, stop)
 
     def source(self, position: int) -> TensorSource:
-        """The base (−1) or the checkpoint of an expert."""
+        """Return the base (−1) or the checkpoint of an expert."""
         return self.plan.base if position < 0 else self.plan.experts[position].sources()[0]
 
     def lane(self, position: int, name: str) -> tuple[torch.dtype, Filler | None]:
-        """Of the base (−1) or of an expert's checkpoint the dtype of a tensor, and what reads it into given memory."""
+        """Return the dtype of a tensor in the base (−1) or in an expert's checkpoint, and its filler where it has one."""
         if name != self._name:
             self._lanes.clear()
             self._name = name
-        found = self._lanes.get(position)
-        if found is None:
+        lane = self._lanes.get(position)
+        if lane is None:
             source = self.source(position)
             filler = source.filler(name) if isinstance(source, Fills) else None
-            found = self._lanes[position] = DTYPES[source.tensors[name].dtype], filler
-        return found
+            lane = self._lanes[position] = DTYPES[source.tensors[name].dtype], filler
+        return lane
 
 
 class Reading:
-    """Elements start … stop−1 of one tensor; at any time a part of them, the `window`, is at hand."""
+    """Elements start … stop−1 of one tensor in all models; at any time a window of them is in memory."""
 
     def __init__(self, readers: Readers, name: str, start: int, stop: int) -> None:
         self.readers, self.name, self.start, self.stop = readers, name, start, stop
         self.plan = readers.plan
         self.shape = tuple(self.plan.base.tensors[name].shape)
         self.reuse = True
-        """Whether what is read lies in this thread's memory, where the next reading will overwrite it."""
+        """Whether values lie in memory of this thread that the next window overwrites."""
         self._low, self._high, self._slot = start, stop, 0
         self._raw: dict[int, Tensor] = {}
         self._wide: dict[tuple[str, int], Tensor] = {}
         self._deltas: dict[int, tuple[int, Tensor]] = {}
 
     def window(self, start: int, stop: int, slot: int = 0) -> None:
-        """Have elements start … stop−1 at hand from now on. slot: one of several sets of buffers, for windows of which
-        some are still being copied from."""
+        """Make elements start … stop−1 the window. slot: which set of buffers to use, where others are still copied from."""
         if (start, stop, slot) != (self._low, self._high, self._slot):
             self._low, self._high, self._slot = start, stop, slot
             self._raw.clear()
             self._wide.clear()
 
     def windows(self) -> Iterator[tuple[int, int]]:
-        """(start, stop) of all windows, one after another at hand."""
+        """Yield (start, stop) of every window, after it has become the window."""
         for start in range(self.start, self.stop, self.readers.window):
             stop = min(start + self.readers.window, self.stop)
             self.window(start, stop)
             yield start, stop
 
     def raw_base(self) -> Tensor:
-        """The base in its own dtype."""
+        """Return the window of the base in its own dtype."""
         return self._raw[-1] if -1 in self._raw else self._read(-1)
 
     def raw_expert(self, position: int) -> Tensor:
-        """What the expert's files hold, in its own dtype: weights, or of an adapter the delta in float32."""
+        """Return the window of an expert: its weights in their own dtype, or an adapter's delta in float32."""
         if position in self._raw:
             return self._raw[position]
         return self._read(position) if self.readers.complete[position] else self._formed(position)
@@ -153,28 +152,28 @@ class Reading:
     def _read(self, position: int) -> Tensor:
         low, high = self._low, self._high
         dtype, filler = self.readers.lane(position, self.name)
-        held = space((position, self._slot), high - low, dtype, self.readers.pinned) if self.reuse else None
-        if held is not None and filler is not None:
-            filler(held.bytes, low * dtype.itemsize)
-            values = held.values
+        memory = space((position, self._slot), high - low, dtype, self.readers.pinned) if self.reuse else None
+        if memory is not None and filler is not None:
+            filler(memory.bytes, low * dtype.itemsize)
+            values = memory.values
         else:
             source = self.readers.source(position)
-            values = source.read(self.name, low, high, None if held is None else held.values)
+            values = source.read(self.name, low, high, None if memory is None else memory.values)
         self._raw[position] = values
         return values
 
     def _formed(self, position: int) -> Tensor:
-        """A window of an adapter's delta, which is formed from its factors for a block of the grid at once."""
+        """Return the window of an adapter's delta, which is formed from the factors for a whole grid block."""
         first = self._low // GRID * GRID
-        found = self._deltas.get(position)
-        if found is None or found[0] > self._low or found[0] + found[1].numel() < self._high:
+        start, delta = self._deltas.get(position, (first, None))
+        if delta is None or start > self._low or start + delta.numel() < self._high:
             stop = max(min(first + GRID, self.stop), self._high)
-            found = self._deltas[position] = first, self.plan.experts[position].block(self.name, first, stop)
-        self._raw[position] = found[1][self._low - found[0] : self._high - found[0]]
+            start, delta = self._deltas[position] = first, self.plan.experts[position].block(self.name, first, stop)
+        self._raw[position] = delta[self._low - start : self._high - start]
         return self._raw[position]
 
     def chunk(self, positions: Sequence[int], with_base: bool) -> Chunk:
-        """The window as it is stored."""
+        """Return the window as it is stored, for a fused loop. with_base: whether the base must be there."""
         complete = self.readers.complete
         deltas = tuple([not complete[position] for position in positions])
         base = self.raw_base() if with_base or True in deltas else None
@@ -183,21 +182,21 @@ class Reading:
     # --- in float32, for what is not fused ------------------------------------------------------------------------
 
     def base(self) -> Tensor:
-        """The base in float32, checked to be finite."""
+        """Return the window of the base in float32. Raises NonFiniteError."""
         if ("base", -1) not in self._wide:
             wide = self.raw_base().to(self.plan.device).to(torch.float32)
             self._wide["base", -1] = self._checked(wide, "the base")
         return self._wide["base", -1]
 
     def expert(self, on: str, position: int) -> Tensor:
-        """An expert's weights or delta in float32, checked to be finite."""
+        """Return the window of an expert in float32. on: 'weights' or 'deltas'. Raises NonFiniteError."""
         if (on, position) not in self._wide:
-            expert, held = self.plan.experts[position], self.raw_expert(position).to(self.plan.device)
+            expert, stored = self.plan.experts[position], self.raw_expert(position).to(self.plan.device)
             if on == "weights":
-                wide = held.to(torch.float32) if expert.complete else expert.weights(held, self.base())
+                wide = stored.to(torch.float32) if expert.complete else expert.weights(stored, self.base())
             else:
-                wide = expert.delta(held, self.base())
-            # Some forms are the buffer itself (a float32 checkpoint), which the next window overwrites; so be it.
+                wide = expert.delta(stored, self.base())
+            # Weights of a float32 checkpoint are the buffer itself, which the next window overwrites.
             self._wide[on, position] = self._checked(wide, f"expert '{expert.name}'")
         return self._wide[on, position]
 
@@ -206,7 +205,10 @@ class Reading:
         return values
 
     def block(self, on: str, with_base: bool, positions: Sequence[int], flat: bool) -> Block:
-        """What a kernel sees of the window. Raises NonFiniteError naming tensor and model."""
+        """Return the window as a plug-in sees it, in float32. Raises NonFiniteError naming tensor and model.
+
+        on: 'weights' or 'deltas'. flat: whether tensors have one dimension, or their own shape.
+        """
         base = self.base() if with_base else None
         experts = tuple(self.expert(on, position) for position in positions)
         if not flat:
@@ -215,7 +217,7 @@ class Reading:
         return Block(self.name, self.shape, self._low, self._high, base, experts, self._ids(positions))
 
     def place(self, positions: Sequence[int]) -> Block:
-        """The window without its values."""
+        """Return the window without its values."""
         return Block(self.name, self.shape, self._low, self._high, None, (), self._ids(positions))
 
     def _ids(self, positions: Sequence[int]) -> tuple[str, ...]:

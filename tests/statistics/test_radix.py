@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mergecore.engine.kernels.source import BINS
-from mergecore.plugins.statistic import Sparse
+from mergecore.plugins.statistic import SparseCounts
 from mergecore.statistics.radix import OrderStatistic, bits, signed_bits, value_of
 
 
@@ -37,7 +37,7 @@ def test_patterns_grow_with_the_values() -> None:
     assert torch.equal(bits(held[4:]), pattern[4:])
 
 
-def sparse(numbers: Tensor) -> Sparse:
+def sparse(numbers: Tensor) -> SparseCounts:
     bins, counts = np.unique(numbers.numpy(), return_counts=True)
     return bins.astype(np.int64), counts.astype(np.int64)
 

@@ -113,7 +113,7 @@ def test_reads_no_more_than_it_must(
     kind: str, density: float, count: str, read: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began: list[int] = []
-    original = mergecore.engine.run_pass._read_round
-    monkeypatch.setattr("mergecore.engine.run_pass._read_round", lambda *given: began.append(0) or original(*given))
+    original = mergecore.engine.run_pass._read
+    monkeypatch.setattr("mergecore.engine.run_pass._read", lambda *given: began.append(0) or original(*given))
     found(Threshold.model_validate({"density": density, "count": count}), deltas(kind))
     assert len(began) == read
