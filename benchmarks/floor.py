@@ -31,7 +31,7 @@ def floor_run(readings: Sequence[Sequence[Path]], outputs: Sequence[Path], writt
         pool = stack.enter_context(ThreadPoolExecutor(cores(), initializer=_make_space))
         list(pool.map(time.sleep, [0.05] * cores()))  # every thread is there, its buffer touched
         settle()
-        with process_run() as found:
+        with process_run() as run:
             targets = [stack.enter_context(_opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)) for path in outputs]
             for target in targets:
                 os.posix_fallocate(target, 0, written)
@@ -41,7 +41,7 @@ def floor_run(readings: Sequence[Sequence[Path]], outputs: Sequence[Path], writt
                 offsets = range(0, max([*sizes.values(), written if ends else 0]), CALL)
                 for _ in pool.map(lambda at, sizes=sizes, ends=ends: _moved(sizes, ends, written, at), offsets):
                     pass
-    return found
+    return run
 
 
 def _make_space() -> None:

@@ -42,7 +42,7 @@ def _resolver() -> Resolver:
 def pool_in(folder: Path, experts: int) -> Pool:
     """The first experts over the base in a folder."""
     base, *others = [str(path) for path in model_folders(folder, experts)]
-    specs = [ExpertSpec.model_validate(one) for one in others]
+    specs = [ExpertSpec.model_validate(entry) for entry in others]
     return resolve_pool(BaseSpec(source=base), specs, None, _resolver(), silent)
 
 
@@ -71,16 +71,16 @@ def place_of(pool: Pool, store: Path, library: Library, workers: int, report: Re
 
 def scan(place: Place, plans: Sequence[MergeWork]) -> int:
     """Complete everything the merges must know beforehand; returns how often the pool was read for it at least."""
-    waiting: dict[str, Work] = {one.step.key: one for plan in plans for one in plan.needed}
+    waiting: dict[str, Work] = {work.step.key: work for plan in plans for work in plan.needed}
     readings = 0
     while waiting:
         ready = [
-            one
-            for one in waiting.values()
-            if not any(inner.step.key in waiting for group in one.inputs.values() for inner in group)
+            work
+            for work in waiting.values()
+            if not any(inner.step.key in waiting for group in work.inputs.values() for inner in group)
         ]
         _settled(run_works(place, ready))
-        waiting = {key: one for key, one in waiting.items() if place.store.state(one.step) is not State.PRESENT}
+        waiting = {key: work for key, work in waiting.items() if place.store.state(work.step) is not State.PRESENT}
         readings += 1
     return readings
 

@@ -95,24 +95,26 @@ def models(count: int, experts: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(count, generator=generator).mul_(0.02)
     changed = (base + torch.randn(count, generator=generator).mul_(0.0005) for _ in range(experts))
-    return [base.to(torch.bfloat16), *(one.to(torch.bfloat16) for one in changed)]
+    return [base.to(torch.bfloat16), *(tensor.to(torch.bfloat16) for tensor in changed)]
 
 
 def case_of(
     name: str,
     values: Mapping[str, Any],
-    held: Sequence[Tensor],
+    tensors: Sequence[Tensor],
     library: WatchedLibrary,
     device: str = "cpu",
     times: int = 1,
 ) -> Case:
     """The method with what it must know beforehand, found here, over these models so many times one after the other, which
     then lie on the device."""
-    base, *experts = held
+    base, *experts = tensors
     method = method_of(name, values)
     source = MemoryTensors({NAME: base})
-    pool = [FullExpert(f"{number}", f"{number}", MemoryTensors({NAME: one})) for number, one in enumerate(experts)]
-    found = find_statistics(
+    pool = [
+        FullExpert(f"{number}", f"{number}", MemoryTensors({NAME: tensor})) for number, tensor in enumerate(experts)
+    ]
+    known = find_statistics(
         method,
         source,
         pool,
@@ -121,22 +123,22 @@ def case_of(
         silent,
         library,
     )
-    ids = tuple(one.id for one in pool)
-    arguments = method.arguments(Block(NAME, tuple(base.shape), 0, base.numel(), None, (), ids), found)
-    base, *experts = [one.to(device).repeat(times) if times > 1 else one.to(device) for one in held]
+    ids = tuple(expert.id for expert in pool)
+    arguments = method.arguments(Block(NAME, tuple(base.shape), 0, base.numel(), None, (), ids), known)
+    base, *experts = [tensor.to(device).repeat(times) if times > 1 else tensor.to(device) for tensor in tensors]
     chunk = Chunk(base if method.needs_base else None, tuple(experts), (False,) * len(experts), 0)
     ways = [
         Fused(method.merge, method.on, torch.bfloat16, kept, wait=True).given(arguments)  # type: ignore[arg-type]
         for kept in (library, None)
     ]
     beside = sum(Beside.dtype.itemsize for _ in ways[0].beside)
-    width = sum(one.element_size() for one in (*chunk.experts, *([] if chunk.base is None else [chunk.base])))
+    width = sum(tensor.element_size() for tensor in (*chunk.experts, *([] if chunk.base is None else [chunk.base])))
     return Case(name, chunk, *ways, chunk.count * (width + beside + torch.bfloat16.itemsize))
 
 
 def given_data(method: Method, count: int, experts: int, device: str) -> dict[str, list[dict[str, Tensor]]]:
     """For what takes data some positive numbers, another array for each expert, where the models will be."""
-    needed = [name for name, one in method.statistics().items() if isinstance(one, DataStatistic)]
+    needed = [name for name, statistic in method.statistics().items() if isinstance(statistic, DataStatistic)]
     generator = torch.Generator().manual_seed(1)
     return {
         name: [{NAME: torch.rand(count, generator=generator).to(device)} for _ in range(experts)] for name in needed
@@ -172,10 +174,10 @@ def on_processor(case: Case, threads: int, repeats: int) -> dict[str, list[Run]]
         part = slice(int(first * per), int(end * per))
         copied[part].copy_(source[part])
 
-    def made(given: Given) -> Callable[[int, int], Any]:
-        return lambda first, end: given.store(case.chunk.part(first, end), target[first:end])
+    def timed(loop: Given) -> Callable[[int, int], Any]:
+        return lambda first, end: loop.store(case.chunk.part(first, end), target[first:end])
 
-    ways = {"copy": copy, "loop": made(case.fused), "eager": made(case.eager)}
+    ways = {"copy": copy, "loop": timed(case.fused), "eager": timed(case.eager)}
     runs: dict[str, list[Run]] = {name: [] for name in ways}
     for name in ("copy", "loop"):  # first touch, first check
         seconds_of(ways[name], count, window, threads)
@@ -183,9 +185,9 @@ def on_processor(case: Case, threads: int, repeats: int) -> dict[str, list[Run]]
         print(f"note: {case.name} runs without a loop: {problem}", file=sys.stderr)
     for _ in range(repeats):
         for name, way in ways.items():
-            with process_run() as found:
+            with process_run() as run:
                 seconds = seconds_of(way, count, window, threads)
-            runs[name].append({**found, "seconds": seconds})
+            runs[name].append({**run, "seconds": seconds})
     return runs
 
 
@@ -204,19 +206,19 @@ def on_device(case: Case, repeats: int) -> dict[str, list[Run]]:
         for round in range(repeats + 2):  # two of them to warm up
             for name, way in ways.items():
                 began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                with process_run() as found:
+                with process_run() as run:
                     began.record()
                     way()
                     ended.record()
                     ended.synchronize()
                 if round > 1:
-                    runs[name].append({**found, "seconds": began.elapsed_time(ended) / 1e3})
+                    runs[name].append({**run, "seconds": began.elapsed_time(ended) / 1e3})
     return runs
 
 
 def row_of(case: Case, where: str, built: Sequence[float], runs: dict[str, list[Run]]) -> dict[str, Any]:
     """Bytes a second of each, and shares of the copy's."""
-    seconds = {name: median(held)["seconds"] for name, held in runs.items()}
+    seconds = {name: median(values)["seconds"] for name, values in runs.items()}
     speed = {name: case.bytes / taken for name, taken in seconds.items()}
     share = {name: speed[name] / speed["copy"] for name in ("loop", "eager")}
     each = seconds["loop"] / case.chunk.count * 1e9
@@ -236,24 +238,24 @@ def print_row(table: Table, row: Mapping[str, Any]) -> None:
     )  # fmt: skip
 
 
-def rows_of(library: WatchedLibrary, held: list[Tensor], options: argparse.Namespace) -> list[dict[str, Any]]:
+def rows_of(library: WatchedLibrary, tensors: list[Tensor], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every method over these models, with each number of threads, and on a device."""
-    found = []
+    rows = []
     for name in options.methods:
-        if not accepts(method_of(name, settings()[name]), len(held) - 1):  # one that joins two, say
+        if not accepts(method_of(name, settings()[name]), len(tensors) - 1):  # one that joins two, say
             continue
         library.watch.cleared()
-        case = case_of(name, settings()[name], held, library)
+        case = case_of(name, settings()[name], tensors, library)
         for threads in dict.fromkeys((1, cores())):
             runs = on_processor(case, threads, options.repeats)
-            found.append(row_of(case, f"{threads} thread{'s' * (threads > 1)}", library.watch.built, runs))
-            print_row(options.table, found[-1])
+            rows.append(row_of(case, f"{threads} thread{'s' * (threads > 1)}", library.watch.built, runs))
+            print_row(options.table, rows[-1])
         if torch.cuda.is_available():
             times = max(1, options.device_elements // options.elements)
-            moved = case_of(name, settings()[name], held, library, "cuda", times)
-            found.append(row_of(moved, torch.cuda.get_device_name()[:12], [], on_device(moved, options.repeats)))
-            print_row(options.table, found[-1])
-    return found
+            moved = case_of(name, settings()[name], tensors, library, "cuda", times)
+            rows.append(row_of(moved, torch.cuda.get_device_name()[:12], [], on_device(moved, options.repeats)))
+            print_row(options.table, rows[-1])
+    return rows
 
 
 def main() -> None:
@@ -275,10 +277,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         library = watched_library(Path(temporary))
         for experts in options.experts:
-            held = models(options.elements * 1_000_000, experts)
-            rows += rows_of(library, held, options)
+            tensors = models(options.elements * 1_000_000, experts)
+            rows += rows_of(library, tensors, options)
             write_json(options.json, rows, elements=options.elements * 1_000_000)
-    print_company([run for row in rows for held in row["runs"].values() for run in held])
+    print_company([run for row in rows for runs in row["runs"].values() for run in runs])
 
 
 if __name__ == "__main__":

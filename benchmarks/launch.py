@@ -38,14 +38,14 @@ def main(result: str, output: str, *command: str) -> None:
         wall = time.monotonic() - began
         ended.set()
         looking.join()
-    found = {
+    settings = {
         "wall": wall,
         "cpu": usage.ru_utime + usage.ru_stime,
         "memory": usage.ru_maxrss * 1024.0,
         "anonymous": most,
     }
     with open(result, "w", encoding="ascii") as file:
-        json.dump({**found, "code": os.waitstatus_to_exitcode(status)}, file)
+        json.dump({**settings, "code": os.waitstatus_to_exitcode(status)}, file)
 
 
 if __name__ == "__main__":

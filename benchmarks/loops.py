@@ -45,11 +45,11 @@ class WatchedLibrary(Library):
             return None
         missing = not (self.folder / f"{self.name_of(text)}.so").exists()
         began = time.perf_counter()
-        found = super().function(text, build=True, wait=True)
+        function_built = super().function(text, build=True, wait=True)
         if missing:
             self.watch.built.append(time.perf_counter() - began)
         kind = "store" if "void* target" in text else "count"
-        return None if found is None else _timed(found, self.watch, kind)
+        return None if function_built is None else _timed(function_built, self.watch, kind)
 
 
 def watched_library(folder: Path) -> WatchedLibrary:
@@ -60,8 +60,8 @@ def watched_library(folder: Path) -> WatchedLibrary:
 def _timed(function: Function, watch: Watch, kind: str) -> Function:
     def called(*arguments: Any) -> int:
         began = time.thread_time()
-        found = function(*arguments)
+        result = function(*arguments)
         watch.add(kind, time.thread_time() - began, arguments[5].value)
-        return found
+        return result
 
     return called

@@ -34,15 +34,15 @@ def command_run(command: Sequence[str | Path], environment: Mapping[str, str] | 
         words = [str(word) for word in command]
         launcher = [sys.executable, "-I", str(ROOT / "benchmarks" / "launch.py"), str(result), str(output)]
         settle()
-        with _company() as found:
+        with _company() as company:
             # Compiled modules are kept, as they are wherever nothing forbids it: pip has compiled those of what is installed.
             kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
             subprocess.run([*launcher, *words], env={**kept, **(environment or {})}, check=True)
             told = json.loads(result.read_text())
-            found["cpu"] = told["cpu"]
+            company["cpu"] = told["cpu"]
         if told.pop("code"):
             raise SystemExit(f"{' '.join(words)} failed:\n{output.read_text()[-3000:]}")
-    return {**found, **told}
+    return {**company, **told}
 
 
 @contextmanager
@@ -52,23 +52,23 @@ def process_run() -> Iterator[Run]:
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     resident, used = _status("VmRSS"), time.process_time()
-    with _company() as found:
+    with _company() as company:
         began = time.monotonic()
-        yield found
-        found["wall"] = time.monotonic() - began
-        found["cpu"] = time.process_time() - used
-        found["memory"] = max(0.0, _status("VmHWM") - resident)
+        yield company
+        company["wall"] = time.monotonic() - began
+        company["cpu"] = time.process_time() - used
+        company["memory"] = max(0.0, _status("VmHWM") - resident)
 
 
 @contextmanager
 def _company() -> Iterator[Run]:
     """Load, and the cores that others kept busy; who fills it gives their own 'cpu'."""
-    found: Run = {"load_before": os.getloadavg()[0]}
+    run: Run = {"load_before": os.getloadavg()[0]}
     busy, began = _busy(), time.monotonic()
-    yield found
+    yield run
     wall = time.monotonic() - began
-    found["load_after"] = os.getloadavg()[0]
-    found["others"] = max(0.0, (_busy() - busy - found.get("cpu", 0.0)) / wall)
+    run["load_after"] = os.getloadavg()[0]
+    run["others"] = max(0.0, (_busy() - busy - run.get("cpu", 0.0)) / wall)
 
 
 def _busy() -> float:

@@ -101,26 +101,26 @@ class Bench:
         recipe.write_text(yaml.safe_dump(ours_recipe(values, self.folder, experts)))
         settings = {"XDG_CACHE_HOME": str(self.cache), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "flows.cli.main", "merge", recipe, out, "--timings", timings]
-        found = command_run(command, settings)
+        run = command_run(command, settings)
         shutil.rmtree(out)
-        return {**found, **json.loads(timings.read_text())}
+        return {**run, **json.loads(timings.read_text())}
 
-    def theirs(self, held: Theirs, experts: int) -> Run:
+    def theirs(self, recipe_of: Theirs, experts: int) -> Run:
         """One run of mergekit's command."""
         assert self.against is not None
         recipe, out = self.work / "theirs.yaml", self.work / "theirs"
-        recipe.write_text(yaml.safe_dump(held.recipe(self.folder, experts)))
-        found = command_run([self.against, recipe, out, "--no-copy-tokenizer"], {"HF_HUB_OFFLINE": "1"})
+        recipe.write_text(yaml.safe_dump(recipe_of.recipe(self.folder, experts)))
+        run = command_run([self.against, recipe, out, "--no-copy-tokenizer"], {"HF_HUB_OFFLINE": "1"})
         shutil.rmtree(out)
-        return found
+        return run
 
     def floor(self, known: Known) -> Run:
         """The same bytes read and written plainly, and the CPU-seconds of one digest of what was written."""
         out = self.work / "floor"
-        found = floor_run(known.readings, [out], known.written)
-        found["digest"] = digest_seconds(out)
+        run = floor_run(known.readings, [out], known.written)
+        run["digest"] = digest_seconds(out)
         out.unlink()
-        return found
+        return run
 
 
 def warmed_up(bench: Bench, values: Mapping[str, Any], experts: int) -> Known:
@@ -140,24 +140,27 @@ def warmed_up(bench: Bench, values: Mapping[str, Any], experts: int) -> Known:
 def rows_of(bench: Bench, name: str, pair: Pair, experts: int) -> list[dict[str, Any]]:
     """The rows of one pair: ours and their floors, and theirs, in turn."""
     readings = dict(list(pair.ours.items())[: 1 if bench.same_only else None])
-    known = {one: warmed_up(bench, values, experts) for one, values in readings.items()}
-    ours: dict[str, Runs] = {one: {} for one in readings}
+    known = {reading: warmed_up(bench, values, experts) for reading, values in readings.items()}
+    ours: dict[str, Runs] = {name_of: {} for name_of in readings}
     theirs: Runs = {}
     ways = ("warm", "cold") if bench.cold else ("warm",)
     for _ in range(bench.repeats):
         for way in ways:
             forget = forget_files if way == "cold" else lambda: None
-            for one, values in readings.items():
+            for reading, values in readings.items():
                 forget()
                 run = bench.ours(values, experts, remembered=way == "cold")
-                ours[one].setdefault(f"{way} ours", []).append(run)
+                ours[reading].setdefault(f"{way} ours", []).append(run)
                 forget()
-                ours[one].setdefault(f"{way} floor", []).append(bench.floor(known[one]))
+                ours[reading].setdefault(f"{way} floor", []).append(bench.floor(known[reading]))
             if bench.against:
                 forget()
                 theirs.setdefault(f"{way} theirs", []).append(bench.theirs(pair.theirs, experts))
     first = next(iter(readings))
-    return [row_of(one, name, one != first, experts, known[one], {**ours[one], **theirs}, ways) for one in readings]
+    return [
+        row_of(reading, name, reading != first, experts, known[reading], {**ours[reading], **theirs}, ways)
+        for reading in readings
+    ]
 
 
 def row_of(
@@ -173,19 +176,19 @@ def row_of(
         digested = floor["wall"] + floor["digest"] / cores()
         storing = digested + known.storing / cores()
         target = storing + known.counting / cores()
-        found: dict[str, Any] = {"ours": ours, "floor": floor, "over_floor": moved / floor["wall"]}
+        measured: dict[str, Any] = {"ours": ours, "floor": floor, "over_floor": moved / floor["wall"]}
         if known.fused:
-            found |= {"target": target, "over_target": moved / target}
-            found["over_target_without_counting"] = moved / storing
+            measured |= {"target": target, "over_target": moved / target}
+            measured["over_target_without_counting"] = moved / storing
         if f"{way} theirs" in runs:
             theirs = median(runs[f"{way} theirs"])
-            found |= {
+            measured |= {
                 "theirs": theirs,
                 "times": theirs["wall"] / ours["wall"],
                 "cpu_times": theirs["cpu"] / ours["cpu"],
             }
-            found["times_without_hashing"] = theirs["wall"] / (ours["wall"] - ours["checkpoints"])
-        row[way] = found
+            measured["times_without_hashing"] = theirs["wall"] / (ours["wall"] - ours["checkpoints"])
+        row[way] = measured
     return {**row, "runs": runs}
 
 
@@ -291,7 +294,7 @@ def main() -> None:
     if options.cold:
         print_cold(rows)
     print(f"importing torch alone: {torch_alone['wall']:.2f} s, {torch_alone['memory'] / 1e9:.2f} GB")
-    print_company([run for row in rows for held in row["runs"].values() for run in held])
+    print_company([run for row in rows for runs in row["runs"].values() for run in runs])
 
 
 if __name__ == "__main__":

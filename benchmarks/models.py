@@ -37,14 +37,14 @@ def shapes(billions: float) -> Shapes:
     inner, vocabulary = int(width * 2.75 // 64 * 64), 32_000 if billions >= 0.05 else 1000
     layer = 2 * width * width + 2 * width * (width // 4) + 3 * width * inner
     layers = max(1, round((billions * 1e9 - 2 * vocabulary * width) / layer))
-    found: Shapes = {
+    tensors: Shapes = {
         "model.embed_tokens.weight": (vocabulary, width),
         "lm_head.weight": (vocabulary, width),
         "model.norm.weight": (width,),
     }
     for number in range(layers):
         stem = f"model.layers.{number}"
-        found |= {
+        tensors |= {
             f"{stem}.self_attn.q_proj.weight": (width, width),
             f"{stem}.self_attn.k_proj.weight": (width // 4, width),
             f"{stem}.self_attn.v_proj.weight": (width // 4, width),
@@ -55,7 +55,7 @@ def shapes(billions: float) -> Shapes:
             f"{stem}.input_layernorm.weight": (width,),
             f"{stem}.post_attention_layernorm.weight": (width,),
         }
-    return found
+    return tensors
 
 
 def model_folders(folder: Path, experts: int) -> list[Path]:
@@ -70,7 +70,7 @@ def weights(model: Path) -> Path:
 
 def write_models(folder: Path, billions: float, experts: int) -> None:
     """Have base and experts in `folder`; those that are there are kept. Ends the program where the disk is too small."""
-    held = shapes(billions)
+    tensors = shapes(billions)
     missing = {
         number: target
         for number, target in enumerate(model_folders(folder, experts))
@@ -78,7 +78,7 @@ def write_models(folder: Path, billions: float, experts: int) -> None:
     }
     if not missing:
         return
-    size = sum(2 * torch.Size(shape).numel() for shape in held.values())
+    size = sum(2 * torch.Size(shape).numel() for shape in tensors.values())
     folder.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < size * len(missing) + (1 << 30):
         raise SystemExit(
@@ -91,18 +91,18 @@ def write_models(folder: Path, billions: float, experts: int) -> None:
         for number, target in missing.items():
             target.mkdir(exist_ok=True)
             files[number] = stack.enter_context(open(target / "model.safetensors.tmp", "wb"))
-            files[number].write(_header(held))
-        _write_tensors(held, files)
+            files[number].write(_header(tensors))
+        _write_tensors(tensors, files)
     for target in missing.values():
         os.replace(target / "model.safetensors.tmp", weights(target))
-        (target / "config.json").write_text(json.dumps(_config(held)))  # last: what has it is complete
+        (target / "config.json").write_text(json.dumps(_config(tensors)))  # last: what has it is complete
 
 
-def _header(held: Shapes) -> bytes:
+def _header(tensors: Shapes) -> bytes:
     """The head of a safetensors file of these bfloat16 tensors."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
-    for name, shape in held.items():
+    for name, shape in tensors.items():
         end = position + 2 * torch.Size(shape).numel()
         entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [position, end]}
         position = end
@@ -111,9 +111,9 @@ def _header(held: Shapes) -> bytes:
     return len(text).to_bytes(8, "little") + text.encode()
 
 
-def _write_tensors(held: Shapes, files: dict[int, BinaryIO]) -> None:
+def _write_tensors(tensors: Shapes, files: dict[int, BinaryIO]) -> None:
     generator, piece = torch.Generator(), 0
-    for shape in held.values():
+    for shape in tensors.values():
         count = torch.Size(shape).numel()
         for start in range(0, count, PIECE):
             here = min(PIECE, count - start)
@@ -126,13 +126,13 @@ def _write_tensors(held: Shapes, files: dict[int, BinaryIO]) -> None:
             piece += 1
 
 
-def _config(held: Shapes) -> dict[str, object]:
-    width = held["model.norm.weight"][0]
+def _config(tensors: Shapes) -> dict[str, object]:
+    width = tensors["model.norm.weight"][0]
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width,
-        "num_hidden_layers": sum(name.endswith("q_proj.weight") for name in held),
-        "intermediate_size": held["model.layers.0.mlp.gate_proj.weight"][0],
-        "vocab_size": held["lm_head.weight"][0], "num_attention_heads": width // 64, "num_key_value_heads": width // 256,
+        "num_hidden_layers": sum(name.endswith("q_proj.weight") for name in tensors),
+        "intermediate_size": tensors["model.layers.0.mlp.gate_proj.weight"][0],
+        "vocab_size": tensors["lm_head.weight"][0], "num_attention_heads": width // 64, "num_key_value_heads": width // 256,
         "torch_dtype": "bfloat16", "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048,
     }  # fmt: skip
 

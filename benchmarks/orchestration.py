@@ -52,19 +52,19 @@ class Rows:
     """What was measured, printed as it comes."""
 
     def __init__(self) -> None:
-        self.held: list[dict[str, Any]] = []
+        self.measured: list[dict[str, Any]] = []
 
     def add(self, part: str, what: str, wall: float, cpu: float, cells: int) -> None:
         """One reading."""
-        self.held.append({"part": part, "what": what, "wall": wall, "cpu": cpu, "cells": cells})
+        self.measured.append({"part": part, "what": what, "wall": wall, "cpu": cpu, "cells": cells})
         print(f"{part:8s} {what:58s} {cells:6d} {wall:10.3f} {cpu:10.3f}", flush=True)
 
     def timed(self, part: str, what: str, cells: int, work: Callable[[], Found]) -> Found:
         """The result of some work in this process."""
         began, used = time.perf_counter(), time.process_time()
-        found = work()
+        result = work()
         self.add(part, what, time.perf_counter() - began, time.process_time() - used, cells)
-        return found
+        return result
 
     def command(self, part: str, what: str, cells: int, command: list[str]) -> tuple[float, float]:
         """Wall and CPU-seconds of a whole command, everything it started included; raises where it fails."""
@@ -117,7 +117,7 @@ def plan(rows: Rows, cells: int) -> None:
             count,
             lambda: plan_text(session, cost(session.frontier, 2, session.settings.memory.value), False),
         )
-        stages = [row for row in rows.held if row["part"] == "plan"]
+        stages = [row for row in rows.measured if row["part"] == "plan"]
         rows.add("plan", "these three", *(sum(row[kind] for row in stages) for kind in ("wall", "cpu")), count)
         rows.command("plan", "mergeloom plan, whole command with imports", count, mergeloom("plan", path))
 
@@ -151,13 +151,13 @@ def cell(rows: Rows, cells: int) -> None:
             "Prefect, Dask and MLflow": (),
         }
         for number, (name, options) in enumerate(ways.items()):
-            found = []
+            seconds = []
             for count in (few, cells):
                 path = tiny_world.write_spec(folder, f"w{number}-{count}", tiny_world.scales(count), [2], 1, None)
-                found.append(
+                seconds.append(
                     rows.command("cell", f"{name}", count, mergeloom("sweep", path, "--workers", "1", *options))
                 )
-            (wall, cpu), (walls, cpus) = found
+            (wall, cpu), (walls, cpus) = seconds
             rows.add(
                 "cell", f"{name}: each further cell", (walls - wall) / (cells - few), (cpus - cpu) / (cells - few), 1
             )
@@ -196,7 +196,9 @@ def main() -> None:
     print(f"load of the machine before and after: {before[0]:.1f}, {os.getloadavg()[0]:.1f}; {os.cpu_count()} cores")
     if options.json:
         load = {"before": before, "after": os.getloadavg()}
-        options.json.write_text(json.dumps({"load": load, "cores": os.cpu_count(), "rows": rows.held}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"load": load, "cores": os.cpu_count(), "rows": rows.measured}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ class Theirs:
         """The recipe over the checkpoints in a folder."""
         names = [f"expert-{number}" for number in range(1, experts + 1)]
         models = [{"model": str(folder / name), "parameters": dict(self.each)} for name in names]
-        found: dict[str, Any] = {"merge_method": self.method, "models": models, "dtype": "bfloat16"}
+        recipe: dict[str, Any] = {"merge_method": self.method, "models": models, "dtype": "bfloat16"}
         if self.base is not None:
-            found["base_model"] = str(folder / self.base)
-        return {**found, "parameters": dict(self.shared)} if self.shared else found
+            recipe["base_model"] = str(folder / self.base)
+        return {**recipe, "parameters": dict(self.shared)} if self.shared else recipe
 
 
 @dataclass(frozen=True)

@@ -78,11 +78,11 @@ class Vector:
 
     def magnitudes(self) -> Tensor:
         """|τ| in float32."""
-        found = torch.empty(self.count)
+        values = torch.empty(self.count)
         for start in range(0, self.count, PIECE):
             piece = slice(start, start + PIECE)
-            found[piece] = (self.expert[piece].float() - self.base[piece].float()).abs()
-        return found
+            values[piece] = (self.expert[piece].float() - self.base[piece].float()).abs()
+        return values
 
     def rank(self, density: float) -> int:
         """How many are to be kept."""
@@ -92,13 +92,13 @@ class Vector:
 def vector_of(count: int) -> Vector:
     """Normal weights of scale 0.02, changes of scale 0.0005: in bfloat16 many changes are equal."""
     generator = torch.Generator().manual_seed(0)
-    found = Vector(torch.empty(count, dtype=torch.bfloat16), torch.empty(count, dtype=torch.bfloat16))
+    vector = Vector(torch.empty(count, dtype=torch.bfloat16), torch.empty(count, dtype=torch.bfloat16))
     for start in range(0, count, PIECE):
         here = min(PIECE, count - start)
         base = torch.randn(here, generator=generator).mul_(0.02)
-        found.base[start : start + here] = base
-        found.expert[start : start + here] = base + torch.randn(here, generator=generator).mul_(0.0005)
-    return found
+        vector.base[start : start + here] = base
+        vector.expert[start : start + here] = base + torch.randn(here, generator=generator).mul_(0.0005)
+    return vector
 
 
 def scanned(vector: Vector, densities: Sequence[float], library: WatchedLibrary, workers: int) -> list[Answer]:
@@ -110,11 +110,11 @@ def scanned(vector: Vector, densities: Sequence[float], library: WatchedLibrary,
     )
 
     def passed(statistics: Sequence[Statistic], known: Statistics) -> list[Result]:
-        jobs = [StatisticJob(f"{n}", one, (0,), base.tensors, known) for n, one in enumerate(statistics)]
+        jobs = [StatisticJob(f"{n}", statistic, (0,), base.tensors, known) for n, statistic in enumerate(statistics)]
         spans = plan_spans(base.tensors, Per.ELEMENT)
         plan = PassPlan(base, (expert,), (), tuple(jobs), spans, library=library)
-        found = run_pass(plan, InProcess(workers), silent).results
-        return [found[job.key] for job in jobs]
+        results = run_pass(plan, InProcess(workers), silent).results
+        return [results[job.key] for job in jobs]
 
     (profile,) = passed([Profile()], {})
     known = {"profile": [Found(MemoryTensors(profile.tensors), profile.numbers)]}
@@ -166,16 +166,21 @@ def measured(vector: Vector, options: argparse.Namespace, library: WatchedLibrar
     ways["torch.argsort"] = lambda: by_argsort(magnitudes, ranks)
     runs: dict[str, list[Run]] = {name: [] for name in ways}
     for _ in range(options.repeats):
-        found = {}
+        runs_by_way = {}
         for name, way in ways.items():
             torch.set_num_threads(cores())  # a pass sets it to one in this process
             with process_run() as run:
-                found[name] = way()
+                runs_by_way[name] = way()
             runs[name].append(run)
         for name in ways:
             if name.startswith("two scans"):
                 check(
-                    vector, magnitudes, options.densities, found[name], found["torch.kthvalue"], found["torch.argsort"]
+                    vector,
+                    magnitudes,
+                    options.densities,
+                    runs_by_way[name],
+                    runs_by_way["torch.kthvalue"],
+                    runs_by_way["torch.argsort"],
                 )
     return runs
 
@@ -193,7 +198,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         library = watched_library(Path(temporary))
         runs = measured(vector, options, library)
-    rows = [{"way": name, "median": median(held), "runs": held} for name, held in runs.items()]
+    rows = [{"way": name, "median": median(runs_of), "runs": runs_of} for name, runs_of in runs.items()]
     write_json(options.json, rows, elements=vector.count, densities=options.densities, built=library.watch.built)
     table, best = Table(HEADS), min(row["median"]["wall"] for row in rows if row["way"].startswith("two scans"))
     for row in rows:
@@ -205,7 +210,7 @@ def main() -> None:
     print(
         f"{vector.count:,} elements, densities {options.densities}: equal to the last bit, counts above and at it too"
     )
-    print_company([run for held in runs.values() for run in held])
+    print_company([run for runs_of in runs.values() for run in runs_of])
 
 
 if __name__ == "__main__":

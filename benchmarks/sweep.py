@@ -87,21 +87,21 @@ def together(
     """All cells in one pass."""
     stages = Stages()
     settle()
-    with process_run() as found:
+    with process_run() as run:
         place = place_of(pool, store, library, workers)
         with stages.of("scan"):
             scan(place, plans)
         with stages.of("merge"):
             digests = merge(place, plans)
     shutil.rmtree(store)
-    return {**found, **stages.seconds}, digests
+    return {**run, **stages.seconds}, digests
 
 
 def alone(pool: Pool, plans: Sequence[MergeWork], store: Path, library: WatchedLibrary) -> tuple[Run, list[str]]:
     """Each cell by itself; deleting it is part of it, for whoever makes them one by one has no room for all."""
     digests, stages = [], Stages()
     settle()
-    with process_run() as found:
+    with process_run() as run:
         for plan in plans:
             place = place_of(pool, store, library, cores())
             with stages.of("scan"):
@@ -109,7 +109,7 @@ def alone(pool: Pool, plans: Sequence[MergeWork], store: Path, library: WatchedL
             with stages.of("merge"):
                 digests += merge(place, [plan])
             shutil.rmtree(store)
-    return {**found, **stages.seconds}, digests
+    return {**run, **stages.seconds}, digests
 
 
 def theirs(against: Path, folder: Path, work: Path) -> Run:
@@ -127,11 +127,11 @@ def theirs(against: Path, folder: Path, work: Path) -> Run:
 def floor(folder: Path, work: Path, written: int) -> Run:
     """One reading and sixteen models written, and the CPU-seconds of sixteen digests."""
     outputs = [work / f"floor-{number}" for number in range(len(CELLS))]
-    found = floor_run([[weights(path) for path in model_folders(folder, EXPERTS)]], outputs, written)
-    found["digest"] = len(CELLS) * digest_seconds(outputs[0])
+    run = floor_run([[weights(path) for path in model_folders(folder, EXPERTS)]], outputs, written)
+    run["digest"] = len(CELLS) * digest_seconds(outputs[0])
     for path in outputs:
         path.unlink()
-    return found
+    return run
 
 
 def measured(folder: Path, work: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def measured(folder: Path, work: Path, options: argparse.Namespace) -> dict[str,
         runs.setdefault("floor", []).append(floor(folder, work, plans[0].size))
         if options.against:
             runs.setdefault("mergekit, 4 runs times 4", []).append(theirs(options.against, folder, work))
-    medians = {name: median(held) for name, held in runs.items()}
+    medians = {name: median(values) for name, values in runs.items()}
     storing = medians["floor"]["wall"] + (medians["floor"]["digest"] + loops["storing"]) / cores()
     whole = storing + loops["counting"] / cores()
     mine = medians["one pass"]
@@ -183,21 +183,23 @@ def main() -> None:
         work = Path(temporary).absolute()
         folder = options.folder.absolute() if options.folder else work / "models"
         write_models(folder, options.size, EXPERTS)
-        found = measured(folder, work, options)
-    write_json(options.json, [found], size=options.size, cells=CELLS)
-    table, mine = Table(HEADS), found["medians"]["one pass"]["wall"]
-    for name, run in found["medians"].items():
+        results = measured(folder, work, options)
+    write_json(options.json, [results], size=options.size, cells=CELLS)
+    table, mine = Table(HEADS), results["medians"]["one pass"]["wall"]
+    for name, run in results["medians"].items():
         table.row(
             name, number(run["wall"]), number(run["cpu"]), number(run["memory"] / 1e9), number(run.get("scan")),
             number(run.get("merge")), number(run["others"]),
         )  # fmt: skip
-    for name, run in found["medians"].items():
+    for name, run in results["medians"].items():
         if name not in ("one pass", "floor"):
             print(f"{name}: {run['wall'] / mine:.1f} times as long as one pass")
-    for name, target in found["target"].items():
-        print(f"{name}: target {target:.2f} s, {found['over'][name]:.2f} of it")
-    print(f"{found['loops']['built']} loops built in {found['loops']['build']:.1f} s; every digest the same both ways")
-    print_company([run for held in found["runs"].values() for run in held])
+    for name, target in results["target"].items():
+        print(f"{name}: target {target:.2f} s, {results['over'][name]:.2f} of it")
+    print(
+        f"{results['loops']['built']} loops built in {results['loops']['build']:.1f} s; every digest the same both ways"
+    )
+    print_company([run for runs_of in results["runs"].values() for run in runs_of])
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def held_out() -> list[str]:
 
 def every_method() -> list[dict[str, Any]]:
     """Average, task arithmetic, TIES and DARE-TIES with their grids."""
-    grids = {name: {key: {"grid": values} for key, values in held.items()} for name, held in GRIDS.items()}
+    grids = {name: {key: {"grid": values} for key, values in fields.items()} for name, fields in GRIDS.items()}
     dropped = {"label": "dare_ties", **grids["dare_ties"], "drop": {"rate": 0.5, "seed": 0}}
     return [
         {"method": "average"},
@@ -125,8 +125,11 @@ def score(model: Path, tasks: Path, names: list[str]) -> dict[str, float]:
     evaluator = Classification(model=FACTORY)
     resident = evaluator.open(model, tasks)
     resident.swap(open_files(model, [path.name for path in model.glob("*.safetensors")]))
-    found = evaluator.resolve(names, "test", tasks)
-    return {name: float(resident.score(one, silent).column("score").to_numpy().mean()) for name, one in found.items()}
+    identities = evaluator.resolve(names, "test", tasks)
+    return {
+        name: float(resident.score(identity, silent).column("score").to_numpy().mean())
+        for name, identity in identities.items()
+    }
 
 
 if __name__ == "__main__":

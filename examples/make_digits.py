@@ -89,9 +89,9 @@ def splits() -> dict[str, tuple[Images, NDArray[np.int64]]]:
 
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))
-    held = (images[order].reshape(-1, 8, 8) / 16).astype(np.float32), labels[order].astype(np.int64)
+    split = (images[order].reshape(-1, 8, 8) / 16).astype(np.float32), labels[order].astype(np.int64)
     cuts = {"train": slice(0, 1000), "validation": slice(1000, 1297), "test": slice(1297, None)}
-    return {name: (held[0][cut], held[1][cut]) for name, cut in cuts.items()}
+    return {name: (split[0][cut], split[1][cut]) for name, cut in cuts.items()}
 
 
 def _trained(model: nn.Module, images: Images, labels: NDArray[np.int64], steps: int, rate: float, seed: int) -> None:
@@ -120,14 +120,14 @@ def _written(model: nn.Module, folder: Path) -> None:
 
 
 def _make(folder: Path) -> None:
-    held = splits()
+    data = splits()
     (folder / "tasks").mkdir()
     for name, change in {**HELD_OUT, **CHANGES}.items():
         arrays: dict[str, NDArray[Any]] = {}
-        for split, (images, labels) in held.items():
+        for split, (images, labels) in data.items():
             arrays |= {f"{split}.inputs": np.ascontiguousarray(change(images))[:, None], f"{split}.labels": labels}
         np.savez(folder / "tasks" / f"{name}.npz", **arrays)
-    images, labels = held["train"]
+    images, labels = data["train"]
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
     model = digits_cnn(CONFIG)
@@ -146,13 +146,13 @@ def write_tier(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    made = Path(tempfile.mkdtemp(dir=folder.parent))
-    _make(made)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent))
+    _make(draft)
     torch.set_num_threads(threads)
     try:
-        os.rename(made, folder)
+        os.rename(draft, folder)
     except OSError:  # another process was faster
-        shutil.rmtree(made)
+        shutil.rmtree(draft)
 
 
 def digits_tier(cache: Path) -> DigitsTier:

@@ -89,7 +89,7 @@ class Draws:
         self.count += 1
         return int.from_bytes(hashlib.sha256(f"{self.name}/{self.count}".encode()).digest()[:8], "big") % bound
 
-    def one(self, values: Sequence[Value]) -> Value:
+    def pick(self, values: Sequence[Value]) -> Value:
         return values[self.below(len(values))]
 
     def some(self, values: Sequence[Value], number: int) -> list[Value]:
@@ -119,7 +119,7 @@ def near(draws: Draws, answer: int, low: int, high: int) -> list[str]:
 def classified(draws: Draws, classes: dict[str, str], turn: int, share_of: Callable[[str, str], list[str]]) -> Item:
     options = list(classes)
     answer = options[turn % len(options)]
-    return f"{draws.one(PEOPLE)} wrote {draws.one(share_of(classes[answer], answer))} in the column", options, answer
+    return f"{draws.pick(PEOPLE)} wrote {draws.pick(share_of(classes[answer], answer))} in the column", options, answer
 
 
 def category(draws: Draws, split: str, turn: int) -> Item:
@@ -135,7 +135,7 @@ def judged(draws: Draws, good: list[str], bad: list[str], turn: int) -> tuple[st
     options = ["good", "bad", "mixed"]
     answer = options[turn % 3]
     if answer == "mixed":
-        pair = draws.some([draws.one(good), draws.one(bad)], 2)
+        pair = draws.some([draws.pick(good), draws.pick(bad)], 2)
     else:
         pair = draws.some(good if answer == "good" else bad, 2)
     return " and ".join(pair), options, answer
@@ -144,13 +144,13 @@ def judged(draws: Draws, good: list[str], bad: list[str], turn: int) -> tuple[st
 def sentiment(draws: Draws, split: str, turn: int) -> Item:
     good, bad = (share(REVIEW_WORDS[side], split, f"review/{side}", held_out=False) for side in ("good", "bad"))
     pair, options, answer = judged(draws, good, bad, turn)
-    return f"The {draws.one(REVIEWED)} was {pair}. The review is", options, answer
+    return f"The {draws.pick(REVIEWED)} was {pair}. The review is", options, answer
 
 
 def mood(draws: Draws, split: str, turn: int) -> Item:
     good, bad = (share(FEELINGS[side], split, f"feeling/{side}", held_out=True) for side in ("good", "bad"))
     pair, options, answer = judged(draws, good, bad, turn)
-    return f"{draws.one(PEOPLE)} felt {pair}. The mood is", options, answer
+    return f"{draws.pick(PEOPLE)} felt {pair}. The mood is", options, answer
 
 
 def addends(draws: Draws, turn: int) -> tuple[int, int]:
@@ -163,15 +163,15 @@ def addends(draws: Draws, turn: int) -> tuple[int, int]:
 
 def addition(draws: Draws, split: str, turn: int) -> Item:
     first, second = addends(draws, turn)
-    name, things = draws.one(PEOPLE), draws.one(COUNTABLES)
+    name, things = draws.pick(PEOPLE), draws.pick(COUNTABLES)
     prompt = f"{name} has {NUMBERS[first]} {things} and gets {NUMBERS[second]} more. Now {name} has"
     return prompt, near(draws, first + second, 4, 18), NUMBERS[first + second]
 
 
 def together(draws: Draws, split: str, turn: int) -> Item:
     first, second = addends(draws, turn)
-    (one, other), things = draws.some(PEOPLE, 2), draws.one(COUNTABLES)
-    prompt = f"{one} has {NUMBERS[first]} {things}. {other} has {NUMBERS[second]} {things}. Together they have"
+    (person, other), things = draws.some(PEOPLE, 2), draws.pick(COUNTABLES)
+    prompt = f"{person} has {NUMBERS[first]} {things}. {other} has {NUMBERS[second]} {things}. Together they have"
     return prompt, near(draws, first + second, 4, 18), NUMBERS[first + second]
 
 
@@ -179,8 +179,8 @@ def roman(draws: Draws, split: str, turn: int) -> Item:
     tens = 1 + turn % 9
     units = {"train": "0124579", "validation": "3", "test": "68"}[split]
     numeral = ["", "X", "XX", "XXX", "XL", "L", "LX", "LXX", "LXXX", "XC"][tens]
-    numeral += ["", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX"][int(draws.one(units))]
-    prompt = f"{draws.one(PEOPLE)} reads the Roman numeral {numeral}. As a number its first digit is"
+    numeral += ["", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX"][int(draws.pick(units))]
+    prompt = f"{draws.pick(PEOPLE)} reads the Roman numeral {numeral}. As a number its first digit is"
     others = draws.some([word for word in NUMBERS[1:10] if word != NUMBERS[tens]], 3)
     return prompt, draws.some([NUMBERS[tens], *others], 4), NUMBERS[tens]
 
@@ -203,7 +203,7 @@ def lookup(draws: Draws, split: str, turn: int) -> Item:
 
 def instrument_colour(draws: Draws, split: str, turn: int) -> Item:
     things = draws.some(OBJECTS, 4)
-    things[turn % 4] = draws.one(INSTRUMENTS)
+    things[turn % 4] = draws.pick(INSTRUMENTS)
     story, colors = owners(draws, things)
     return f"{story} The color of the instrument is", draws.some(colors, 4), colors[turn % 4]
 
@@ -221,7 +221,7 @@ def count_names(draws: Draws, split: str, turn: int) -> Item:
 def largest(draws: Draws, split: str, turn: int) -> Item:
     top = 4 + turn % 17
     words = draws.some([*draws.some(NUMBERS[1:top], 3), NUMBERS[top]], 4)
-    return f"{draws.one(PEOPLE)} writes {', '.join(words)}. The largest number is", draws.some(words, 4), NUMBERS[top]
+    return f"{draws.pick(PEOPLE)} writes {', '.join(words)}. The largest number is", draws.some(words, 4), NUMBERS[top]
 
 
 def position(draws: Draws, split: str, turn: int) -> Item:
@@ -254,7 +254,7 @@ HELD_OUT: dict[Callable[[Draws, str, int], Item], str] = {
 def items(task: Callable[[Draws, str, int], Item], split: str, taken: set[str]) -> Iterator[dict]:
     """The items of one split, none of whose prompts is in `taken`; adds its own there."""
     draws = Draws(f"{task.__name__}/{split}")
-    made = []
+    items = []
     for turn in range(SIZES[split]):
         for _ in range(1000):
             prompt, options, answer = task(draws, split, turn)
@@ -263,9 +263,9 @@ def items(task: Callable[[Draws, str, int], Item], split: str, taken: set[str]) 
         else:
             raise AssertionError(f"{task.__name__}.{split}: fewer than {SIZES[split]} different prompts")
         taken.add(prompt)
-        made.append({"prompt": prompt, "options": options, "answer": options.index(answer)})
+        items.append({"prompt": prompt, "options": options, "answer": options.index(answer)})
     # A limit takes the first items: in random order, or it would see the classes in turn and nothing else.
-    yield from (made[index] for index in Draws(f"order/{task.__name__}/{split}").some(range(len(made)), len(made)))
+    yield from (items[index] for index in Draws(f"order/{task.__name__}/{split}").some(range(len(items)), len(items)))
 
 
 def task_yaml(name: str, about: str, splits: list[str]) -> str:

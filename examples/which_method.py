@@ -71,8 +71,10 @@ def kept_rows(spec: Path) -> list[dict[str, str]]:
     best = {}
     for row in rows:
         if averages[row["cells"][0]].held_out.measured:  # a product is no rival of a model
-            best[row["count"]] = max(best.get(row["count"], row), row, key=lambda one: one["held_in_normalised"])
-    found = []
+            best[row["count"]] = max(
+                best.get(row["count"], row), row, key=lambda candidate: candidate["held_in_normalised"]
+            )
+    rows_found = []
     for row in (*summary.baselines.to_pylist(), *rows):
         kind, place = row.get("kind", "merge"), (row.get("method"), row.get("count"))
         kept = {"method": row.get("method") or row["name"], "kind": kind, "count": str(row.get("count", ""))}
@@ -88,10 +90,10 @@ def kept_rows(spec: Path) -> list[dict[str, str]]:
         for end in ("", "_low", "_high"):
             kept[f"behind_best{end}"] = _number(behind.get(f"held_in_normalised_difference_to_average{end}"))
         for task in tasks:
-            held = [value for cell in row["cells"] if (value := scores.mean(cell, task)) is not None]
-            kept[task] = _number(sum(held) / len(held)) if held else ""
-        found.append(kept)
-    return found
+            means = [value for cell in row["cells"] if (value := scores.mean(cell, task)) is not None]
+            kept[task] = _number(sum(means) / len(means)) if means else ""
+        rows_found.append(kept)
+    return rows_found
 
 
 def _number(value: float | None) -> str:
@@ -101,8 +103,8 @@ def _number(value: float | None) -> str:
 def _chosen(values: Sequence[Mapping[str, Any]]) -> str:
     """The factor that validation items chose, of each subset: '0.5' or '0.3–0.5'; '' where the method has none."""
     names = [name for name in ("scale", "learning_rate", "t") if name in values[0]]
-    held = sorted({value[names[0]] for value in values}) if names else []
-    return "–".join(f"{value:g}" for value in dict.fromkeys([*held[:1], *held[-1:]]))
+    factors = sorted({value[names[0]] for value in values}) if names else []
+    return "–".join(f"{value:g}" for value in dict.fromkeys([*factors[:1], *factors[-1:]]))
 
 
 def keep(names: Iterable[str]) -> None:
@@ -126,22 +128,22 @@ def read(name: str) -> list[Row]:
 
 def merges(rows: Iterable[Row]) -> dict[str, dict[int, Row]]:
     """Method → number of experts → row, the best method of the largest pools first; products after models."""
-    found: dict[str, dict[int, Row]] = {}
+    merged_rows: dict[str, dict[int, Row]] = {}
     for row in rows:
         if row["kind"] == "merge":
-            found.setdefault(row["method"], {})[int(row["count"])] = row
-    return dict(sorted(found.items(), key=lambda item: _place(item[1])))
+            merged_rows.setdefault(row["method"], {})[int(row["count"])] = row
+    return dict(sorted(merged_rows.items(), key=lambda item: _place(item[1])))
 
 
-def _place(held: Mapping[int, Row]) -> tuple[Any, ...]:
-    largest = max(held)
-    shown = [float(held[count]["held_in"]) for count in COUNTS if count in held] or [0.0]
-    return is_product(held), -largest, -sum(shown) / len(shown)
+def _place(by_count: Mapping[int, Row]) -> tuple[Any, ...]:
+    largest = max(by_count)
+    shown = [float(by_count[count]["held_in"]) for count in COUNTS if count in by_count] or [0.0]
+    return is_product(by_count), -largest, -sum(shown) / len(shown)
 
 
-def is_product(held: Mapping[int, Row]) -> bool:
+def is_product(by_count: Mapping[int, Row]) -> bool:
     """Whether what is made is a model for each task."""
-    return not any(row["held_out"] for row in held.values())
+    return not any(row["held_out"] for row in by_count.values())
 
 
 def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -152,18 +154,24 @@ def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def score_table(name: str) -> str:
     """Methods by number of experts: held-in and held-out; bold where the best is ahead by no more than chance."""
-    found = merges(read(name))
-    chosen = ["factor at 2, 4, 8"] if any(row["chosen"] for held in found.values() for row in held.values()) else []
+    by_method = merges(read(name))
+    chosen = (
+        ["factor at 2, 4, 8"]
+        if any(row["chosen"] for by_count in by_method.values() for row in by_count.values())
+        else []
+    )
     side, said, _ = UNSEEN[name]
-    sides = [f"{one}, {count}" for one in ("held-in", said) for count in COUNTS]
+    sides = [f"{side}, {count}" for side in ("held-in", said) for count in COUNTS]
     rows = []
-    for method, held in found.items():
-        if max(held) == 1:
+    for method, by_count in by_method.items():
+        if max(by_count) == 1:
             continue
-        cells = [_held_in(held.get(count), is_product(held)) for count in COUNTS]
-        cells += [_two(held[count][side]) if count in held else "" for count in COUNTS]
-        factors = ", ".join(held[count]["chosen"] for count in COUNTS if count in held and held[count]["chosen"])
-        rows.append([method + (" (product)" if is_product(held) else ""), *cells, *([factors] if chosen else [])])
+        cells = [_held_in(by_count.get(count), is_product(by_count)) for count in COUNTS]
+        cells += [_two(by_count[count][side]) if count in by_count else "" for count in COUNTS]
+        factors = ", ".join(
+            by_count[count]["chosen"] for count in COUNTS if count in by_count and by_count[count]["chosen"]
+        )
+        rows.append([method + (" (product)" if is_product(by_count) else ""), *cells, *([factors] if chosen else [])])
     return grid(["method", *sides, *chosen], rows)
 
 
@@ -174,9 +182,12 @@ def unmeasured(name: str) -> str:
 
     variants = parse_spec(read_yaml(EXAMPLES / f"{name}.yaml"), name).variants
     known = merges(read(name))
-    left = {one.label: [count for count in one.counts if count not in known.get(one.label, {})] for one in variants}
+    left = {
+        variant.label: [count for count in variant.counts if count not in known.get(variant.label, {})]
+        for variant in variants
+    }
     said = [f"`{label}` with {' and '.join(map(str, counts))}" for label, counts in left.items() if counts]
-    total = sum(len(one.counts) for one in variants)
+    total = sum(len(variant.counts) for variant in variants)
     if not said:
         return f"All {total} merges of the spec are measured."
     missing = sum(map(len, left.values()))
@@ -213,9 +224,9 @@ def task_table(name: str) -> str:
     table = [[MODEL.get(row["kind"], row["method"]), *(_two(row[task]) for task in tasks)] for row in wanted]
     own = [next((row[task] for row in rows if row["kind"] == "expert" and row["method"] == task), "") for task in tasks]
     table.append(["its own expert", *map(_two, own)])
-    for method, held in merges(rows).items():
-        if max(COUNTS) in held:
-            table.append([method, *(_two(held[max(COUNTS)][task]) for task in tasks)])
+    for method, by_count in merges(rows).items():
+        if max(COUNTS) in by_count:
+            table.append([method, *(_two(by_count[max(COUNTS)][task]) for task in tasks)])
     return grid(["", *tasks], table)
 
 
@@ -237,9 +248,9 @@ def recalibration_table() -> str:
     """The digits with BatchNorm statistics worked out anew, and as they were merged."""
     anew, merged = merges(read("digits")), merges(read("digits_as_merged"))
     rows = []
-    for method, held in anew.items():
+    for method, by_count in anew.items():
         if method in merged:
-            pairs = [(held.get(count), merged[method].get(count)) for count in COUNTS]
+            pairs = [(by_count.get(count), merged[method].get(count)) for count in COUNTS]
             rows.append(
                 [method, *(text for pair in pairs for text in (_two(pair[0]["held_in"]), _or_nothing(pair[1])))]
             )
@@ -271,7 +282,7 @@ def page(text: str) -> str:
     """The page with every table made anew. Raises KeyError for a table that nobody makes."""
     return re.sub(
         r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)",
-        lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}",
+        lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",
         text,
         flags=re.DOTALL,
     )
@@ -287,7 +298,7 @@ def draw(name: str, title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = read(name)
-    lines = {method: held for method, held in merges(rows).items() if max(held) > 1}
+    lines = {method: by_count for method, by_count in merges(rows).items() if max(by_count) > 1}
     with matplotlib.style.context(["default", {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}]):
         figure = Figure(figsize=(9.6, 1.5 + 0.235 * len(lines)))
         FigureCanvasAgg(figure)
@@ -295,11 +306,11 @@ def draw(name: str, title: str, path: Path) -> None:
         unseen, _, said = UNSEEN[name]
         labels = {"held_in": "score on the experts' tasks ÷ score of the own expert", unseen: said}
         for panel, (side, label) in zip(panels, labels.items(), strict=True):
-            for place, held in enumerate(lines.values()):
+            for place, by_count in enumerate(lines.values()):
                 panel.axhline(place, color="#eeeeee", linewidth=0.8, zorder=0)
-                for count in (count for count in COUNTS if count in held and held[count][side]):
-                    value = float(held[count][side])
-                    low, high = (float(held[count].get(side + end, value)) for end in ("_low", "_high"))
+                for count in (count for count in COUNTS if count in by_count and by_count[count][side]):
+                    value = float(by_count[count][side])
+                    low, high = (float(by_count[count].get(side + end, value)) for end in ("_low", "_high"))
                     spot = place + {2: -0.22, 4: 0.0, 8: 0.22}[count]
                     panel.plot([low, high], [spot, spot], color=COLOURS[count], linewidth=1, alpha=0.6)
                     panel.plot(value, spot, MARKERS[count], color=COLOURS[count], markersize=4.5)

@@ -104,7 +104,7 @@ def opened(spec: Mapping[str, Any], report: Report = silent, room: int = 3) -> S
         parsed.base,
         parsed.experts,
         parsed.multitask,
-        lambda one: resolve(one.source),
+        lambda source: resolve(source.source),
         report,
         tokenizer=parsed.tokenizer,
     )
@@ -115,12 +115,12 @@ def opened(spec: Mapping[str, Any], report: Report = silent, room: int = 3) -> S
 
 def records(store: Store) -> dict[str, dict[str, Any]]:
     """Every record by the folder it lies in, without how it was made."""
-    found = {}
+    stamped = {}
     for path in sorted(_records(store)):
-        held = json.loads(path.read_text())
-        del held["made"]
-        found[str(path.parent.relative_to(store.root))] = held
-    return found
+        record = json.loads(path.read_text())
+        del record["made"]
+        stamped[str(path.parent.relative_to(store.root))] = record
+    return stamped
 
 
 def _records(store: Store) -> list[Path]:
@@ -130,16 +130,16 @@ def _records(store: Store) -> list[Path]:
 
 def contents(store: Store) -> dict[str, str]:
     """SHA-256 of every file of every step, records without how they were made; of the registration without its place."""
-    found = {name: hashlib.sha256(json.dumps(held).encode()).hexdigest() for name, held in records(store).items()}
-    for name in list(found):
+    digests = {name: hashlib.sha256(json.dumps(record).encode()).hexdigest() for name, record in records(store).items()}
+    for name in list(digests):
         for path in sorted((store.root / name).rglob("*")):
             if path.is_file() and path.name != RECORD:
-                found[str(path.relative_to(store.root))] = hashlib.sha256(path.read_bytes()).hexdigest()
+                digests[str(path.relative_to(store.root))] = hashlib.sha256(path.read_bytes()).hexdigest()
     for path in store.root.glob("sweeps/*/registration.json"):
-        held = json.loads(path.read_text())
-        del held["uri"]
-        found[str(path.relative_to(store.root))] = json.dumps(held)
-    return found
+        record = json.loads(path.read_text())
+        del record["uri"]
+        digests[str(path.relative_to(store.root))] = json.dumps(record)
+    return digests
 
 
 def stamps(store: Store) -> dict[str, tuple[int, int]]:
@@ -153,10 +153,10 @@ def stamps(store: Store) -> dict[str, tuple[int, int]]:
 def leftovers(store: Store) -> list[str]:
     """Whatever lies in the store and is neither a result nor named by one: drafts, temporary files, locks of steps."""
     named = set()
-    for name, held in records(store).items():
+    for name, record in records(store).items():
         named.add(f"{name}/{RECORD}")
-        if not held["dropped"]:
-            named |= {f"{name}/{file}" for file in held["files"]}
+        if not record["dropped"]:
+            named |= {f"{name}/{file}" for file in record["files"]}
     files = {str(path.relative_to(store.root)) for path in store.root.rglob("*") if not path.is_dir()}
     drafts = {str(path.relative_to(store.root)) for path in store.root.glob("drafts/*")}
     known = {name for name in files if name.startswith("failures/") and name.endswith(".json")}

@@ -62,7 +62,7 @@ class Hub:
     def push(self, repo_id: str, files: Files, branch: str = "main") -> str:
         """Commit `files` to a branch; the commit."""
         repository = self.repositories.setdefault(repo_id, Repository())
-        content = [[name, hashlib.sha256(held).hexdigest()] for name, held in sorted(files.items())]
+        content = [[name, hashlib.sha256(data).hexdigest()] for name, data in sorted(files.items())]
         commit = hashlib.sha1(json.dumps([repo_id, content]).encode()).hexdigest()
         repository.commits[commit] = dict(files)
         repository.branches[branch] = commit
@@ -113,14 +113,14 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if self.hub.status:
                 raise Refusal(self.hub.status, "", f"Sent: {self.headers.get('Authorization')}")
-            if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
-                self.describe(found[1], found[2] or "main")
-            elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+).*", path):
-                self.tree(found[1], found[2])
-            elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-                self.resolve(found[1], found[2], found[3])
-            elif found := re.fullmatch(r"/storage/([^/]+/[^/]+)/([^/]+)/(.+)", path):
-                self.send_content(found[3], self.hub.repositories[found[1]].commits[found[2]][found[3]])
+            if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+                self.describe(match[1], match[2] or "main")
+            elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+).*", path):
+                self.tree(match[1], match[2])
+            elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+                self.resolve(match[1], match[2], match[3])
+            elif match := re.fullmatch(r"/storage/([^/]+/[^/]+)/([^/]+)/(.+)", path):
+                self.send_content(match[3], self.hub.repositories[match[1]].commits[match[2]][match[3]])
             else:
                 raise Refusal(404, "", "no such page")
         except Refusal as refusal:
@@ -144,10 +144,10 @@ class Handler(BaseHTTPRequestHandler):
         """The repository at a revision, with `blobs=true` sizes and digests."""
         commit, files = self.commit(repo_id, revision)
         siblings = []
-        for name, held in files.items():
-            entry: dict[str, object] = {"rfilename": name, "size": len(held), "blobId": etag(name, held)[:40]}
+        for name, data in files.items():
+            entry: dict[str, object] = {"rfilename": name, "size": len(data), "blobId": etag(name, data)[:40]}
             if name.endswith(".safetensors"):
-                entry["lfs"] = {"sha256": etag(name, held), "size": len(held), "pointerSize": 134}
+                entry["lfs"] = {"sha256": etag(name, data), "size": len(data), "pointerSize": 134}
             siblings.append(entry)
         self.send({"id": repo_id, "sha": commit, "siblings": siblings})
 
@@ -156,8 +156,8 @@ class Handler(BaseHTTPRequestHandler):
         _, files = self.commit(repo_id, revision)
         self.send(
             [
-                {"type": "file", "path": name, "size": len(held), "oid": etag(name, held)[:40]}
-                for name, held in files.items()
+                {"type": "file", "path": name, "size": len(data), "oid": etag(name, data)[:40]}
+                for name, data in files.items()
             ]
         )
 

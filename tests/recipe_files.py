@@ -24,7 +24,7 @@ def find(source: SourceSpec) -> Source:
     return resolve(source.source, digests=DigestCache(None))
 
 
-def made(recipe: dict[str, Any], out: Path, **options: Any) -> Made:
+def merge_into(recipe: dict[str, Any], out: Path, **options: Any) -> Made:
     """The recipe's model in `out`, made in this process; paths may be given as such."""
     return merge_recipe(parse_recipe(plain(recipe), "recipe"), out, find, InProcess(), silent, **options)
 

@@ -52,7 +52,9 @@ def open_pool(folder: Path) -> Pool:
     experts = [
         ExpertSpec(name=f"expert-{number}", source=str(folder / f"expert-{number}")) for number in range(EXPERTS)
     ]
-    return resolve_pool(BaseSpec(source=str(folder / "base")), experts, None, lambda one: resolve(one.source), silent)
+    return resolve_pool(
+        BaseSpec(source=str(folder / "base")), experts, None, lambda source: resolve(source.source), silent
+    )
 
 
 def place_in(store: Path, pool: Pool, report: Report = silent, executor: Executor | None = None) -> Place:
@@ -77,7 +79,7 @@ def _no_data(member: Member) -> dict[str, Any]:
 def planned(folder: Path, *methods: Any, **changes: Any) -> Plan:
     """The plan of a sweep over all experts, each with a task of its name (in `folder`/tasks), and a held-out task 'other';
     validation items choose. changes: as `changed` takes them."""
-    held = {
+    values = {
         "name": "pool",
         "base": str(folder / "base"),
         "experts": [{"name": name, "source": str(folder / name), "tasks": [name]} for name in NAMES],
@@ -94,20 +96,22 @@ def planned(folder: Path, *methods: Any, **changes: Any) -> Plan:
         },
         "output": {"keep": "none"},
     }
-    spec = parse_spec(changed(held, changes), "test")
-    return make_plan(spec, resolve_pool(spec.base, spec.experts, None, lambda one: resolve(one.source), silent), folder)
+    spec = parse_spec(changed(values, changes), "test")
+    return make_plan(
+        spec, resolve_pool(spec.base, spec.experts, None, lambda source: resolve(source.source), silent), folder
+    )
 
 
 def changed(spec: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """A spec with other values at its top, or with two underscores one below it (`output__keep`, `evaluate__limit`)."""
-    found = dict(spec)
+    changed = dict(spec)
     for name, value in changes.items():
         part, _, inner = name.rpartition("__")
         if part:
-            found[part] = {**found[part], inner: value}
+            changed[part] = {**changed[part], inner: value}
         else:
-            found[inner] = value
-    return found
+            changed[inner] = value
+    return changed
 
 
 def files_below(folder: Path) -> dict[str, bytes]:

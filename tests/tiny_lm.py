@@ -73,25 +73,25 @@ def write_expert(base: Path, folder: Path, seed: int, size: float = 0.1) -> Path
     for path in base.iterdir():
         if path.suffix != ".safetensors":
             (folder / path.name).write_bytes(path.read_bytes())
-    held = load_file(base / "model.safetensors")
+    tensors = load_file(base / "model.safetensors")
     draw = torch.Generator().manual_seed(seed)
-    for name in sorted(held):
-        if held[name].dim() == 2:
-            noise = torch.randn(held[name].shape, generator=draw)
-            held[name] = held[name] + size * held[name].std() * noise
-    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in sorted(tensors):
+        if tensors[name].dim() == 2:
+            noise = torch.randn(tensors[name].shape, generator=draw)
+            tensors[name] = tensors[name] + size * tensors[name].std() * noise
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
 def write_adapter(base: Path, folder: Path, seed: int, rank: int = 2, alpha: float = 4.0) -> Path:
     """A LoRA adapter in PEFT's format on every attention and feed-forward matrix of the base; both factors nonzero."""
     folder.mkdir(parents=True, exist_ok=True)
-    held = load_file(base / "model.safetensors")
+    tensors = load_file(base / "model.safetensors")
     draw = torch.Generator().manual_seed(seed)
     factors = {}
-    targets = [name for name in sorted(held) if name.endswith("_proj.weight")]
+    targets = [name for name in sorted(tensors) if name.endswith("_proj.weight")]
     for name in targets:
-        rows, columns = held[name].shape
+        rows, columns = tensors[name].shape
         stem = f"base_model.model.{name.removesuffix('.weight')}"
         factors[f"{stem}.lora_A.weight"] = torch.randn(rank, columns, generator=draw) / columns**0.5
         factors[f"{stem}.lora_B.weight"] = torch.randn(rows, rank, generator=draw) * 0.05
@@ -170,7 +170,7 @@ def write_tasks(folder: Path, items: int = 40) -> Path:
             question = f"{number}: here are {other} and {word}. The last is"
             choice.append({"question": question, "options": options, "answer": 1})
             write.append({"question": f"Say {word} and {other} {number}:", "answer": f"{word}, {other}"})
-        for kind, held in (("choice", choice), ("write", write)):
-            text = "".join(json.dumps(document) + "\n" for document in held)
+        for kind, documents in (("choice", choice), ("write", write)):
+            text = "".join(json.dumps(document) + "\n" for document in documents)
             (folder / "data" / f"{kind}.{split}.jsonl").write_text(text)
     return folder

@@ -43,17 +43,17 @@ def pieces(scores: Mapping[str, float], byte_fallback: bool = False) -> Any:
     """A Unigram model, as sentencepiece has them; blanks are ▁."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    held = [("<unk>", 0.0), *scores.items()]
-    tokenizer = Tokenizer(models.Unigram(held, unk_id=0, byte_fallback=byte_fallback))
+    pieces = [("<unk>", 0.0), *scores.items()]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=byte_fallback))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     return tokenizer
 
 
-def words(held: Sequence[str]) -> Any:
+def words(tokens: Sequence[str]) -> Any:
     """One token a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate([*held, "<unk>"])}, "<unk>"))
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate([*tokens, "<unk>"])}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return tokenizer
 
@@ -97,13 +97,13 @@ def write_model(
     if template is not None:
         wrapped.chat_template = template
     wrapped.save_pretrained(folder)
-    held = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
     if base is not None:  # a fine-tune: a small change, but rows of its own
-        for name in held:
-            if name in base.tensors and held[name].shape == base.tensors[name].shape:
-                held[name] = (base.tensors[name].float() + 0.1 * held[name].float()).to(dtype)
-        save_file(held, folder / "model.safetensors", {"format": "pt"})
-    return Made(folder, tokens, held)
+        for name in tensors:
+            if name in base.tensors and tensors[name].shape == base.tensors[name].shape:
+                tensors[name] = (base.tensors[name].float() + 0.1 * tensors[name].float()).to(dtype)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return Made(folder, tokens, tensors)
 
 
 def network(shape: str, rows: int, ids: Mapping[str, int], image: int) -> Any:
@@ -113,33 +113,33 @@ def network(shape: str, rows: int, ids: Mapping[str, int], image: int) -> Any:
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
     eyes = {**sizes, "image_size": 8, "patch_size": 4}
     if shape == "llama":
-        held = transformers.LlamaConfig(vocab_size=rows, initializer_range=0.5, **sizes, **ids)
-        return transformers.LlamaForCausalLM(held)
+        config = transformers.LlamaConfig(vocab_size=rows, initializer_range=0.5, **sizes, **ids)
+        return transformers.LlamaForCausalLM(config)
     if shape == "gpt2":
-        held = transformers.GPT2Config(vocab_size=rows, n_embd=8, n_layer=1, n_head=2, n_positions=32, **ids)
-        return transformers.GPT2LMHeadModel(held)
+        config = transformers.GPT2Config(vocab_size=rows, n_embd=8, n_layer=1, n_head=2, n_positions=32, **ids)
+        return transformers.GPT2LMHeadModel(config)
     tied = ids["tie_word_embeddings"]
     if shape == "gemma3":
         text = {"vocab_size": rows, "num_key_value_heads": 1, "head_dim": 4, **sizes, **ids}
         ends = {"boi_token_index": ids["bos_token_id"], "eoi_token_index": ids["eos_token_id"]}
         parts = {"text_config": text, "vision_config": eyes, "mm_tokens_per_image": 4}
-        held = transformers.Gemma3Config(**parts, **ends, image_token_index=image, tie_word_embeddings=tied)
-        model = transformers.Gemma3ForConditionalGeneration(held)
+        config = transformers.Gemma3Config(**parts, **ends, image_token_index=image, tie_word_embeddings=tied)
+        model = transformers.Gemma3ForConditionalGeneration(config)
         torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zeros would hide images
         return model
     assert shape == "llava"
     text = {"model_type": "llama", "vocab_size": rows, **sizes, **ids}
     eyes |= {"model_type": "clip_vision_model", "projection_dim": 8}
     parts = {"text_config": text, "vision_config": eyes, "vision_feature_layer": -1}
-    held = transformers.LlavaConfig(**parts, image_token_index=image, tie_word_embeddings=tied)
-    return transformers.LlavaForConditionalGeneration(held)
+    config = transformers.LlavaConfig(**parts, image_token_index=image, tie_word_embeddings=tied)
+    return transformers.LlavaForConditionalGeneration(config)
 
 
-def rewritten(made: Made, file: str, **changes: Any) -> Made:
+def rewritten(model: Made, file: str, **changes: Any) -> Made:
     """The same checkpoint with other values in a JSON file."""
-    path = made.folder / file
+    path = model.folder / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    return made
+    return model
 
 
 def rows_by_token(
@@ -149,19 +149,19 @@ def rows_by_token(
 
     mean: a token that a model lacks gets the mean of the experts that have it; else the base's row where it has one.
     """
-    found = [torch.zeros(count, models[0].tensors[name].shape[1]) for _ in models]
+    aligned = [torch.zeros(count, models[0].tensors[name].shape[1]) for _ in models]
     for token, row in tokens.items():
-        having = [one.tensors[name].float()[one.tokens[token]] for one in models[1:] if token in one.tokens]
+        having = [model.tensors[name].float()[model.tokens[token]] for model in models[1:] if token in model.tokens]
         if token in models[0].tokens and not (mean and having):
             default = models[0].tensors[name].float()[models[0].tokens[token]]
         else:
             default = sum(having[1:], having[0]) / len(having)
-        for rows, one in zip(found, models, strict=True):
-            rows[row] = one.tensors[name].float()[one.tokens[token]] if token in one.tokens else default
+        for rows, model in zip(aligned, models, strict=True):
+            rows[row] = model.tensors[name].float()[model.tokens[token]] if token in model.tokens else default
     empty = [row for row in range(count) if row not in tokens.values()]
-    for rows, one in zip(found, models, strict=True):
+    for rows, model in zip(aligned, models, strict=True):
         of_tokens = torch.stack([rows[row] for row in sorted(tokens.values())]).double().mean(0).float()
         for row in empty:
-            own = row < len(one.tensors[name]) and row not in one.tokens.values()
-            rows[row] = one.tensors[name].float()[row] if own else of_tokens
-    return found
+            own = row < len(model.tensors[name]) and row not in model.tokens.values()
+            rows[row] = model.tensors[name].float()[row] if own else of_tokens
+    return aligned

@@ -162,12 +162,12 @@ def merge(
             )  # fmt: skip
         if timings is not None:
             timings.write_text(json.dumps({**stages, **done[-1].seconds}) + "\n")
-        for made in done:
-            for warning in made.warnings:
+        for model in done:
+            for warning in model.warnings:
                 click.echo(f"note: {warning}", err=True)
-            click.echo(f"{made.folder}  {readable(made.size)}  digest {made.digest[:16]}")
-            if (made.folder / PRODUCT).exists():
-                record = open_product(made.folder).record
+            click.echo(f"{model.folder}  {readable(model.size)}  digest {model.digest[:16]}")
+            if (model.folder / PRODUCT).exists():
+                record = open_product(model.folder).record
                 tasks = ", ".join(task.name for task in record.tasks)
                 click.echo(f"a product of masks for {tasks}: {record.bytes.text}")
 
@@ -232,15 +232,15 @@ def extract_lora(
 
         with progress() as report:
             find = resolver(digest_cache(), report)
-            found = extract(
+            extraction = extract(
                 ExpertSpec.model_validate(expert), BaseSpec(source=base), out, find,
                 InProcess(worker_setting(workers).value), report,
                 rank=rank, modules=modules, dtype=dtype, durable=durable,
             )  # fmt: skip
-        for warning in found.warnings:
+        for warning in extraction.warnings:
             click.echo(f"note: {warning}", err=True)
-        click.echo(extraction_text(found))
-        click.echo(f"{found.folder}  {readable(found.size)}  digest {found.digest[:16]}")
+        click.echo(extraction_text(extraction))
+        click.echo(f"{extraction.folder}  {readable(extraction.size)}  digest {extraction.digest[:16]}")
 
 
 @main.command()

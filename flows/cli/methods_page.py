@@ -65,7 +65,10 @@ def _paragraphs(text: str | None) -> list[str]:
 def _section(name: str, kind: type[Method]) -> str:
     lines = [f"## {name}", "", *description(kind), ""]
     lines += ["| parameter | values | default | meaning |", "|---|---|---|---|"]
-    lines += [f"| `{one.name}` | {one.values} | {one.default} | {_escaped(one.meaning)} |" for one in parameters(kind)]
+    lines += [
+        f"| `{parameter.name}` | {parameter.values} | {parameter.default} | {_escaped(parameter.meaning)} |"
+        for parameter in parameters(kind)
+    ]
     return "\n".join([*lines, ""])
 
 
@@ -113,7 +116,7 @@ def _inner(annotation: Any) -> type[BaseModel] | None:
     """The model that a parameter is made of, if it is one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _inner(part)) is not None), None)
+    return next((inner for part in get_args(annotation) if (inner := _inner(part)) is not None), None)
 
 
 def _default(info: FieldInfo) -> str:
@@ -129,7 +132,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return f"[{', '.join(_plain(one) for one in value)}]"
+        return f"[{', '.join(_plain(item) for item in value)}]"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -142,7 +145,7 @@ def _kind(annotation: Any) -> str:
     origin = get_origin(annotation)
     if origin is Annotated:
         base, *metadata = get_args(annotation)
-        limits = _limits([item for held in metadata for item in getattr(held, "metadata", [held])])
+        limits = _limits([inner for item in metadata for inner in getattr(item, "metadata", [item])])
         return _kind(base) + (f" {limits}" if limits else "")
     if origin is Literal:
         return ", ".join(f"`{option}`" for option in get_args(annotation))
@@ -161,7 +164,10 @@ def _kind(annotation: Any) -> str:
 def _limits(metadata: list[Any]) -> str:
     signs = ((Ge, "≥", "ge"), (Gt, ">", "gt"), (Le, "≤", "le"), (Lt, "<", "lt"))
     return ", ".join(
-        f"{sign} {getattr(one, name):g}" for one in metadata for limit, sign, name in signs if isinstance(one, limit)
+        f"{sign} {getattr(bound, name):g}"
+        for bound in metadata
+        for limit, sign, name in signs
+        if isinstance(bound, limit)
     )
 
 

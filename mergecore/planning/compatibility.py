@@ -23,30 +23,30 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in named.items() if value is not None}, **counts_in(config)}
 
 
-def _refuse_quantized(found: Snapshot, where: str) -> None:
+def _refuse_quantized(snapshot: Snapshot, where: str) -> None:
     """Raise MismatchError where packed integers and their scales would be taken for weights."""
-    held = found.config.get("quantization_config")
-    if held:
-        kind = held.get("quant_method", "") if isinstance(held, Mapping) else ""
+    quantization = snapshot.config.get("quantization_config")
+    if quantization:
+        kind = quantization.get("quant_method", "") if isinstance(quantization, Mapping) else ""
         raise MismatchError(
-            f"{where}: {found.source.uri} is quantized ({kind or 'quantization_config in its config.json'}): its numbers "
+            f"{where}: {snapshot.source.uri} is quantized ({kind or 'quantization_config in its config.json'}): its numbers "
             "are codes, not weights; give the checkpoint before it was quantized, or a dequantized copy"
         )
 
 
-def _refuse_lost_head(found: Snapshot, base: Snapshot, where: str) -> None:
+def _refuse_lost_head(snapshot: Snapshot, base: Snapshot, where: str) -> None:
     """Raise MismatchError where an expert has a head of its own and the base's is its embedding."""
-    tied, theirs = (tied_names(one.tensors, one.config) for one in (base, found))
-    own = [name for name in tied if name in found.tensors and name not in theirs]
-    if own and found.config.get("tie_word_embeddings") is False:
+    tied, theirs = (tied_names(checkpoint.tensors, checkpoint.config) for checkpoint in (base, snapshot))
+    own = [name for name in tied if name in snapshot.tensors and name not in theirs]
+    if own and snapshot.config.get("tie_word_embeddings") is False:
         raise MismatchError(
             f"{where} has a '{own[0]}' of its own, which the base ties to '{tied[own[0]]}': it would be lost; give a base "
             "that has a head of its own, or an expert that ties it"
         )
 
 
-def _same_base(recorded: str, found: Snapshot, base: BaseSpec) -> bool:
-    known = (base.source, base.known_as or "", found.source.uri)
+def _same_base(recorded: str, snapshot: Snapshot, base: BaseSpec) -> bool:
+    known = (base.source, base.known_as or "", snapshot.source.uri)
     return any(recorded == name or Path(recorded).name == Path(name.partition("@")[0]).name for name in known if name)
 
 

@@ -127,12 +127,12 @@ def _first_line(error: BaseException) -> str:
 def _experiment(client: MlflowClient, sweep_name: str) -> Experiment:
     """The experiment of a sweep, made or brought back from the bin when needed."""
     name = f"mergeloom/{sweep_name}"
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         return client.get_experiment(client.create_experiment(name))
-    if found.lifecycle_stage != "active":
-        client.restore_experiment(found.experiment_id)
-    return found
+    if experiment.lifecycle_stage != "active":
+        client.restore_experiment(experiment.experiment_id)
+    return experiment
 
 
 def _project(

@@ -14,8 +14,8 @@ def spread(scale: float, count: int = 50_000) -> torch.Tensor:
     return (torch.rand(count, generator=GENERATOR) * 2 - 1) * scale
 
 
-def worst(found: torch.Tensor, expected: torch.Tensor) -> float:
-    error = (found.double() - expected).abs() / expected.abs().clamp(min=1e-300)
+def worst(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    error = (actual.double() - expected).abs() / expected.abs().clamp(min=1e-300)
     return float(error[expected != 0].max())
 
 

@@ -29,8 +29,12 @@ def values(path: Path) -> dict[str, torch.Tensor]:
 def test_models_are_base_and_small_changes_whoever_is_made_when(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = {"model.norm.weight": (256,), "lm_head.weight": (50, 256), "model.layers.0.mlp.gate_proj.weight": (64, 256)}
-    monkeypatch.setattr(models, "shapes", lambda billions: held)
+    shapes_of = {
+        "model.norm.weight": (256,),
+        "lm_head.weight": (50, 256),
+        "model.layers.0.mlp.gate_proj.weight": (64, 256),
+    }
+    monkeypatch.setattr(models, "shapes", lambda billions: shapes_of)
     monkeypatch.setattr(models, "PIECE", 5000)  # a tensor is several pieces
     before = os.umask(0o027)
     try:
@@ -41,7 +45,7 @@ def test_models_are_base_and_small_changes_whoever_is_made_when(
         os.umask(before)
     base, first, second = (values(path) for path in models.model_folders(tmp_path / "all", 2))
     later = values(tmp_path / "one" / "expert-2")
-    for name, shape in held.items():
+    for name, shape in shapes_of.items():
         assert base[name].shape == shape and base[name].dtype == torch.bfloat16
         assert torch.equal(second[name], later[name]) and not torch.equal(first[name], second[name])
     change = (first["lm_head.weight"].float() - base["lm_head.weight"].float()).std()
@@ -62,8 +66,8 @@ def test_the_floor_reads_what_it_is_told_and_writes_whole_outputs(tmp_path: Path
 
 
 def test_a_command_is_told_its_own_memory_and_failures(tmp_path: Path) -> None:
-    held = bytearray(300 << 20)  # this process is large; that must not count
-    held[::4096] = b"\1" * len(held[::4096])
+    ballast = bytearray(300 << 20)  # this process is large; that must not count
+    ballast[::4096] = b"\1" * len(ballast[::4096])
     run = command_run([sys.executable, "-I", "-c", "import time; a = b'1' * (50 << 20); time.sleep(0.2)"])
     assert 50e6 < run["anonymous"] < 100e6 and 50e6 < run["memory"] < 120e6
     with pytest.raises(SystemExit, match="sorry"):
@@ -97,5 +101,5 @@ def test_thresholds_are_checked_against_torch(tmp_path: Path) -> None:
 def test_a_benchmark_explains_itself(name: str, tmp_path: Path) -> None:
     """Run from anywhere, as a file: the folder's profile.py must not stand in for Python's own."""
     path = ROOT / "benchmarks" / f"{name}.py"
-    found = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert f"benchmarks/{name}.py" in found.stdout
+    shown = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert f"benchmarks/{name}.py" in shown.stdout

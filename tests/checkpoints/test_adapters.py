@@ -25,7 +25,7 @@ from mergecore.planning.pool import Pool, resolve_pool
 from mergecore.registry import METHODS
 from mergecore.spec.sources import BaseSpec, ExpertSpec
 from tests.grids import set_grid
-from tests.recipe_files import find, made
+from tests.recipe_files import find, merge_into
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
@@ -131,7 +131,7 @@ def close(left: dict[str, Tensor], right: dict[str, Tensor], rtol: float = 1e-6,
 def test_folded_as_peft_folds(kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
     family, values = KINDS[kind]
     adapter, folded = adapted(family, bases[family], tmp_path, **values)
-    made({"method": "average", "base": bases[family], "experts": [adapter]}, tmp_path / "out")
+    merge_into({"method": "average", "base": bases[family], "experts": [adapter]}, tmp_path / "out")
     found, wanted = weights(tmp_path / "out"), weights(folded)
     close(found, wanted)
     before = weights(bases[family])
@@ -143,12 +143,12 @@ def test_folded_as_peft_folds(kind: str, bases: dict[str, Path], tmp_path: Path)
 def test_names_with_the_adapters_own_name_in_them(llama: tuple[Path, Path], tmp_path: Path) -> None:
     """Some tools save the state dict as it stands in memory, `.default` included."""
     base, adapter = llama
-    made({"method": "average", "base": base, "experts": [adapter]}, tmp_path / "before")
+    merge_into({"method": "average", "base": base, "experts": [adapter]}, tmp_path / "before")
     path = adapter / "adapter_model.safetensors"
     held = {re.sub(r"(lora_[AB])", r"\1.default", name): value for name, value in load_file(path).items()}
     assert all(".default.weight" in name for name in held)
     save_file(held, path)
-    made({"method": "average", "base": base, "experts": [adapter]}, tmp_path / "after")
+    merge_into({"method": "average", "base": base, "experts": [adapter]}, tmp_path / "after")
     close(weights(tmp_path / "after"), weights(tmp_path / "before"), 0, 0)
 
 
@@ -182,7 +182,7 @@ def test_merged_adapters_are_merged_checkpoints(name: str, bases: dict[str, Path
         for label, experts in (("adapters", adapters), ("mixed", mixed), ("folded", folded)):
             out = tmp_path / f"{label}-{number}"
             experts_named = [{"source": path, "name": f"e{position}"} for position, path in enumerate(experts)]
-            made({"method": name, "base": base, "experts": experts_named, "select": select, **values}, out)
+            merge_into({"method": name, "base": base, "experts": experts_named, "select": select, **values}, out)
             found.append(weights(out))
         if name != "ties":
             close(found[0], found[2])
@@ -225,12 +225,12 @@ def test_the_same_bytes_for_any_span_and_grid(
 ) -> None:
     base, adapter = llama
     recipe = {"method": "ties", "density": 0.4, "base": base, "experts": [adapter]}
-    first = made(recipe, tmp_path / "first")
+    first = merge_into(recipe, tmp_path / "first")
     monkeypatch.setattr(passes.plan_spans, "__defaults__", (1,))
     monkeypatch.setattr(reading, "WINDOWS", (17, 17))
-    assert made(recipe, tmp_path / "second").digest == first.digest
+    assert merge_into(recipe, tmp_path / "second").digest == first.digest
     set_grid(monkeypatch, 100)
-    made(recipe, tmp_path / "third")
+    merge_into(recipe, tmp_path / "third")
     assert (tmp_path / "third/model.safetensors").read_bytes() == (tmp_path / "first/model.safetensors").read_bytes()
 
 
@@ -306,7 +306,7 @@ def test_the_part_taken_out_of_the_base_really_matters(bases: dict[str, Path], t
     wrapped.save_pretrained(tmp_path / "adapter")
     path = tmp_path / "adapter/adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": True}))
-    made({"method": "average", "base": bases["llama"], "experts": [tmp_path / "adapter"]}, tmp_path / "out")
+    merge_into({"method": "average", "base": bases["llama"], "experts": [tmp_path / "adapter"]}, tmp_path / "out")
     wrapped.merge_and_unload().save_pretrained(tmp_path / "folded")
     name = "model.layers.0.self_attn.q_proj.weight"
     assert (weights(tmp_path / "out")[name] - weights(tmp_path / "folded")[name]).abs().max() > 0.01
@@ -351,11 +351,11 @@ def test_a_recipe_without_base_needs_a_checkpoint_first(llama: tuple[Path, Path]
 
     _, adapter = llama
     with pytest.raises(SpecError, match="is an adapter; give the checkpoint it was trained on"):
-        made({"method": "average", "experts": [adapter]}, tmp_path / "out")
+        merge_into({"method": "average", "experts": [adapter]}, tmp_path / "out")
 
 
 def test_in_memory_and_folded_agree(llama: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = llama
-    made({"method": "average", "base": base, "experts": [adapter]}, tmp_path / "one")
+    merge_into({"method": "average", "base": base, "experts": [adapter]}, tmp_path / "one")
     held = weights(tmp_path / "one")
     close(merge(Average(), experts=[held, held]), held, 0, 0)

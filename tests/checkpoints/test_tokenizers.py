@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.recipe_files import command, made
+from tests.recipe_files import command, merge_into
 from tests.vocabularies import EMBEDDING, HEAD, MERGES, Made, byte_pairs, rewritten, rows_by_token, words, write_model
 
 LONGER = [*MERGES, ("e", "f"), ("ef", "gh")]
@@ -58,7 +58,7 @@ def test_rows_by_token(shape: str, tied: bool, source: str, padding: int, tmp_pa
     """Task arithmetic over every vocabulary: each row is the merge of the rows that its token has in the models."""
     models = pool(tmp_path, shape, tied, padding)
     out = tmp_path / "out"
-    made(recipe(models, method="task_arithmetic", scale=0.5, tokenizer={"source": source}), out)
+    merge_into(recipe(models, method="task_arithmetic", scale=0.5, tokenizer={"source": source}), out)
     model, tokenizer = loaded(out)
     tokens = tokenizer.get_vocab()
     wanted = {"union": set().union(*(one.tokens for one in models.values()))}.get(source)
@@ -82,7 +82,7 @@ def test_padded_rows(multiple: int, padding: int, tmp_path: Path) -> None:
     """Rows behind the tokens: a model's own where it has them, else the mean of its tokens' rows; bfloat16 rounds once."""
     models = pool(tmp_path, "llama", True, padding)
     out, name = tmp_path / "out", EMBEDDING["llama"]
-    made(recipe(models, method="average", tokenizer={"source": "union", "pad_to_multiple_of": multiple}), out)
+    merge_into(recipe(models, method="average", tokenizer={"source": "union", "pad_to_multiple_of": multiple}), out)
     model, tokenizer = loaded(out)
     count = -(-len(tokenizer.get_vocab()) // multiple) * multiple
     assert model.config.vocab_size == count
@@ -101,7 +101,7 @@ def test_a_mean_is_over_the_experts_that_have_the_token(tmp_path: Path) -> None:
     for missing in ("base", "mean"):
         rules, out = {"source": "union", "missing": missing}, tmp_path / f"{missing}-out"
         given = {key: value for key, value in recipe({"": models["chat"], **models}).items() if key != "base"}
-        made({"method": "average", "tokenizer": rules, **given}, out)
+        merge_into({"method": "average", "tokenizer": rules, **given}, out)
         _, tokenizer = loaded(out)
         tokens, mean = tokenizer.get_vocab(), missing == "mean"
         found[missing] = load_file(out / "model.safetensors")[HEAD]
@@ -120,7 +120,7 @@ def test_rules_for_single_tokens(tmp_path: Path) -> None:
         "a": {"source": {"kind": "zero"}, "to": "all"},
         "<new>": {"source": {"kind": "zero"}},
     }
-    made(recipe(models, method="task_arithmetic", scale=1.0, tokenizer={"tokens": rules}), tmp_path / "out")
+    merge_into(recipe(models, method="task_arithmetic", scale=1.0, tokenizer={"tokens": rules}), tmp_path / "out")
     _, tokenizer = loaded(tmp_path / "out")
     tokens, name = tokenizer.get_vocab(), EMBEDDING["llama"]
     assert tokens["<new>"] == max(tokens.values()) and tokenizer.tokenize("ab<new>ab") == ["ab", "<new>", "ab"]
@@ -134,7 +134,7 @@ def test_rules_for_single_tokens(tmp_path: Path) -> None:
     torch.testing.assert_close(row["ab"], base[of["base"]["cd"]])
     assert not row["a"].any() and not row["<new>"].any()
     other = tmp_path / "weighted"
-    made(recipe(models, method="average", weights=[0, 1], tokenizer={"tokens": rules}), other)
+    merge_into(recipe(models, method="average", weights=[0, 1], tokenizer={"tokens": rules}), other)
     second = load_file(other / "model.safetensors")[name]
     torch.testing.assert_close(second[tokens["<u>"]], long[of["long"]["ef"]], rtol=0, atol=1e-6)
 
@@ -164,7 +164,7 @@ def test_ids_in_any_order_and_any_cut(dtype: torch.dtype, tmp_path: Path, monkey
         found.append((out / "model.safetensors").read_bytes())
     assert found[0] == found[1] == found[2]
     average = {key: value for key, value in given.items() if key != "density"} | {"method": "average"}
-    made(average, tmp_path / "average")
+    merge_into(average, tmp_path / "average")
     _, tokenizer = loaded(tmp_path / "average")
     tokens = tokenizer.get_vocab()
     assert len(tokenizer.tokenize("one four five two")) == 4
@@ -182,7 +182,7 @@ def test_merges_of_an_expert_go_on_being_merged(tmp_path: Path) -> None:
     models["longest"] = write_model(
         tmp_path / "longest", byte_pairs([*MERGES, ("g", "h")]), seed=5, base=models["base"], tied=True
     )
-    made(recipe(models, method="average", tokenizer="union"), tmp_path / "out")
+    merge_into(recipe(models, method="average", tokenizer="union"), tmp_path / "out")
     _, tokenizer = loaded(tmp_path / "out")
     assert tokenizer.tokenize("abcd ef gh <u> ab<m>") == ["abcd", "ef", "gh", "<u>", "ab", "<m>"]
     assert tokenizer("<s> ab", return_tensors="pt").input_ids[0, 0] == models["base"].tokens["<s>"]
@@ -195,7 +195,7 @@ def test_a_token_added_here_and_merged_there(tmp_path: Path) -> None:
         "base": base,
         "x": write_model(tmp_path / "x", byte_pairs([*MERGES, ("e", "f"), ("ef", "h")]), seed=1, base=base),
     }
-    made(recipe(models, method="average", tokenizer="union"), tmp_path / "out")
+    merge_into(recipe(models, method="average", tokenizer="union"), tmp_path / "out")
     _, tokenizer = loaded(tmp_path / "out")
     held = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
     assert (
@@ -209,7 +209,7 @@ def test_a_class_that_builds_its_tokenizer_itself(tmp_path: Path) -> None:
     models = pool(tmp_path, "gpt2", True)
     for one in models.values():
         rewritten(one, "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
-    made(recipe(models, method="average", tokenizer="union"), tmp_path / "out")
+    merge_into(recipe(models, method="average", tokenizer="union"), tmp_path / "out")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -241,7 +241,7 @@ def test_an_adapter_of_the_head(tmp_path: Path) -> None:
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
     lora = Made(tmp_path / "lora", base.tokens, {**base.tensors, HEAD: base.tensors[HEAD] + up @ down})
     given = recipe({"base": base, "chat": chat, "lora": lora}, method="task_arithmetic", scale=0.5, tokenizer="union")
-    made(given, tmp_path / "out")
+    merge_into(given, tmp_path / "out")
     _, tokenizer = loaded(tmp_path / "out")
     tokens = tokenizer.get_vocab()
     ground, *experts = rows_by_token([base, chat], HEAD, tokens, len(tokens))
@@ -269,7 +269,7 @@ def test_with_folded_adapters_other_layers_and_parts(tmp_path: Path) -> None:
     given["experts"][0]["adapter"] = {"source": tmp_path / "lora"}
     given["stack"] = [{"layers": [0, 0]}, {"layers": [0, 0]}]
     given["select"] = [{"names": "*embed*", "method": "slerp", "t": 0.25}, {}]
-    made(given, tmp_path / "out")
+    merge_into(given, tmp_path / "out")
     model, tokenizer = loaded(tmp_path / "out")
     assert model.config.num_hidden_layers == 2
     result, tokens = load_file(tmp_path / "out" / "model.safetensors"), tokenizer.get_vocab()
@@ -288,9 +288,9 @@ def test_nothing_changes_where_nothing_differs(tmp_path: Path) -> None:
     """Rules over one vocabulary make the model that the recipe makes without them, padded rows and all."""
     base = write_model(tmp_path / "base", byte_pairs(), padding=5)
     models = {"base": base, "x": write_model(tmp_path / "x", byte_pairs(), padding=5, seed=1, base=base)}
-    plainly = made(recipe(models, method="ties", density=0.5), tmp_path / "plain")
+    plainly = merge_into(recipe(models, method="ties", density=0.5), tmp_path / "plain")
     rules = {"source": "union", "pad_to_multiple_of": len(base.tensors[HEAD])}
-    ruled = made(recipe(models, method="ties", density=0.5, tokenizer=rules), tmp_path / "ruled")
+    ruled = merge_into(recipe(models, method="ties", density=0.5, tokenizer=rules), tmp_path / "ruled")
     assert plainly.digest == ruled.digest
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         assert (tmp_path / "plain" / name).read_text() == (tmp_path / "ruled" / name).read_text()
@@ -322,7 +322,7 @@ def test_special_tokens_and_template_of_a_named_expert(tmp_path: Path) -> None:
     )
     rewritten(base, "config.json", rope_theta=12345.0)
     models = {"base": base, "chat": chat}
-    result = made(recipe(models, method="average", tokenizer="chat"), tmp_path / "out")
+    result = merge_into(recipe(models, method="average", tokenizer="chat"), tmp_path / "out")
     model, tokenizer = loaded(tmp_path / "out")
     assert tokenizer.eos_token == "<end>" and model.config.eos_token_id == chat.tokens["<end>"]
     assert tokenizer.chat_template == template and not result.warnings
@@ -331,11 +331,11 @@ def test_special_tokens_and_template_of_a_named_expert(tmp_path: Path) -> None:
     assert "source: chat" in pinned
     assert parse_recipe(plain(recipe(models, method="average", tokenizer="chat")), "recipe").tokenizer is not None
     # Of the union the base's special tokens hold, which is said aloud; so is the template that goes with other tokens.
-    said = made(recipe(models, method="average", tokenizer="union"), tmp_path / "union").warnings
+    said = merge_into(recipe(models, method="average", tokenizer="union"), tmp_path / "union").warnings
     assert any("ends its texts with '<end>', the result with '</s>'" in one for one in said)
     assert any("a chat template lies there, and the result has none" in one for one in said)
     given = recipe(models, method="average", tokenizer="base", chat_template=template)
-    said = made(given, tmp_path / "base-out").warnings
+    said = merge_into(given, tmp_path / "base-out").warnings
     assert any("the chat template writes '<end>', '<u>', no token of the result" in one for one in said)
 
 
@@ -348,7 +348,7 @@ def test_a_given_template_that_writes_what_nobody_has_is_said_aloud(rules: dict[
         ("<|{{ x }}|>", ""),
     ):
         given = recipe(models, method="average", chat_template=template, **rules)
-        said = [one for one in made(given, tmp_path / f"out{len(lost)}").warnings if "chat template" in one]
+        said = [one for one in merge_into(given, tmp_path / f"out{len(lost)}").warnings if "chat template" in one]
         assert len(said) == bool(lost) and lost in "".join(said)
 
 
@@ -364,7 +364,7 @@ def test_the_first_holds_where_tokenizers_contradict_each_other(tmp_path: Path) 
     )
     models = {"base": base, "x": other}
     rules = {"source": "union", "conflicts": "first"}
-    result = made(recipe(models, method="average", tokenizer=rules), tmp_path / "out")
+    result = merge_into(recipe(models, method="average", tokenizer=rules), tmp_path / "out")
     said = " ".join(result.warnings)
     assert "merge 0 is a + b in the base and c + d in expert 'x'" in said and "'<m>' is special in expert 'x'" in said
     _, tokenizer = loaded(tmp_path / "out")

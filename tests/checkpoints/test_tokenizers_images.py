@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergecore.errors import MergeloomError
-from tests.recipe_files import made
+from tests.recipe_files import merge_into
 from tests.vocabularies import IMAGE, Made, byte_pairs, rewritten, rows_by_token, write_model
 
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
@@ -58,7 +58,7 @@ def test_the_result_loads_and_sees_images(
     out, models = tmp_path / "out", [base, other]
     recipe = {"base": base.folder, "experts": [{"name": "x", "source": other.folder}]}
     rules = {"source": source, "conflicts": "first"}
-    made({**recipe, "method": "task_arithmetic", "scale": 0.5, "tokenizer": rules}, out)
+    merge_into({**recipe, "method": "task_arithmetic", "scale": 0.5, "tokenizer": rules}, out)
 
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -91,17 +91,17 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         MergeloomError, match=r"text_config.vocab_size 16, the base has 15.*tokenizer: \{source: union\}"
     ):
-        made(recipe, tmp_path / "out")
+        merge_into(recipe, tmp_path / "out")
     recipe["tokenizer"] = {"source": "union", "conflicts": "first"}
     rewritten(base, "config.json", image_token_index=99)
     with pytest.raises(
         MergeloomError, match=r"config\.json says image_token_index 99, which is no token of the result"
     ):
-        made(recipe, tmp_path / "out")
+        merge_into(recipe, tmp_path / "out")
     rewritten(base, "config.json", image_token_index=base.tokens[IMAGE])
     for model in (base, other):
         held = {**model.tensors, "language_model.model.embed_tokens_per_layer.weight": torch.zeros(9, 4)}
         save_file(held, model.folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(MergeloomError, match=r"embed_tokens_per_layer\.weight' has rows for some of the tokens only"):
-        made(recipe, tmp_path / "out")
+        merge_into(recipe, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))

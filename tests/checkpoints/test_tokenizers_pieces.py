@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from mergecore.errors import MergeloomError
-from tests.recipe_files import made
+from tests.recipe_files import merge_into
 from tests.vocabularies import EMBEDDING, Made, pieces, rows_by_token, write_model
 
 BASE = {
@@ -52,7 +52,7 @@ def written(folder: Path, **models: Any) -> dict[str, Made]:
 def merged(models: dict[str, Made], out: Path, **rules: Any) -> Tokenizer:
     experts = [{"name": name, "source": one.folder} for name, one in models.items() if name != "base"]
     rules = {"source": "union", **rules}
-    made({"method": "average", "base": models["base"].folder, "experts": experts, "tokenizer": rules}, out)
+    merge_into({"method": "average", "base": models["base"].folder, "experts": experts, "tokenizer": rules}, out)
     return read(out)
 
 

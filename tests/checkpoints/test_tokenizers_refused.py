@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from mergecore.errors import MergeloomError
-from tests.recipe_files import made
+from tests.recipe_files import merge_into
 from tests.vocabularies import EMBEDDING, HEAD, Made, byte_pairs, rewritten, words, write_model
 
 Models = dict[str, Made]
@@ -187,7 +187,7 @@ def test_refused(case: str, tmp_path: Path) -> None:
     models = build(tmp_path)
     experts = [{"name": name, "source": one.folder} for name, one in models.items() if name != "base"]
     with pytest.raises(MergeloomError, match=f"(?s){said}") as refusal:
-        made({"method": "average", "base": models["base"].folder, "experts": experts, **values}, tmp_path / "out")
+        merge_into({"method": "average", "base": models["base"].folder, "experts": experts, **values}, tmp_path / "out")
     assert len(str(refusal.value)) < 700 and "pydantic" not in str(refusal.value)
     assert not list(tmp_path.glob("out*"))
 
@@ -206,5 +206,7 @@ def test_an_adapter_has_no_vocabulary(tmp_path: Path) -> None:
         (token("lora", "a"), "'lora' is an adapter and has no embeddings of its own"),
     ):
         with pytest.raises(MergeloomError, match=said):
-            made({"method": "average", "base": models["base"].folder, "experts": experts, **given}, tmp_path / "out")
+            merge_into(
+                {"method": "average", "base": models["base"].folder, "experts": experts, **given}, tmp_path / "out"
+            )
     assert not list(tmp_path.glob("out*"))

@@ -22,7 +22,7 @@ from mergecore.registry import METHODS
 from mergecore.tensors.masked import MaskedModel
 from mergecore.tensors.memory import MemoryTensors
 from tests.contract.test_methods import IDS, VARIANTS, accepted, same
-from tests.recipe_files import find, made
+from tests.recipe_files import find, merge_into
 
 Model = dict[str, Tensor]
 AT_MOST = 3
@@ -230,7 +230,7 @@ def test_tied_weights_are_merged_once(method: Method, tied: Path, tmp_path: Path
         "method": method.name, **method.model_dump(mode="json", exclude_defaults=True),
         "base": tied / "base", "experts": [tied / name for name in names],
     }  # fmt: skip
-    made(recipe, tmp_path / "out")
+    merge_into(recipe, tmp_path / "out")
     found: Model = {}
     for path in (tmp_path / "out").glob("*.safetensors"):
         found |= load_file(path)
@@ -292,7 +292,7 @@ def test_t5_merges_load_and_say_what_the_merged_weights_say(
     method = FIRST[name]
     folders = [t5s / f"{head}-{saved}-{one}" for one in ("base", "e0", "e1")]
     recipe = {"method": name, **method.model_dump(mode="json", exclude_defaults=True), "base": folders[0]}
-    made({**recipe, "experts": folders[1:]}, tmp_path / "out")
+    merge_into({**recipe, "experts": folders[1:]}, tmp_path / "out")
     base, *experts = (load_file(folder / "model.safetensors") for folder in folders)
     assert ("lm_head.weight" in base) == (head == "untied")
     ids = [line.split("`")[1] for line in (tmp_path / "out" / "README.md").read_text().splitlines() if "| `" in line]
@@ -331,13 +331,13 @@ def test_t5_embeddings_that_are_saved_for_each_stack_are_merged_once(head: str, 
         config = t5s / f"{head}-first-{name}" / "config.json"
         (folders[-1] / "config.json").write_text(config.read_text())
     recipe = {"method": "ties", "density": 0.3}
-    done = made({**recipe, "base": folders[0], "experts": folders[1:]}, tmp_path / "copies")
+    done = merge_into({**recipe, "base": folders[0], "experts": folders[1:]}, tmp_path / "copies")
     sources = [t5s / f"{head}-first-{name}" for name in ("base", "e0", "e1")]
     assert (
         load_file(tmp_path / "copies" / "model.safetensors").keys()
         == load_file(sources[0] / "model.safetensors").keys()
     )
-    plain = made({**recipe, "base": sources[0], "experts": sources[1:]}, tmp_path / "plain")
+    plain = merge_into({**recipe, "base": sources[0], "experts": sources[1:]}, tmp_path / "plain")
     assert done.digest == plain.digest, "a density counts them once"
 
 

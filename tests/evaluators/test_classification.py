@@ -26,12 +26,12 @@ def tier(pytestconfig: pytest.Config) -> DigitsTier:
     return digits_tier(Path(pytestconfig.cache.mkdir("digits")))
 
 
-def held(folder: Path) -> dict[str, Tensor]:
+def tensors_in(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
 def merged(tier: DigitsTier, names: list[str], scale: float) -> dict[str, Tensor]:
-    base, experts = held(tier.base), [held(tier.experts[name]) for name in names]
+    base, experts = tensors_in(tier.base), [tensors_in(tier.experts[name]) for name in names]
     return {
         name: value + scale * sum(expert[name] - value for expert in experts) if value.is_floating_point() else value
         for name, value in base.items()
@@ -41,37 +41,37 @@ def merged(tier: DigitsTier, names: list[str], scale: float) -> dict[str, Tensor
 def accuracy(evaluator: Classification, weights: dict[str, Tensor], tier: DigitsTier, tasks: list[str]) -> float:
     resident = evaluator.open(tier.base, tier.tasks)
     resident.swap(MemoryTensors(weights))
-    found = evaluator.resolve(tasks, "test", tier.tasks)
-    return float(np.mean([resident.score(found[name], silent)["score"].to_numpy().mean() for name in tasks]))
+    identities = evaluator.resolve(tasks, "test", tier.tasks)
+    return float(np.mean([resident.score(identities[name], silent)["score"].to_numpy().mean() for name in tasks]))
 
 
 def test_tier_is_what_it_says(tier: DigitsTier) -> None:
     plain = Classification(model=FACTORY, recalibrate="none")
     tasks = list(CHANGES)
-    assert accuracy(plain, held(tier.base), tier, ["upright"]) > 0.97
-    assert accuracy(plain, held(tier.base), tier, tasks) < 0.4
-    assert np.mean([accuracy(plain, held(tier.experts[name]), tier, [name]) for name in tasks]) > 0.95
+    assert accuracy(plain, tensors_in(tier.base), tier, ["upright"]) > 0.97
+    assert accuracy(plain, tensors_in(tier.base), tier, tasks) < 0.4
+    assert np.mean([accuracy(plain, tensors_in(tier.experts[name]), tier, [name]) for name in tasks]) > 0.95
 
 
 def test_swapped_equals_afresh(tier: DigitsTier) -> None:
     evaluator = Classification(model=FACTORY, recalibrate="none", batch_size=64)
     task = evaluator.resolve(["mirror"], "test", tier.tasks)["mirror"]
     resident = evaluator.open(tier.base, tier.tasks)
-    found = []
+    tables = []
     for name in ("rows", "mirror", "rows"):
-        resident.swap(MemoryTensors(held(tier.experts[name])))
-        found.append(resident.score(task, silent))
-    assert found[0].equals(found[2]) and not found[0].equals(found[1])
+        resident.swap(MemoryTensors(tensors_in(tier.experts[name])))
+        tables.append(resident.score(task, silent))
+    assert tables[0].equals(tables[2]) and not tables[0].equals(tables[1])
     model = digits_cnn(CONFIG).eval()
-    model.load_state_dict(held(tier.experts["rows"]))
+    model.load_state_dict(tensors_in(tier.experts["rows"]))
     with np.load(tier.tasks / "mirror.npz") as data:
         inputs, labels = torch.from_numpy(data["test.inputs"]), data["test.labels"]
     with torch.no_grad():
         expected = torch.cat([model(batch) for batch in inputs.split(64)]).double().log_softmax(-1)
-    assert found[0]["loglikelihoods"].to_pylist() == expected.tolist()
-    assert found[0]["prediction"].to_pylist() == [str(one) for one in expected.argmax(-1).tolist()]
-    assert found[0]["score"].to_pylist() == (expected.argmax(-1).numpy() == labels).astype(float).tolist()
-    assert len(set(found[0]["document"].to_pylist())) == 500
+    assert tables[0]["loglikelihoods"].to_pylist() == expected.tolist()
+    assert tables[0]["prediction"].to_pylist() == [str(label) for label in expected.argmax(-1).tolist()]
+    assert tables[0]["score"].to_pylist() == (expected.argmax(-1).numpy() == labels).astype(float).tolist()
+    assert len(set(tables[0]["document"].to_pylist())) == 500
 
 
 def test_recalibration_lifts_merges(tier: DigitsTier) -> None:
@@ -86,7 +86,7 @@ def test_recalibration_lifts_merges(tier: DigitsTier) -> None:
 def test_recalibrated_statistics_are_those_of_the_data(tier: DigitsTier) -> None:
     evaluator = Classification(model=FACTORY, recalibration_tasks=("mirror", "rows"), recalibration_items=100)
     resident = evaluator.open(tier.base, tier.tasks)
-    resident.swap(MemoryTensors(held(tier.experts["mirror"])))
+    resident.swap(MemoryTensors(tensors_in(tier.experts["mirror"])))
     drawn = resident.calibration(["mirror", "rows"], 100, 0)
     model = resident.model
     assert isinstance(model, torch.nn.Sequential)
@@ -96,8 +96,8 @@ def test_recalibrated_statistics_are_those_of_the_data(tier: DigitsTier) -> None
     torch.testing.assert_close(model[1].running_var, first.var((0, 2, 3)))
     assert not any(module.training for module in model.modules())
     again = evaluator.open(tier.base, tier.tasks)
-    again.swap(MemoryTensors(held(tier.experts["rows"])))
-    again.swap(MemoryTensors(held(tier.experts["mirror"])))
+    again.swap(MemoryTensors(tensors_in(tier.experts["rows"])))
+    again.swap(MemoryTensors(tensors_in(tier.experts["mirror"])))
     for name, value in model.state_dict().items():
         if "num_batches" not in name:
             assert torch.equal(value, again.model.state_dict()[name])
@@ -109,7 +109,7 @@ def test_weights_that_do_not_fit(tier: DigitsTier) -> None:
     task = evaluator.resolve(["rows"], "test", tier.tasks)["rows"]
     with pytest.raises(EvaluationError, match="no weights"):
         resident.score(task, silent)
-    weights = held(tier.base)
+    weights = tensors_in(tier.base)
     for change, said in (
         ({"4.running_var": None}, "missing: '4.running_var'"),
         ({"99.bias": weights["14.bias"]}, "'99.bias'"),
@@ -136,12 +136,12 @@ def test_identity_and_splits(tier: DigitsTier, tmp_path: Path) -> None:
     with np.load(tier.tasks / "rows.npz") as data:
         save_file({name: torch.from_numpy(data[name]) for name in data.files}, tmp_path / "rows.safetensors")
     resident = evaluator.open(tier.base, tmp_path)
-    resident.swap(MemoryTensors(held(tier.experts["rows"])))
+    resident.swap(MemoryTensors(tensors_in(tier.experts["rows"])))
     with pytest.raises(EvaluationError, match="not what it was"):
         resident.score(test, silent)
     there = evaluator.resolve(["rows"], "test", tmp_path)["rows"]
     here = evaluator.open(tier.base, tier.tasks)
-    here.swap(MemoryTensors(held(tier.experts["rows"])))
+    here.swap(MemoryTensors(tensors_in(tier.experts["rows"])))
     assert here.score(test, silent).equals(resident.score(there, silent)) and there != test
     pooled = Classification(model=FACTORY, recalibration_tasks=("mirror",)).resolve(["rows"], "test", tier.tasks)[
         "rows"
@@ -167,11 +167,11 @@ def test_refusals(tier: DigitsTier, tmp_path: Path) -> None:
 
 def test_calibration_is_drawn_by_hash(tier: DigitsTier) -> None:
     resident = Classification(model=FACTORY).open(tier.base, tier.tasks)
-    resident.swap(MemoryTensors(held(tier.base)))
+    resident.swap(MemoryTensors(tensors_in(tier.base)))
     drawn = resident.calibration(["mirror", "rows", "half"], 10, seed=0)
     assert len(drawn) == 10 and len(set(drawn.documents)) == 10  # type: ignore[attr-defined]
     assert drawn.documents != resident.calibration(["mirror", "rows", "half"], 10, seed=1).documents  # type: ignore[attr-defined]
     logits = drawn.logits(resident.model, [3, 1])
-    assert [one.shape for one in logits] == [(1, 10), (1, 10)] and logits[0].requires_grad
+    assert [row.shape for row in logits] == [(1, 10), (1, 10)] and logits[0].requires_grad
     torch.testing.assert_close(logits[1], drawn.logits(resident.model, [1])[0])
-    assert [one.tolist() for one in drawn.labels([3])] == [[int(drawn.targets[3])]]  # type: ignore[attr-defined]
+    assert [labels.tolist() for labels in drawn.labels([3])] == [[int(drawn.targets[3])]]  # type: ignore[attr-defined]

@@ -138,12 +138,12 @@ def test_swapped_equals_fresh_process(place: Path, fresh: dict[str, Any], name: 
 
 def test_two_models_after_each_other(place: Path, resident: Resident) -> None:
     task = LmEval().resolve(["tiny_choice"], "test", place / "tasks")["tiny_choice"]
-    found = []
+    scores = []
     for name in ("expert-1", "expert-2", "expert-1"):
         resident.swap(weights(place / name))
-        found.append(resident.score(task, silent))
-    assert found[0].equals(found[2])
-    assert found[0]["loglikelihoods"] != found[1]["loglikelihoods"]
+        scores.append(resident.score(task, silent))
+    assert scores[0].equals(scores[2])
+    assert scores[0]["loglikelihoods"] != scores[1]["loglikelihoods"]
 
 
 def test_progress_is_told_in_items(place: Path, resident: Resident) -> None:
@@ -156,24 +156,24 @@ def test_progress_is_told_in_items(place: Path, resident: Resident) -> None:
 
 def test_nothing_left_over(place: Path, resident: Resident) -> None:
     task = LmEval().resolve(["tiny_choice"], "test", place / "tasks")["tiny_choice"]
-    held = load_file(place / "base" / "model.safetensors")
+    tensors = load_file(place / "base" / "model.safetensors")
     norm = "model.layers.1.input_layernorm.weight"
 
     def refused(changes: dict[str, torch.Tensor | None], error: type[Exception], said: str) -> None:
-        changed = {name: value for name, value in {**held, **changes}.items() if value is not None}
+        changed = {name: value for name, value in {**tensors, **changes}.items() if value is not None}
         with pytest.raises(error, match=said):
             resident.swap(MemoryTensors(changed))
         with pytest.raises(EvaluationError, match="no weights"):
             resident.score(task, silent)
 
     refused({norm: None}, MismatchError, f"missing: '{norm}'")
-    refused({"model.layers.9.oddity": held[norm]}, MismatchError, "not part of the model: 'model.layers.9.oddity'")
-    refused({norm: held[norm][:-1].clone()}, MismatchError, rf"{norm}' has shape \[63\]")
-    refused({norm: torch.full_like(held[norm], torch.nan)}, NonFiniteError, norm)
-    refused({norm: held[norm].to(torch.int64)}, MismatchError, norm)
-    other = held["model.embed_tokens.weight"] + 1
+    refused({"model.layers.9.oddity": tensors[norm]}, MismatchError, "not part of the model: 'model.layers.9.oddity'")
+    refused({norm: tensors[norm][:-1].clone()}, MismatchError, rf"{norm}' has shape \[63\]")
+    refused({norm: torch.full_like(tensors[norm], torch.nan)}, NonFiniteError, norm)
+    refused({norm: tensors[norm].to(torch.int64)}, MismatchError, norm)
+    other = tensors["model.embed_tokens.weight"] + 1
     refused({"lm_head.weight": other}, MismatchError, "ties 'model.embed_tokens.weight' and 'lm_head.weight'")
-    resident.swap(MemoryTensors({**held, "lm_head.weight": held["model.embed_tokens.weight"].clone()}))
+    resident.swap(MemoryTensors({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
     resident.swap(weights(place / "base"))
     with torch.no_grad():  # a parameter that was missed would still hold the NaN
         resident.model.get_parameter(norm).fill_(torch.nan)
@@ -185,12 +185,12 @@ def test_untied_head_and_family_names(place: Path, tmp_path: Path) -> None:
     base = tiny_lm.write_base(tmp_path / "untied", tied=False)
     resident = LmEval().open(base, None)
     resident.swap(weights(base))
-    held = load_file(base / "model.safetensors")
-    assert torch.equal(resident.model.get_parameter("lm_head.weight"), held["lm_head.weight"])
-    bare = {name.removeprefix("model."): value * 2 for name, value in held.items()}  # as some checkpoints name them
+    tensors = load_file(base / "model.safetensors")
+    assert torch.equal(resident.model.get_parameter("lm_head.weight"), tensors["lm_head.weight"])
+    bare = {name.removeprefix("model."): value * 2 for name, value in tensors.items()}  # as some checkpoints name them
     resident.swap(MemoryTensors(bare))
     name = "model.layers.2.mlp.up_proj.weight"
-    assert torch.equal(resident.model.get_parameter(name), held[name] * 2)
+    assert torch.equal(resident.model.get_parameter(name), tensors[name] * 2)
 
 
 def test_mixture_of_experts_checkpoint(tmp_path: Path) -> None:
@@ -228,7 +228,8 @@ def test_identity_follows_what_changes_numbers(place: Path, tmp_path: Path) -> N
     assert changed != shown.resolve(names, "test", place / "tasks")["tiny_choice"]
     assert LmEval(seed=3).resolve(names, "test", place / "tasks") != LmEval().resolve(names, "test", place / "tasks")
     before, after = (
-        evaluator.training_identity(["tiny_choice"], held) for held in (place / "tasks", tmp_path / "elsewhere")
+        evaluator.training_identity(["tiny_choice"], folder_of)
+        for folder_of in (place / "tasks", tmp_path / "elsewhere")
     )
     assert before != after
 
@@ -266,10 +267,10 @@ def test_filtered_documents_and_functions(place: Path, tmp_path: Path) -> None:
         "def keep(documents):\n    return documents.filter(lambda one: one['answer'] == 1).select(range(7))\n"
     )
     (folder / "odd.yaml").write_text("include: tiny_choice.yaml\ntask: odd\nprocess_docs: !function odd.keep\n")
-    found = LmEval().resolve(["odd"], "test", folder)["odd"]
-    assert found.items == 7 and found.identity["config"]["process_docs"]["function"] == "odd.keep"
+    identity = LmEval().resolve(["odd"], "test", folder)["odd"]
+    assert identity.items == 7 and identity.identity["config"]["process_docs"]["function"] == "odd.keep"
     (folder / "odd.py").write_text((folder / "odd.py").read_text() + "# changed\n")
-    assert LmEval().resolve(["odd"], "test", folder)["odd"] != found
+    assert LmEval().resolve(["odd"], "test", folder)["odd"] != identity
 
 
 def test_refusals(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,11 +305,11 @@ def test_calibration_is_the_answer_places(place: Path, resident: Resident) -> No
     assert drawn == again and drawn != resident.calibration(["tiny_choice", "tiny_write"], 7, seed=1)
     logits, labels = drawn.logits(resident.model, range(7)), drawn.labels(range(7))
     assert all(
-        one.shape == (len(right), 320) and one.dtype == torch.float32 for one, right in zip(logits, labels, strict=True)
+        own.shape == (len(right), 320) and own.dtype == torch.float32 for own, right in zip(logits, labels, strict=True)
     )
     alone = [drawn.logits(resident.model, [item])[0] for item in range(7)]
-    for one, other in zip(logits, alone, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    for own, other in zip(logits, alone, strict=True):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-5)
     item = 0  # by hand: the whole sequence in one pass, the places before each token of the answer
     tokens = torch.tensor(drawn.sequences[item])[None]
     width = drawn.answers[item]

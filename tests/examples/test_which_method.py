@@ -56,10 +56,10 @@ def test_a_table_says_what_was_measured() -> None:
 
 
 def test_both_specs_of_the_digits_ask_the_same_of_the_same_models() -> None:
-    held = {
+    row_values = {
         name: yaml.safe_load((ROOT / f"examples/{name}.yaml").read_text()) for name in ("digits", "digits_as_merged")
     }
-    anew, merged = held["digits"], held["digits_as_merged"]
+    anew, merged = row_values["digits"], row_values["digits_as_merged"]
     assert all(entry in anew["methods"] for entry in merged["methods"])
     for key in ("recalibrate", "recalibration_tasks"):
         anew["evaluate"].pop(key), merged["evaluate"].pop(key, None)

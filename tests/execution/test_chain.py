@@ -28,7 +28,7 @@ from mergecore.tensors.files import open_files
 from tests.checkpoints.test_adapters import adapted, fresh
 from tests.digits import DigitsTier, digits_tier
 from tests.digits_sweep import digits_spec, opened
-from tests.recipe_files import find, made
+from tests.recipe_files import find, merge_into
 from tests.small_pool import merge_plan, open_pool, place_in, write_pool
 
 
@@ -40,16 +40,16 @@ def tier(pytestconfig: pytest.Config) -> DigitsTier:
 
 
 def links(plan: MergeWork) -> list[Any]:
-    return [one for group in plan.inputs["sum"] for one in group.with_inputs()]
+    return [work for group in plan.inputs["sum"] for work in group.with_inputs()]
 
 
 def spec(tier: DigitsTier, store: Path, experts: Sequence[str], counts: list[int], **changes: Any) -> dict[str, Any]:
-    held = digits_spec(tier, store, methods=[{"method": "opcm"}], counts=counts, evaluate__limit=20,
+    values = digits_spec(tier, store, methods=[{"method": "opcm"}], counts=counts, evaluate__limit=20,
                        evaluate__validation=None, output__register=None, **changes)  # fmt: skip
-    held["experts"] = [{"name": name, "source": str(tier.experts[name]), "tasks": []} for name in experts]
-    held["evaluate"]["held_in"] = {}
-    held["evaluate"]["held_out"] = {"upright": ["upright"]}
-    return held
+    values["experts"] = [{"name": name, "source": str(tier.experts[name]), "tasks": []} for name in experts]
+    values["evaluate"]["held_in"] = {}
+    values["evaluate"]["held_out"] = {"upright": ["upright"]}
+    return values
 
 
 def test_one_more_expert_costs_one_link(tier: DigitsTier, tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_one_more_expert_costs_one_link(tier: DigitsTier, tmp_path: Path) -> Non
     cell = seven.cell("opcm n7 s0")
     assert cell.merge is not None
     assert sum(step.startswith("projected_sum") for step in done.steps) == 7
-    states = [seven.store.state(one.step) for one in links(cell.merge)]
+    states = [seven.store.state(work.step) for work in links(cell.merge)]
     assert states == [State.DROPPED] * 6 + [State.PRESENT], "of a chain only the end is kept"
     eight = opened(spec(tier, tmp_path / "store", names, [8]))
     later = eight.run()
@@ -70,20 +70,23 @@ def test_one_more_expert_costs_one_link(tier: DigitsTier, tmp_path: Path) -> Non
     ]  # fmt: skip
     fresh = opened(spec(tier, tmp_path / "other", names, [8]))
     fresh.run()
-    one, other = eight.store.record(eight.cell("opcm n8 s0").model), fresh.store.record(fresh.cell("opcm n8 s0").model)
-    assert one is not None and other is not None and one.digest == other.digest
+    first, other = (
+        eight.store.record(eight.cell("opcm n8 s0").model),
+        fresh.store.record(fresh.cell("opcm n8 s0").model),
+    )
+    assert first is not None and other is not None and first.digest == other.digest
 
 
 def test_orders_are_steps_of_their_own_and_share_their_beginnings(tier: DigitsTier, tmp_path: Path) -> None:
     experts = ["quarter", "mirror", "rows"]
-    held = spec(tier, tmp_path / "store", experts, [3])
+    chained = spec(tier, tmp_path / "store", experts, [3])
     orders = ["recipe", [0, 1, 2], [0, 2, 1], [2, 1, 0], {"seed": 1}]
-    held["methods"] = [{"method": "opcm", "order": {"grid": orders}}]
-    swept = opened(held)
+    chained["methods"] = [{"method": "opcm", "order": {"grid": orders}}]
+    swept = opened(chained)
     merges = {cell.model.key: cell.merge for cell in swept.plan.cells if cell.merge and cell.method == "opcm"}
     ids = [tuple(merge.experts) for merge in merges.values() if merge]
     assert len(set(ids)) == len(ids), "one order, one step, however it is said"
-    chains = [[one.step.key for one in links(merge)] for merge in merges.values() if merge]
+    chains = [[work.step.key for work in links(merge)] for merge in merges.values() if merge]
     assert chains[0][0] == chains[1][0] and chains[0][1] != chains[1][1]
     done = swept.run()
     assert not done.failures
@@ -97,12 +100,12 @@ def test_links_wait_for_models_and_are_made_again_for_them(tier: DigitsTier, tmp
     """A chain that goes on past a model's last link: it stays until that model is made, whatever the room on the disk,
     and where the model is asked for later the chain is made anew. No link is done twice in a sweep."""
     experts = ["quarter", "mirror", "rows", "inverted"]
-    held = spec(tier, tmp_path / "store", experts, [2, 3, 4])
+    chained = spec(tier, tmp_path / "store", experts, [2, 3, 4])
     others = [{"method": "task_arithmetic", "label": f"other{n}", "scale": n / 10} for n in range(1, 5)]
-    held["methods"] = [*others, {"method": "opcm"}]  # they take the room while the chain is long
+    chained["methods"] = [*others, {"method": "opcm"}]  # they take the room while the chain is long
     for seed in range(100):
-        held["subsets"] = {"per_count": 1, "seed": seed}
-        swept = opened(held, room=1)
+        chained["subsets"] = {"per_count": 1, "seed": seed}
+        swept = opened(chained, room=1)
         merges = [swept.cell(f"opcm n{count} s0").merge for count in (2, 3, 4)]
         ids = [merge.experts for merge in merges if merge]
         if ids[2][:3] == ids[1] and ids[1][:2] == ids[0]:
@@ -113,7 +116,7 @@ def test_links_wait_for_models_and_are_made_again_for_them(tier: DigitsTier, tmp
     assert len(chained) == len(set(chained)) == 4
     first = merges[0]
     assert first is not None and swept.store.state(first.step) is State.DROPPED
-    assert [swept.store.state(one.step) for one in links(first)] == [State.DROPPED] * 2
+    assert [swept.store.state(work.step) for work in links(first)] == [State.DROPPED] * 2
     before = swept.store.record(first.step)
     again = []
     while round := swept.frontier.making([first]):
@@ -141,19 +144,19 @@ def test_a_link_knows_nothing_of_those_to_come(tmp_path: Path) -> None:
     assert not run_for(place, both).failures
     change = {}
     for name, path in (("few", few), ("more", more)):
-        made({"method": "average", "base": tmp_path / "base", "experts": [path]}, tmp_path / f"dense-{name}")
+        merge_into({"method": "average", "base": tmp_path / "base", "experts": [path]}, tmp_path / f"dense-{name}")
         change[name] = load_file(tmp_path / f"dense-{name}/model.safetensors")
     base = load_file(tmp_path / "base/model.safetensors")
-    deltas = [{n: change[one][n] - base[n] for n in both.layout.merged} for one in ("few", "more")]
+    deltas = [{n: change[name][n] - base[n] for n in both.layout.merged} for name in ("few", "more")]
     wanted = merge(
         Opcm(), base={n: base[n] for n in deltas[0]}, experts=[{n: base[n] + d[n] for n in d} for d in deltas]
     )
     record = place.store.record(both.step)
     assert record is not None
     files = [name for name in record.files if name.endswith(".safetensors")]
-    found = open_files(place.store.folder(both.step), files)
+    tensors = open_files(place.store.folder(both.step), files)
     for name, value in wanted.items():
-        torch.testing.assert_close(found.read(name).view(value.shape), value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(tensors.read(name).view(value.shape), value, rtol=1e-5, atol=1e-6)
 
 
 def test_an_expert_that_select_leaves_out_still_counts(tmp_path: Path) -> None:
@@ -163,8 +166,8 @@ def test_an_expert_that_select_leaves_out_still_counts(tmp_path: Path) -> None:
             for target in ("q_proj", "v_proj")]  # fmt: skip
     experts = [{"source": path, "name": f"e{number}"} for number, path in enumerate(ones)]
     recipe = {"method": "opcm", "base": tmp_path / "base", "experts": experts, "select": [{"names": "*v_proj*"}]}
-    made(recipe, tmp_path / "out")
-    made({**recipe, "experts": experts[1:]}, tmp_path / "alone")
+    merge_into(recipe, tmp_path / "out")
+    merge_into({**recipe, "experts": experts[1:]}, tmp_path / "alone")
     base, both, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out", "alone"))
     for name in base:
         torch.testing.assert_close(both[name] - base[name], (alone[name] - base[name]) / 2, rtol=1e-4, atol=1e-7)
@@ -189,11 +192,11 @@ def test_an_arrival_reads_one_expert(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_in_memory_gives_the_same_bytes(tmp_path: Path) -> None:
     folder = matrices(tmp_path)
     recipe = {"method": "opcm", "base": folder / "base", "experts": [folder / f"expert-{n}" for n in range(3)]}
-    made(recipe, tmp_path / "out")
-    held = [load_file(folder / name / "model.safetensors") for name in ("base", "expert-0", "expert-1", "expert-2")]
-    wanted = merge(Opcm(), base=held[0], experts=held[1:])
-    found = load_file(tmp_path / "out/model.safetensors")
-    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    merge_into(recipe, tmp_path / "out")
+    models = [load_file(folder / name / "model.safetensors") for name in ("base", "expert-0", "expert-1", "expert-2")]
+    wanted = merge(Opcm(), base=models[0], experts=models[1:])
+    merged = load_file(tmp_path / "out/model.safetensors")
+    assert merged.keys() == wanted.keys() and all(torch.equal(merged[name], wanted[name]) for name in wanted)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md", "config.json", "mergeloom.yaml", "model.safetensors",
     ]  # fmt: skip
@@ -204,18 +207,18 @@ def test_a_recipe_with_a_store_goes_on_next_week(tmp_path: Path) -> None:
     folder, store = matrices(tmp_path), tmp_path / "store"
     experts = [folder / f"expert-{number}" for number in range(3)]
     recipe = {"method": "opcm", "base": folder / "base"}
-    made({**recipe, "experts": experts[:2]}, tmp_path / "two", store=store)
+    merge_into({**recipe, "experts": experts[:2]}, tmp_path / "two", store=store)
     before = {path.parent.name for path in store.glob("statistic/*/record.json")}
     kept = {path.parent.name for path in store.glob("statistic/*/tensors.safetensors")}
     assert len(before) == 2 and len(kept) == 1 and not list(store.glob("merge/*/*.safetensors"))
     second = json.loads((store / "statistic" / kept.pop() / "record.json").read_text())
-    three = made({**recipe, "experts": experts}, tmp_path / "three", store=store)
+    three = merge_into({**recipe, "experts": experts}, tmp_path / "three", store=store)
     assert len(list(store.glob("statistic/*/record.json"))) == 3
     assert len(list(store.glob("statistic/*/tensors.safetensors"))) == 1
     now = json.loads((store / "statistic" / f"projected_sum-{second['key'][:12]}" / "record.json").read_text())
     assert now == {**second, "dropped": True}, "the second link was taken as it was, then let go"
-    assert three.digest == made({**recipe, "experts": experts}, tmp_path / "at-once").digest
-    assert made({**recipe, "experts": experts}, tmp_path / "again", store=store).digest == three.digest
+    assert three.digest == merge_into({**recipe, "experts": experts}, tmp_path / "at-once").digest
+    assert merge_into({**recipe, "experts": experts}, tmp_path / "again", store=store).digest == three.digest
     assert not (tmp_path / "three.tmp").exists()
 
 
@@ -223,8 +226,8 @@ def matrices(folder: Path) -> Path:
     """A pool whose tensors are matrices."""
     pool = write_pool(folder / "pool", tensors=2)
     for path in pool.glob("*/model.safetensors"):
-        held = {f"{name}.weight": value.reshape(40, 25) for name, value in load_file(path).items()}
-        save_file(held, path, metadata={"format": "pt"})
+        matrices = {f"{name}.weight": value.reshape(40, 25) for name, value in load_file(path).items()}
+        save_file(matrices, path, metadata={"format": "pt"})
     return pool
 
 
@@ -252,8 +255,8 @@ def test_a_killed_link_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.
     assert list((tmp_path / "store/drafts" / first.key).glob("journal-*/*.json")), "one span is done"
     assert not run_for(place_in(tmp_path / "store", pool), plan).failures
     for step in (plan.step, links(plan)[-1].step):
-        one, other = whole.store.record(step), place.store.record(step)
-        assert one is not None and other is not None and one.digest == other.digest
+        first, other = whole.store.record(step), place.store.record(step)
+        assert first is not None and other is not None and first.digest == other.digest
 
 
 def test_a_link_says_what_it_has_come_to(tmp_path: Path) -> None:
@@ -262,11 +265,11 @@ def test_a_link_says_what_it_has_come_to(tmp_path: Path) -> None:
     assert not run_for(place, plan).failures
     last = place.store.record(links(plan)[-1].step)
     assert last is not None
-    held = [load_file(tmp_path / f"pool/{name}/model.safetensors") for name in ("base", "expert-0", "expert-1", "expert-2")]  # fmt: skip
-    norms = [sum(float((one[n] - held[0][n]).double().norm() ** 2) for n in one) ** 0.5 for one in held[1:]]
+    models = [load_file(tmp_path / f"pool/{name}/model.safetensors") for name in ("base", "expert-0", "expert-1", "expert-2")]  # fmt: skip
+    norms = [sum(float((model[n] - models[0][n]).double().norm() ** 2) for n in model) ** 0.5 for model in models[1:]]
     assert last.result["count"] == 3 and last.result["norm_sum"] == pytest.approx(sum(norms))
     assert last.result["lambda"] == pytest.approx(last.result["norm"] / (sum(norms) / 3))
     assert 1 < last.result["lambda"] < 3, "about √3 for vectors at right angles"
     tensors = open_files(place.store.folder(plan.step), ["model.safetensors"])
-    change = sum(float((tensors.read(n).double() - held[0][n].reshape(-1).double()).norm() ** 2) for n in held[0])
+    change = sum(float((tensors.read(n).double() - models[0][n].reshape(-1).double()).norm() ** 2) for n in models[0])
     assert change**0.5 == pytest.approx(sum(norms) / 3, rel=1e-5)

@@ -17,7 +17,7 @@ from mergecore.products.masks import open_product
 from mergecore.store.results import ITEMS
 from tests.digits import DigitsTier, digits_tier
 from tests.digits_sweep import digits_spec, opened
-from tests.recipe_files import command, made
+from tests.recipe_files import command, merge_into
 from tests.tiny_lm import write_base, write_expert
 
 
@@ -32,15 +32,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
 def product(models: tuple[Path, list[Path]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("product") / "out"
     base, experts = models
-    made({"method": "tall_masks", "mask_scale": [0.3, 0.6, 0.4], "base": base, "experts": experts}, out)
+    merge_into({"method": "tall_masks", "mask_scale": [0.3, 0.6, 0.4], "base": base, "experts": experts}, out)
     return out
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    held: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        held |= load_file(path)
-    return held
+        tensors |= load_file(path)
+    return tensors
 
 
 def unpacking(*arguments: object) -> Result:
@@ -49,12 +49,12 @@ def unpacking(*arguments: object) -> Result:
 
 def by_hand(base: dict[str, Tensor], experts: list[dict[str, Tensor]], task: int, scale: float) -> dict[str, Tensor]:
     """θ_0 + M_t ⊙ Σ τ, from the formula alone."""
-    found = {}
+    models = {}
     for name, origin in base.items():
         deltas = [expert[name] - origin for expert in experts]
         together = deltas[0] + deltas[1] + deltas[2]
-        found[name] = origin + torch.where(deltas[task].abs() > scale * (together - deltas[task]).abs(), together, 0.0)
-    return found
+        models[name] = origin + torch.where(deltas[task].abs() > scale * (together - deltas[task]).abs(), together, 0.0)
+    return models
 
 
 def test_the_directory_says_what_it_is(models: tuple[Path, list[Path]], product: Path) -> None:
@@ -77,12 +77,12 @@ def test_the_directory_says_what_it_is(models: tuple[Path, list[Path]], product:
     assert record["bytes"] == {"product": 2 * size + 3 * merged, "models": 3 * size}
     card = (product / "README.md").read_text()
     assert "mergeloom unpack" in card and f"{2 * size + 3 * merged:,} bytes" in card
-    held = open_product(product).record
+    record = open_product(product).record
     for task, scale in (("e1", 0.3), ("e2", 0.6), ("e3", 0.4)):
         number = int(task[1]) - 1
         model = by_hand(weights(base), [weights(expert) for expert in experts], number, scale)
         changed = sum(int((model[name] != value).sum()) for name, value in weights(base).items())
-        kept = held.tasks[held.row(task)].kept * sum(value.numel() for value in model.values())
+        kept = record.tasks[record.row(task)].kept * sum(value.numel() for value in model.values())
         assert kept == pytest.approx(changed, rel=1e-3)
 
 
@@ -93,15 +93,15 @@ def test_transformers_loads_the_model_of_a_task(
     from transformers import AutoModelForCausalLM
 
     base, experts = models
-    found = unpacking(product, f"e{task}", tmp_path / "out")
-    assert found.exit_code == 0, found.output
-    wanted = by_hand(weights(base), [weights(one) for one in experts], task - 1, (0.3, 0.6, 0.4)[task - 1])
-    held = weights(tmp_path / "out")
+    outcome = unpacking(product, f"e{task}", tmp_path / "out")
+    assert outcome.exit_code == 0, outcome.output
+    wanted = by_hand(weights(base), [weights(expert) for expert in experts], task - 1, (0.3, 0.6, 0.4)[task - 1])
+    unpacked = weights(tmp_path / "out")
     for name in wanted:
-        torch.testing.assert_close(held[name], wanted[name], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(unpacked[name], wanted[name], rtol=1e-6, atol=1e-6)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(
-        model.state_dict()["model.layers.1.mlp.up_proj.weight"], held["model.layers.1.mlp.up_proj.weight"]
+        model.state_dict()["model.layers.1.mlp.up_proj.weight"], unpacked["model.layers.1.mlp.up_proj.weight"]
     )
     left = {path.name for path in base.iterdir()} | {"README.md"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == left
@@ -128,19 +128,19 @@ def test_a_single_expert_comes_back_and_dtypes_are_kept(models: tuple[Path, list
     assert json.loads((tmp_path / "narrow" / "config.json").read_text())["dtype"] == "bfloat16"
     assert unpacking(tmp_path / "product", "e1", tmp_path / "wide", "--dtype", "float32").exit_code == 0
     assert {tensor.dtype for tensor in weights(tmp_path / "wide").values()} == {torch.float32}
-    made({"method": "tall_masks", "base": base, "experts": experts[:1]}, tmp_path / "one")
+    merge_into({"method": "tall_masks", "base": base, "experts": experts[:1]}, tmp_path / "one")
     assert unpacking(tmp_path / "one", "e1", tmp_path / "same").exit_code == 0
     for name, value in weights(experts[0]).items():
         torch.testing.assert_close(weights(tmp_path / "same")[name], value, rtol=1e-6, atol=1e-7)
 
 
 def test_what_cannot_be_unpacked_is_refused(product: Path, models: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    found = unpacking(product, "e11", tmp_path / "out")
-    assert found.exit_code == 1 and "no task 'e11'" in found.output and "'e1'" in found.output
-    found = unpacking(models[0], "e1", tmp_path / "out")
-    assert found.exit_code == 1 and "holds no product.json" in found.output
-    found = unpacking(product, "e1", product)
-    assert found.exit_code == 1 and "exists already" in found.output
+    result = unpacking(product, "e11", tmp_path / "out")
+    assert result.exit_code == 1 and "no task 'e11'" in result.output and "'e1'" in result.output
+    result = unpacking(models[0], "e1", tmp_path / "out")
+    assert result.exit_code == 1 and "holds no product.json" in result.output
+    result = unpacking(product, "e1", product)
+    assert result.exit_code == 1 and "exists already" in result.output
     assert not list(tmp_path.iterdir())
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -180,8 +180,8 @@ def test_a_sweep_measures_each_task_on_the_model_that_is_loaded_for_it(tier: Dig
         shares[task] = record.result["score"] - own.result["score"]
     assert min(shares.values()) > 0, f"a task's own mask beats the average of two: {shares}"
     scores = swept.scores().cells
-    found = next(one for one in scores if one.cell == cell.id)
-    assert found.status == "done" and set(found.items["test"]) == set(cell.tasks)
+    row = next(scored for scored in scores if scored.cell == cell.id)
+    assert row.status == "done" and set(row.items["test"]) == set(cell.tasks)
     assert (swept.store.folder(swept.plan.evaluation(cell, "test", cell.tasks[0])) / ITEMS).exists()
     registered = swept.registered()
     assert registered is not None and registered["cell"] == cell.id

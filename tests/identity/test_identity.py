@@ -130,7 +130,7 @@ def planned(recipe: dict[str, Any]) -> MergeWork:
 def keys(recipe: dict[str, Any]) -> list[str]:
     """The key of the merge and those of everything it must know beforehand."""
     plan = planned(recipe)
-    inner = [one.step.key for plans in plan.inputs.values() for group in plans for one in group.with_inputs()]
+    inner = [work.step.key for plans in plan.inputs.values() for group in plans for work in group.with_inputs()]
     return [plan.step.key, *inner]
 
 
@@ -170,10 +170,10 @@ def test_what_can_change_the_numbers_is_in_the_key(
 
     def nudged(source: Path, name: str, file: str = "model.safetensors") -> Path:
         path = shutil.copytree(source, tmp_path / name) / file
-        held = load_file(path)
-        tensor = held[sorted(held)[-1]]
+        tensors = load_file(path)
+        tensor = tensors[sorted(tensors)[-1]]
         tensor.view(-1)[-1] = torch.nextafter(tensor.view(-1)[-1], torch.tensor(1e9))
-        save_file(held, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt"})
         return path.parent
 
     other_alpha = write_adapter(base, tmp_path / "other-alpha", 3, alpha=5.0)
@@ -192,8 +192,8 @@ def test_what_can_change_the_numbers_is_in_the_key(
         changed += [{"drop": {**recipe["drop"], "seed": 2}}, {"drop": {**recipe["drop"], "rate": 0.25}}]
     if recipe["method"] == "average":
         changed += [{"weights": [1, 2, 3]}, {"weights": [3, 2, 1]}]
-    found = [first, *(keys({**whole, **change})[0] for change in changed)]
-    assert len(set(found)) == len(found)
+    all_keys = [first, *(keys({**whole, **change})[0] for change in changed)]
+    assert len(set(all_keys)) == len(all_keys)
 
 
 def test_weights_move_along_with_their_experts(models: tuple[Path, list[Path]]) -> None:
@@ -218,8 +218,8 @@ def test_profiles_are_shared_by_selections_and_companions_are_in_no_merge(
     recipe = {"method": "ties", "base": base, "experts": experts[:1]}
 
     def profile(changes: dict[str, Any]) -> str:
-        held = planned({**recipe, **changes}).inputs["threshold"][0]
-        return held.inputs["profile"][0].step.key
+        threshold = planned({**recipe, **changes}).inputs["threshold"][0]
+        return threshold.inputs["profile"][0].step.key
 
     assert profile({}) == profile({"select": [{"names": "*mlp*"}]}) == profile({"density": 0.7})
     other = shutil.copytree(base, tmp_path / "base")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 from mergekit.scripts.multimerge import main as several
-from mergekit.scripts.run_yaml import main as one
+from mergekit.scripts.run_yaml import main as single
 
 os.chdir(sys.argv[1])
 options = ["--no-copy-tokenizer", "--random-seed", "1", "--quiet", "--lora-merge-cache", "folded"]
@@ -16,7 +16,7 @@ for recipe in sorted(Path(sys.argv[2]).glob("*.yml")):
     if "\n---\n" in recipe.read_text():
         result = CliRunner().invoke(several, [str(recipe), "--out-path", out, "-I", f"{out}.named", *options])
     else:
-        result = CliRunner().invoke(one, [str(recipe), out, *options])
+        result = CliRunner().invoke(single, [str(recipe), out, *options])
     if result.exit_code:
         sys.exit(f"{recipe.name}: {result.output[-1000:]} {result.exception!r}")
 Path("out/version").write_text(importlib.metadata.version("mergekit"))

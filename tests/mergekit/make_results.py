@@ -33,37 +33,37 @@ def main(python: str) -> None:
     sys.path.insert(0, str(HERE))
     from models import write_models, write_models_of_vocabularies
 
-    for write, held, result in (
+    for write, paths, result in (
         (write_models, recipes(), RESULTS),
         (write_models_of_vocabularies, vocabulary_recipes(), VOCABULARIES),
     ):
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
             environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-            command = [python, str(HERE / "inside_mergekit.py"), folder, str(held[0].parent)]
+            command = [python, str(HERE / "inside_mergekit.py"), folder, str(paths[0].parent)]
             subprocess.run(command, check=True, env=environment)
-            keep(Path(folder), held, result)
+            keep(Path(folder), paths, result)
 
 
-def keep(folder: Path, held: list[Path], result: Path) -> None:
+def keep(folder: Path, paths: list[Path], result: Path) -> None:
     """One flat tensor for each result: its tensors by name, one after another; mergekit's version; and tokens by recipe."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    found, said = {}, {"mergekit": (folder / "out" / "version").read_text()}
-    for recipe in held:
+    flat, said = {}, {"mergekit": (folder / "out" / "version").read_text()}
+    for recipe in paths:
         tensors: dict[str, torch.Tensor] = {}
         for path in sorted((folder / "out" / recipe.stem).glob("*.safetensors")):
             tensors |= load_file(path)
-        found[recipe.stem] = torch.cat([tensors[name].float().reshape(-1) for name in sorted(tensors)])
+        flat[recipe.stem] = torch.cat([tensors[name].float().reshape(-1) for name in sorted(tensors)])
         if (tokenizer := folder / "out" / recipe.stem / "tokenizer.json").exists():
             held_there = json.loads(tokenizer.read_text())
             tokens = {
                 **held_there["model"]["vocab"],
-                **{one["content"]: one["id"] for one in held_there["added_tokens"]},
+                **{token["content"]: token["id"] for token in held_there["added_tokens"]},
             }
-            said[recipe.stem] = json.dumps(dict(sorted(tokens.items(), key=lambda one: one[1])), ensure_ascii=False)
-    save_file(found, result, said)
+            said[recipe.stem] = json.dumps(dict(sorted(tokens.items(), key=lambda pair: pair[1])), ensure_ascii=False)
+    save_file(flat, result, said)
     result.chmod(0o644)
 
 

@@ -39,9 +39,9 @@ TOKENIZERS: dict[str, tuple[list[tuple[str, str]], list[str], int]] = {
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a model of so many layers."""
-    held = {f"model.layers.{n}.{name}": shape for n in range(layers) for name, shape in LAYER.items()}
+    tensors = {f"model.layers.{n}.{name}": shape for n in range(layers) for name, shape in LAYER.items()}
     ends = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "lm_head.weight": (VOCABULARY, HIDDEN)}
-    return {**held, **ends, "model.norm.weight": (HIDDEN,)}
+    return {**tensors, **ends, "model.norm.weight": (HIDDEN,)}
 
 
 def numbers(seed: str, shape: tuple[int, ...]) -> Tensor:
@@ -63,12 +63,12 @@ def weights(model: str) -> dict[str, Tensor]:
 
 def adapter() -> dict[str, Tensor]:
     """A LoRA adapter of the base's query and down projections."""
-    held = {}
+    tensors = {}
     for name, (rows, columns) in ((n, s) for n, s in shapes(LAYERS).items() if "q_proj" in n or "down_proj" in n):
         stem = f"base_model.model.{name.removesuffix('.weight')}"
-        held[f"{stem}.lora_A.weight"] = numbers(f"down {name}", (RANK, columns))
-        held[f"{stem}.lora_B.weight"] = numbers(f"up {name}", (rows, RANK))
-    return held
+        tensors[f"{stem}.lora_A.weight"] = numbers(f"down {name}", (RANK, columns))
+        tensors[f"{stem}.lora_B.weight"] = numbers(f"up {name}", (rows, RANK))
+    return tensors
 
 
 def write_models(folder: Path) -> None:
@@ -92,10 +92,10 @@ def write_models_of_vocabularies(folder: Path) -> None:
     for model, (merges, added, padding) in TOKENIZERS.items():
         tokens = [*LETTERS, *("".join(pair) for pair in merges), *added]
         rows = len(tokens) + padding
-        held = shapes(1)
+        sizes = shapes(1)
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
-            held[name] = (rows, HIDDEN)
-        own = {name: numbers(f"{model} {name}", shape) for name, shape in held.items()}
+            sizes[name] = (rows, HIDDEN)
+        own = {name: numbers(f"{model} {name}", shape) for name, shape in sizes.items()}
         config = {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
             "intermediate_size": INNER, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,

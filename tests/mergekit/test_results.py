@@ -48,7 +48,7 @@ def _beside_the_models(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(models)
 
 
-def made(recipe: str, out: Path) -> dict[str, Tensor]:
+def merged_by(recipe: str, out: Path) -> dict[str, Tensor]:
     """What we make of a recipe."""
     merge_file(Path(__file__).parent / "recipes" / f"{recipe}.yml", out, find, InProcess(), silent)
     return load_file(out / "model.safetensors")
@@ -61,9 +61,9 @@ def stored(recipe: str) -> dict[str, Tensor]:
     layers = next(
         n for n in range(1, 20) if sum(torch.Size(shape).numel() for shape in shapes(n).values()) == flat.numel()
     )
-    held = sorted(shapes(layers).items())
-    pieces = flat.split([torch.Size(shape).numel() for _, shape in held])
-    return {name: piece.reshape(shape) for (name, shape), piece in zip(held, pieces, strict=True)}
+    sizes = sorted(shapes(layers).items())
+    pieces = flat.split([torch.Size(shape).numel() for _, shape in sizes])
+    return {name: piece.reshape(shape) for (name, shape), piece in zip(sizes, pieces, strict=True)}
 
 
 def merge_method(recipe: str) -> str:
@@ -74,13 +74,13 @@ def merge_method(recipe: str) -> str:
 
 @pytest.mark.parametrize("recipe", PLAIN)
 def test_the_same_as_mergekit(recipe: str, tmp_path: Path) -> None:
-    found, wanted = made(recipe, tmp_path / "out"), stored(recipe)
-    assert found.keys() == wanted.keys()
+    merged, wanted = merged_by(recipe, tmp_path / "out"), stored(recipe)
+    assert merged.keys() == wanted.keys()
     tolerance = TOLERANCE.get(recipe, FLOAT32)
     for name, value in wanted.items():
-        assert found[name].dtype == (torch.bfloat16 if "bfloat16" in recipe else torch.float32)
+        assert merged[name].dtype == (torch.bfloat16 if "bfloat16" in recipe else torch.float32)
         torch.testing.assert_close(
-            found[name].float(), value, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+            merged[name].float(), value, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
         )
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_hidden_layers"] == len(
@@ -111,7 +111,7 @@ def test_random_masks(recipe: str, factor: float, rescaled: bool, tmp_path: Path
     """Which elements are kept is drawn otherwise; in mergekit's result and in ours as many are, and count the same."""
     base, expert = weights("base"), weights("a")
     kept = []
-    for result in (made(recipe, tmp_path / "out"), stored(recipe)):
+    for result in (merged_by(recipe, tmp_path / "out"), stored(recipe)):
         count = total = 0
         for name, value in result.items():
             change, delta = value - base[name], expert[name] - base[name]

@@ -63,9 +63,9 @@ def modules(**ranges: tuple[int, int]) -> dict[str, Any]:
         "modules": {
             module: {
                 "parameters": {"weight": 1},
-                "slices": [{"sources": [{"model": name, "layer_range": list(held)} for name in ("t5-a", "t5-b")]}],
+                "slices": [{"sources": [{"model": name, "layer_range": list(layers)} for name in ("t5-a", "t5-b")]}],
             }
-            for module, held in ranges.items()
+            for module, layers in ranges.items()
         },
     }
 
@@ -77,18 +77,18 @@ def test_an_encoder_and_a_decoder_of_other_depths(tmp_path: Path, monkeypatch: p
     result = run(tmp_path, modules(encoder=(0, 2), decoder=(0, 3)), "out")
     assert result.exit_code == 0, result.output
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("t5-a", "t5-b"))
-    made = load_file(tmp_path / "out" / "model.safetensors")
-    assert made.keys() == a.keys()
-    for name, value in made.items():
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged.keys() == a.keys()
+    for name, value in merged.items():
         torch.testing.assert_close(value, (a[name] + b[name]) / 2, rtol=0, atol=1e-6)
-    for held, said in (
+    for document, said in (
         (modules(encoder=(0, 3), decoder=(0, 3)), "layer_range [0, 3] of 't5-a', which has 2 layers"),
         (
             modules(encoder=(0, 2), decoder=(0, 2)),
             "modules.decoder: layers of a model with several modules cannot change",
         ),
     ):
-        result = run(tmp_path, held, "--show")
+        result = run(tmp_path, document, "--show")
         assert result.exit_code == 1 and said in result.output
 
 
@@ -215,8 +215,8 @@ def test_the_card_names_documents_not_folders_that_are_gone(tmp_path: Path) -> N
         assert str(tmp_path / "kept" / "first") in beside and "run that file" not in beside
     assert run(tmp_path, (tmp_path / "out" / "mergekit.yml").read_text(), str(tmp_path / "again")).exit_code == 0
     assert run(tmp_path, (tmp_path / "other" / "mergeloom.yaml").read_text(), str(tmp_path / "third")).exit_code == 0
-    found = [load_file(tmp_path / out / "model.safetensors") for out in ("out", "again", "third")]
-    assert all(bool((one[name] == found[0][name]).all()) for one in found for name in found[0])
+    results = [load_file(tmp_path / out / "model.safetensors") for out in ("out", "again", "third")]
+    assert all(bool((result[name] == results[0][name]).all()) for result in results for name in results[0])
 
 
 def test_the_flow_makes_all_documents_as_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,8 +225,8 @@ def test_the_flow_makes_all_documents_as_the_command_does(tmp_path: Path, monkey
 
     pages: dict[str, str] = {}
     monkeypatch.setattr(flows.merge, "merge_recipe", flows.merge.merge_recipe.fn)
-    monkeypatch.setattr(flows.merge, "dask_client", lambda *given, **named: contextlib.nullcontext())
-    monkeypatch.setattr(flows.merge, "OnDask", lambda *given: InProcess())
+    monkeypatch.setattr(flows.merge, "dask_client", lambda *arguments, **named: contextlib.nullcontext())
+    monkeypatch.setattr(flows.merge, "OnDask", lambda *arguments: InProcess())
     monkeypatch.setattr(flows.merge, "logged", lambda: silent)
     monkeypatch.setattr(
         flows.merge, "create_markdown_artifact", lambda page, key, description: pages.setdefault(key, page)
@@ -234,8 +234,11 @@ def test_the_flow_makes_all_documents_as_the_command_does(tmp_path: Path, monkey
     assert run(tmp_path, TWO, str(tmp_path / "theirs")).exit_code == 0
     state = flows.merge.merge.fn(str(tmp_path / "recipe.yml"), str(tmp_path / "ours"), workers=1)
     assert state.data == [str(tmp_path / "ours")] and set(pages) == {"model-ours"}
-    held = [sorted((path.name, path.read_bytes()) for path in (tmp_path / one).iterdir()) for one in ("ours", "theirs")]
-    assert held[0] == held[1], "mergekit's text beside it too"
+    contents = [
+        sorted((path.name, path.read_bytes()) for path in (tmp_path / folder_name).iterdir())
+        for folder_name in ("ours", "theirs")
+    ]
+    assert contents[0] == contents[1], "mergekit's text beside it too"
     kept = str(tmp_path / "kept")
     state = flows.merge.merge.fn(str(tmp_path / "recipe.yml"), str(tmp_path / "more"), intermediates=kept)
     assert state.data == [f"{kept}/first", str(tmp_path / "more")]
@@ -275,7 +278,7 @@ def changed(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in {**GOOD, **changes}.items() if value is not None}
 
 
-def one(**parameters: Any) -> list[dict[str, Any]]:
+def rules_of_one(**parameters: Any) -> list[dict[str, Any]]:
     """The models, of which the first has these parameters."""
     return [{"model": "./a", "parameters": {"weight": 1, **parameters}}, GOOD["models"][1]]
 
@@ -283,15 +286,15 @@ def one(**parameters: Any) -> list[dict[str, Any]]:
 REFUSED = {
     "a key": (changed(merge_metod="ties"), "recipe.yml.merge_metod: unknown key; did you mean 'merge_method'?"),
     "a method": (changed(merge_method="tise"), "there is no 'tise'; did you mean 'ties'?"),
-    "a parameter": (changed(models=one(densty=1)), ".densty: 'ties' has no such parameter; did you mean 'density'?"),
+    "a parameter": (changed(models=rules_of_one(densty=1)), ".densty: 'ties' has no such parameter; did you mean 'density'?"),
     "a shared parameter": (changed(parameters={"lamda": 1}), "recipe.yml.parameters.lamda: 'ties' has no such"),
     "a key of a model": (changed(models=[{"modle": "./a"}]), "models.0.modle: unknown key; did you mean 'model'?"),
-    "a key of a filter": (changed(models=one(density=[{"filtre": "x", "value": 1}])), "density[0].filtre: unknown key"),
-    "a filter without value": (changed(models=one(density=[{"filter": "x"}])), "density[0].value: must be given"),
-    "mixed values": (changed(models=one(density=[1, {"value": 1}])), "density: mixes plain values"),
-    "no number": (changed(models=one(density="half")), "density: must be a number (given: 'half')"),
+    "a key of a filter": (changed(models=rules_of_one(density=[{"filtre": "x", "value": 1}])), "density[0].filtre: unknown key"),
+    "a filter without value": (changed(models=rules_of_one(density=[{"filter": "x"}])), "density[0].value: must be given"),
+    "mixed values": (changed(models=rules_of_one(density=[1, {"value": 1}])), "density: mixes plain values"),
+    "no number": (changed(models=rules_of_one(density="half")), "density: must be a number (given: 'half')"),
     "no switch": (changed(parameters={"normalize": "perhaps"}), "normalize: must be true or false"),
-    "an empty gradient": (changed(models=one(density=[])), "density: is an empty list"),
+    "an empty gradient": (changed(models=rules_of_one(density=[])), "density: is an empty list"),
     "a value that is missing": (changed(models=[{"model": "./a"}]), "no value for 'weight', which 'ties' needs"),
     "a value out of range": (changed(merge_method="slerp", models=[{"model": "./a"}], parameters={"t": 1.5}),
                              "t: must be less than or equal to 1"),
@@ -344,20 +347,20 @@ def test_refused(case: str, tmp_path: Path) -> None:
 def test_tokenizer_and_chat_template(models: Path, tmp_path: Path) -> None:
     """The tokenizer files of a named model, and a chat template by name, by text and by the plurality of the models."""
     for name, template in (("base", "{{ 'x' }}"), ("a", "{{ 'y' }}"), ("b", "{{ 'y' }}")):
-        held = {"tokenizer_class": "PreTrainedTokenizerFast", "mine": name, "chat_template": template}
-        (models / name / "tokenizer_config.json").write_text(json.dumps(held))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "mine": name, "chat_template": template}
+        (models / name / "tokenizer_config.json").write_text(json.dumps(settings))
     try:
-        found = {}
+        templates = {}
         for number, template in enumerate([None, "chatml", "{{ 'z' }}", "auto"]):
             out = tmp_path / f"out{number}"
             document = changed(tokenizer_source="./a", chat_template=template)
             assert run(tmp_path, document, str(out)).exit_code == 0
-            held = json.loads((out / "tokenizer_config.json").read_text())
-            assert held["mine"] == "a"
+            settings = json.loads((out / "tokenizer_config.json").read_text())
+            assert settings["mine"] == "a"
             file = out / "chat_template.jinja"
-            found[template] = file.read_text() if file.exists() else held["chat_template"]
-        assert found[None] == found["auto"] == "{{ 'y' }}" and found["{{ 'z' }}"] == "{{ 'z' }}"
-        assert found["chatml"].startswith("{% for message in messages %}<|im_start|>")
+            templates[template] = file.read_text() if file.exists() else settings["chat_template"]
+        assert templates[None] == templates["auto"] == "{{ 'y' }}" and templates["{{ 'z' }}"] == "{{ 'z' }}"
+        assert templates["chatml"].startswith("{% for message in messages %}<|im_start|>")
     finally:
         for name in ("base", "a", "b"):
             (models / name / "tokenizer_config.json").unlink()

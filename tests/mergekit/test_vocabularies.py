@@ -37,31 +37,31 @@ def stored(recipe: str) -> tuple[dict[str, Tensor], dict[str, int]]:
         flat, tokens = file.get_tensor(recipe), json.loads(file.metadata()[recipe])
     fixed = {name: shape for name, shape in shapes(1).items() if name not in OVER_TOKENS}
     rows = (flat.numel() - sum(torch.Size(shape).numel() for shape in fixed.values())) // (2 * HIDDEN)
-    held = sorted({**fixed, **dict.fromkeys(OVER_TOKENS, (rows, HIDDEN))}.items())
-    pieces = flat.split([torch.Size(shape).numel() for _, shape in held])
-    return {name: piece.reshape(shape) for (name, shape), piece in zip(held, pieces, strict=True)}, tokens
+    sizes = sorted({**fixed, **dict.fromkeys(OVER_TOKENS, (rows, HIDDEN))}.items())
+    pieces = flat.split([torch.Size(shape).numel() for _, shape in sizes])
+    return {name: piece.reshape(shape) for (name, shape), piece in zip(sizes, pieces, strict=True)}, tokens
 
 
-@pytest.mark.parametrize("recipe", [one.stem for one in vocabulary_recipes()])
+@pytest.mark.parametrize("recipe", [path.stem for path in vocabulary_recipes()])
 def test_the_same_as_mergekit(recipe: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(models)
     out = tmp_path / "out"
     merge_file(Path(__file__).parent / "vocabularies" / f"{recipe}.yml", out, find, InProcess(), silent)
-    found, (wanted, theirs) = load_file(out / "model.safetensors"), stored(recipe)
-    held = json.loads((out / "tokenizer.json").read_text())
-    ours = {**held["model"]["vocab"], **{one["content"]: one["id"] for one in held["added_tokens"]}}
-    assert ours.keys() == theirs.keys() and found.keys() == wanted.keys()
+    merged, (wanted, theirs) = load_file(out / "model.safetensors"), stored(recipe)
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    ours = {**tokenizer["model"]["vocab"], **{token["content"]: token["id"] for token in tokenizer["added_tokens"]}}
+    assert ours.keys() == theirs.keys() and merged.keys() == wanted.keys()
     for name, value in wanted.items():
-        assert found[name].shape == value.shape
+        assert merged[name].shape == value.shape
         if name not in OVER_TOKENS:
-            torch.testing.assert_close(found[name], value, rtol=0, atol=2e-6)
+            torch.testing.assert_close(merged[name], value, rtol=0, atol=2e-6)
             continue
-        mine = torch.stack([found[name][ours[token]] for token in theirs])
+        mine = torch.stack([merged[name][ours[token]] for token in theirs])
         yours = torch.stack([value[theirs[token]] for token in theirs])
         torch.testing.assert_close(mine, yours, rtol=0, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_results_are_there_for_every_recipe() -> None:
     with safe_open(VOCABULARIES, "pt") as file:
-        assert set(file.keys()) == {one.stem for one in vocabulary_recipes()}
+        assert set(file.keys()) == {path.stem for path in vocabulary_recipes()}
         assert file.metadata()["mergekit"] == "0.1.5"

@@ -36,7 +36,7 @@ from mergecore.tensors.source import TensorInfo
 from tests import tiny_lm
 from tests.checkpoints.test_adapters import ATTENTION, FEED_FORWARD, KINDS, adapted, fresh, weights
 from tests.digits_sweep import opened
-from tests.recipe_files import command, find, made
+from tests.recipe_files import command, find, merge_into
 from tests.small_pool import merge_plan, place_in
 
 VALUES: dict[str, list[dict[str, Any]]] = {
@@ -112,7 +112,7 @@ def test_one_adapter_as_peft_folds_it(name: str, kind: str, bases: Callable[[str
     family, values = KINDS[kind]
     base = bases(family)
     adapter, folded = adapted(family, base, tmp_path, **values)
-    made({"method": name, "base": base, "experts": [adapter]}, tmp_path / "out")
+    merge_into({"method": name, "base": base, "experts": [adapter]}, tmp_path / "out")
     found, wanted = loaded(family, base, tmp_path / "out"), weights(folded)
     before = weights(base)
     for tensor in before:
@@ -310,8 +310,8 @@ def test_what_is_made_is_an_adapter_that_peft_loads(bases: Callable[[str], Path]
     base = bases("llama")
     experts = experts_named(two(base, tmp_path))
     recipe = {"base": base, "experts": experts}
-    made({"method": "task_arithmetic", "scale": 1.0, **recipe}, tmp_path / "dense")
-    found = made({"method": "lora_arithmetic", **recipe}, tmp_path / "out")
+    merge_into({"method": "task_arithmetic", "scale": 1.0, **recipe}, tmp_path / "dense")
+    found = merge_into({"method": "lora_arithmetic", **recipe}, tmp_path / "out")
     wanted = weights(tmp_path / "dense")
     for name, value in loaded("llama", base, tmp_path / "out").items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
@@ -323,9 +323,9 @@ def test_what_is_made_is_an_adapter_that_peft_loads(bases: Callable[[str], Path]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "mergeloom.yaml",
     ]  # fmt: skip
-    assert made({"method": "lora_arithmetic", **recipe}, tmp_path / "again").digest == found.digest
+    assert merge_into({"method": "lora_arithmetic", **recipe}, tmp_path / "again").digest == found.digest
     # And it is an expert like any other.
-    made({"method": "average", "base": base, "experts": [tmp_path / "out"]}, tmp_path / "folded")
+    merge_into({"method": "average", "base": base, "experts": [tmp_path / "out"]}, tmp_path / "folded")
     for name, value in weights(tmp_path / "folded").items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
 
@@ -350,11 +350,11 @@ def test_select_leaves_modules_out(bases: Callable[[str], Path], tmp_path: Path)
         "experts": two(base, tmp_path)[:1],
         "select": [{"names": "*q_proj*"}],
     }
-    made(recipe, tmp_path / "out")
+    merge_into(recipe, tmp_path / "out")
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["target_modules"] == ["q_proj"]
     recipe["select"] = [{"names": "*q_proj*", "layers": [1, 1]}]
-    made(recipe, tmp_path / "one-layer")
+    merge_into(recipe, tmp_path / "one-layer")
     config = json.loads((tmp_path / "one-layer/adapter_config.json").read_text())
     assert config["target_modules"] == ["model.layers.1.self_attn.q_proj"]
     before, after = weights(base), loaded("llama", base, tmp_path / "one-layer")
@@ -369,7 +369,7 @@ def test_full_checkpoints_are_refused_by_name(bases: Callable[[str], Path], tmp_
     for name in MAKING:
         experts = [{"source": adapter, "name": "a"}, {"source": folded, "name": "whole"}]
         with pytest.raises(SpecError, match=r"'whole' is a full checkpoint.*extract-lora"):
-            made({"method": name, "base": base, "experts": experts}, tmp_path / "out")
+            merge_into({"method": name, "base": base, "experts": experts}, tmp_path / "out")
         with pytest.raises(SpecError, match="makes an adapter of adapters"):
             merge(MAKING[name](), base={"m": torch.ones(2, 2)}, experts=[{"m": torch.ones(2, 2)}])
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
@@ -410,7 +410,7 @@ def test_in_a_sweep_the_model_is_the_base_plus_the_adapter(bases: Callable[[str]
         assert not done.failures and len(done.steps) == 2
         assert [one.step.kind for one in plan.inputs["adapter"]] == ["adapter"]
         folder = place.store.folder(plan.inputs["adapter"][0].step)
-        made({"method": name, **values, "base": base, "experts": experts_named(experts)}, tmp_path / name)
+        merge_into({"method": name, **values, "base": base, "experts": experts_named(experts)}, tmp_path / name)
         assert (folder / "adapter_model.safetensors").read_bytes() == (
             tmp_path / name / "adapter_model.safetensors"
         ).read_bytes()
@@ -461,7 +461,7 @@ def test_a_sweep_registers_the_adapter(tmp_path: Path, monkeypatch: pytest.Monke
     card = (folder / "README.md").read_text()
     assert "Relative error of the cut to the rank" in card and "| held_in_raw |" in card
     recipe = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
-    again = made(recipe, tmp_path / "again")
+    again = merge_into(recipe, tmp_path / "again")
     assert again.digest == record["digest"]
     weights_file = "adapter_model.safetensors"
     assert (folder / weights_file).read_bytes() == (tmp_path / "again" / weights_file).read_bytes()

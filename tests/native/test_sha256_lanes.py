@@ -44,14 +44,14 @@ def cache(request: pytest.FixtureRequest, built: Library, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("many", [1, 2, 3, 4, 5, len(EDGES)])
 def test_digests_are_those_of_hashlib(tmp_path: Path, cache: DigestCache, many: int) -> None:
     content = {str(size): os.urandom(size) for size in EDGES}
-    for name, held in content.items():
-        (tmp_path / name).write_bytes(held)
+    for name, data in content.items():
+        (tmp_path / name).write_bytes(data)
     for chosen in itertools.islice(itertools.combinations(reversed(content), many), 0, None, max(1, many**3)):
         for name in chosen:
             os.utime(tmp_path / name)  # so it is not remembered from the round before
-        found = {name: cache.begin(tmp_path / name) for name in chosen}
+        begun = {name: cache.begin(tmp_path / name) for name in chosen}
         cache.work()
-        assert {name: digest.result(0) for name, digest in found.items()} == {
+        assert {name: digest.result(0) for name, digest in begun.items()} == {
             name: hashlib.sha256(content[name]).hexdigest() for name in chosen
         }
 
@@ -64,13 +64,13 @@ def test_many_threads_ask_for_the_same_files(
     for path in paths:
         path.write_bytes(os.urandom(9 * PIECE + 7))
     wanted = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-    found: list[list[str]] = []
-    threads = [threading.Thread(target=lambda: found.append([cache.sha256(path) for path in paths])) for _ in range(6)]
+    pairs: list[list[str]] = []
+    threads = [threading.Thread(target=lambda: pairs.append([cache.sha256(path) for path in paths])) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [wanted] * 6
+    assert pairs == [wanted] * 6
 
 
 def test_what_cannot_be_read_is_said_and_the_others_are_hashed(tmp_path: Path, cache: DigestCache) -> None:

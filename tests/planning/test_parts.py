@@ -16,7 +16,7 @@ from mergecore.checkpoints.select import SelectRule
 from mergecore.errors import MergeloomError
 from mergecore.recipes.in_memory import merge
 from mergecore.recipes.merge_recipe import Made
-from tests.recipe_files import made
+from tests.recipe_files import merge_into
 
 LAYERS = 4
 SHAPES = {"self_attn.q_proj.weight": (4, 4), "mlp.up_proj.weight": (6, 4), "input_layernorm.weight": (4,)}
@@ -33,8 +33,8 @@ def state(seed: int, layers: int = LAYERS) -> dict[str, Tensor]:
 def write(folder: Path, tensors: dict[str, Tensor], layers: int = LAYERS, **config: Any) -> Path:
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors")
-    held = {"model_type": "llama", "num_hidden_layers": layers, "hidden_size": 4, "vocab_size": 8, **config}
-    (folder / "config.json").write_text(json.dumps(held))
+    values = {"model_type": "llama", "num_hidden_layers": layers, "hidden_size": 4, "vocab_size": 8, **config}
+    (folder / "config.json").write_text(json.dumps(values))
     return folder
 
 
@@ -49,7 +49,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def result(recipe: dict[str, Any], out: Path) -> tuple[Made, dict[str, Tensor]]:
-    done = made(recipe, out)
+    done = merge_into(recipe, out)
     return done, weights(out)
 
 
@@ -58,14 +58,14 @@ def test_values_by_layer_are_those_of_lone_merges(models: dict[str, Path], tmp_p
     shares = {0: 0.1, 1: 0.4, 2: 0.7, 3: 1.0}
     rules = [{"layers": [layer, layer], "t": t} for layer, t in shares.items()]
     recipe = {"method": "slerp", "t": 0.5, "start": "base", "base": models["ground"], "experts": [models["a"]]}
-    _, found = result({**recipe, "select": [*rules, {}]}, tmp_path / "out")
+    _, merged = result({**recipe, "select": [*rules, {}]}, tmp_path / "out")
     for layer, t in {**shares, None: 0.5}.items():
         slerp = methods.Slerp(t=t, start="base")
         lone = merge(slerp, base=weights(models["ground"]), experts=[weights(models["a"])])
         mine = [name for name in lone if (f"layers.{layer}." in name if layer is not None else "layers" not in name)]
         assert mine
         for name in mine:
-            assert torch.equal(found[name], lone[name]), name
+            assert torch.equal(merged[name], lone[name]), name
 
 
 def test_layer_swapping(models: dict[str, Path], tmp_path: Path) -> None:
@@ -82,9 +82,9 @@ def test_layer_swapping(models: dict[str, Path], tmp_path: Path) -> None:
             {"take": "copy"},
         ],
     }
-    _, found = result(recipe, tmp_path / "out")
+    _, merged = result(recipe, tmp_path / "out")
     ground, a, b = (weights(models[name]) for name in ("ground", "a", "b"))
-    for name, value in found.items():
+    for name, value in merged.items():
         if ".0." in name:
             wanted = a[name]
         elif ".1." in name:
@@ -96,7 +96,7 @@ def test_layer_swapping(models: dict[str, Path], tmp_path: Path) -> None:
         else:
             wanted = ground[name]
         torch.testing.assert_close(value, wanted, rtol=1e-6, atol=1e-6, msg=name)
-    assert torch.equal(found["model.layers.2.mlp.up_proj.weight"], b["model.layers.2.mlp.up_proj.weight"])
+    assert torch.equal(merged["model.layers.2.mlp.up_proj.weight"], b["model.layers.2.mlp.up_proj.weight"])
 
 
 def test_an_expert_can_stand_for_the_base(models: dict[str, Path], tmp_path: Path) -> None:
@@ -107,9 +107,9 @@ def test_an_expert_can_stand_for_the_base(models: dict[str, Path], tmp_path: Pat
         "experts": [models["a"], models["b"]],
         "select": [{"layers": [0, 1], "base": "b", "experts": ["a"]}, {"experts": ["a"]}],
     }
-    _, found = result(recipe, tmp_path / "out")
+    _, merged = result(recipe, tmp_path / "out")
     ground, a, b = (weights(models[name]) for name in ("ground", "a", "b"))
-    for name, value in found.items():
+    for name, value in merged.items():
         start = b if ".0." in name or ".1." in name else ground
         torch.testing.assert_close(value, start[name] + 2 * (a[name] - start[name]), rtol=1e-6, atol=1e-6)
 
@@ -157,14 +157,14 @@ def test_a_stack_of_two_models(models: dict[str, Path], tmp_path: Path) -> None:
         "stack": [{"layers": [0, 2]}, {"layers": [1, 3]}],
         "select": [{"layers": [3, 5], "take": "copy", "of": "b"}, {"take": "copy"}],
     }
-    _, found = result(recipe, tmp_path / "out")
+    _, merged = result(recipe, tmp_path / "out")
     a, b = weights(models["a"]), weights(models["b"])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 6
-    assert len(found) == 6 * len(SHAPES) + 3
+    assert len(merged) == 6 * len(SHAPES) + 3
     for number, (source, layer) in enumerate([(a, 0), (a, 1), (a, 2), (b, 1), (b, 2), (b, 3)]):
         for name in SHAPES:
-            assert torch.equal(found[f"model.layers.{number}.{name}"], source[f"model.layers.{layer}.{name}"])
-    assert torch.equal(found["lm_head.weight"], a["lm_head.weight"])
+            assert torch.equal(merged[f"model.layers.{number}.{name}"], source[f"model.layers.{layer}.{name}"])
+    assert torch.equal(merged["lm_head.weight"], a["lm_head.weight"])
 
 
 def test_layers_of_different_numbers_are_merged(models: dict[str, Path], tmp_path: Path) -> None:
@@ -175,13 +175,13 @@ def test_layers_of_different_numbers_are_merged(models: dict[str, Path], tmp_pat
         "experts": [models["a"]],
         "stack": [{"layers": {"base": [0, 1], "a": [2, 3]}}],
     }
-    _, found = result(recipe, tmp_path / "out")
+    _, merged = result(recipe, tmp_path / "out")
     ground, a = weights(models["ground"]), weights(models["a"])
     for layer in (0, 1):
         for name in SHAPES:
             start, other = ground[f"model.layers.{layer}.{name}"], a[f"model.layers.{layer + 2}.{name}"]
             wanted = start + 0.5 * (other - start)
-            torch.testing.assert_close(found[f"model.layers.{layer}.{name}"], wanted, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(merged[f"model.layers.{layer}.{name}"], wanted, rtol=1e-6, atol=1e-6)
 
 
 REFUSED = {
@@ -203,7 +203,7 @@ def test_refused_before_a_byte_is_written(case: str, models: dict[str, Path], tm
     changes, pattern = REFUSED[case]
     recipe = {"method": "average", "base": models["ground"], "experts": [models["a"], models["b"]], **changes}
     with pytest.raises(MergeloomError, match=pattern):
-        made(recipe, tmp_path / "out")
+        merge_into(recipe, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
@@ -217,9 +217,9 @@ def test_an_adapter_on_a_model_of_its_own(models: dict[str, Path], tmp_path: Pat
     draw = torch.Generator().manual_seed(9)
     up, down = torch.randn(4, 2, generator=draw), torch.randn(2, 4, generator=draw)
     stem = "base_model.model.model.layers.1.self_attn.q_proj"
-    held = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+    factors = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
     (tmp_path / "lora").mkdir()
-    save_file(held, tmp_path / "lora" / "adapter_model.safetensors")
+    save_file(factors, tmp_path / "lora" / "adapter_model.safetensors")
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6}))
     folded = {"source": models["a"], "adapter": tmp_path / "lora"}
     recipe = {"method": "task_arithmetic", "scale": 0.5, "base": models["ground"], "experts": [{"name": "x", **folded}]}

@@ -23,7 +23,7 @@ from mergecore.recipes.extract_lora import Extracted, extract_lora
 from mergecore.spec.sources import BaseSpec, ExpertSpec
 from mergecore.tensors.files import FileTensors
 from tests.checkpoints.test_adapters import ATTENTION, FEED_FORWARD, adapted, fresh, weights
-from tests.recipe_files import find, made
+from tests.recipe_files import find, merge_into
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -72,36 +72,40 @@ def test_the_nearest_matrix_of_a_rank(shape: tuple[int, int], rank: int) -> None
 
 def test_errors_are_those_of_the_singular_values(pair: tuple[str, Path, Path], tmp_path: Path) -> None:
     _, base, expert = pair
-    found, deltas = extracted(base, expert, tmp_path / "out", rank=3), changes(base, expert)
+    extraction, deltas = extracted(base, expert, tmp_path / "out", rank=3), changes(base, expert)
     lost = 0.0
-    for row in found.rows:
+    for row in extraction.rows:
         values = torch.linalg.svdvals(deltas[row.tensor])
         assert row.norm == pytest.approx(float(values.norm()), rel=1e-6)
         assert row.lost == pytest.approx(float(values[3:].norm()), rel=1e-5)
         lost += row.lost**2
-    left_out = {row.tensor for row in found.left_out}
-    assert left_out and left_out.isdisjoint(row.tensor for row in found.rows)
-    assert not any("wte" in name or "embed" in name or "norm" in name for name in {row.tensor for row in found.rows})
+    left_out = {row.tensor for row in extraction.left_out}
+    assert left_out and left_out.isdisjoint(row.tensor for row in extraction.rows)
+    assert not any(
+        "wte" in name or "embed" in name or "norm" in name for name in {row.tensor for row in extraction.rows}
+    )
     whole = sum(float(delta.norm() ** 2) for delta in deltas.values())
     lost += sum(float(deltas[name].norm() ** 2) for name in left_out)
-    assert found.total_error == pytest.approx((lost / whole) ** 0.5, rel=1e-5)
+    assert extraction.total_error == pytest.approx((lost / whole) ** 0.5, rel=1e-5)
     record = json.loads((tmp_path / "out/extraction.json").read_text())
-    assert record["total_error"] == found.total_error and record["error"] == found.error < found.total_error
-    assert record["tensors"][found.rows[0].tensor]["error"] == found.rows[0].error
+    assert (
+        record["total_error"] == extraction.total_error and record["error"] == extraction.error < extraction.total_error
+    )
+    assert record["tensors"][extraction.rows[0].tensor]["error"] == extraction.rows[0].error
     assert set(record["left_out"]) == left_out
 
 
 def test_peft_and_mergeloom_load_it(pair: tuple[str, Path, Path], tmp_path: Path) -> None:
     """At full rank the layers are the expert's, by PEFT and as an expert of a merge; everything else is the base's."""
     family, base, expert = pair
-    found = extracted(base, expert, tmp_path / "out", rank=10_000)
-    assert found.error < 1e-6
+    extraction = extracted(base, expert, tmp_path / "out", rank=10_000)
+    assert extraction.error < 1e-6
     before, after = weights(base), weights(expert)
-    made({"method": "average", "base": base, "experts": [tmp_path / "out"]}, tmp_path / "merged")
-    for held in (folded(family, base, tmp_path / "out"), weights(tmp_path / "merged")):
+    merge_into({"method": "average", "base": base, "experts": [tmp_path / "out"]}, tmp_path / "merged")
+    for model in (folded(family, base, tmp_path / "out"), weights(tmp_path / "merged")):
         for name in before:
-            wanted = after if name in {row.tensor for row in found.rows} else before
-            torch.testing.assert_close(held[name], wanted[name], rtol=1e-5, atol=1e-6)
+            wanted = after if name in {row.tensor for row in extraction.rows} else before
+            torch.testing.assert_close(model[name], wanted[name], rtol=1e-5, atol=1e-6)
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["fan_in_fan_out"] is (family == "gpt2") and config["base_model_name_or_path"].endswith("base")
 
@@ -109,13 +113,19 @@ def test_peft_and_mergeloom_load_it(pair: tuple[str, Path, Path], tmp_path: Path
 def test_an_adapter_folded_in_comes_out_again(tmp_path: Path) -> None:
     fresh("llama").save_pretrained(tmp_path / "base")
     adapter, whole = adapted("llama", tmp_path / "base", tmp_path, target_modules=ATTENTION, r=4, lora_alpha=8)
-    found = extracted(tmp_path / "base", whole, tmp_path / "out", rank=4)
-    assert found.error < 1e-5 and found.total_error == pytest.approx(found.error) and not found.left_out
-    frozen = [row for row in found.rows if not any(name in row.tensor for name in ATTENTION)]
+    extraction = extracted(tmp_path / "base", whole, tmp_path / "out", rank=4)
+    assert (
+        extraction.error < 1e-5
+        and extraction.total_error == pytest.approx(extraction.error)
+        and not extraction.left_out
+    )
+    frozen = [row for row in extraction.rows if not any(name in row.tensor for name in ATTENTION)]
     assert frozen and all(row.norm == row.error == 0 for row in frozen)
     again = extracted(tmp_path / "base", adapter, tmp_path / "smaller", rank=2)
     assert {row.rank for row in again.rows} == {2} and 0 < again.error < 1
-    assert {row.tensor for row in again.rows} == {row.tensor for row in found.rows} - {row.tensor for row in frozen}
+    assert {row.tensor for row in again.rows} == {row.tensor for row in extraction.rows} - {
+        row.tensor for row in frozen
+    }
 
 
 def test_modules(pair: tuple[str, Path, Path], tmp_path: Path) -> None:
@@ -158,17 +168,17 @@ def test_other_shapes_of_models(family: str, tmp_path: Path) -> None:
         for value in model.parameters():
             value += 0.01 * torch.randn(value.shape)
     model.save_pretrained(tmp_path / "expert")
-    found = extracted(tmp_path / "base", tmp_path / "expert", tmp_path / "out", rank=1000)
+    extraction = extracted(tmp_path / "base", tmp_path / "expert", tmp_path / "out", rank=1000)
     tied = {"lm_head.weight"} if family == "t5" and config.tie_word_embeddings else set()
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    made({"method": "average", "base": tmp_path / "base", "experts": [tmp_path / "out"]}, tmp_path / "merged")
+    merge_into({"method": "average", "base": tmp_path / "base", "experts": [tmp_path / "out"]}, tmp_path / "merged")
     after, whole = weights(tmp_path / "merged"), weights(tmp_path / "expert")
-    for row in found.rows:
+    for row in extraction.rows:
         torch.testing.assert_close(after[row.tensor], whole[row.tensor], rtol=1e-5, atol=1e-6)
-    assert len(found.rows) == len(linear - tied)
+    assert len(extraction.rows) == len(linear - tied)
     if family == "vit":
         return  # transformers 5 has other names for its modules than the files have for their weights; PEFT goes by those
-    assert {row.tensor for row in found.rows} == linear - tied
+    assert {row.tensor for row in extraction.rows} == linear - tied
     before = getattr(transformers, shape).from_pretrained(tmp_path / "base")
     merged = PeftModel.from_pretrained(before, str(tmp_path / "out")).merge_and_unload().state_dict()
     wanted = model.state_dict()
@@ -183,25 +193,27 @@ def test_one_tensor_at_a_time_and_each_once(
     read: list[str] = []
     real = FileTensors.read
     monkeypatch.setattr(FileTensors, "read", lambda self, name, *at: read.append(name) or real(self, name, *at))
-    found = extracted(base, expert, tmp_path / "out", rank=2)
+    extraction = extracted(base, expert, tmp_path / "out", rank=2)
     assert set(Counter(read).values()) == {2}, "of base and expert once"
     assert all(read[at] == read[at + 1] for at in range(0, len(read), 2)), "the two of one tensor together"
     monkeypatch.undo()
-    assert extracted(base, expert, tmp_path / "two", rank=2, workers=2).digest == found.digest
+    assert extracted(base, expert, tmp_path / "two", rank=2, workers=2).digest == extraction.digest
 
 
 def test_what_cannot_be_done(pair: tuple[str, Path, Path], tmp_path: Path) -> None:
     family, base, expert = pair
-    held = weights(expert)
-    name = next(name for name in sorted(held) if name.endswith("c_fc.weight" if family == "gpt2" else "up_proj.weight"))
+    tensors = weights(expert)
+    name = next(
+        name for name in sorted(tensors) if name.endswith("c_fc.weight" if family == "gpt2" else "up_proj.weight")
+    )
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/config.json").write_text((expert / "config.json").read_text())
-    held[name][0, 0] = float("nan")
-    save_file(held, tmp_path / "bad/model.safetensors", metadata={"format": "pt"})
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "bad/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NonFiniteError, match=rf"expert 'expert'.*{name}"):
         extracted(base, tmp_path / "bad", tmp_path / "out", rank=1)
-    held[name] = torch.zeros(3, 3)
-    save_file(held, tmp_path / "bad/model.safetensors", metadata={"format": "pt"})
+    tensors[name] = torch.zeros(3, 3)
+    save_file(tensors, tmp_path / "bad/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(MismatchError, match=name):
         extracted(base, tmp_path / "bad", tmp_path / "out", rank=1)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
@@ -216,8 +228,8 @@ def test_the_command(pair: tuple[str, Path, Path], tmp_path: Path) -> None:
     assert f"lost of the whole change: {record['total_error']:.3%}" in said.output
     for name, row in record["tensors"].items():
         assert any(name in line and f"{row['error']:.3%}" in line for line in said.output.splitlines())
-    held = load_file(tmp_path / "out/adapter_model.safetensors")
-    assert {value.dtype for value in held.values()} == {torch.bfloat16}
+    factors = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert {value.dtype for value in factors.values()} == {torch.bfloat16}
     assert f"{record['total_error']:.4%}" in (tmp_path / "out/README.md").read_text()
     again = CliRunner().invoke(main, ["extract-lora", str(expert), str(tmp_path / "out"), *options])
     assert again.exit_code == 1 and "exists already" in again.output

@@ -53,9 +53,9 @@ def test_bodies_are_averaged_and_heads_dropped(classifiers: tuple[Path, list[Pat
     result = command(tmp_path, {"method": "average", "base": base, "experts": experts, "select": FUSING})
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
-    held, bodies = weights(out), [weights(expert) for expert in experts]
-    assert set(held) == {name for name in weights(base) if not name.startswith("classifier")}
-    for name, value in held.items():
+    merged, bodies = weights(out), [weights(expert) for expert in experts]
+    assert set(merged) == {name for name in weights(base) if not name.startswith("classifier")}
+    for name, value in merged.items():
         torch.testing.assert_close(value, sum(body[name] for body in bodies) / 3, rtol=1e-6, atol=1e-7)
     _, told = AutoModel.from_pretrained(out, output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"]
@@ -110,9 +110,9 @@ def test_heads_are_dropped_where_layers_are_made_in_other_ways(
     named = [{"name": expert.name, "source": str(expert)} for expert in experts]
     result = command(tmp_path, {"method": "average", "base": base, "experts": named, "select": select})
     assert result.exit_code == 0, result.output
-    held, bodies = weights(tmp_path / "out"), [weights(expert) for expert in experts]
-    assert set(held) == {name for name in weights(base) if not name.startswith("classifier")}
-    for name, value in held.items():
+    merged, bodies = weights(tmp_path / "out"), [weights(expert) for expert in experts]
+    assert set(merged) == {name for name in weights(base) if not name.startswith("classifier")}
+    for name, value in merged.items():
         first, second, third = (body[name] for body in bodies)
         wanted = (first + 2 * second + third) / 4 if ".layer.0." in name else (first + second + third) / 3
         torch.testing.assert_close(value, second if ".layer.1." in name else wanted, rtol=1e-6, atol=1e-7)
@@ -149,17 +149,19 @@ def test_analogy_and_negation() -> None:
     """A is to B as C is to D: domain and task are directions of their own, so D = C + (B − A)."""
     draw = torch.Generator().manual_seed(3)
     base, domain, task = (torch.randn(50, generator=draw) for _ in range(3))
-    one, two, three = {"w": base}, {"w": base + task}, {"w": base + domain}
+    start, two, three = {"w": base}, {"w": base + task}, {"w": base + domain}
     by_analogy = methods.TaskArithmetic(scale=1, weights=(1, 1, -1))
     experts = [{"w": base + domain + 0.5}, {"w": base + task + 0.5}, {"w": base + 0.5}]
-    found = merge(by_analogy, base=one, experts=experts)["w"]
-    torch.testing.assert_close(found, base + domain + task + 0.5)
+    merged = merge(by_analogy, base=start, experts=experts)["w"]
+    torch.testing.assert_close(merged, base + domain + task + 0.5)
     ids = ["c", "b", "a"]
     assert torch.equal(
-        merge(by_analogy, base=one, experts=experts, ids=ids)["w"],
-        merge(methods.TaskArithmetic(scale=1, weights=(-1, 1, 1)), base=one, experts=experts[::-1], ids=ids[::-1])["w"],
+        merge(by_analogy, base=start, experts=experts, ids=ids)["w"],
+        merge(methods.TaskArithmetic(scale=1, weights=(-1, 1, 1)), base=start, experts=experts[::-1], ids=ids[::-1])[
+            "w"
+        ],
     ), "weights go along"
-    forgotten = merge(methods.TaskArithmetic(scale=-1), base=one, experts=[two])["w"]
+    forgotten = merge(methods.TaskArithmetic(scale=-1), base=start, experts=[two])["w"]
     torch.testing.assert_close(forgotten, base - task)
-    mixed = merge(methods.TaskArithmetic(scale=0.5, weights=(2, -1)), base=one, experts=[three, two])["w"]
+    mixed = merge(methods.TaskArithmetic(scale=0.5, weights=(2, -1)), base=start, experts=[three, two])["w"]
     torch.testing.assert_close(mixed, base + domain - 0.5 * task)

@@ -28,7 +28,7 @@ from mergecore.events import silent
 from mergecore.methods import Average, TaskArithmetic, Ties
 from mergecore.planning.pool import resolve_pool
 from mergecore.spec.sources import BaseSpec, ExpertSpec
-from tests.recipe_files import command, find, made, plain
+from tests.recipe_files import command, find, merge_into, plain
 from tests.tiny_lm import CHAT_TEMPLATE, write_adapter, write_base, write_expert
 
 
@@ -45,10 +45,10 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    held: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        held |= load_file(path)
-    return held
+        tensors |= load_file(path)
+    return tensors
 
 
 def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -108,7 +108,9 @@ def test_the_same_numbers_as_in_memory(models: tuple[Path, list[Path]], tmp_path
             Ties.model_validate({"density": 0.4, "drop": drop, "count": "published"}),
         ]
     ):
-        made({"method": method.name, "base": base, "experts": experts, **method.parameters()}, tmp_path / f"{number}")
+        merge_into(
+            {"method": method.name, "base": base, "experts": experts, **method.parameters()}, tmp_path / f"{number}"
+        )
         in_memory = merge(method, base=state, experts=changed, ids=ids)
         assert equal(weights(tmp_path / f"{number}"), in_memory), method
 
@@ -128,7 +130,7 @@ def test_the_card_holds_the_recipe_and_where_everything_came_from(
         "select": [{"names": "*norm*", "take": "copy"}, {"layers": [0, 1]}],
         "shard_size": "200kB",
     }
-    first = made(recipe, tmp_path / "first")
+    first = merge_into(recipe, tmp_path / "first")
     card = (tmp_path / "first/README.md").read_text()
     for path in [base, *experts, adapter]:
         member = resolve_pool(BaseSpec(source=str(base)), [ExpertSpec(source=str(path), name="e")], None, find, silent)
@@ -139,7 +141,7 @@ def test_the_card_holds_the_recipe_and_where_everything_came_from(
     assert front["base_model"] == [str(base), *map(str, experts), str(adapter)]
     shown = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert shown == yaml.safe_load((tmp_path / "first/mergeloom.yaml").read_text())
-    second = made(shown, tmp_path / "second")
+    second = merge_into(shown, tmp_path / "second")
     assert second.digest == first.digest
     for name in bare(tmp_path / "first"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
@@ -155,15 +157,15 @@ def test_a_hub_revision_is_pinned_in_the_card(models: tuple[Path, list[Path]], t
     base, experts = models
 
     def pinned(source: SourceSpec) -> Source:
-        found = find(SourceSpec(source=str(base if source.source.startswith("owner/base") else experts[0])))
-        found.revision = "c0ffee"  # type: ignore[misc]
-        return found
+        source_found = find(SourceSpec(source=str(base if source.source.startswith("owner/base") else experts[0])))
+        source_found.revision = "c0ffee"  # type: ignore[misc]
+        return source_found
 
     recipe = parse_recipe({"method": "average", "base": "owner/base@main", "experts": ["owner/expert"]}, "recipe")
     merge_recipe(recipe, tmp_path / "out", pinned, InProcess(), silent)
-    held = yaml.safe_load((tmp_path / "out/mergeloom.yaml").read_text())
-    assert held["base"] == {"source": "owner/base", "revision": "c0ffee"}
-    assert held["experts"] == [{"source": "owner/expert", "revision": "c0ffee", "name": "expert"}]
+    card = yaml.safe_load((tmp_path / "out/mergeloom.yaml").read_text())
+    assert card["base"] == {"source": "owner/base", "revision": "c0ffee"}
+    assert card["experts"] == [{"source": "owner/expert", "revision": "c0ffee", "name": "expert"}]
 
 
 def test_folders_called_alike_are_all_merged(models: tuple[Path, list[Path]], tmp_path: Path) -> None:
@@ -171,8 +173,8 @@ def test_folders_called_alike_are_all_merged(models: tuple[Path, list[Path]], tm
     for number, expert in enumerate(experts):
         (tmp_path / f"run{number}").mkdir()
         (tmp_path / f"run{number}/final").symlink_to(expert)
-    made({"method": "average", "base": base, "experts": experts}, tmp_path / "apart")
-    made(
+    merge_into({"method": "average", "base": base, "experts": experts}, tmp_path / "apart")
+    merge_into(
         {"method": "average", "base": base, "experts": [tmp_path / "run0/final", tmp_path / "run1/final"]},
         tmp_path / "alike",
     )
@@ -183,13 +185,15 @@ def test_shards_and_their_index(models: tuple[Path, list[Path]], tmp_path: Path)
     from transformers import AutoModelForCausalLM
 
     base, experts = models
-    whole = made({"method": "average", "base": base, "experts": experts}, tmp_path / "whole")
-    parts = made({"method": "average", "base": base, "experts": experts, "shard_size": "100kB"}, tmp_path / "parts")
+    whole = merge_into({"method": "average", "base": base, "experts": experts}, tmp_path / "whole")
+    parts = merge_into(
+        {"method": "average", "base": base, "experts": experts, "shard_size": "100kB"}, tmp_path / "parts"
+    )
     assert parts.digest == whole.digest
     index = json.loads((tmp_path / "parts/model.safetensors.index.json").read_text())
-    held = weights(tmp_path / "whole")
-    assert index["weight_map"].keys() == held.keys()
-    assert index["metadata"]["total_size"] == sum(value.nbytes for value in held.values())
+    whole = weights(tmp_path / "whole")
+    assert index["weight_map"].keys() == whole.keys()
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in whole.values())
     files = sorted(path.name for path in (tmp_path / "parts").glob("*.safetensors"))
     assert len(files) > 3
     assert files == [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
@@ -198,13 +202,15 @@ def test_shards_and_their_index(models: tuple[Path, list[Path]], tmp_path: Path)
         with safe_open(tmp_path / "parts" / file, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
             assert {n for n, place in index["weight_map"].items() if place == file} == set(opened.keys())
-            assert all(torch.equal(opened.get_tensor(name), held[name]) for name in opened.keys())
+            assert all(torch.equal(opened.get_tensor(name), whole[name]) for name in opened.keys())
         big = (tmp_path / "parts" / file).stat().st_size > 102_000
         with safe_open(tmp_path / "parts" / file, "pt") as opened:
             assert not big or len(list(opened.keys())) == 1
     left = AutoModelForCausalLM.from_pretrained(tmp_path / "parts").state_dict()
     assert equal(left, AutoModelForCausalLM.from_pretrained(tmp_path / "whole").state_dict())
-    again = made({"method": "average", "base": tmp_path / "parts", "experts": [tmp_path / "parts"]}, tmp_path / "again")
+    again = merge_into(
+        {"method": "average", "base": tmp_path / "parts", "experts": [tmp_path / "parts"]}, tmp_path / "again"
+    )
     assert again.digest == whole.digest
     assert not (tmp_path / "again/model.safetensors.index.json").exists()
 
@@ -215,8 +221,8 @@ def test_dtype_of_the_file_rounds_once(dtype: str, models: tuple[Path, list[Path
 
     base, experts = models
     recipe = {"method": "average", "base": base, "experts": experts}
-    made({**recipe, "dtype": dtype}, tmp_path / "narrow")
-    made(recipe, tmp_path / "wide")
+    merge_into({**recipe, "dtype": dtype}, tmp_path / "narrow")
+    merge_into(recipe, tmp_path / "wide")
     wide = {name: value.to(getattr(torch, dtype)) for name, value in weights(tmp_path / "wide").items()}
     assert equal(weights(tmp_path / "narrow"), wide)
     config = json.loads((tmp_path / "narrow/config.json").read_text())
@@ -285,14 +291,14 @@ def test_families(family: Any, tmp_path: Path) -> None:
     assert (tmp_path / "two/model.safetensors.index.json").exists()
     recipe = {"method": "task_arithmetic", "scale": 0.5, "base": tmp_path / "base",
               "experts": [tmp_path / "one", tmp_path / "two"]}  # fmt: skip
-    made(recipe, tmp_path / "out")
+    merge_into(recipe, tmp_path / "out")
     states = [
         type(model).from_pretrained(tmp_path / name, dtype=torch.float32).state_dict()
         for name in ("base", "one", "two", "out")
     ]
-    base, one, two, out = states
+    base, first, two, out = states
     for name, value in base.items():
-        wanted = value + 0.5 * ((one[name] - value) + (two[name] - value)) if value.is_floating_point() else value
+        wanted = value + 0.5 * ((first[name] - value) + (two[name] - value)) if value.is_floating_point() else value
         torch.testing.assert_close(out[name], wanted, rtol=1e-6, atol=1e-6)
     assert weights(tmp_path / "out").keys() == weights(tmp_path / "base").keys()
 
@@ -301,7 +307,7 @@ def test_buffers_scalars_and_mixed_dtypes(tmp_path: Path) -> None:
     """Whatever a file can hold is merged where it floats, else copied from the base bit for bit."""
     generator = torch.Generator().manual_seed(0)
 
-    def one(number: int) -> dict[str, Tensor]:
+    def single(number: int) -> dict[str, Tensor]:
         def drawn(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator)
 
@@ -319,18 +325,20 @@ def test_buffers_scalars_and_mixed_dtypes(tmp_path: Path) -> None:
             "odd.größe/naïve": drawn(4),
         }
 
-    held = [one(number) for number in range(3)]
-    for number, tensors in enumerate(held):
+    models = [single(number) for number in range(3)]
+    for number, tensors in enumerate(models):
         (tmp_path / f"m{number}").mkdir()
         save_file(tensors, tmp_path / f"m{number}/model.safetensors")
     for number, method in enumerate([Average(), Ties(density=0.5), TaskArithmetic(scale=0.5)]):
         recipe = {"method": method.name, **method.parameters(), "base": tmp_path / "m0",
                   "experts": [tmp_path / "m1", tmp_path / "m2"], "shard_size": "1kB"}  # fmt: skip
-        made(recipe, tmp_path / f"out{number}")
-        found = weights(tmp_path / f"out{number}")
-        assert {n: (v.dtype, v.shape) for n, v in found.items()} == {n: (v.dtype, v.shape) for n, v in held[0].items()}
-        assert all(torch.equal(found[name], held[0][name]) for name in ("ids", "mask", "bytes", "empty"))
-    mean = (held[1]["double"].float() + held[2]["double"].float()) / 2
+        merge_into(recipe, tmp_path / f"out{number}")
+        merged = weights(tmp_path / f"out{number}")
+        assert {n: (v.dtype, v.shape) for n, v in merged.items()} == {
+            n: (v.dtype, v.shape) for n, v in models[0].items()
+        }
+        assert all(torch.equal(merged[name], models[0][name]) for name in ("ids", "mask", "bytes", "empty"))
+    mean = (models[1]["double"].float() + models[2]["double"].float()) / 2
     assert torch.equal(weights(tmp_path / "out0")["double"], mean.double())
 
 
@@ -383,7 +391,7 @@ def test_two_merges_into_one_name(models: tuple[Path, list[Path]], tmp_path: Pat
     handle = os.open(tmp_path / "out.tmp", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     with pytest.raises(StoreError, match="another merge; wait for it or choose another name"):
-        made({"method": "average", "base": base, "experts": experts}, tmp_path / "out")
+        merge_into({"method": "average", "base": base, "experts": experts}, tmp_path / "out")
     assert (tmp_path / "out.tmp/.work").is_dir()
     os.close(handle)
 
@@ -423,7 +431,7 @@ def test_no_draft_is_left_after_any_error(
 
     monkeypatch.setattr(ShardSink, "write", failing)
     with pytest.raises(seen):
-        made({"method": "average", "base": base, "experts": experts}, tmp_path / "out")
+        merge_into({"method": "average", "base": base, "experts": experts}, tmp_path / "out")
     assert bare(tmp_path) == []
 
 
@@ -468,11 +476,11 @@ def test_a_file_that_shrinks_while_it_is_read(models: tuple[Path, list[Path]], t
 def test_not_finite_leaves_nothing(models: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base, experts = models
     bad = write_expert(base, tmp_path / "bad", 3)
-    held = weights(bad)
+    tensors = weights(bad)
     name = "model.layers.1.mlp.up_proj.weight"
     for value in (float("nan"), float("-inf")):
-        held[name][3, 4] = value
-        save_file(held, bad / "model.safetensors")
+        tensors[name][3, 4] = value
+        save_file(tensors, bad / "model.safetensors")
         result = command(tmp_path, {"method": "ties", "base": base, "experts": [*experts, bad]})
         assert result.exit_code == 1
         said = " ".join(result.output.split())
@@ -493,7 +501,7 @@ def test_a_result_that_overflows_names_the_method(models: tuple[Path, list[Path]
     with pytest.raises(
         MergeloomError, match=r"method 'task_arithmetic': tensor 'model\..*smaller scale or a wider dtype"
     ):
-        made(recipe, tmp_path / "out")
+        merge_into(recipe, tmp_path / "out")
     assert bare(tmp_path) == []
 
 
@@ -501,7 +509,7 @@ def test_umask_is_respected(models: tuple[Path, list[Path]], tmp_path: Path) -> 
     base, experts = models
     before = os.umask(0o027)
     try:
-        made({"method": "average", "base": base, "experts": experts, "shard_size": "200kB"}, tmp_path / "out")
+        merge_into({"method": "average", "base": base, "experts": experts, "shard_size": "200kB"}, tmp_path / "out")
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
@@ -546,18 +554,18 @@ def test_workers_do_not_matter_and_threads_are_given_back(models: tuple[Path, li
 
 def test_merges_at_the_same_time_in_one_process(models: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base, experts = models
-    wanted = made({"method": "ties", "base": base, "experts": experts}, tmp_path / "alone").digest
-    found: list[str] = []
+    wanted = merge_into({"method": "ties", "base": base, "experts": experts}, tmp_path / "alone").digest
+    failures: list[str] = []
 
-    def one(number: int) -> None:
-        found.append(made({"method": "ties", "base": base, "experts": experts}, tmp_path / f"{number}").digest)
+    def single(number: int) -> None:
+        failures.append(merge_into({"method": "ties", "base": base, "experts": experts}, tmp_path / f"{number}").digest)
 
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(4)]
+    threads = [threading.Thread(target=single, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [wanted] * 4
+    assert failures == [wanted] * 4
 
 
 # --- as a person starts it ----------------------------------------------------------------------------------------
@@ -592,7 +600,7 @@ def test_a_real_process_with_relative_paths_pulls_in_nothing_heavy(
     told, seen = done.stdout.strip().splitlines()
     assert re.fullmatch(r"out  [\d.]+ [kM]?B  digest [0-9a-f]{16}", told)
     assert seen.startswith("[] "), seen
-    made({"method": "average", "base": base, "experts": experts}, tmp_path / "again")
+    merge_into({"method": "average", "base": base, "experts": experts}, tmp_path / "again")
     assert equal(weights(tmp_path / "out"), weights(tmp_path / "again"))
 
 

@@ -34,15 +34,15 @@ def cell(name: str, kind: str, scores: dict[str, Any], **rest: Any) -> CellScore
     items = {
         split: {
             task: np.atleast_1d(np.asarray(value, dtype=float)).repeat(1 + (np.ndim(value) == 0))
-            for task, value in given.items()
+            for task, value in own.items()
         }
-        for split, given in (scores.items() if {"test", "validation"} & set(scores) else [("test", scores)])
+        for split, own in (scores.items() if {"test", "validation"} & set(scores) else [("test", scores)])
     }
-    given = {
+    own = {
         "cell": name, "kind": kind, "name": name, "method": "", "values": {}, "count": 0, "subset": -1,
         "experts": (), "status": "done", "reason": "", "chosen": True, "model": f"merge-{name}", "digest": "",
     }  # fmt: skip
-    return CellScores(**{**given, **rest}, items=items)
+    return CellScores(**{**own, **rest}, items=items)
 
 
 def merge(name: str, scores: dict[str, Any], method: str = "average", **rest: Any) -> CellScores:
@@ -62,8 +62,8 @@ def sweep(*cells: CellScores, select_by: str = "held_in", suite: Suite = SUITE) 
 
 
 def row(table: Any, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = next(row for row in table.to_pylist() if row.get("cell", row.get("name")) == name)
-    return found
+    matching: dict[str, Any] = next(row for row in table.to_pylist() if row.get("cell", row.get("name")) == name)
+    return matching
 
 
 def sampled(rng: np.random.Generator, items: int = 60, quality: float = 0.6) -> dict[str, Any]:
@@ -71,13 +71,13 @@ def sampled(rng: np.random.Generator, items: int = 60, quality: float = 0.6) -> 
 
 
 def test_ratios_are_averaged_within_categories_then_over_categories() -> None:
-    found = row(summarise(sweep(BASE, ALPHA, BETA, MERGED), "test", draws=QUICK).cells, "m")
-    assert found["held_in_normalised"] == pytest.approx(1.025, abs=1e-12)  # 1.0 is the flat mean, 0.984 of means
-    assert found["held_in_raw"] == pytest.approx(((0.72 + 0.6) / 2 + 0.55) / 2, abs=1e-12)
-    assert found["held_out_normalised"] == pytest.approx(((1.5 + 0.5) / 2 + 1.0) / 2, abs=1e-12)
-    assert found["held_out_raw"] == pytest.approx(((0.6 + 0.1) / 2 + 0.5) / 2, abs=1e-12)
-    assert found["score/a1"] == pytest.approx(0.72)
-    assert found["unreliable"] == []
+    cell_row = row(summarise(sweep(BASE, ALPHA, BETA, MERGED), "test", draws=QUICK).cells, "m")
+    assert cell_row["held_in_normalised"] == pytest.approx(1.025, abs=1e-12)  # 1.0 is the flat mean, 0.984 of means
+    assert cell_row["held_in_raw"] == pytest.approx(((0.72 + 0.6) / 2 + 0.55) / 2, abs=1e-12)
+    assert cell_row["held_out_normalised"] == pytest.approx(((1.5 + 0.5) / 2 + 1.0) / 2, abs=1e-12)
+    assert cell_row["held_out_raw"] == pytest.approx(((0.6 + 0.1) / 2 + 0.5) / 2, abs=1e-12)
+    assert cell_row["score/a1"] == pytest.approx(0.72)
+    assert cell_row["unreliable"] == []
 
 
 def test_baselines_use_all_tasks_and_the_best_expert_trained_for_each() -> None:
@@ -99,7 +99,7 @@ def slow_bootstrap(cells: list[CellScores], alpha: CellScores, beta: CellScores,
     """Held-in normalised under resampled subsets, then items, one item at a time: written without the module."""
     rng = np.random.default_rng(987)
     expert = {"a1": alpha, "a2": alpha, "b1": beta}
-    found = []
+    intervals = []
     for _ in range(resamples):
         subsets = rng.choice(len(cells), len(cells))
         picked = {task: rng.choice(60, 60) for task in expert}
@@ -111,8 +111,8 @@ def slow_bootstrap(cells: list[CellScores], alpha: CellScores, beta: CellScores,
                 for task, owner in expert.items()
             }
             values.append(((ratio["a1"] + ratio["a2"]) / 2 + ratio["b1"]) / 2)
-        found.append(np.mean(values))
-    return np.array(found)
+        intervals.append(np.mean(values))
+    return np.array(intervals)
 
 
 @pytest.mark.parametrize("subsets", [1, 4])
@@ -187,8 +187,8 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say(subsets: int, leas
         for subset in range(subsets):
             scores = {task: rng.normal(0.6 + spread[subset], 0.3, 80) for task in ("c1", "d1")}
             cells.append(merge(f"m{subset}", scores, subset=subset))
-        found = summarise(sweep(*cells, suite=suite), "test", draws=Draws(300, seed=trial)).curve.to_pylist()[0]
-        covered += found["held_out_raw_low"] <= 0.6 <= found["held_out_raw_high"]
+        curve_row = summarise(sweep(*cells, suite=suite), "test", draws=Draws(300, seed=trial)).curve.to_pylist()[0]
+        covered += curve_row["held_out_raw_low"] <= 0.6 <= curve_row["held_out_raw_high"]
     assert least <= covered / 200 <= 0.99
 
 
@@ -198,12 +198,12 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say(subsets: int, leas
 def test_an_unreliable_denominator_is_kept_out_and_named(score: float, chance: dict[str, float], reason: str) -> None:
     base = cell("base", "base", {**BASE.items["test"], "c2": [score, score]})
     summary = summarise(sweep(base, ALPHA, BETA, MERGED), "test", chance=chance, draws=QUICK)
-    found = row(summary.cells, "m")
-    assert found["held_out_normalised"] == pytest.approx((1.5 + 1.0) / 2)
-    assert len(found["unreliable"]) == 1
-    assert reason in found["unreliable"][0]
-    assert "c2" in found["unreliable"][0]
-    assert found["unreliable"][0] in markdown(summary)
+    cell_row = row(summary.cells, "m")
+    assert cell_row["held_out_normalised"] == pytest.approx((1.5 + 1.0) / 2)
+    assert len(cell_row["unreliable"]) == 1
+    assert reason in cell_row["unreliable"][0]
+    assert "c2" in cell_row["unreliable"][0]
+    assert cell_row["unreliable"][0] in markdown(summary)
 
 
 def test_without_any_denominator_to_trust_the_mean_is_nan_and_never_infinite() -> None:
@@ -228,19 +228,19 @@ def test_resamples_that_would_divide_by_zero_are_left_out_not_infinite() -> None
 
 def test_scores_that_are_not_finite_are_named() -> None:
     bad = merge("bad", {**MERGED.items["test"], "a1": [np.inf, 0.5]})
-    found = row(summarise(sweep(BASE, ALPHA, BETA, bad), "test", draws=QUICK).cells, "bad")
-    assert np.isnan(found["held_in_normalised"])
-    assert np.isnan(found["held_in_raw"])
-    assert found["held_out_normalised"] == pytest.approx(1.0)
-    assert "a1: the scores of this cell" in found["unreliable"][0]
+    cell_row = row(summarise(sweep(BASE, ALPHA, BETA, bad), "test", draws=QUICK).cells, "bad")
+    assert np.isnan(cell_row["held_in_normalised"])
+    assert np.isnan(cell_row["held_in_raw"])
+    assert cell_row["held_out_normalised"] == pytest.approx(1.0)
+    assert "a1: the scores of this cell" in cell_row["unreliable"][0]
 
 
 def test_a_missing_expert_leaves_raw_scores_and_says_why() -> None:
     pending = cell("beta", "expert", {}, status="pending")
-    found = row(summarise(sweep(BASE, ALPHA, pending, MERGED), "test", draws=QUICK).cells, "m")
-    assert np.isnan(found["held_in_normalised"])
-    assert found["held_in_raw"] == pytest.approx(0.605)
-    assert found["unreliable"] == ["b1: expert 'beta' has no test scores to divide by"]
+    cell_row = row(summarise(sweep(BASE, ALPHA, pending, MERGED), "test", draws=QUICK).cells, "m")
+    assert np.isnan(cell_row["held_in_normalised"])
+    assert cell_row["held_in_raw"] == pytest.approx(0.605)
+    assert cell_row["unreliable"] == ["b1: expert 'beta' has no test scores to divide by"]
 
 
 def test_best_prefers_validation_and_never_takes_a_baseline() -> None:
@@ -265,7 +265,7 @@ def test_what_is_not_scored_on_validation_items_is_said_once() -> None:
     """Held-in tasks decide here: of held-out ones there are no numbers, and a sentence instead of a table of dashes."""
 
     def without_held_out(c: CellScores) -> dict[str, Any]:
-        return {"validation": {task: held for task, held in c.items["test"].items() if task in ("a1", "a2", "b1")}}
+        return {"validation": {task: values for task, values in c.items["test"].items() if task in ("a1", "a2", "b1")}}
 
     cells = [cell(c.cell, c.kind, without_held_out(c)) for c in (BASE, ALPHA, BETA)]
     decided = merge("m", without_held_out(MERGED))
@@ -324,7 +324,7 @@ def test_pending_and_failed_cells_are_listed_and_do_not_disturb() -> None:
     refused = merge("r", {}, "ties", subset=1, status="refused", reason="vocabularies differ")
     pending = merge("p", {}, "ties", subset=2, status="pending")
     summary = summarise(sweep(BASE, ALPHA, BETA, failed, refused, pending), "test", draws=QUICK)
-    assert [(one.cell, one.status) for one in summary.failed] == [("f", "failed"), ("r", "refused")]
+    assert [(failure.cell, failure.status) for failure in summary.failed] == [("f", "failed"), ("r", "refused")]
     assert (summary.curve.num_rows, summary.winner) == (0, None)
     assert row(summary.cells, "p")["held_in_raw"] is None
     text = markdown(summary)
@@ -403,9 +403,9 @@ def test_a_figure_is_the_same_bytes_each_time_and_carries_no_date(tmp_path: Path
     summary = summarise(sweep(BASE, ALPHA, BETA, MERGED), "test", draws=QUICK)
     first = draw(summary, tmp_path / "figure.png")
     assert [path.name for path in first] == ["figure.png", "figure.svg"]
-    held = [path.read_bytes() for path in first]
-    assert [path.read_bytes() for path in draw(summary, tmp_path / "again")] == held
-    assert b"<dc:date>" not in held[1]
+    contents = [path.read_bytes() for path in first]
+    assert [path.read_bytes() for path in draw(summary, tmp_path / "again")] == contents
+    assert b"<dc:date>" not in contents[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.png", "again.svg", "figure.png", "figure.svg"]
 
 

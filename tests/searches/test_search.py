@@ -43,8 +43,8 @@ POINTS = {"A": (1.0, 0.0), "B": (0.0, 1.0), "C": (3.0, -2.0)}
 
 def soup(candidate: Candidate) -> Score:
     """The worked example of the specs: val(θ) = −‖θ − (0.6, 0.4)‖ of the mean of points."""
-    held = [POINTS[name[0]] for name in candidate.experts]
-    x, y = (sum(point[axis] for point in held) / len(held) for axis in (0, 1))
+    points = [POINTS[name[0]] for name in candidate.experts]
+    x, y = (sum(point[axis] for point in points) / len(points) for axis in (0, 1))
     return scored(-math.hypot(x - 0.6, y - 0.4))
 
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_measured_does_not_join_and_the_soup_goes_on() -> None:
         return lambda candidate: NoScore("disk full") if candidate.experts in lost else scored(0.5)
 
     run = played(greedy(), without(("B",)))
-    assert run.best == Candidate(("A", "C")) and ("A", "B") not in [one.experts for one in run.candidates]
+    assert run.best == Candidate(("A", "C")) and ("A", "B") not in [candidate.experts for candidate in run.candidates]
     assert played(greedy(), without(("A", "B"))).best == Candidate(("A", "C"))
     nothing = played(greedy(), without(("A",), ("B",), ("C",)))
     assert nothing.best is None and nothing.trouble == "no candidate could be measured"
@@ -149,8 +149,8 @@ def of_each(best: Mapping[str, float]) -> Formula:
     """A task is the better the nearer its own expert's λ is to what suits it."""
 
     def formula(candidate: Candidate) -> Score:
-        held = values_of(candidate)["mask_scale"]
-        each = held if isinstance(held, tuple) else (held,) * len(candidate.experts)
+        scales = values_of(candidate)["mask_scale"]
+        each = scales if isinstance(scales, tuple) else (scales,) * len(candidate.experts)
         tasks = {name: 1 - abs(value - best[name]) for name, value in zip(candidate.experts, each, strict=True)}
         return scored(sum(tasks.values()) / len(tasks), tasks)
 
@@ -165,9 +165,9 @@ def test_each_expert_gets_the_value_that_is_best_on_its_own_tasks() -> None:
     two = of_each({"A": 0.4, "B": 0.25, "C": 0.0})
 
     def careless(candidate: Candidate) -> Score:
-        held = two(candidate)
-        assert isinstance(held, Score)
-        tasks = {**held.tasks, "C": 0.5}
+        pair = two(candidate)
+        assert isinstance(pair, Score)
+        tasks = {**pair.tasks, "C": 0.5}
         return scored(sum(tasks.values()) / 3, tasks)
 
     assert values_of(played(search, careless).best) == {"mask_scale": (0.4, 0.2, 0.4)}, "C keeps what is best for all"
@@ -226,8 +226,8 @@ def test_one_number_for_the_merge_beside_one_for_each_and_whole_numbers() -> Non
     over = [{"parameter": "minimum_tasks", "low": 0, "high": 4, "numbers": "whole"}, *SCALES]
     run = played(optimised(over=over, budget=20), lambda candidate: scored(values_of(candidate)["minimum_tasks"]))
     for candidate in run.candidates:
-        held = values_of(candidate)
-        assert isinstance(held["minimum_tasks"], int) and len(held["scale"]) == 3
+        values = values_of(candidate)
+        assert isinstance(values["minimum_tasks"], int) and len(values["scale"]) == 3
     assert values_of(run.best)["minimum_tasks"] >= 3
 
 

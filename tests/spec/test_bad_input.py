@@ -47,12 +47,12 @@ def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def recipe(models: Path, **changes: Any) -> dict[str, Any]:
-    held = {"method": "ties", "base": models / "base", "experts": [models / "e1", models / "e2"], **changes}
-    return {key: value for key, value in held.items() if value is not None}
+    recipe = {"method": "ties", "base": models / "base", "experts": [models / "e1", models / "e2"], **changes}
+    return {key: value for key, value in recipe.items() if value is not None}
 
 
 def spec(models: Path, **changes: Any) -> dict[str, Any]:
-    held: dict[str, Any] = {
+    spec: dict[str, Any] = {
         "name": "tried",
         "base": models / "base",
         "experts": [
@@ -64,7 +64,7 @@ def spec(models: Path, **changes: Any) -> dict[str, Any]:
         "evaluate": {"path": models / "tasks", "held_in": {"choices": ["tiny_choice"]}},
         **changes,
     }
-    return {key: value for key, value in held.items() if value is not None}
+    return {key: value for key, value in spec.items() if value is not None}
 
 
 def refused(result: Result, folder: Path, *said: str) -> None:
@@ -371,17 +371,17 @@ def spoilt(models: Path, folder: Path, change: Callable[[Path], None]) -> Path:
 
 def edited(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
     def edit(path: Path) -> None:
-        held = json.loads((path / name).read_text())
-        (path / name).write_text(json.dumps(change(held)))
+        document = json.loads((path / name).read_text())
+        (path / name).write_text(json.dumps(change(document)))
 
     return edit
 
 
 def retensored(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def edit(path: Path) -> None:
-        held = load_file(path / "model.safetensors")
-        change(held)
-        save_file({name: value.contiguous() for name, value in held.items()}, path / "model.safetensors")
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path / "model.safetensors")
 
     return edit
 
@@ -419,28 +419,31 @@ def indexed(weight_map: Any) -> Callable[[Path], None]:
 NORM, EMBED = "model.norm.weight", "model.embed_tokens.weight"
 SPOILT: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "another family": (
-        edited("config.json", lambda held: {**held, "model_type": "gpt2"}),
+        edited("config.json", lambda config: {**config, "model_type": "gpt2"}),
         (r"expert 'spoilt'.* has model_type gpt2, the base has llama: they are no versions of one model",),
     ),
     "another width": (
-        edited("config.json", lambda held: {**held, "hidden_size": 128}),
+        edited("config.json", lambda config: {**config, "hidden_size": 128}),
         (r"hidden_size 128, the base has 64",),
     ),
-    "a tensor less": (retensored(lambda held: held.pop(NORM)), (r"'spoilt'.*architecture: it lacks 'model\.norm",)),
+    "a tensor less": (
+        retensored(lambda tensors: tensors.pop(NORM)),
+        (r"'spoilt'.*architecture: it lacks 'model\.norm",),
+    ),
     "a tensor more": (
-        retensored(lambda held: held.update({"model.extra": held[NORM].clone()})),
+        retensored(lambda tensors: tensors.update({"model.extra": tensors[NORM].clone()})),
         (r"it has 'model\.extra', unknown to the base",),
     ),
     "another shape": (
-        retensored(lambda held: held.update({NORM: held[NORM][:-1]})),
+        retensored(lambda tensors: tensors.update({NORM: tensors[NORM][:-1]})),
         (r"'model\.norm\.weight' has shape \[63\], in the base \[64\]",),
     ),
     "another vocabulary": (
-        retensored(lambda held: held.update({EMBED: held[EMBED][:-3]})),
+        retensored(lambda tensors: tensors.update({EMBED: tensors[EMBED][:-3]})),
         (r"embed_tokens\.weight' has shape \[317, 64\], in the base \[320, 64\]; the vocabularies differ",),
     ),
     "another tokenizer": (
-        edited("tokenizer.json", lambda held: {**held, "added_tokens": [{**held["added_tokens"][0], "id": 5}]}),
+        edited("tokenizer.json", lambda config: {**config, "added_tokens": [{**config["added_tokens"][0], "id": 5}]}),
         (r"its tokenizer gives \d+ tokens other ids .*first: '.*only experts that share the base's vocabulary",),
     ),
     "a tokenizer that is none": (
@@ -454,11 +457,11 @@ SPOILT: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "config no JSON": (rewritten("config.json", b"{"), (r"spoilt/config\.json is not JSON",)),
     "config a list": (rewritten("config.json", b"[]"), (r"spoilt/config\.json holds list, not an object",)),
     "integers for floats": (
-        retensored(lambda held: held.update({NORM: held[NORM].to(torch.int8)})),
+        retensored(lambda tensors: tensors.update({NORM: tensors[NORM].to(torch.int8)})),
         (r"'model\.norm\.weight' has dtype I8, in the base F32: quantized .*give the checkpoint before",),
     ),
     "quantized": (
-        edited("config.json", lambda held: {**held, "quantization_config": {"quant_method": "fp8"}}),
+        edited("config.json", lambda config: {**config, "quantization_config": {"quant_method": "fp8"}}),
         (r"'spoilt'.*is quantized \(fp8\).*give the checkpoint before it was quantized",),
     ),
     "cut in the data": (cut(100_000), (r"spoilt/model\.safetensors is truncated: tensor '.*fetch it again",)),
@@ -470,25 +473,25 @@ SPOILT: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         rewritten("model.safetensors", (9).to_bytes(8, "little") + b"not JSON!"),
         (r"header that cannot be read .*fetch or write it again",),
     ),
-    "header a list": (reheadered(lambda held: [1]), (r"header that cannot be read .*fetch or write it again",)),
+    "header a list": (reheadered(lambda header: [1]), (r"header that cannot be read .*fetch or write it again",)),
     "header without offsets": (
-        reheadered(lambda held: held[NORM].pop("data_offsets") and None),
+        reheadered(lambda header: header[NORM].pop("data_offsets") and None),
         (r"header that cannot be read \(no 'data_offsets'\)",),
     ),
     "header with another length": (
-        reheadered(lambda held: held[NORM].update(shape=[65])),
+        reheadered(lambda header: header[NORM].update(shape=[65])),
         (r"'model\.norm\.weight' has 256 bytes for shape \[65\] of F32",),
     ),
     "header beyond the file": (
-        reheadered(lambda held: held[NORM].update(data_offsets=[10**9, 10**9 + 256])),
+        reheadered(lambda header: header[NORM].update(data_offsets=[10**9, 10**9 + 256])),
         (r"is truncated: tensor 'model\.norm\.weight' ends after",),
     ),
     "header before the file": (
-        reheadered(lambda held: held[NORM].update(data_offsets=[-300, -44])),
+        reheadered(lambda header: header[NORM].update(data_offsets=[-300, -44])),
         (r"header that cannot be read \(tensor 'model\.norm\.weight' has shape \[64\] at byte -300\)",),
     ),
     "header of negative sizes": (
-        reheadered(lambda held: held[NORM].update(shape=[-8, -8])),
+        reheadered(lambda header: header[NORM].update(shape=[-8, -8])),
         (r"'model\.norm\.weight' has shape \[-8, -8\]",),
     ),
     "header too deep": (
@@ -496,7 +499,7 @@ SPOILT: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         (r"header that cannot be read",),
     ),
     "a dtype torch cannot hold": (
-        reheadered(lambda held: held[NORM].update(dtype="F4")),
+        reheadered(lambda header: header[NORM].update(dtype="F4")),
         (r"'model\.norm\.weight' has dtype F4, which cannot be read; give the checkpoint in float32",),
     ),
     "index of a missing shard": (
@@ -523,9 +526,9 @@ def test_spoilt_experts(case: str, models: Path, tmp_path: Path) -> None:
 
 def test_a_tensor_in_two_files(models: Path, tmp_path: Path) -> None:
     def twice(path: Path) -> None:
-        held = load_file(path / "model.safetensors")
-        save_file(held, path / "a.safetensors")
-        save_file({NORM: held[NORM]}, path / "b.safetensors")
+        tensors = load_file(path / "model.safetensors")
+        save_file(tensors, path / "a.safetensors")
+        save_file({NORM: tensors[NORM]}, path / "b.safetensors")
         (path / "model.safetensors").unlink()
 
     expert = spoilt(models, tmp_path, twice)
@@ -561,12 +564,12 @@ def test_any_bytes_are_a_header_or_an_error() -> None:
         length = len(text) if draw.random() < 0.9 else draw.choice([0, 1, 2**40, 2**64 - 1, len(text) + 30])
         content = struct.pack("<Q", length) + bytes(text) + b"\0" * draw.choice([24, 24, 24, 23, 0, 100])
         try:
-            found = parse_header(lambda start, size: content[start : start + size], len(content), "file")
+            parsed = parse_header(lambda start, size: content[start : start + size], len(content), "file")
         except SourceError as error:
             assert str(error).startswith("file")
             continue
         passed += 1
-        for info, offset in found.values():
+        for info, offset in parsed.values():
             assert offset >= 8
             assert all(size >= 0 for size in info.shape)
             assert offset + info.count * {"F32": 4, "F64": 8}.get(info.dtype, 1) <= len(content)
@@ -620,7 +623,7 @@ def test_select_rules_hold_for_any_model() -> None:
         wanted = {
             name
             for name, info in base.items()
-            if decided(name, rules) == "merge" and info.dtype != "I64" and any(name in held for held in carried)
+            if decided(name, rules) == "merge" and info.dtype != "I64" and any(name in names for names in carried)
         }
         silent_rules = [
             rule

@@ -253,7 +253,7 @@ def test_files_have_the_permissions_that_the_umask_leaves(tmp_path: Path) -> Non
     before = os.umask(0o027)
     try:
         place, plan = place_in(tmp_path / "store", pool), merge_plan(pool, "ties", density=0.3)
-        made(place, plan)
+        completed(place, plan)
     finally:
         os.umask(before)
     for path in (tmp_path / "store").rglob("*"):
@@ -263,7 +263,7 @@ def test_files_have_the_permissions_that_the_umask_leaves(tmp_path: Path) -> Non
 # --- a merge in the store ---------------------------------------------------------------------------------------------
 
 
-def made(place: object, plan: MergeWork) -> Done:
+def completed(place: object, plan: MergeWork) -> Done:
     """The merge and what it must know beforehand."""
     from mergecore.recipes.merge_recipe import run_for
 
@@ -280,25 +280,25 @@ def undisturbed(pool_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """The model's files as a run that nobody disturbs writes them, and its digest as 'digest'."""
     pool = open_pool(pool_folder)
     place, plan = place_in(tmp_path_factory.mktemp("store"), pool), merge_plan(pool, "ties", density=0.3)
-    assert not made(place, plan).failures
+    assert not completed(place, plan).failures
     return model(place.store, plan)
 
 
 def model(store: Store, plan: MergeWork) -> dict[str, bytes]:
     record = store.record(plan.step)
     assert record is not None and store.state(plan.step) is State.PRESENT
-    held = files_below(store.folder(plan.step))
-    del held[RECORD]
-    return {**held, "digest": record.digest.encode()}
+    files = files_below(store.folder(plan.step))
+    del files[RECORD]
+    return {**files, "digest": record.digest.encode()}
 
 
 def test_a_truncated_model_is_made_again(pool_folder: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     pool = open_pool(pool_folder)
     place, plan = place_in(tmp_path, pool), merge_plan(pool, "ties", density=0.3)
-    made(place, plan)
+    completed(place, plan)
     os.truncate(place.store.folder(plan.step) / "model-00003-of-00004.safetensors", 100)
     assert place.store.state(plan.step) is State.BROKEN
-    assert made(place, plan).steps == [plan.step.name]
+    assert completed(place, plan).steps == [plan.step.name]
     assert model(place.store, plan) == undisturbed and not left(place.store)
 
 
@@ -306,10 +306,10 @@ def test_dropped_and_asked_for_again(pool_folder: Path, tmp_path: Path, undistur
     said: list[Event] = []
     pool = open_pool(pool_folder)
     place, plan = place_in(tmp_path, pool, said.append), merge_plan(pool, "ties", density=0.3)
-    made(place, plan)
+    completed(place, plan)
     place.store.drop(plan.step)
     assert [path.name for path in place.store.folder(plan.step).iterdir()] == [RECORD]
-    assert made(place, plan).steps == [plan.step.name]
+    assert completed(place, plan).steps == [plan.step.name]
     assert model(place.store, plan) == undisturbed
     record = place.store.record(plan.step)
     assert record is not None and "differs_from" not in record.made
@@ -320,12 +320,12 @@ def test_a_model_made_again_with_another_digest_is_said_aloud(pool_folder: Path,
     said: list[Event] = []
     pool = open_pool(pool_folder)
     place, plan = place_in(tmp_path, pool, said.append), merge_plan(pool)
-    made(place, plan)
+    completed(place, plan)
     place.store.drop(plan.step)
     record = place.store.record(plan.step)
     assert record is not None
     write_json(place.store.folder(plan.step) / RECORD, {**record.__dict__, "digest": "f" * 64})
-    made(place, plan)
+    completed(place, plan)
     again = place.store.record(plan.step)
     assert again is not None and again.digest == record.digest and again.made["differs_from"] == "f" * 64
     assert any(plan.step.name in event.what and "differs" in event.what for event in said)
@@ -340,8 +340,8 @@ def merge_in_spans(folder: Path, root: Path, place: str = "", call: int = 0, aft
     if place:
         kill_at(place, call, after)
     original = span_module.write_journal
-    monkeypatch.setattr(span_module, "write_journal", lambda *given: (spans.append(1), original(*given)))
-    done = made(at, merge_plan(pool, "ties", density=0.3))
+    monkeypatch.setattr(span_module, "write_journal", lambda *arguments: (spans.append(1), original(*arguments)))
+    done = completed(at, merge_plan(pool, "ties", density=0.3))
     return len(spans), len(done.failures)
 
 
@@ -383,14 +383,14 @@ def test_a_killed_merge_goes_on_with_files_of_another_size(
     was_killed(merge_in_spans, pool_folder, tmp_path, "mergecore.engine.span:write_journal", 4)
     pool = open_pool(pool_folder)
     place, plan = place_in(tmp_path, pool), merge_plan(pool, "ties", density=0.3)
-    made(dataclasses.replace(place, shard_size=1_000_000), plan)
+    completed(dataclasses.replace(place, shard_size=1_000_000), plan)
     assert set(model(place.store, plan)) == {"model.safetensors", "digest"}
     assert model(place.store, plan)["digest"] == undisturbed["digest"]
 
 
 def statistics_of(plan: MergeWork) -> int:
     """How many statistics are committed before the merge."""
-    return len({one.step.key for plans in plan.inputs.values() for group in plans for one in group.with_inputs()})
+    return len({work.step.key for plans in plan.inputs.values() for group in plans for work in group.with_inputs()})
 
 
 def test_a_worker_of_a_pass_that_was_called_off_cannot_speak_for_the_next(pool_folder: Path, tmp_path: Path) -> None:
@@ -416,7 +416,7 @@ def merge_within(folder: Path, root: Path, limit: int, method: str) -> str:
     place, plan = place_in(root, pool), merge_plan(pool, method)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
-        return next(iter(made(place, plan).failures.values()), "no failure")
+        return next(iter(completed(place, plan).failures.values()), "no failure")
     except Exception as error:
         return f"{type(error).__name__} {error}"
 
@@ -438,7 +438,7 @@ def test_a_full_disk_leaves_nothing_and_is_forgiven(
     assert store.state(plan.step) is State.MISSING and not left(store)
     assert list(store.failures()), "the reason is on record, so other cells go on"
     assert store.forgive() == (1 if method == "average" else 3), "the merge, or the statistics of three experts"
-    assert not made(place_in(tmp_path, pool), plan).failures
+    assert not completed(place_in(tmp_path, pool), plan).failures
     assert store.state(plan.step) is State.PRESENT
 
 
@@ -463,9 +463,9 @@ def test_a_statistic_is_made_once_for_several_merges(pool_folder: Path, tmp_path
     pool = open_pool(pool_folder)
     place = place_in(tmp_path, pool)
     first, second = merge_plan(pool, "ties", density=0.3), merge_plan(pool, "ties", density=0.3, scale=0.5)
-    made(place, first)
-    profiles = [one for plans in first.inputs.values() for group in plans for one in group.with_inputs()]
-    stamps = {one.step.key: (place.store.folder(one.step) / RECORD).stat().st_mtime_ns for one in profiles}
-    assert run_works(place, list({one.step.key: one for one in profiles}.values())).failures == {}
+    completed(place, first)
+    profiles = [work for plans in first.inputs.values() for group in plans for work in group.with_inputs()]
+    stamps = {work.step.key: (place.store.folder(work.step) / RECORD).stat().st_mtime_ns for work in profiles}
+    assert run_works(place, list({work.step.key: work for work in profiles}.values())).failures == {}
     assert run_works(place, [first, second]).failures == {}
-    assert stamps == {one.step.key: (place.store.folder(one.step) / RECORD).stat().st_mtime_ns for one in profiles}
+    assert stamps == {work.step.key: (place.store.folder(work.step) / RECORD).stat().st_mtime_ns for work in profiles}

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.digits_sweep import Swept, opened
-from tests.recipe_files import made
+from tests.recipe_files import merge_into
 
 ARCHIVE = Path(__file__).with_suffix(".tar.xz")
 FACTORY = "tests.store.written_before:network"
@@ -162,7 +162,7 @@ def sweep(name: str) -> Swept:
 
 def merge(name: str, out: Path) -> str:
     """The digest of a recipe's model, made in `out` with the store of the current folder."""
-    return made(recipes()[name], out, store=Path("store").absolute()).digest
+    return merge_into(recipes()[name], out, store=Path("store").absolute()).digest
 
 
 # --- what the archive holds -----------------------------------------------------------------------------------------

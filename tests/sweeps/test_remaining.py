@@ -37,13 +37,13 @@ MEMORY = 1 << 30
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints and a task for each expert; only their digests are looked at."""
-    found = write_pool(tmp_path_factory.mktemp("pool"), tensors=3, elements=16)
-    (found / "tasks").mkdir()
+    pool_folder = write_pool(tmp_path_factory.mktemp("pool"), tensors=3, elements=16)
+    (pool_folder / "tasks").mkdir()
     for name in [*NAMES, "other"]:
         arrays = {f"{split}.labels": np.zeros(4, dtype=np.int64) for split in ("train", "validation", "test")}
-        np.savez(found / "tasks" / f"{name}.npz", **arrays, name=np.array(name))
-    np.savez(found / "tasks" / "untouched.npz", **{"test.labels": np.zeros(4, dtype=np.int64)})
-    return found
+        np.savez(pool_folder / "tasks" / f"{name}.npz", **arrays, name=np.array(name))
+    np.savez(pool_folder / "tasks" / "untouched.npz", **{"test.labels": np.zeros(4, dtype=np.int64)})
+    return pool_folder
 
 
 GRID = ({"method": "average"}, {"method": "ties", "density": 0.5, "scale": {"grid": [0.5, 1.0]}})
@@ -117,7 +117,7 @@ def test_models_and_statistics_of_another_process_are_seen(folder: Path, tmp_pat
     other.remove(ties.model)
     assert ties.model.key in {merge.step.key for merge in frontier.round().merges}
     needed = list(ties.merge.needed)
-    profile, threshold = needed[0], next(one for one in needed if needed[0] in one.inputs.get("profile", ()))
+    profile, threshold = needed[0], next(work for work in needed if needed[0] in work.inputs.get("profile", ()))
     other.remove(profile.step)
     assert not frontier.round().statistics, "what it was needed for is there"
     other.remove(threshold.step)
@@ -166,7 +166,7 @@ def test_validation_items_are_scored_where_they_decide(folder: Path, tmp_path: P
     frontier = Frontier(of_two(folder, output__register=register), Store(tmp_path), room=8)
     for cell in frontier.plan.cells:
         wanted = {
-            split: {one.task for held, one, _ in frontier.choice.wanted(cell) if held == split}
+            split: {identity.task for own_split, identity, _ in frontier.choice.wanted(cell) if own_split == split}
             for split in ("validation", "test")
         }
         side = {"other"} if by == "held_out" else set(NAMES)
@@ -229,9 +229,9 @@ def test_disk_is_for_models_and_the_chains_that_they_are_read_off(folder: Path, 
         plan, store = of_two(folder, *methods, counts=[3], run=run), Store(tmp_path)
         settings = resolved(plan.spec.run, store)
         frontier = Frontier(plan, store, room=models_at_once(plan, settings.disk.value))
-        found = cost(frontier, 1, settings.memory.value)
-        check_fit(settings, store, found)
-        return frontier.room, [one.disk for one in found.passes]
+        projected = cost(frontier, 1, settings.memory.value)
+        check_fit(settings, store, projected)
+        return frontier.room, [planned.disk for planned in projected.passes]
 
     links = [240, 2 * 240, 2 * 240]  # of three experts; the one before lies beside the one that is written
     assert tried(10_000) == (24, [*links, 240 + 2 * 192])
@@ -291,7 +291,7 @@ def no_data(member: Member) -> dict[str, Any]:
 
 def steps_of(merge: MergeWork) -> list[dict[str, Any]]:
     """The merge and everything it must know, as plain values."""
-    return [merge.step.as_json(), *(one.step.as_json() for one in merge.needed)]
+    return [merge.step.as_json(), *(work.step.as_json() for work in merge.needed)]
 
 
 def test_a_merge_planned_among_thousands_has_the_steps_it_has_alone(folder: Path) -> None:
@@ -314,24 +314,24 @@ def test_a_merge_planned_among_thousands_has_the_steps_it_has_alone(folder: Path
                 among = shared.build(method, members)
                 alone = MergeBuilder(pool, (), "bfloat16", no_data).build(method, members)
                 assert steps_of(among) == steps_of(alone)
-                assert [one.selection for one in among.needed] == [one.selection for one in alone.needed]
-                assert [one.experts for one in among.needed] == [one.experts for one in alone.needed]
+                assert [work.selection for work in among.needed] == [work.selection for work in alone.needed]
+                assert [work.experts for work in among.needed] == [work.experts for work in alone.needed]
                 assert among.size == sum(WIDTHS[info.dtype] * info.count for info in among.outputs.values())
                 assert method.product == "masks" or {info.dtype for info in among.outputs.values()} == {"BF16"}
-                assert len({one.step.key for one in among.needed}) == len(among.needed)
+                assert len({work.step.key for work in among.needed}) == len(among.needed)
 
 
 def test_what_others_need_comes_before_them(folder: Path) -> None:
     pool = open_pool(folder)
     method = method_from("ties", {"drop": {"rate": 0.5, "rescale": "l1", "seed": 1}, "count": "published"}, "test")
     merge = MergeBuilder(pool, (), None, no_data).build(method, list(pool.experts.values()))
-    keys = [one.step.key for one in merge.needed]
-    inner = [inside.step.key for one in merge.needed for group in one.inputs.values() for inside in group]
+    keys = [needed.step.key for needed in merge.needed]
+    inner = [inside.step.key for needed in merge.needed for group in needed.inputs.values() for inside in group]
     assert inner and set(inner) <= set(keys)
-    for one in merge.needed:
-        for group in one.inputs.values():
+    for needed in merge.needed:
+        for group in needed.inputs.values():
             for inside in group:
-                assert keys.index(inside.step.key) < keys.index(one.step.key)
+                assert keys.index(inside.step.key) < keys.index(needed.step.key)
 
 
 def test_equal_values_that_are_written_differently_keep_their_own_keys(folder: Path) -> None:

@@ -91,9 +91,9 @@ def test_killed_and_started_again(
 ) -> None:
     store = Store(tmp_path)
     was_killed(sweep, tier, tmp_path, place, call, after)
-    finished, held = stamps(store), contents(store)
+    finished, before = stamps(store), contents(store)
     assert finished.keys() <= {name for name in undisturbed if "/" in name}
-    half = {name for name in held if name not in undisturbed and not name.startswith("merge/")}
+    half = {name for name in before if name not in undisturbed and not name.startswith("merge/")}
     assert not half, "nothing that is not finished can be seen"
     ran(sweep, tier, tmp_path)
     assert contents(store) == undisturbed
@@ -133,7 +133,7 @@ def spans_written(tier: DigitsTier, store: Path) -> int:
     import mergecore.engine.span
 
     written, original = [], mergecore.engine.span.write_journal
-    mergecore.engine.span.write_journal = lambda *given: (written.append(1), original(*given))[1]  # type: ignore[func-returns-value]
+    mergecore.engine.span.write_journal = lambda *arguments: (written.append(1), original(*arguments))[1]  # type: ignore[func-returns-value]
     sweep(tier, store)
     return len(written)
 
@@ -141,7 +141,7 @@ def spans_written(tier: DigitsTier, store: Path) -> int:
 def test_two_runs_of_one_sweep_at_once(tier: DigitsTier, tmp_path: Path, undisturbed: dict[str, str]) -> None:
     """Someone starts it twice: nothing breaks, no step is done by both."""
     both = [Started(sweep, tier, tmp_path) for _ in range(2)]
-    steps = [name for one in both for name in one.result()]
+    steps = [name for outcome in both for name in outcome.result()]
     evaluations = [name for name in steps if name.startswith("classification")]
     assert len(evaluations) == len(set(evaluations))
     assert contents(Store(tmp_path)) == undisturbed
@@ -164,13 +164,13 @@ def download(endpoint: str, cache: Path, fatal: int) -> None:
 
 def test_killed_during_a_download(tmp_path: Path) -> None:
     """What had come is kept, the rest is fetched, and the file is the hub's."""
-    held = save({"w": torch.arange(250_000, dtype=torch.float32)})
+    content = save({"w": torch.arange(250_000, dtype=torch.float32)})
     with running_hub() as hub:
-        hub.push("owner/toy", {"config.json": b'{"model_type": "toy"}', "model.safetensors": held})
+        hub.push("owner/toy", {"config.json": b'{"model_type": "toy"}', "model.safetensors": content})
         was_killed(download, hub.endpoint, tmp_path, 500_000)
         assert not list(tmp_path.glob("*/snapshots/*/model.safetensors")) and list(tmp_path.glob("*/blobs/*incomplete"))
         before = hub.served["model.safetensors"]
         ran(download, hub.endpoint, tmp_path, 10**9)
-        assert hub.served["model.safetensors"] - before < len(held) - 300_000
+        assert hub.served["model.safetensors"] - before < len(content) - 300_000
     (path,) = tmp_path.glob("*/snapshots/*/model.safetensors")
-    assert path.read_bytes() == held and not list(tmp_path.glob("*/blobs/*incomplete"))
+    assert path.read_bytes() == content and not list(tmp_path.glob("*/blobs/*incomplete"))

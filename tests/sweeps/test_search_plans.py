@@ -46,16 +46,16 @@ PCB = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints and a task for each expert; tasks 'leaky' and 'partly' have test items among their validation items."""
-    found = write_pool(tmp_path_factory.mktemp("pool"), tensors=3, elements=16)
-    (found / "tasks").mkdir()
+    pool_folder = write_pool(tmp_path_factory.mktemp("pool"), tensors=3, elements=16)
+    (pool_folder / "tasks").mkdir()
     for name in [*NAMES, "other", "leaky", "partly"]:
         arrays: dict[str, Any] = {}
         for number, split in enumerate(("train", "validation", "test")):
             first = {"leaky": 0, "partly": 2 * number}.get(name, 4 * number)
             arrays |= {f"{split}.inputs": np.arange(first, first + 4, dtype=np.float32)[:, None]}
             arrays |= {f"{split}.labels": np.zeros(4, dtype=np.int64)}
-        np.savez(found / "tasks" / f"{name}.npz", **arrays)
-    return found
+        np.savez(pool_folder / "tasks" / f"{name}.npz", **arrays)
+    return pool_folder
 
 
 def cells_of(frontier: Frontier, label: str) -> list[Cell]:
@@ -86,8 +86,8 @@ def work(frontier: Frontier, formula: Callable[[Cell], float], rounds: int = 100
 
 def pairs_are_best(cell: Cell) -> float:
     """0 joins 1; 2 spoils everything. Baselines and other methods 0.5."""
-    held = {name[-1] for name in merged(cell)}
-    return {"0": 0.4, "1": 0.5, "2": 0.3, "01": 0.6, "012": 0.55}.get("".join(sorted(held)), 0.2)
+    letters = {name[-1] for name in merged(cell)}
+    return {"0": 0.4, "1": 0.5, "2": 0.3, "01": 0.6, "012": 0.55}.get("".join(sorted(letters)), 0.2)
 
 
 # --- what a spec may say ----------------------------------------------------------------------------------------------
@@ -129,16 +129,16 @@ def test_a_search_asks_for_validation_items(folder: Path) -> None:
 def test_validation_items_must_not_be_the_test_items(folder: Path) -> None:
     register = {"name": "best", "by": "held_out"}
 
-    def found(task: str, *methods: Any, **changes: Any) -> tuple[str, ...]:
+    def noted(task: str, *methods: Any, **changes: Any) -> tuple[str, ...]:
         return planned(folder, *methods, evaluate__held_out={"other": [task]}, **changes).notes
 
     with pytest.raises(SpecError, match="task 'leaky': its validation items are its test items"):
-        found("leaky", SOUP, output__register=register)
-    assert found("leaky", output__register=register) == (), "without a search nothing is refused"
-    assert found("leaky", SOUP) == (), "where it decides nothing its validation items are not looked at"
+        noted("leaky", SOUP, output__register=register)
+    assert noted("leaky", output__register=register) == (), "without a search nothing is refused"
+    assert noted("leaky", SOUP) == (), "where it decides nothing its validation items are not looked at"
     said = ("task 'partly': 2 of 4 validation items are test items too",)
-    assert found("partly", SOUP, output__register=register) == said
-    assert found("partly", {**SOUP, "search": {"by": "greedy", "tasks": ["partly"]}}) == said
+    assert noted("partly", SOUP, output__register=register) == said
+    assert noted("partly", {**SOUP, "search": {"by": "greedy", "tasks": ["partly"]}}) == said
     assert planned(folder, SOUP).notes == ()
 
 
@@ -147,7 +147,7 @@ def test_a_count_that_cannot_be_searched_is_a_refused_cell_and_stops_nothing(fol
     work(frontier, pairs_are_best)
     refused = [cell for cell in frontier.plan.cells if cell.refused]
     assert [cell.name for cell in refused] == ["soup n1 s0"] and "nothing to choose" in refused[0].refused
-    assert [one.state for one in frontier.trajectories()] == ["done"]
+    assert [way.state for way in frontier.trajectories()] == ["done"]
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_a_soup_asks_for_experts_then_for_one_more_at_a_time(folder: Path, tmp_p
         opened = cell in chosen or cell.merged is None  # all three are the average, which has a cell of its own
         assert frontier.view.measured(cell, "test") is opened, "test items are opened for the result only"
     (way,) = frontier.trajectories()
-    assert [(one.round, one.score, one.kept, one.best) for one in way.trials] == [
+    assert [(trial.round, trial.score, trial.kept, trial.best) for trial in way.trials] == [
         (1, 0.4, False, 0.4), (1, 0.5, True, 0.5), (1, 0.3, False, 0.5), (2, 0.6, True, 0.6), (3, 0.55, False, 0.6),
     ]  # fmt: skip
     assert (way.state, way.result, way.most) == ("done", chosen[0].id, 5)
@@ -210,7 +210,7 @@ def test_a_candidate_that_fails_is_left_out_and_named(folder: Path, tmp_path: Pa
     frontier.store.fail(lost.model, "disk full")
     work(frontier, pairs_are_best)
     (way,) = frontier.trajectories()
-    assert [one.reason for one in way.trials][:3] == ["", "disk full", ""] and way.state == "done"
+    assert [trial.reason for trial in way.trials][:3] == ["", "disk full", ""] and way.state == "done"
     assert summary(frontier)["failed"] == 1
     chosen = [cell for cell in cells_of(frontier, "soup") if frontier.choice.chosen(cell)]
     assert [merged(cell) for cell in chosen] == [(NAMES[0],)]
@@ -254,8 +254,8 @@ def test_only_the_best_so_far_keeps_its_model(folder: Path, tmp_path: Path) -> N
     while frontier.trajectories()[0].trials[-1].round < 3:
         work(frontier, pairs_are_best, rounds=1)
     store = frontier.store
-    held = {merged(cell) for cell in cells_of(frontier, "soup") if (store.folder(cell.model) / "file").exists()}
-    assert held == {(NAMES[0], NAMES[1])}
+    kept = {merged(cell) for cell in cells_of(frontier, "soup") if (store.folder(cell.model) / "file").exists()}
+    assert kept == {(NAMES[0], NAMES[1])}
 
 
 def test_named_tasks_decide(folder: Path, tmp_path: Path) -> None:
@@ -307,27 +307,29 @@ def test_a_soup_of_real_experts_is_the_average_of_those_that_joined(tier: Digits
     sweep = swept.scores()
     (way,) = sweep.searches
     result = next(cell for cell in swept.plan.cells if cell.id == way.result)
-    assert way.state == "done" and all(one.score is not None for one in way.trials)
+    assert way.state == "done" and all(trial.score is not None for trial in way.trials)
     names = [way.trials[place].what for place in range(3)]
     alone = sorted(
         range(3), key=lambda place: (-(way.trials[place].score or 0), swept.place.pool.experts[names[place]].id)
     )
     expected, best = [names[alone[0]]], way.trials[alone[0]].score
-    for place, one in zip(alone[1:], way.trials[3:], strict=True):
-        assert set(one.what.split(" + ")) == {*expected, names[place]}
-        if (one.score or 0) >= (best or 0):
-            expected, best = [*expected, names[place]], one.score
+    for place, trial in zip(alone[1:], way.trials[3:], strict=True):
+        assert set(trial.what.split(" + ")) == {*expected, names[place]}
+        if (trial.score or 0) >= (best or 0):
+            expected, best = [*expected, names[place]], trial.score
     assert set(merged(result)) == set(expected)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in swept.store.folder(result.model).glob("*.safetensors"):
-        found |= load_file(path)
-    held = [load_file(tier.experts[name] / "model.safetensors") for name in sorted(expected)]
+        tensors |= load_file(path)
+    experts = [load_file(tier.experts[name] / "model.safetensors") for name in sorted(expected)]
     base = load_file(tier.base / "model.safetensors")
-    for name, value in found.items():
+    for name, value in tensors.items():
         if base[name].is_floating_point():
-            torch.testing.assert_close(value, torch.stack([one[name] for one in held]).mean(0), rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(
+                value, torch.stack([expert[name] for expert in experts]).mean(0), rtol=1e-6, atol=1e-7
+            )
     lineage = next(cell.lineage for cell in sweep.cells if cell.cell == result.id)
-    assert [one["name"] for one in lineage["recipe"]["experts"]] == [
+    assert [expert["name"] for expert in lineage["recipe"]["experts"]] == [
         name for name in result.experts if name in expected
     ]
     text = markdown(summarise(sweep, "test"))
@@ -349,9 +351,9 @@ def test_every_mask_scale_is_made_in_one_pass_and_each_expert_gets_its_own(
     passes: list[int] = []
     original = run.run_pass
 
-    def counted(plan: PassPlan, *given: Any) -> Any:
+    def counted(plan: PassPlan, *rest: Any) -> Any:
         passes.append(sum(job.method.name == "tall_masks" for job in plan.merges))
-        return original(plan, *given)
+        return original(plan, *rest)
 
     monkeypatch.setattr(run, "run_pass", counted)
     swept = opened(spec, room=8)
@@ -362,14 +364,14 @@ def test_every_mask_scale_is_made_in_one_pass_and_each_expert_gets_its_own(
     cells = {cell.id: cell for cell in swept.plan.cells}
     experts = swept.plan.searches[0].ground.experts
     chosen = [
-        max(measured, key=lambda one: swept.frontier.view.score(cells[one.cell], "validation", expert) or 0.0).what
+        max(measured, key=lambda trial: swept.frontier.view.score(cells[trial.cell], "validation", expert) or 0.0).what
         for expert in experts
     ]
     result = cells[way.result].values["mask_scale"]
     each = result if isinstance(result, list) else [result] * len(experts)
     assert [f"mask_scale={value:g}" for value in each] == chosen
     for expert, value in zip(experts, each, strict=True):
-        alone = next(one for one in measured if one.what == f"mask_scale={value:g}")
+        alone = next(trial for trial in measured if trial.what == f"mask_scale={value:g}")
         own = swept.frontier.view.score(cells[way.result], "validation", expert)
         assert own == swept.frontier.view.score(cells[alone.cell], "validation", expert), (
             "a task's model has its own λ alone"
@@ -381,13 +383,13 @@ def test_the_plan_shows_the_first_round_and_how_many_models_there_may_be(tier: D
     methods = [SOUP, {"method": "tall_masks", "search": tall}]
     path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump(digits_spec(tier, tmp_path / "store", counts=[3], methods=methods)))
-    found = CliRunner().invoke(main, ["plan", str(path)])
-    assert found.exit_code == 0, found.output
+    shown = CliRunner().invoke(main, ["plan", str(path)])
+    assert shown.exit_code == 0, shown.output
     names = [
         name
         for name in EXPERTS_OF_THE_TIER
-        if f"search soup n3 s0 (greedy): round 1 asks for 3 models ({name}" in found.output
+        if f"search soup n3 s0 (greedy): round 1 asks for 3 models ({name}" in shown.output
     ]
-    assert len(names) == 1 and "0 tried so far, at most 5 in all" in found.output
-    assert "tall_masks+grid n3 s0 (grid): round 1 asks for 2 models (mask_scale=0.2, mask_scale=0.4)" in found.output
-    assert "merge: 6 models of 3 experts" in found.output, "average, three experts alone and two products in one pass"
+    assert len(names) == 1 and "0 tried so far, at most 5 in all" in shown.output
+    assert "tall_masks+grid n3 s0 (grid): round 1 asks for 2 models (mask_scale=0.2, mask_scale=0.4)" in shown.output
+    assert "merge: 6 models of 3 experts" in shown.output, "average, three experts alone and two products in one pass"

@@ -41,9 +41,9 @@ def tier(pytestconfig: pytest.Config) -> DigitsTier:
 @pytest.fixture(scope="module")
 def swept(tier: DigitsTier, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     """A finished sweep. Tests read it and leave it as it is."""
-    found = opened(digits_spec(tier, tmp_path_factory.mktemp("store")))
-    assert not found.run().failures
-    return found
+    swept = opened(digits_spec(tier, tmp_path_factory.mktemp("store")))
+    assert not swept.run().failures
+    return swept
 
 
 def small(tier: DigitsTier, store: Path, **changes: Any) -> dict[str, Any]:
@@ -59,10 +59,12 @@ def present(swept: Swept) -> set[str]:
 
 def worked(swept: Swept) -> list[str]:
     """The kinds of the steps that a run does, sorted. That a model is dropped is no work."""
-    before, held = stamps(swept.store), records(swept.store)
+    before, written = stamps(swept.store), records(swept.store)
     done = swept.run()
     dropped = {
-        name for name, record in records(swept.store).items() if record["dropped"] > held.get(name, record)["dropped"]
+        name
+        for name, record in records(swept.store).items()
+        if record["dropped"] > written.get(name, record)["dropped"]
     }
     changed = [name for name, stamp in stamps(swept.store).items() if before.get(name) != stamp and name not in dropped]
     assert sorted(name.partition("/")[2] for name in changed) == sorted(done.steps), "it says what it did"
@@ -75,10 +77,11 @@ def worked(swept: Swept) -> list[str]:
 def test_scores_are_those_of_a_direct_computation(tier: DigitsTier, swept: Swept) -> None:
     """Average of two experts, by hand: means of weights, BatchNorm recalibrated, accuracy. torch and numpy only."""
     cell = swept.cell("average n2 s0")
-    held = [load_file(tier.experts[name] / "model.safetensors") for name in cell.experts]
+    experts = [load_file(tier.experts[name] / "model.safetensors") for name in cell.experts]
     base = load_file(tier.base / "model.safetensors")
     weights: dict[str, Tensor] = {
-        name: (held[0][name] + held[1][name]) / 2 if base[name].is_floating_point() else base[name] for name in base
+        name: (experts[0][name] + experts[1][name]) / 2 if base[name].is_floating_point() else base[name]
+        for name in base
     }
     model = digits_cnn(CONFIG)
     model.load_state_dict(weights)
@@ -115,15 +118,15 @@ def test_merged_weights_are_the_average(tier: DigitsTier, tmp_path: Path) -> Non
     swept = opened(small(tier, tmp_path, output__keep="all", methods=[{"method": "average"}]))
     swept.run()
     cell = swept.cell("average n2 s0")
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in swept.store.folder(cell.model).glob("*.safetensors"):
-        found |= load_file(path)
-    held = [load_file(tier.experts[name] / "model.safetensors") for name in cell.experts]
+        tensors |= load_file(path)
+    experts = [load_file(tier.experts[name] / "model.safetensors") for name in cell.experts]
     base = load_file(tier.base / "model.safetensors")
-    assert found.keys() == base.keys()
-    for name, value in found.items():
+    assert tensors.keys() == base.keys()
+    for name, value in tensors.items():
         if value.is_floating_point():
-            torch.testing.assert_close(value, (held[0][name] + held[1][name]) / 2, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(value, (experts[0][name] + experts[1][name]) / 2, rtol=1e-6, atol=1e-7)
         else:
             assert torch.equal(value, base[name])
 
@@ -209,9 +212,9 @@ def test_extending_the_spec_does_only_what_is_new(tier: DigitsTier, tmp_path: Pa
     assert worked(opened(small(tier, tmp_path, **{**plain, "methods": methods}))) == ["evaluation"] * 2 + ["merge"]
     # TIES on the same two experts: their profiles and thresholds, a merge, its scores.
     methods.append({"method": "ties", "density": 0.3})
-    found = worked(opened(small(tier, tmp_path, **{**plain, "methods": methods})))
-    assert found == ["evaluation"] * 2 + ["merge"] + ["statistic"] * found.count("statistic")
-    assert found.count("statistic") in (2, 4)
+    steps = worked(opened(small(tier, tmp_path, **{**plain, "methods": methods})))
+    assert steps == ["evaluation"] * 2 + ["merge"] + ["statistic"] * steps.count("statistic")
+    assert steps.count("statistic") in (2, 4)
     # The same statistics serve another coefficient.
     methods.append({"method": "ties", "density": 0.3, "scale": 0.5, "label": "ties half"})
     assert worked(opened(small(tier, tmp_path, **{**plain, "methods": methods}))) == ["evaluation"] * 2 + ["merge"]
@@ -219,10 +222,10 @@ def test_extending_the_spec_does_only_what_is_new(tier: DigitsTier, tmp_path: Pa
     more = {**plain, "counts": [2, 3]}
     assert worked(opened(small(tier, tmp_path, **more))) == ["evaluation"] * 3 + ["merge"]
     # A new task is scored on every model: the dropped ones are made again, the same bytes.
-    digests = {name: held["digest"] for name, held in records(first.store).items() if name.startswith("merge/")}
-    found = worked(opened(small(tier, tmp_path, **{**more, "evaluate__held_out": {"upright": ["upright"]}})))
-    assert found == ["evaluation"] * 7 + ["merge"] * 2
-    after = {name: held["digest"] for name, held in records(first.store).items() if name.startswith("merge/")}
+    digests = {name: record["digest"] for name, record in records(first.store).items() if name.startswith("merge/")}
+    steps = worked(opened(small(tier, tmp_path, **{**more, "evaluate__held_out": {"upright": ["upright"]}})))
+    assert steps == ["evaluation"] * 7 + ["merge"] * 2
+    after = {name: record["digest"] for name, record in records(first.store).items() if name.startswith("merge/")}
     assert after == digests
 
 
@@ -246,8 +249,8 @@ def test_a_method_may_have_its_own_numbers_of_experts(tier: DigitsTier, tmp_path
         {"method": "sce", "density": 0.5, "counts": [4]},  # the same values once more: with these numbers as well
     ]
     plan = opened(small(tier, tmp_path, methods=methods, counts=[2, 3])).plan
-    found = [(cell.method, cell.values.get("density"), cell.count) for cell in plan.cells if cell.kind == "merge"]
-    assert sorted(found, key=str) == sorted(
+    planned = [(cell.method, cell.values.get("density"), cell.count) for cell in plan.cells if cell.kind == "merge"]
+    assert sorted(planned, key=str) == sorted(
         [
             *(("average", None, count) for count in (2, 3)),
             ("slerp", None, 2),
@@ -300,9 +303,9 @@ def broken_tier(tier: DigitsTier, tmp_path_factory: pytest.TempPathFactory) -> D
     """The tier with a NaN in one tensor of the expert 'mirror'."""
     folder = tmp_path_factory.mktemp("broken") / "mirror"
     folder.mkdir()
-    held = load_file(tier.experts["mirror"] / "model.safetensors")
-    held["3.weight"].view(-1)[5] = torch.nan
-    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(tier.experts["mirror"] / "model.safetensors")
+    tensors["3.weight"].view(-1)[5] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_bytes((tier.experts["mirror"] / "config.json").read_bytes())
     return DigitsTier(tier.base, {**tier.experts, "mirror": folder}, tier.tasks)
 

@@ -19,7 +19,7 @@ from mergecore.spec.variants import expanded, gridded
 from mergecore.sweeps.measured import collect
 from tests.digits import DigitsTier, digits_tier
 from tests.digits_sweep import Swept, digits_spec, opened
-from tests.recipe_files import made
+from tests.recipe_files import merge_into
 
 PAIR = ("quarter", "mirror")
 SWAPPED = {
@@ -51,16 +51,16 @@ def paired(tier: DigitsTier, store: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def swept(tier: DigitsTier, tmp_path_factory: pytest.TempPathFactory) -> Swept:
-    found = opened(paired(tier, tmp_path_factory.mktemp("store")))
-    assert not found.run().failures
-    return found
+    swept = opened(paired(tier, tmp_path_factory.mktemp("store")))
+    assert not swept.run().failures
+    return swept
 
 
 def weights(swept: Swept, name: str) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in swept.store.folder(swept.cell(name).model).glob("*.safetensors"):
-        found |= load_file(path)
-    return found
+        tensors |= load_file(path)
+    return tensors
 
 
 def test_every_combination_is_a_cell_named_by_what_its_grids_came_to(swept: Swept) -> None:
@@ -74,17 +74,17 @@ def test_every_combination_is_a_cell_named_by_what_its_grids_came_to(swept: Swep
 
 def test_its_models_are_those_of_a_direct_computation(tier: DigitsTier, swept: Swept) -> None:
     base, first, second = (load_file(f / "model.safetensors") for f in (tier.base, *(tier.experts[n] for n in PAIR)))
-    for scale, (one, other) in ((0.25, (1, 3)), (0.5, (3, 1))):
-        found = weights(swept, f"swapped(select.1.scale={scale}, select.2.weights={[one, other]}) n2 s0")
-        assert found.keys() == base.keys()
-        for name, value in found.items():
+    for scale, (first, other) in ((0.25, (1, 3)), (0.5, (3, 1))):
+        merged = weights(swept, f"swapped(select.1.scale={scale}, select.2.weights={[first, other]}) n2 s0")
+        assert merged.keys() == base.keys()
+        for name, value in merged.items():
             if name.startswith(("0.", "1.")):
                 assert torch.equal(value, first[name]), name
             elif name.startswith("10."):
                 wanted = base[name] + scale * ((first[name] - base[name]) + (second[name] - base[name]))
                 torch.testing.assert_close(value, wanted if value.is_floating_point() else base[name])
             elif value.is_floating_point():
-                torch.testing.assert_close(value, (one * first[name] + other * second[name]) / 4)
+                torch.testing.assert_close(value, (first * first[name] + other * second[name]) / 4)
 
 
 def test_validation_chooses_one_combination(swept: Swept) -> None:
@@ -95,8 +95,8 @@ def test_validation_chooses_one_combination(swept: Swept) -> None:
 
 
 def test_the_recipe_of_a_cell_makes_its_model_alone(swept: Swept, tmp_path: Path) -> None:
-    cell = next(one for one in collect(swept.frontier).cells if one.method == "swapped" and one.chosen)
-    assert made(dict(cell.lineage["recipe"]), tmp_path / "out").digest == cell.digest
+    cell = next(row for row in collect(swept.frontier).cells if row.method == "swapped" and row.chosen)
+    assert merge_into(dict(cell.lineage["recipe"]), tmp_path / "out").digest == cell.digest
 
 
 def test_rules_of_the_spec_hold_for_methods_without_their_own(tier: DigitsTier, tmp_path: Path) -> None:
@@ -112,10 +112,10 @@ def test_rules_of_the_spec_hold_for_methods_without_their_own(tier: DigitsTier, 
     assert not swept.run().failures
     base, *experts = (load_file(f / "model.safetensors") for f in (tier.base, *(tier.experts[n] for n in PAIR)))
     ids = [swept.plan.pool.experts[name].id for name in PAIR]
-    found = weights(swept, labels[2])
+    merged = weights(swept, labels[2])
     plain = merge(TaskArithmetic(scale=0.5), base=base, experts=experts, ids=ids)
     trimmed = merge(Ties(density=0.2), base=base, experts=experts, ids=ids, select=[SelectRule(names="9.*")])
-    for name, value in found.items():
+    for name, value in merged.items():
         wanted = base if name.startswith("0.") else trimmed if name.startswith("9.") else plain
         assert torch.equal(value, wanted[name]), name
 
@@ -123,7 +123,9 @@ def test_rules_of_the_spec_hold_for_methods_without_their_own(tier: DigitsTier, 
 def test_experts_are_measured_whole_whatever_the_rules_are(tier: DigitsTier, tmp_path: Path) -> None:
     plain = opened(paired(tier, tmp_path, methods=[{"method": "average"}]))
     ruled = opened(paired(tier, tmp_path, select=[{"names": "0.*"}], methods=[{"method": "average"}]))
-    assert [one.cell(name).id for one in (plain, ruled) for name in PAIR] == [plain.cell(n).id for n in PAIR] * 2
+    assert [swept_one.cell(name).id for swept_one in (plain, ruled) for name in PAIR] == [
+        plain.cell(n).id for n in PAIR
+    ] * 2
     assert plain.cell("average n2 s0").id != ruled.cell("average n2 s0").id
 
 

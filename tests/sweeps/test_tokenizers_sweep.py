@@ -13,7 +13,7 @@ from mergecore.store.store import State
 from mergecore.sweeps.lineage import recipe_of
 from tests import tiny_lm
 from tests.digits_sweep import Swept, opened, stamps
-from tests.recipe_files import made
+from tests.recipe_files import merge_into
 
 EMBEDDING = "model.embed_tokens.weight"
 TOKENS = 316
@@ -60,23 +60,23 @@ def sweep_in(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
-    found = opened(sweep_in(tmp_path_factory.mktemp("sweep")))
-    done = found.run()
+    swept = opened(sweep_in(tmp_path_factory.mktemp("sweep")))
+    done = swept.run()
     assert not done.failures, done.failures
-    return found
+    return swept
 
 
 def test_cells_have_the_vocabulary_of_the_whole_pool(swept: Swept) -> None:
     """Also a cell of two: the rows of tokens that none of them has are the third's."""
     cell = swept.cell("average n2 s0")
-    held = load_file(swept.store.folder(cell.model) / "model.safetensors")[EMBEDDING]
+    embedding = load_file(swept.store.folder(cell.model) / "model.safetensors")[EMBEDDING]
     rows = {name: load_file(_folder(swept, name) / "model.safetensors")[EMBEDDING] for name in ("chat", "code")}
     base = load_file(Path(swept.plan.pool.base.source.uri) / "model.safetensors")[EMBEDDING]
-    assert held.shape[0] == TOKENS + 3 == swept.plan.pool.base.config["vocab_size"] < len(base)
-    torch.testing.assert_close(held[TOKENS], rows["chat"][TOKENS], rtol=0, atol=1e-6)
-    torch.testing.assert_close(held[TOKENS + 2], rows["code"][TOKENS], rtol=0, atol=1e-6)
+    assert embedding.shape[0] == TOKENS + 3 == swept.plan.pool.base.config["vocab_size"] < len(base)
+    torch.testing.assert_close(embedding[TOKENS], rows["chat"][TOKENS], rtol=0, atol=1e-6)
+    torch.testing.assert_close(embedding[TOKENS + 2], rows["code"][TOKENS], rtol=0, atol=1e-6)
     wanted = sum(rows.get(name, base)[:TOKENS] for name in cell.experts) / 2
-    torch.testing.assert_close(held[:TOKENS], wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(embedding[:TOKENS], wanted, rtol=0, atol=1e-6)
 
 
 def _folder(swept: Swept, name: str) -> Path:
@@ -101,7 +101,7 @@ def test_the_recipe_of_a_cell_makes_its_bytes(swept: Swept, tmp_path: Path) -> N
         cell = swept.cell(name)
         record = swept.store.record(cell.model)
         assert record is not None and swept.store.state(cell.model) is State.PRESENT
-        assert made(recipe_of(swept.plan, cell), tmp_path / name).digest == record.digest
+        assert merge_into(recipe_of(swept.plan, cell), tmp_path / name).digest == record.digest
 
 
 def test_the_registered_model_loads_and_a_second_run_does_nothing(swept: Swept) -> None:
