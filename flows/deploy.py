@@ -34,7 +34,7 @@ class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Pool(_Settings):
+class WorkPool(_Settings):
     """The work pool whose workers run a deployment, and what is handed to them."""
 
     name: str
@@ -58,13 +58,13 @@ class Schedule(_Settings):
     parameters: dict[str, Any] = {}
 
 
-class Entry(_Settings):
+class DeploymentEntry(_Settings):
     """A deployment as the file has it; the keys are those of Prefect's own `prefect.yaml`."""
 
     name: str
     entrypoint: str
     description: str
-    work_pool: Pool
+    work_pool: WorkPool
     tags: list[str] = []
     parameters: dict[str, Any] = {}
     concurrency_limit: Limit | None = None
@@ -74,10 +74,10 @@ class Entry(_Settings):
 class _File(_Settings):
     name: str
     definitions: dict[str, Any] = {}
-    deployments: list[Entry]
+    deployments: list[DeploymentEntry]
 
 
-def read_entries(path: Path) -> list[Entry]:
+def read_entries(path: Path) -> list[DeploymentEntry]:
     """The deployments of a file. Raises SpecError for keys that nothing here would follow."""
     try:
         return _File.model_validate(read_yaml(path)).deployments
@@ -86,7 +86,7 @@ def read_entries(path: Path) -> list[Entry]:
         raise SpecError(f"{path}: {problems}") from None
 
 
-def deploy(client: SyncPrefectClient, entry: Entry) -> bool:
+def deploy(client: SyncPrefectClient, entry: DeploymentEntry) -> bool:
     """Bring a deployment to what the file says; returns whether it is new.
 
     A new one begins with the file's schedules, parameters and limit. One that exists keeps its own.

@@ -22,7 +22,7 @@ from flows.session.session import resolver
 from flows.session.settings import worker_setting
 from flows.session.startup import digest_cache, loops
 from mergecore.recipes.merge_file import make_file
-from mergecore.recipes.merge_recipe import Made, Origin
+from mergecore.recipes.merge_recipe import Origin, WrittenModel
 from mergecore.spec.recipe import Recipe
 from mergecore.spec.yaml_files import as_yaml
 from tasks.cluster.executor import OnDask, Stopped
@@ -69,7 +69,7 @@ def merge(
             client = stack.enter_context(dask_client(beside, None, worker_setting(workers).value))
             return OnDask(client, beside / "passes", stop)
 
-        def make(parsed: Recipe, out: Path, origin: Origin | None) -> Made:
+        def make(parsed: Recipe, out: Path, origin: Origin | None) -> WrittenModel:
             recipes[out], find = parsed, resolver(digest_cache(), report)
             return merge_recipe(parsed.method, Order(parsed, out, find, executor(), report, durable, loops(), origin))
 
@@ -87,7 +87,7 @@ def merge(
     return state
 
 
-def _page(model: Made, recipe: Recipe) -> str:
+def _page(model: WrittenModel, recipe: Recipe) -> str:
     """Return a page in Markdown: where the model is and how it was made."""
     recipe_text = as_yaml(recipe.model_dump(mode="json", exclude_defaults=True))
     facts = [f"`{model.folder}`, {readable(model.size)}", f"Digest `{model.digest}`"]

@@ -42,7 +42,7 @@ from tasks.statistics import statistics
 from tasks.task_vectors import task_vectors
 from tasks.track import Projection
 from tasks.track import track as show
-from tasks.work import Work, counted, reuse
+from tasks.work import TaskInput, counted, reuse
 
 MethodName = Annotated[str, Field(json_schema_extra={"enum": list(METHODS)})]
 """A list of these is a multi-select in Prefect's form; the names are the registry's, so a new method is there too."""
@@ -99,7 +99,7 @@ def sweep(
             # are about the spec, not about what was chosen in the form.
             whole = open_session(path, options=options) if is_part else session
             if not is_part or not summary(whole.frontier)["pending"]:
-                wait_all([register.submit(name=whole.spec.name, work=Work(place, [whole.frontier]))])
+                wait_all([register.submit(name=whole.spec.name, work=TaskInput(place, [whole.frontier]))])
                 settle(whole.frontier)
         except Stopped as error:
             return Cancelled(message=str(error))
@@ -162,7 +162,7 @@ def _rounds(session: Session, place: Place) -> None:
     frontier, plan = session.frontier, session.plan
     names = ["base", *(member.name for member in plan.pool.members)]
     snapshots = zip(names, snapshots_of(plan.pool), strict=True)
-    wait_all([download.submit(name=name, work=Work(place, [snapshot])) for name, snapshot in snapshots])
+    wait_all([download.submit(name=name, work=TaskInput(place, [snapshot])) for name, snapshot in snapshots])
     for kind, count in reused(session).items():
         if count:
             reuse.submit(counted(count, kind)).wait()
@@ -184,18 +184,20 @@ def submitted(place: Place, round: Round) -> list[PrefectFuture[Any]]:
     others = [item for item in round.statistics if item.shown_as != TASK_VECTOR]
     futures: list[PrefectFuture[Any]] = []
     if vectors:
-        futures.append(task_vectors.submit(name=f"of {counted(len(vectors), 'expert')}", work=Work(place, vectors)))
+        futures.append(
+            task_vectors.submit(name=f"of {counted(len(vectors), 'expert')}", work=TaskInput(place, vectors))
+        )
     if others:
         name = f"{listed(plan.step.plugin for plan in others)} ({len(others)})"
-        futures.append(statistics.submit(name=name, work=Work(place, others)))
+        futures.append(statistics.submit(name=name, work=TaskInput(place, others)))
     if round.merges:
         kinds = listed(plan.step.plugin for plan in round.merges)
         name = f"{counted(len(round.merges), 'model')}: {kinds}"
-        futures.append(merge.submit(name=name, work=Work(place, round.merges)))
+        futures.append(merge.submit(name=name, work=TaskInput(place, round.merges)))
     if round.scorings:
         kinds = listed(scoring.cell.method or scoring.cell.kind for scoring in round.scorings)
         name = f"{counted(len(round.scorings), 'model')}: {kinds}"
-        futures.append(evaluate.submit(name=name, work=Work(place, round.scorings)))
+        futures.append(evaluate.submit(name=name, work=TaskInput(place, round.scorings)))
     return futures
 
 

@@ -10,11 +10,11 @@ from prefect.client.schemas.objects import State
 from mergecore.execution.fetch import fetch
 from mergecore.execution.outcome import Done
 from mergecore.planning.pool import snapshot_step
-from tasks.work import OPTIONS, Work, cached, ended
+from tasks.work import OPTIONS, TaskInput, cached, ended
 
 
 @task(name="download", task_run_name="download {name}", **OPTIONS)
-def download(name: str, work: Work) -> State[Any]:
+def download(name: str, work: TaskInput) -> State[Any]:
     """Fetch `work.items`, snapshots. The state is Cached where all were recorded before; their files are checked anyway."""
     known = all(work.place.store.is_done(snapshot_step(snapshot)) for snapshot in work.items)
     done = Done()

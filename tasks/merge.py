@@ -16,18 +16,18 @@ from mergecore.recipes import merge_recipe as single
 from mergecore.spec.recipe import Recipe
 from mergecore.spec.sources import Resolver
 from mergecore.store.store import State as StoreState
-from tasks.work import OPTIONS, Work, cached, ended
+from tasks.work import OPTIONS, TaskInput, cached, ended
 
 
 @task(name="merge", task_run_name="merge {name}", **OPTIONS)
-def merge(name: str, work: Work) -> State[Any]:
+def merge(name: str, work: TaskInput) -> State[Any]:
     """Make the models of `work.items`, plans of merges, in one pass."""
     missing = [plan for plan in work.items if work.place.store.state(plan.step) is not StoreState.PRESENT]
     return ended(run_works(work.place, missing)) if missing else cached(len(work.items), "model")
 
 
 class Order:
-    """A recipe, the new folder `out` for its model, and how the work is done. A plain class, as `Work` is."""
+    """A recipe, the new folder `out` for its model, and how the work is done. A plain class, as `TaskInput` is."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Order:
 
 
 @task(name="merge", task_run_name="merge {name}", **OPTIONS)
-def merge_recipe(name: str, order: Order) -> single.Made:
+def merge_recipe(name: str, order: Order) -> single.WrittenModel:
     """Make the model of a recipe. Raises a MergeloomError where that cannot be done; nothing is left then."""
     return single.merge_recipe(
         order.recipe,

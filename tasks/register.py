@@ -9,11 +9,11 @@ from prefect.client.schemas.objects import State
 
 from mergecore.sweeps.complete import register_best
 from mergecore.sweeps.remaining import Frontier
-from tasks.work import OPTIONS, Work, cached, ended
+from tasks.work import OPTIONS, TaskInput, cached, ended
 
 
 @task(name="register", task_run_name="register {name}", **OPTIONS)
-def register(name: str, work: Work) -> State[Any]:
+def register(name: str, work: TaskInput) -> State[Any]:
     """Register the best cell of the frontier in `work.items`. The state is Cached where it is registered already."""
     frontier: Frontier = work.items[0]
     done = register_best(work.place, frontier)

@@ -17,7 +17,7 @@ OPTIONS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 """Prefect's own result cache is off: the store alone knows what is done."""
 
 
-class Work:
+class TaskInput:
     """Items of work, and the place to do it. A plain class: Prefect looks for futures in dataclasses and lists."""
 
     def __init__(self, place: Place, items: Sequence[Any] = ()) -> None:

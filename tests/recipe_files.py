@@ -14,7 +14,7 @@ from mergecore.checkpoints.sources.digests import DigestCache
 from mergecore.checkpoints.sources.resolve import resolve
 from mergecore.engine.executor import InProcess
 from mergecore.events import silent
-from mergecore.recipes.merge_recipe import Made, merge_recipe
+from mergecore.recipes.merge_recipe import WrittenModel, merge_recipe
 from mergecore.spec.recipe import parse_recipe
 from mergecore.spec.sources import SourceSpec
 
@@ -24,7 +24,7 @@ def find(source: SourceSpec) -> Source:
     return resolve(source.source, digests=DigestCache(None))
 
 
-def merge_into(recipe: dict[str, Any], out: Path, **options: Any) -> Made:
+def merge_into(recipe: dict[str, Any], out: Path, **options: Any) -> WrittenModel:
     """The recipe's model in `out`, made in this process; paths may be given as such."""
     return merge_recipe(parse_recipe(plain(recipe), "recipe"), out, find, InProcess(), silent, **options)
 

@@ -92,7 +92,7 @@ def description(kind: type[Method]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Parameter:
+class ParameterRow:
     """One parameter as YAML has it, a part of another with a dot: which values it takes, its default, its meaning."""
 
     name: str
@@ -101,12 +101,12 @@ class Parameter:
     meaning: str
 
 
-def parameters(kind: type[BaseModel], prefix: str = "") -> Iterator[Parameter]:
+def parameters(kind: type[BaseModel], prefix: str = "") -> Iterator[ParameterRow]:
     """The parameters of a method, each followed by those inside it."""
     for field, info in kind.model_fields.items():
         if prefix and field == "kind":
             continue
-        yield Parameter(f"{prefix}{field}", _values(info), _default(info), info.description or "")
+        yield ParameterRow(f"{prefix}{field}", _values(info), _default(info), info.description or "")
         inner = _inner(info.annotation)
         if inner is not None:
             yield from parameters(inner, f"{prefix}{field}.")

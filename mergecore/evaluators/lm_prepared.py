@@ -26,7 +26,7 @@ Prompt = Callable[[Any, Any, int], tuple[Any, bool]]
 
 
 @dataclass(frozen=True)
-class Document:
+class PreparedDocument:
     """One item: its number in the split, lm-eval's doc_hash, its target as text, and its requests as plain tuples."""
 
     item: int
@@ -42,14 +42,14 @@ class Prepared:
     """A task ready for any model. batches: forward passes of log-likelihood requests, empty for other kinds."""
 
     task: Any
-    documents: tuple[Document, ...]
+    documents: tuple[PreparedDocument, ...]
     batches: tuple[Any, ...]
 
     def instances(self) -> list[list[Any]]:
         """New lm-eval Instances, per document."""
         from lm_eval.api.instance import Instance
 
-        def new(document: Document, request: tuple[str, Any, int, Any]) -> Any:
+        def new(document: PreparedDocument, request: tuple[str, Any, int, Any]) -> Any:
             kind, arguments, index, metadata = request
             key = copy.deepcopy(arguments) if kind == "generate_until" else arguments  # holds a dict that is written to
             return Instance(request_type=kind, doc=document.document, arguments=key, idx=index, metadata=metadata)
@@ -97,14 +97,14 @@ def _requests(task: Any, item: int, document: Any, context: Any, chat: bool) -> 
     return requests if isinstance(requests, list) else [requests]
 
 
-def _document(task: Any, item: int, document: Any, context: tuple[Any, bool]) -> Document:
+def _document(task: Any, item: int, document: Any, context: tuple[Any, bool]) -> PreparedDocument:
     instances = _requests(task, item, document, *context)
     choices = tuple(task.doc_to_choice(document)) if task.config.doc_to_choice is not None else ()
     requests = tuple(
         (instance.request_type, instance.arguments, instance.idx, instance.metadata) for instance in instances
     )
     document_digest = hashlib.sha256(document_text(document).encode()).hexdigest()
-    return Document(item, document, document_digest, _target(task, document, choices), choices, requests)
+    return PreparedDocument(item, document, document_digest, _target(task, document, choices), choices, requests)
 
 
 def _gold(task: Any, document: Any) -> Any:

@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 
 from mergecore.errors import EvaluationError, NonFiniteError
-from mergecore.evaluators.lm_prepared import Document
+from mergecore.evaluators.lm_prepared import PreparedDocument
 from mergecore.plugins.evaluator import TaskIdentity
 
 _COLUMNS = ("item", "document", "target", "prediction", "score", "loglikelihoods")
 
 
-def row(task: Any, document: Document, responses: list[Any], identity: TaskIdentity) -> dict[str, Any]:
+def row(task: Any, document: PreparedDocument, responses: list[Any], identity: TaskIdentity) -> dict[str, Any]:
     """One item's line of the table."""
     metrics = {name: _number(value) for name, value in task.process_results(document.document, responses).items()}
     score = metrics.get(identity.metric)
@@ -34,7 +34,7 @@ def row(task: Any, document: Document, responses: list[Any], identity: TaskIdent
     return {**dict(zip(_COLUMNS, fixed, strict=True)), **others}
 
 
-def _prediction(task: Any, document: Document, responses: list[Any]) -> tuple[str, list[float] | None]:
+def _prediction(task: Any, document: PreparedDocument, responses: list[Any]) -> tuple[str, list[float] | None]:
     if task.OUTPUT_TYPE == "multiple_choice":
         values = [float(value) for value, _ in responses]
         return document.choices[int(np.argmax(values[: len(document.choices)]))], values

@@ -8,7 +8,7 @@ from mergecore.execution.outcome import Done
 from mergecore.execution.place import Place
 from mergecore.execution.scoring import ScoreTask, score_model
 from mergecore.execution.spread import Job, spread
-from mergecore.formats.contents import contents_of
+from mergecore.formats.finished import finished_merge
 from mergecore.planning.cells import Scoring
 from mergecore.planning.work import MergeWork
 from mergecore.store.results import open_model
@@ -40,7 +40,7 @@ def _merged(place: Place, scoring: Scoring, merge: MergeWork) -> Iterator[ScoreT
     if not loads:
         yield ScoreTask(weights, folder, base.companions, scoring.tasks)
         return
-    contents = contents_of(place.store, place.pool, merge)
+    contents = finished_merge(place.store, place.pool, merge)
     for expert in dict.fromkeys(loads[identity.task] for _, identity, _ in scoring.tasks):
         tasks = tuple(task for task in scoring.tasks if loads[task[1].task] == expert)
         yield ScoreTask(merge.product.load(contents, weights, expert), folder, base.companions, tasks)

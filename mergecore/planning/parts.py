@@ -20,7 +20,7 @@ COPY = Average()
 
 
 @dataclass(frozen=True)
-class Rule:
+class TensorRule:
     """How tensors are made: `method` merges `experts`; without experts they are copied.
 
     base: the member that they are copied from, or whose weights changes are counted from; None for the pool's base.
@@ -45,19 +45,21 @@ class Rule:
 class Portion:
     """The tensors of a model that one rule makes."""
 
-    way: Rule
+    way: TensorRule
     layout: Layout
 
 
-def rule_of(rule: SelectRule, method: Method, members: Mapping[str, Member], where: str) -> Rule:
+def rule_of(rule: SelectRule, method: Method, members: Mapping[str, Member], where: str) -> TensorRule:
     """Return how the tensors of a rule are made in a merge of `members` by `method`. Raise SpecError naming the rule."""
     if rule.take == "drop":
-        return Rule(COPY, ())
+        return TensorRule(COPY, ())
     if rule.take == "copy":
         chosen = _member(rule.of, members, f"{where}.of") if rule.of else None
         if chosen is not None and chosen.factors is not None:
-            return Rule(COPY, (chosen,))  # an adapter is no model yet: the average of one expert folds it into the base
-        return Rule(COPY, (), chosen)
+            return TensorRule(
+                COPY, (chosen,)
+            )  # an adapter is no model yet: the average of one expert folds it into the base
+        return TensorRule(COPY, (), chosen)
     experts = tuple(_member(name, members, f"{where}.experts") for name in rule.experts or members)
     base = _member(rule.base, members, f"{where}.base") if rule.base else None
     if base is not None and base.factors is not None:
@@ -69,7 +71,7 @@ def rule_of(rule: SelectRule, method: Method, members: Mapping[str, Member], whe
             f"{where}.base: '{chosen_method.name}' goes on from what it made of the base before; leave it out"
         )
     chosen_method.validate_count(len(experts))
-    return Rule(chosen_method, experts, base)
+    return TensorRule(chosen_method, experts, base)
 
 
 def _check_makes(method: Method, where: str) -> None:
@@ -101,13 +103,13 @@ def portions_of(
     ways = [rule_of(rule, method, by_name, f"select.{number}") for number, rule in enumerate(rules)]
     dropped = {name: f"tied to '{owner}'" for name, owner in tied_names(base, pool.base.config).items() if name in base}
     dropped |= {name: LEFT_OUT for name in base if name not in dropped and left_out(name, rules)}
-    by_rule: dict[str, tuple[Rule, list[str], list[str]]] = {}
+    by_rule: dict[str, tuple[TensorRule, list[str], list[str]]] = {}
     for name in sorted(set(base) - set(dropped)):
         position = next((number for number, rule in enumerate(rules) if rule.matches(name)), None)
-        way = Rule(COPY, ()) if position is None else ways[position]
+        way = TensorRule(COPY, ()) if position is None else ways[position]
         merged = way.carries(name) and is_weight(name, base[name])
         if not merged and way.base is not None and name not in way.base.snapshot.tensors:
-            way = Rule(COPY, ())  # a buffer that this checkpoint was saved without
+            way = TensorRule(COPY, ())  # a buffer that this checkpoint was saved without
         _, mine, copied = by_rule.setdefault(way.key, (way, [], []))
         (mine if merged else copied).append(name)
     portions = tuple(

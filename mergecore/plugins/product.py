@@ -14,7 +14,7 @@ from mergecore.tensors.source import TensorInfo, TensorSource
 
 
 @dataclass(frozen=True)
-class Contents:
+class FinishedMerge:
     """A finished merge as its product sees it.
 
     method, values: the method's name and parameters. experts: {id: name} in fold order. model: the tensors of a dense
@@ -87,12 +87,12 @@ class Product(ABC):
         """
         return {}
 
-    def load(self, contents: Contents, tensors: TensorSource, expert: str) -> TensorSource:
+    def load(self, contents: FinishedMerge, tensors: TensorSource, expert: str) -> TensorSource:
         """Return the model that is loaded for the tasks of an expert (id)."""
         return tensors
 
     @abstractmethod
-    def publish(self, contents: Contents, folder: Path, dtype: str | None) -> Published:
+    def publish(self, contents: FinishedMerge, folder: Path, dtype: str | None) -> Published:
         """Write the product's own files into `folder`; companions, card and recipe are written by others.
 
         dtype: safetensors' name of the dtype that a recipe asks for; None: as it was written. Files are linked where

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from mergecore.checkpoints.adapters import CONFIG, STEM
 from mergecore.plugins.adapter_method import ADAPTER
-from mergecore.plugins.product import Contents, Product, Published
+from mergecore.plugins.product import FinishedMerge, Product, Published
 from mergecore.products.adapter_files import write_config, write_copy
 from mergecore.store.results import link_or_copy
 from mergecore.tensors.files import open_file
@@ -43,7 +43,7 @@ class Adapter(Product):
         """Return the tensors of the base plus the adapter, in `dtype`, or each in its own."""
         return {name: info.stored_as(dtype or info.dtype) for name, info in tensors.items()}
 
-    def publish(self, contents: Contents, folder: Path, dtype: str | None) -> Published:
+    def publish(self, contents: FinishedMerge, folder: Path, dtype: str | None) -> Published:
         """Write the factors, and a configuration that names the base. Factors are linked where the dtype stays."""
         config = json.loads((contents.folder / CONFIG).read_text())
         write_config(folder, {**config, "base_model_name_or_path": _base_of(config) or contents.base_source})

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from mergecore.plugins.product import Contents, Product, Published
+from mergecore.plugins.product import FinishedMerge, Product, Published
 from mergecore.store.results import link_or_copy
 from mergecore.tensors.source import TensorInfo
 
@@ -21,7 +21,7 @@ class DenseModel(Product):
         """Return the tensors in `dtype`, or each in its own."""
         return {name: info.stored_as(dtype or info.dtype) for name, info in tensors.items()}
 
-    def publish(self, contents: Contents, folder: Path, dtype: str | None) -> Published:
+    def publish(self, contents: FinishedMerge, folder: Path, dtype: str | None) -> Published:
         """Link the weights. They are in the dtype that was asked for already."""
         for name in contents.files:
             link_or_copy(contents.folder / name, folder / name)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergecore.errors import SourceError, SpecError, nearest
 from mergecore.identity.content import GRID
-from mergecore.plugins.product import Contents, Product, Published
+from mergecore.plugins.product import FinishedMerge, Product, Published
 from mergecore.store.results import link_or_copy
 from mergecore.tensors.files import FileTensors, open_files
 from mergecore.tensors.masked import MASK, MaskedModel
@@ -33,13 +33,13 @@ OWN = {PRODUCT, "README.md", "mergeloom.yaml"}
 """Files that speak of the product and not of a task's model."""
 
 
-class Record(BaseModel):
+class ProductPart(BaseModel):
     """A part of product.json."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
-class Task(Record):
+class Task(ProductPart):
     """One task: a row of every mask."""
 
     name: Annotated[str, Field(description="the expert's name in the recipe")]
@@ -47,7 +47,7 @@ class Task(Record):
     kept: Annotated[float, Field(ge=0, le=1, description="share of the merged elements that its masks keep")]
 
 
-class Size(Record):
+class Size(ProductPart):
     """Bytes of all tensors, without the files' headers."""
 
     product: Annotated[int, Field(ge=0, description="of the product")]
@@ -59,7 +59,7 @@ class Size(Record):
         return f"{self.product:,} bytes where the tasks' models take {self.models:,} ({self.product / self.models:.1%})"
 
 
-class ProductRecord(Record):
+class ProductRecord(ProductPart):
     """The content of product.json."""
 
     format: Literal["mergeloom masks"] = "mergeloom masks"
@@ -131,11 +131,11 @@ class Masks(Product):
             )
         return experts
 
-    def load(self, contents: Contents, tensors: TensorSource, expert: str) -> MaskedModel:
+    def load(self, contents: FinishedMerge, tensors: TensorSource, expert: str) -> MaskedModel:
         """Return the model of one expert's task."""
         return MaskedModel(tensors, list(contents.experts).index(expert), dict(contents.model))
 
-    def publish(self, contents: Contents, folder: Path, dtype: str | None) -> Published:
+    def publish(self, contents: FinishedMerge, folder: Path, dtype: str | None) -> Published:
         """Link the masks under names that no loader takes for a model's, and write product.json beside them."""
         files = [name for name in contents.files if name != INDEX]
         for name in files:
@@ -151,7 +151,7 @@ class Masks(Product):
         ]
 
 
-def _described(contents: Contents, folder: Path) -> Size:
+def _described(contents: FinishedMerge, folder: Path) -> Size:
     """Write product.json beside the files of a product; return its size."""
     tensors = open_files(folder, sorted(path.name for path in folder.glob("masks*.safetensors")))
     kept = _kept(tensors)

@@ -109,7 +109,7 @@ def extract_lora(
         folders = {snapshot.weights: snapshot.source.fetch(report) for snapshot in (pool.base, member.snapshot)}
         base_tensors, experts = opened(pool, folders)
         file = AdapterFile(draft, ranks, targets, transposed, SAFETENSORS_DTYPE[dtype])
-        shared = Shared(base_tensors, experts[member.id], file, ranks)
+        shared = Extraction(base_tensors, experts[member.id], file, ranks)
         rows = dict(_rows(shared, sorted(changed), executor, report))
         taken = tuple(rows[name] for name in sorted(targets))
         left_out = tuple(rows[name] for name in sorted(set(changed) - set(targets)) if rows[name].norm)
@@ -157,7 +157,7 @@ def _is_named(module: str, wanted: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Shared:
+class Extraction:
     """What the work on every tensor shares. ranks: {tensor: rank} of the tensors that the adapter has."""
 
     base: TensorSource
@@ -166,7 +166,7 @@ class Shared:
     ranks: Mapping[str, int]
 
 
-def _rows(shared: Shared, names: Sequence[str], executor: Executor, report: Report) -> Iterator[tuple[str, Row]]:
+def _rows(shared: Extraction, names: Sequence[str], executor: Executor, report: Report) -> Iterator[tuple[str, Row]]:
     threads = torch.get_num_threads()
     try:
         for done, (position, row) in enumerate(executor.each(extracted, shared, names), 1):
@@ -176,7 +176,7 @@ def _rows(shared: Shared, names: Sequence[str], executor: Executor, report: Repo
         torch.set_num_threads(threads)
 
 
-def extracted(shared: Shared, name: str) -> Row:
+def extracted(shared: Extraction, name: str) -> Row:
     """Write one tensor's factors, where the adapter has them. Return what the written factors lose."""
     torch.set_num_threads(1)  # sums over two threads differ from sums over one in the last bits
     info = shared.base.tensors[name]
@@ -193,7 +193,7 @@ def extracted(shared: Shared, name: str) -> Row:
     return Row(name, rank, norm, lost)
 
 
-def _delta(shared: Shared, name: str, start: int, stop: int) -> Tensor:
+def _delta(shared: Extraction, name: str, start: int, stop: int) -> Tensor:
     base = shared.base.read(name, start, stop).to(torch.float32)
     delta = shared.expert.delta(shared.expert.block(name, start, stop), base)
     check_finite(delta, name, f"expert '{shared.expert.name}'", KEEP_OUT.format(name=name))

@@ -13,13 +13,13 @@ from mergecore.engine.executor import Executor
 from mergecore.errors import SpecError
 from mergecore.events import Report
 from mergecore.native.library import Library
-from mergecore.recipes.merge_recipe import MERGEKIT, Made, Origin, merge_recipe
+from mergecore.recipes.merge_recipe import MERGEKIT, Origin, WrittenModel, merge_recipe
 from mergecore.spec.mergekit.document import is_mergekit
 from mergecore.spec.recipe import Recipe
-from mergecore.spec.recipe_documents import Order, Translator, read_orders
+from mergecore.spec.recipe_documents import RecipeDocument, Translator, read_orders
 from mergecore.spec.sources import Resolver
 
-Maker = Callable[[Recipe, Path, Origin | None], Made]
+Maker = Callable[[Recipe, Path, Origin | None], WrittenModel]
 """Makes the model of one recipe in the folder given; the recipe was read from the origin."""
 
 
@@ -35,10 +35,10 @@ def merge_file(
     library: Library | None = None,
     memory: int | None = None,
     store: Path | None = None,
-) -> list[Made]:
+) -> list[WrittenModel]:
     """Make what a recipe file asks for, in this process or on the executor's workers (see `make_file`)."""
 
-    def make(recipe: Recipe, folder: Path, origin: Origin | None) -> Made:
+    def make(recipe: Recipe, folder: Path, origin: Origin | None) -> WrittenModel:
         return merge_recipe(
             recipe, folder, resolve, executor, report, durable=durable, library=library, memory=memory, store=store,
             origin=origin,
@@ -47,7 +47,9 @@ def merge_file(
     return make_file(path, out, resolve, make, intermediates)
 
 
-def make_file(path: Path, out: Path, resolve: Resolver, make: Maker, intermediates: Path | None = None) -> list[Made]:
+def make_file(
+    path: Path, out: Path, resolve: Resolver, make: Maker, intermediates: Path | None = None
+) -> list[WrittenModel]:
     """Make what a recipe file asks for, in our form or in mergekit's.
 
     Of several documents the one without a name becomes `out`; where all have names, each becomes a folder in `out`.
@@ -71,7 +73,7 @@ def make_file(path: Path, out: Path, resolve: Resolver, make: Maker, intermediat
 
 
 def _folders(
-    orders: Sequence[Order], out: Path, intermediates: Path | None, stack: contextlib.ExitStack
+    orders: Sequence[RecipeDocument], out: Path, intermediates: Path | None, stack: contextlib.ExitStack
 ) -> dict[str, Path]:
     """Return the folder of each result. Raise SpecError where nobody would use a result."""
     if len(orders) == 1:

@@ -18,7 +18,7 @@ from mergecore.execution.outcome import Done
 from mergecore.execution.place import Place, drop_models, snapshots_of
 from mergecore.formats.card import model_card
 from mergecore.formats.companions import write_chat_template, write_companions
-from mergecore.formats.contents import contents_of
+from mergecore.formats.finished import finished_merge
 from mergecore.formats.whole_directory import WORK, whole_directory
 from mergecore.identity.keys import Step
 from mergecore.native.library import Library
@@ -40,7 +40,7 @@ MERGEKIT = "mergekit.yml"
 
 
 @dataclass(frozen=True)
-class Made:
+class WrittenModel:
     """A written model: its folder, content digest, bytes, warnings, and the seconds of each stage."""
 
     folder: Path
@@ -70,7 +70,7 @@ def merge_recipe(
     memory: int | None = None,
     store: Path | None = None,
     origin: Origin | None = None,
-) -> Made:
+) -> WrittenModel:
     """Make the recipe's model in `out`. It is written as `out`.tmp and renamed.
 
     durable: fsync before the rename. store: the folder that keeps statistics and chains for later merges; None: they go
@@ -118,7 +118,7 @@ def merge_recipe(
         if origin is not None:
             (draft / MERGEKIT).write_text(origin.text)
     clock.ended("finish")
-    return Made(out, published.digest, published.size, (*pool.warnings, *published.notes), clock.seconds)
+    return WrittenModel(out, published.digest, published.size, (*pool.warnings, *published.notes), clock.seconds)
 
 
 class _Clock:
@@ -186,7 +186,7 @@ def _finish(done: Done) -> None:
 
 def _settle(place: Place, merge: MergeWork, recipe: Recipe, draft: Path, read_from: Origin | None) -> Published:
     """Put the product, what goes with it, and its card into the draft."""
-    contents, product, base = contents_of(place.store, place.pool, merge), merge.product, place.pool.base
+    contents, product, base = finished_merge(place.store, place.pool, merge), merge.product, place.pool.base
     dtype = SAFETENSORS_DTYPE[recipe.dtype] if recipe.dtype else None
     published = product.publish(contents, draft, dtype)
     place.store.drop(merge.published.step)

@@ -43,7 +43,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Average:
+class CellMeans:
     """How one cell is averaged on one split."""
 
     cell: str
@@ -114,7 +114,7 @@ class SplitScores:
         """Mean over the items of a task, NaN where an item is not finite, None where it was not measured."""
         return self._means.get((cell, task))
 
-    def average(self, cell: CellScores) -> Average:
+    def average(self, cell: CellScores) -> CellMeans:
         """How the cell is averaged: its own experts' tasks held-in, all tasks held-out."""
         pooled = cell.kind in ("base", "multitask")
         own = tuple(self.experts) if pooled else cell.experts or (cell.name,)
@@ -130,7 +130,7 @@ class SplitScores:
         }
         best = {task: self._best_expert(experts, task) for task, experts in rivals.items() if experts}
         base = {task: self._base(task) for tasks in self.suite.held_out.values() for task in tasks}
-        return Average(cell.cell, self._side(cell, held_in, best), self._side(cell, self.suite.held_out, base))
+        return CellMeans(cell.cell, self._side(cell, held_in, best), self._side(cell, self.suite.held_out, base))
 
     def _best_expert(self, experts: Sequence[str], task: str) -> tuple[str | None, str]:
         """The cell of the expert that is best on all items of the task, or None and why it is not known."""
@@ -188,7 +188,7 @@ class SplitScores:
             return f"{task}: '{name}' scores {mean:.3g}, below chance ({self.chance[task]:.3g})"
         return ""
 
-    def resampled(self, averages: Sequence[Average], draws: Draws) -> tuple[Floats, Floats]:
+    def resampled(self, averages: Sequence[CellMeans], draws: Draws) -> tuple[Floats, Floats]:
         """The MEASURES of each cell, 4 × (1 + resamples) × cells, and those of the base on the same tasks.
 
         The second array divides the base by the denominators of each cell: what the base has to be compared with.
@@ -216,7 +216,7 @@ class SplitScores:
                         own[2 * number + measure, :, column] = base[2 * number + measure, :, column] = np.nan
         return own, base
 
-    def _needed(self, averages: Sequence[Average]) -> set[str]:
+    def _needed(self, averages: Sequence[CellMeans]) -> set[str]:
         needed = {average.cell for average in averages} | ({self.base} if self.base is not None else set())
         return needed.union(*(side.denominators.values() for average in averages for side in average.sides))
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mergecore.reporting.averages import MEASURES, Average, SplitScores
+from mergecore.reporting.averages import MEASURES, CellMeans, SplitScores
 from mergecore.reporting.bootstrap import Draws, Floats, percentile_interval
 from mergecore.reporting.scores import CellScores, values_label
 
@@ -90,7 +90,7 @@ class Sampled:
     """The measures of some cells under all resamples, and what is averaged from them."""
 
     def __init__(
-        self, cells: Sequence[CellScores], scores: SplitScores, averages: Mapping[str, Average], draws: Draws
+        self, cells: Sequence[CellScores], scores: SplitScores, averages: Mapping[str, CellMeans], draws: Draws
     ) -> None:
         chosen = [averages[cell.cell] for cell in cells]
         self.own, self.base = scores.resampled(chosen, draws)

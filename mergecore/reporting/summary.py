@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
 
 from mergecore.errors import EvaluationError
-from mergecore.reporting.averages import MEASURES, Average, SplitScores
+from mergecore.reporting.averages import MEASURES, CellMeans, SplitScores
 from mergecore.reporting.bootstrap import Draws
 from mergecore.reporting.curves import DIFFERENCES, Point, Sampled, json_text, points
 from mergecore.reporting.scores import CellScores, Suite, Sweep, Trajectory
@@ -157,7 +157,7 @@ def _tasks(suite: Suite) -> tuple[str, ...]:
     )
 
 
-def _cell_rows(sweep: Sweep, scores: SplitScores, averages: Mapping[str, Average]) -> pa.Table:
+def _cell_rows(sweep: Sweep, scores: SplitScores, averages: Mapping[str, CellMeans]) -> pa.Table:
     cells = sweep.cells
     columns: dict[str, pa.Array] = {
         field: pa.array([getattr(cell, field) for cell in cells], kind)
@@ -188,7 +188,7 @@ def _cell_rows(sweep: Sweep, scores: SplitScores, averages: Mapping[str, Average
     return pa.table(columns)
 
 
-def _curve_table(sweep: Sweep, scores: SplitScores, averages: Mapping[str, Average], draws: Draws) -> pa.Table:
+def _curve_table(sweep: Sweep, scores: SplitScores, averages: Mapping[str, CellMeans], draws: Draws) -> pa.Table:
     curve = points(sweep.cells, lambda cell: any(averages[cell.cell].measured))
     cells = list({cell.cell: cell for point in curve for cell in point.cells}.values())
     sampled = Sampled(cells, scores, averages, draws)
@@ -218,7 +218,7 @@ def _curve_table(sweep: Sweep, scores: SplitScores, averages: Mapping[str, Avera
     return _table(rows, head, ("", *DIFFERENCES))
 
 
-def _baseline_table(sweep: Sweep, scores: SplitScores, averages: Mapping[str, Average], draws: Draws) -> pa.Table:
+def _baseline_table(sweep: Sweep, scores: SplitScores, averages: Mapping[str, CellMeans], draws: Draws) -> pa.Table:
     cells = [c for c in sweep.cells if c.kind != "merge" and c.status == "done" and any(averages[c.cell].measured)]
     sampled = Sampled(cells, scores, averages, draws)
     groups: list[tuple[str, str, list[CellScores]]] = [(cell.kind, cell.name, [cell]) for cell in cells]

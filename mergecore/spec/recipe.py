@@ -15,13 +15,13 @@ from mergecore.plugins.method import Method
 from mergecore.plugins.values import explained
 from mergecore.registry import METHODS, method_from
 from mergecore.spec.sizes import Size
-from mergecore.spec.sources import BaseSpec, ExpertSpec, Part
+from mergecore.spec.sources import BaseSpec, ExpertSpec, SpecPart
 from mergecore.spec.sweep import Spec
 from mergecore.spec.variants import method_of
 from mergecore.tensors.dtypes import Dtype
 
 
-class Recipe(Part):
+class Recipe(SpecPart):
     """One merge. Every key besides these is a parameter of the method."""
 
     model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)

@@ -24,7 +24,7 @@ MODELS = ("model", "base_model", "tokenizer_source", "source")
 
 
 @dataclass(frozen=True)
-class Order:
+class RecipeDocument:
     """One model that a file asks for. name: what other documents call it; '' for the one that is the file's result."""
 
     name: str
@@ -33,14 +33,14 @@ class Order:
     needs: frozenset[str] = frozenset()
 
 
-def read_orders(path: Path) -> tuple[Order, ...]:
+def read_orders(path: Path) -> tuple[RecipeDocument, ...]:
     """What a recipe file asks for, each after what it is made of; all of it checked as far as the file alone allows.
 
     Raises SpecError.
     """
     documents = read_documents(path)
     named = len(documents) > 1
-    orders: dict[str, Order] = {}
+    orders: dict[str, RecipeDocument] = {}
     for number, document in enumerate(documents):
         where = f"{path.name}[{number}]" if named else path.name
         if named and not is_mergekit(document) and "modules" not in document:
@@ -55,10 +55,10 @@ def read_orders(path: Path) -> tuple[Order, ...]:
             parse_recipe(document, where)
         else:
             document_from(document, where)
-        orders[name] = Order(name, where, document)
+        orders[name] = RecipeDocument(name, where, document)
     known = frozenset(orders) - {""}
     linked = {
-        name: Order(name, order.where, order.document, frozenset(_names(order.document, known)))
+        name: RecipeDocument(name, order.where, order.document, frozenset(_names(order.document, known)))
         for name, order in orders.items()
     }
     return tuple(_in_order(linked))
@@ -85,7 +85,7 @@ def _named(value: Any) -> str:
     return ""
 
 
-def _in_order(orders: Mapping[str, Order]) -> Iterator[Order]:
+def _in_order(orders: Mapping[str, RecipeDocument]) -> Iterator[RecipeDocument]:
     done: set[str] = set()
     waiting = dict(orders)
     while waiting:
@@ -127,7 +127,7 @@ class Translator:
         )
         self._shapes: dict[str, Snapshot] = {}
 
-    def translation(self, order: Order, folders: Mapping[str, Path]) -> Translation:
+    def translation(self, order: RecipeDocument, folders: Mapping[str, Path]) -> Translation:
         """The recipe as plain values. folders: where results of other documents lie, or will lie."""
         if not is_mergekit(order.document):
             return Translation(dict(order.document), ())
@@ -140,7 +140,7 @@ class Translator:
             self._shapes[str(folders[order.name])] = restacked(ground, stack, BASE)
         return translation
 
-    def recipe(self, order: Order, folders: Mapping[str, Path]) -> tuple[Recipe, tuple[str, ...]]:
+    def recipe(self, order: RecipeDocument, folders: Mapping[str, Path]) -> tuple[Recipe, tuple[str, ...]]:
         """The checked recipe, and what is to be said aloud about it."""
         translation = self.translation(order, folders)
         return parse_recipe(translation.recipe, order.where), translation.notes

@@ -11,13 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from mergecore.checkpoints.sources import Source
 
 
-class Part(BaseModel):
+class SpecPart(BaseModel):
     """A part of a spec: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
-class SourceSpec(Part):
+class SourceSpec(SpecPart):
     """Where a checkpoint or adapter comes from; a plain string stands for its `source`."""
 
     source: str = Field(description="a directory, or a hub id with an optional @revision")

@@ -13,19 +13,19 @@ from mergecore.errors import SpecError, nearest
 from mergecore.plugins.values import explained
 from mergecore.spec.search_entry import Searched, searched_from
 from mergecore.spec.sizes import Size
-from mergecore.spec.sources import BaseSpec, ExpertSpec, Part, SourceSpec
+from mergecore.spec.sources import BaseSpec, ExpertSpec, SourceSpec, SpecPart
 from mergecore.spec.variants import Variant, variants_of
 from mergecore.tensors.dtypes import Dtype
 
 
-class Subsets(Part):
+class Subsets(SpecPart):
     """How the experts of a count are drawn: subset s of n is the first n experts by hash(seed, s, id), so nested."""
 
     per_count: Annotated[int, Field(ge=1, description="subsets per count; equal ones are one cell")] = 1
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-class Validation(Part):
+class Validation(SpecPart):
     """Validation items: grid values are chosen on them; test items are then opened for the winners only.
 
     They are scored for the tasks that decide something alone: held-in ones, or held-out ones where `output.register.by`
@@ -52,7 +52,7 @@ class Evaluate(BaseModel):
         return dict(self.model_extra or {})
 
 
-class Register(Part):
+class Register(SpecPart):
     """What enters the model registry."""
 
     name: str = Field(description="name of the registered model")
@@ -60,7 +60,7 @@ class Register(Part):
     by: Literal["held_in", "held_out"] = Field("held_in", description="the score that decides")
 
 
-class Output(Part):
+class Output(SpecPart):
     """What is written and what stays."""
 
     dtype: Dtype | None = Field(None, description="of the files; none: as the base has it")
@@ -72,7 +72,7 @@ class Output(Part):
     store: str = Field(".mergeloom", description="folder of everything that has been done; shared by all workers")
 
 
-class Run(Part):
+class Run(SpecPart):
     """Where the work runs; nothing here can change a number."""
 
     prefect: str | None = Field(None, description="URL of a Prefect API; none: a local server for this run")
@@ -85,7 +85,7 @@ class Run(Part):
     disk: Size | None = Field(None, description="disk that models under way may use; none: half of what is free")
 
 
-class Spec(Part):
+class Spec(SpecPart):
     """A sweep: which checkpoints, which methods with which values, how many experts, which evaluations."""
 
     name: str = Field(

@@ -9,7 +9,7 @@ from mergecore.execution.outcome import Done, made_with
 from mergecore.execution.place import Place
 from mergecore.formats.card import model_card
 from mergecore.formats.companions import write_companions
-from mergecore.formats.contents import contents_of
+from mergecore.formats.finished import finished_merge
 from mergecore.identity.keys import Step
 from mergecore.planning.cells import Cell
 from mergecore.store.store import write_json
@@ -28,7 +28,7 @@ def register(place: Place, frontier: Frontier, cell: Cell, chosen_on: str, score
     store, plan, merge = place.store, frontier.plan, cell.merge
     settings, base = plan.spec.output.register_, plan.pool.base
     assert settings is not None and merge is not None
-    contents, step = contents_of(store, plan.pool, merge), registration_step(frontier, cell)
+    contents, step = finished_merge(store, plan.pool, merge), registration_step(frontier, cell)
     origin = lineage(plan, cell, contents.numbers)
     if not store.is_done(step, bytes_needed=True):
         with store.draft(step) as draft:

@@ -15,7 +15,7 @@ from mergecore import methods
 from mergecore.checkpoints.select import SelectRule
 from mergecore.errors import MergeloomError
 from mergecore.recipes.in_memory import merge
-from mergecore.recipes.merge_recipe import Made
+from mergecore.recipes.merge_recipe import WrittenModel
 from tests.recipe_files import merge_into
 
 LAYERS = 4
@@ -48,7 +48,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def result(recipe: dict[str, Any], out: Path) -> tuple[Made, dict[str, Tensor]]:
+def result(recipe: dict[str, Any], out: Path) -> tuple[WrittenModel, dict[str, Tensor]]:
     done = merge_into(recipe, out)
     return done, weights(out)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mergecore.errors import SpecError, nearest
 from mergecore.spec.mergekit.document import Document, Inputs, OutputSlice, Parameters
-from mergecore.spec.mergekit.layers import Made
+from mergecore.spec.mergekit.layers import OutputTensor
 from mergecore.spec.mergekit.methods import ELSEWHERE, MergekitMethod, Parameter, Values
 from mergecore.spec.mergekit.reference import Reference
 from mergecore.spec.mergekit.setting import Scalar, Settings, setting_from, value_for
@@ -39,7 +39,7 @@ class Resolver:
         self._known: dict[int, Settings] = {}
         self._held: list[Any] = []
 
-    def decision(self, tensor: Made) -> Decision:
+    def decision(self, tensor: OutputTensor) -> Decision:
         """What is to be done with a tensor."""
         base = tensor.out.base_model or self.document.base_model
         sources = [source.model for source in tensor.out.sources]
@@ -90,11 +90,11 @@ class Resolver:
             raise SpecError(f"{place}: no value for '{parameter.name}', which '{self.method.name}' needs")
         return parameter.default if value is None else value
 
-    def _shared(self, tensor: Made) -> Iterator[Settings]:
+    def _shared(self, tensor: OutputTensor) -> Iterator[Settings]:
         yield self._settings(tensor.out.parameters, f"{self.where}.slices.parameters")
         yield from self._outer(tensor.inputs)
 
-    def _of(self, tensor: Made, number: int) -> Iterator[Settings]:
+    def _of(self, tensor: OutputTensor, number: int) -> Iterator[Settings]:
         source = tensor.out.sources[number]
         yield self._settings(source.parameters, f"{self.where}, '{source.model}'.parameters")
         yield from self._shared(tensor)

@@ -18,7 +18,7 @@ Bound = Annotated[int, Field(ge=0)]
 Parameters = Annotated[Mapping[str, Any], Field(description="values of the merge method")]
 
 
-class Part(BaseModel):
+class DocumentPart(BaseModel):
     """A part of a document: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
@@ -32,7 +32,7 @@ class Part(BaseModel):
         )
 
 
-class ModelInput(Part):
+class ModelInput(DocumentPart):
     """A model that takes part with all of its layers."""
 
     model: Reference
@@ -56,7 +56,7 @@ class SliceInput(ModelInput):
         return self.layer_range[1] - self.layer_range[0]
 
 
-class OutputSlice(Part):
+class OutputSlice(DocumentPart):
     """Layers of the result, made of as many layers of each source."""
 
     sources: Annotated[tuple[SliceInput, ...], Field(min_length=1)]
@@ -72,7 +72,7 @@ class OutputSlice(Part):
         return self
 
 
-class Inputs(Part):
+class Inputs(DocumentPart):
     """What a model or a module of one is made of: whole models, or slices of them."""
 
     slices: Annotated[tuple[OutputSlice, ...], Field(min_length=1)] | None = None
@@ -90,7 +90,7 @@ class Module(Inputs):
         return self
 
 
-class TokenOf(Part):
+class ModelToken(DocumentPart):
     """The embedding of a token as another model has it."""
 
     kind: Literal["model_token"]
@@ -99,30 +99,30 @@ class TokenOf(Part):
     token: str | None = None
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> TokenOf:
+    def _one_of_both(self) -> ModelToken:
         if (self.token is None) == (self.token_id is None):
             raise ValueError("give either 'token' or 'token_id'")
         return self
 
 
-class NoToken(Part):
+class NoToken(DocumentPart):
     """An embedding of zeros."""
 
     kind: Literal["zero"]
 
 
-class TokenRule(Part):
+class TokenEntry(DocumentPart):
     """Where the embedding of one token comes from."""
 
-    source: TokenOf | NoToken | Reference | None = None
+    source: ModelToken | NoToken | Reference | None = None
     force: bool = Field(False, description="also where every model has the token")
 
 
-class TokenizerRule(Part):
+class TokenizerRule(DocumentPart):
     """The tokenizer of the result."""
 
     source: Literal["union", "base"] | Reference = "union"
-    tokens: Mapping[str, TokenRule] = {}
+    tokens: Mapping[str, TokenEntry] = {}
     pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None
 
 

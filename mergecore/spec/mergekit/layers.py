@@ -25,7 +25,7 @@ MODULES: dict[str, Mapping[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Made:
+class OutputTensor:
     """One tensor of the result. out: the slice it belongs to; names: what it is called in each source, in their
     order.
     """
@@ -87,12 +87,12 @@ def slices_of(document: Document, module: str, lookup: Lookup, where: str) -> tu
     )
 
 
-def made_tensors(slices: Sequence[OutputSlice], inputs: Inputs, tensors: Sequence[str]) -> Iterator[Made]:
+def made_tensors(slices: Sequence[OutputSlice], inputs: Inputs, tensors: Sequence[str]) -> Iterator[OutputTensor]:
     """Every tensor of the result. tensors: the names that one model has (of layer 0 and of no layer, at least)."""
     for name in tensors:
         if layer_of(name) is None:
             out = slices[0] if FIRST.search(name) else slices[-1]
-            yield Made(name, out, inputs, (name,) * len(out.sources), 0.0)
+            yield OutputTensor(name, out, inputs, (name,) * len(out.sources), 0.0)
     within = {at_layer(name, 0): name for name in tensors if layer_of(name) is not None}
     number = 0
     for out in slices:
@@ -101,7 +101,7 @@ def made_tensors(slices: Sequence[OutputSlice], inputs: Inputs, tensors: Sequenc
             depth = offset / (count - 1) if count > 1 else 1.0
             for name in within:
                 names = tuple(at_layer(name, source.layer_range[0] + offset) for source in out.sources)
-                yield Made(at_layer(name, number), out, inputs, names, depth)
+                yield OutputTensor(at_layer(name, number), out, inputs, names, depth)
             number += 1
 
 

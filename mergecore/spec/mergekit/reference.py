@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 
-class Place(BaseModel):
+class ModelPath(BaseModel):
     """A folder or a hub id, with a revision where one is given."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
@@ -34,8 +34,8 @@ class Reference(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
-    model: Place
-    lora: Place | None = None
+    model: ModelPath
+    lora: ModelPath | None = None
     override_architecture: None = Field(None, description="not supported: tensor names say what a model is made of")
 
     @model_validator(mode="before")

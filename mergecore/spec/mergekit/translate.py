@@ -14,7 +14,7 @@ from mergecore.checkpoints.stack import BASE
 from mergecore.errors import SpecError, nearest
 from mergecore.spec.mergekit.chat import chat_template
 from mergecore.spec.mergekit.decision import Decision, Resolver, all_parameters
-from mergecore.spec.mergekit.document import Document, NoToken, TokenizerRule, TokenOf, TokenRule
+from mergecore.spec.mergekit.document import Document, ModelToken, NoToken, TokenEntry, TokenizerRule
 from mergecore.spec.mergekit.layers import (
     MODULES,
     Level,
@@ -26,7 +26,7 @@ from mergecore.spec.mergekit.layers import (
     slices_of,
 )
 from mergecore.spec.mergekit.methods import mergekit_method
-from mergecore.spec.mergekit.reference import Place, Reference
+from mergecore.spec.mergekit.reference import ModelPath, Reference
 from mergecore.spec.mergekit.rules import Condition, rules_for
 from mergecore.spec.mergekit.setting import filters_of, setting_from
 from mergecore.tensors.dtypes import CONFIG_DTYPE, MERGED
@@ -160,7 +160,7 @@ class Cast:
         return {**_place(model.model), "adapter": _place(model.lora)}
 
 
-def _place(place: Place) -> dict[str, Any]:
+def _place(place: ModelPath) -> dict[str, Any]:
     return {"source": place.path, **({"revision": place.revision} if place.revision else {})}
 
 
@@ -280,12 +280,12 @@ def _named(model: Reference, cast: Cast, what: str) -> str:
     return BASE if model.lora is not None and "adapter" not in cast.entry(model) else cast.names[model]
 
 
-def _token_rule(rule: TokenRule, cast: Cast, where: str) -> dict[str, Any]:
+def _token_rule(rule: TokenEntry, cast: Cast, where: str) -> dict[str, Any]:
     """Where a token's row comes from, in our words."""
     source: Any = rule.source
     if isinstance(source, NoToken):
         source = {"kind": "zero"}
-    elif isinstance(source, TokenOf):
+    elif isinstance(source, ModelToken):
         said = {"token_id": source.token_id} if source.token is None else {"token": source.token}
         source = {"model": _named(source.model, cast, f"{where}: a row"), **said}
     elif source is not None:
