@@ -17,7 +17,7 @@ from flows.cli.main import main
 from mergecore.engine.executor import InProcess
 from mergecore.events import silent
 from mergecore.spec.mergekit.rules import Condition, rules_for
-from mergecore.spec.mergekit.setting import found, setting_from
+from mergecore.spec.mergekit.setting import setting_from, value_for
 from tests.mergekit.models import write_models
 
 
@@ -101,18 +101,18 @@ def test_gradients_are_interpolated_and_filters_tried_in_order() -> None:
         [{"filter": "mlp", "value": [0, 1, 2, 4, 8]}, {"filter": "*", "value": 7}], float, "t"
     )  # fmt: skip
     sources = [{"t": setting}]
-    assert found(iter(sources), "t", "model.layers.3.mlp.up", 0.3) == pytest.approx(1 + 0.2 * 1)
-    assert found(iter(sources), "t", "model.layers.3.mlp.up", 1.0) == 8
-    assert found(iter(sources), "t", "model.norm", 0.3) == 7
+    assert value_for(iter(sources), "t", "model.layers.3.mlp.up", 0.3) == pytest.approx(1 + 0.2 * 1)
+    assert value_for(iter(sources), "t", "model.layers.3.mlp.up", 1.0) == 8
+    assert value_for(iter(sources), "t", "model.norm", 0.3) == 7
     nearer = [{"t": setting_from({"filter": "norm", "value": 1}, float, "t")}, *sources]
-    assert found(iter(nearer), "t", "model.norm", 0.0) == 1
-    assert found(iter(nearer), "t", "model.layers.0.mlp.up", 0.0) == 0, "no case there: the next place is asked"
+    assert value_for(iter(nearer), "t", "model.norm", 0.0) == 1
+    assert value_for(iter(nearer), "t", "model.layers.0.mlp.up", 0.0) == 0, "no case there: the next place is asked"
 
 
 def test_switches_are_not_mixed() -> None:
     """Two switches over a depth: the first holds to the very end."""
     setting = setting_from([True, False], bool, "x")
-    assert [found(iter([{"x": setting}]), "x", "n", depth) for depth in (0.0, 0.9, 1.0)] == [True, True, False]
+    assert [value_for(iter([{"x": setting}]), "x", "n", depth) for depth in (0.0, 0.9, 1.0)] == [True, True, False]
 
 
 def test_rules_say_what_was_decided() -> None:
