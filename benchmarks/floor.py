@@ -1,4 +1,6 @@
-"""What no merge can be faster than: the same bytes read and written with plain large calls, and one digest of the output."""
+"""What no merge can be faster than: the same bytes read and written with plain large calls, and one digest of the
+output.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ _space = threading.local()
 
 
 def floor_run(readings: Sequence[Sequence[Path]], outputs: Sequence[Path], written: int) -> Run:
-    """The time to read each group of files whole, one group after the other, and with the last to write as many bytes to
-    each output. Positioned calls of 8 MB from one thread a core; outputs are new and preallocated; no fsync."""
+    """The time to read each group of files whole, one group after the other, and with the last to write as many bytes
+    to each output. Positioned calls of 8 MB from one thread a core; outputs are new and preallocated; no fsync."""
     with ExitStack() as stack:
         paths = {path for group in readings for path in group}
         handles = {path: stack.enter_context(_opened(path, os.O_RDONLY)) for path in paths}
@@ -72,7 +74,9 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 
 def digest_seconds(path: Path) -> float:
-    """CPU-seconds of one XXH3-128 over a file's bytes, window by window as the engine hashes them; reading not counted."""
+    """CPU-seconds of one XXH3-128 over a file's bytes, window by window as the engine hashes them; reading not
+    counted.
+    """
     buffer, used, state = memoryview(bytearray(WINDOW)), 0.0, xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(buffer):

@@ -105,8 +105,10 @@ def _note(event: Event, read: list[float]) -> None:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a merge before it is timed: seconds that building its loops took and how many there are, CPU-seconds
-    in loops that count and that store, the files that each of its passes reads, and bytes that it writes."""
+    """What is known of a merge before it is timed: seconds that building its loops took and how many there are,
+    CPU-seconds in loops that count and that store, the files that each of its passes reads, and bytes that it
+    writes.
+    """
 
     built: int
     build: float
@@ -135,8 +137,8 @@ def known_of(folder: Path, recipe: Mapping[str, Any], experts: int, library: Wat
     scans = sum(elements > sum(info.count for info in pool.base.tensors.values()) / 2 for elements in read)
     merge(place, [plan])
     watch, (base, *others) = library.watch, [weights(path) for path in model_folders(folder, experts)]
-    # Scans that look at changes read the base; those and merges that work on weights alone do not, whatever is planned. A
-    # scan that the one before it has made needless is none, and so is a look into a few blocks.
+    # Scans that look at changes read the base; those and merges that work on weights alone do not, whatever is planned.
+    # A scan that the one before it has made needless is none, and so is a look into a few blocks.
     with_base, without = (base, *others), tuple(others)
     changes = any(statistic.on == "deltas" for work in needed for statistic in work.scans)
     readings = [with_base if changes else without] * scans + [with_base if plan.method.needs_base else without]

@@ -1,16 +1,18 @@
-"""Bytes a second of every element-wise method, against a copy of the same bytes: as a fused loop and operation by operation.
+"""Bytes a second of every element-wise method, against a copy of the same bytes: as a fused loop and operation by
+operation.
 
     python benchmarks/kernels.py --elements 4 --repeats 3                   a quick look
     python benchmarks/kernels.py --json kernels.json                        also on a CUDA device where there is one
 
 Base and experts are bfloat16 and lie in memory, many times as large as the processor's caches. Bytes are those of every
-tensor that the method reads (the base not where it works on weights alone, Fisher information of 4 bytes beside) and those
-of the result. The copy is torch's copy_ of a buffer of half as many bytes, which reads and writes as many. All go through
-the elements in the engine's windows of 2^18, each thread through windows of its own. Loops are built beforehand (build:
-seconds); method and copy take turns. What a method must know beforehand is worked out and not timed.
+tensor that the method reads (the base not where it works on weights alone, Fisher information of 4 bytes beside) and
+those of the result. The copy is torch's copy_ of a buffer of half as many bytes, which reads and writes as many. All go
+through the elements in the engine's windows of 2^18, each thread through windows of its own. Loops are built beforehand
+(build: seconds); method and copy take turns. What a method must know beforehand is worked out and not timed.
 
-On a CUDA device base and experts are resident and a method is one launch over all of them; the copy is one of the device's
-memory, and the share of it is the share of its bandwidth that can be had. Times are those of the device (events).
+On a CUDA device base and experts are resident and a method is one launch over all of them; the copy is one of the
+device's memory, and the share of it is the share of its bandwidth that can be had. Times are those of the device
+(events).
 
   loop GB/s, share    the fused loop, and how much of the copy's bytes a second that is
   eager GB/s, share   the same function as plain torch operations, in pieces that stay in the cache
@@ -106,8 +108,8 @@ def case_of(
     device: str = "cpu",
     times: int = 1,
 ) -> Case:
-    """The method with what it must know beforehand, found here, over these models so many times one after the other, which
-    then lie on the device."""
+    """The method with what it must know beforehand, found here, over these models so many times one after the other,
+    which then lie on the device."""
     base, *experts = tensors
     method = method_of(name, values)
     source = MemoryTensors({NAME: base})
@@ -232,7 +234,8 @@ def print_row(table: Table, row: Mapping[str, Any]) -> None:
     """A line of the table."""
     speed, share = row["speed"], row["share"]
     table.row(
-        row["method"], str(row["experts"]), row["where"], number(speed["copy"] / 1e9, 1), number(speed["loop"] / 1e9, 1),
+        row["method"], str(row["experts"]), row["where"],
+        number(speed["copy"] / 1e9, 1), number(speed["loop"] / 1e9, 1),
         number(share["loop"]), number(speed["eager"] / 1e9, 2), number(share["eager"]), number(row["nanoseconds"]),
         number(row["build"], 1),
     )  # fmt: skip

@@ -13,7 +13,9 @@ from mergecore.native.library import Function, Library, library_in
 
 @dataclass
 class Watch:
-    """What was seen: seconds each built loop took to build, and CPU-seconds and elements of loops that count (or add up) and store."""
+    """What was seen: seconds each built loop took to build, and CPU-seconds and elements of loops that count (or add
+    up) and store.
+    """
 
     built: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"count": 0.0, "store": 0.0})

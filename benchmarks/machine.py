@@ -1,4 +1,6 @@
-"""What a run takes and what else the machine was doing meanwhile; the table and the file that every benchmark ends in."""
+"""What a run takes and what else the machine was doing meanwhile; the table and the file that every benchmark ends
+in.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DROP = Path("/proc/sys/vm/drop_caches")
 Run = dict[str, float]
 """wall, cpu: seconds. memory: peak resident bytes (of an in-process run those above its beginning), anonymous: those of
-them that are nobody's file. others: cores that the rest of the machine kept busy. load_before, load_after: of a minute."""
+them that are nobody's file. others: cores that the rest of the machine kept busy. load_before, load_after: of a
+minute.
+"""
 
 
 def cores() -> int:
@@ -35,7 +39,8 @@ def command_run(command: Sequence[str | Path], environment: Mapping[str, str] | 
         launcher = [sys.executable, "-I", str(ROOT / "benchmarks" / "launch.py"), str(result), str(output)]
         settle()
         with _company() as company:
-            # Compiled modules are kept, as they are wherever nothing forbids it: pip has compiled those of what is installed.
+            # Compiled modules are kept, as they are wherever nothing forbids it: pip has compiled those of what is
+            # installed.
             kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
             subprocess.run([*launcher, *words], env={**kept, **(environment or {})}, check=True)
             told = json.loads(result.read_text())

@@ -1,4 +1,5 @@
-"""Single merges side by side: Mergeloom's command, the floor of the same bytes read and written, and mergekit's command.
+"""Single merges side by side: Mergeloom's command, the floor of the same bytes read and written, and mergekit's
+command.
 
     python benchmarks/merge.py --size 0.1 --repeats 1                       a quick look
     python benchmarks/merge.py --size 1.1 --folder models --against PATH/TO/mergekit-yaml --json merge.json
@@ -6,9 +7,9 @@
 
 Makes Llama-shaped bfloat16 checkpoints of its own (benchmarks/models.py) and runs whole commands on them in turn: each
 of ours, its floor, theirs, and again. Every run of ours starts with an empty store and nothing remembered, so it hashes
-the files first; only the fused loops of the methods are kept: they are built once per machine, in an untimed merge in this
-process whose loops are timed (build: seconds for all of them, one after another), and one run of the command is discarded
-as warm-up. Output is deleted after each run, everything that waits to be written is written before the next.
+the files first; only the fused loops of the methods are kept: they are built once per machine, in an untimed merge in
+this process whose loops are timed (build: seconds for all of them, one after another), and one run of the command is
+discarded as warm-up. Output is deleted after each run, everything that waits to be written is written before the next.
 
 The first table, medians, seconds:
   wall CPU GB    the whole command; GB is its peak of resident memory, of which anonymous in the JSON
@@ -17,8 +18,8 @@ The first table, medians, seconds:
   scan merge     what the method must know beforehand, and the merge: from the first byte read to the last one written
   finish         companions, card, rename
   floor          reading what the passes read (base and experts once for each scan, and once for the merge; the base not
-                 where a method works on weights alone) and writing the model: 8 MB preadv and pwrite, a thread per core,
-                 preallocated, no fsync
+                 where a method works on weights alone) and writing the model: 8 MB preadv and pwrite, a thread per
+                 core, preallocated, no fsync
   /floor         (scan + merge) / floor
   target         floor + (one XXH3-128 digest of the output + the method's fused loops, in CPU-seconds) / cores
   /target        (scan + merge) / target; '-' for methods that see whole tensors, which are not fused
@@ -209,7 +210,8 @@ def print_theirs(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         theirs, warm = row["warm"]["theirs"], row["warm"]
         table.row(
-            mark(row), str(row["experts"]), number(theirs["wall"]), number(theirs["cpu"]), number(theirs["memory"] / 1e9),
+            mark(row), str(row["experts"]), number(theirs["wall"]), number(theirs["cpu"]),
+            number(theirs["memory"] / 1e9),
             number(warm["times"], 1), number(warm["times_without_hashing"], 1), number(warm["cpu_times"], 1),
         )  # fmt: skip
 

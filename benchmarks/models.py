@@ -69,7 +69,9 @@ def weights(model: Path) -> Path:
 
 
 def write_models(folder: Path, billions: float, experts: int) -> None:
-    """Have base and experts in `folder`; those that are there are kept. Ends the program where the disk is too small."""
+    """Have base and experts in `folder`; those that are there are kept. Ends the program where the disk is too
+    small.
+    """
     tensors = shapes(billions)
     missing = {
         number: target
@@ -132,7 +134,8 @@ def _config(tensors: Shapes) -> dict[str, object]:
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width,
         "num_hidden_layers": sum(name.endswith("q_proj.weight") for name in tensors),
         "intermediate_size": tensors["model.layers.0.mlp.gate_proj.weight"][0],
-        "vocab_size": tensors["lm_head.weight"][0], "num_attention_heads": width // 64, "num_key_value_heads": width // 256,
+        "vocab_size": tensors["lm_head.weight"][0], "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 256,
         "torch_dtype": "bfloat16", "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048,
     }  # fmt: skip
 

@@ -1,14 +1,15 @@
-"""What orchestration costs: planning many cells, finding a finished sweep done, and what each cell costs beyond its work.
+"""What orchestration costs: planning many cells, finding a finished sweep done, and what each cell costs beyond its
+work.
 
     python benchmarks/orchestration.py                        all three; about a quarter of an hour on two cores
     python benchmarks/orchestration.py plan                   planning about 10,000 cells, by stage and as a command
     python benchmarks/orchestration.py resume --cells 200     a finished sweep of about 200 cells found done
     python benchmarks/orchestration.py cell                   a cell with Prefect, Dask and MLflow, and alone
 
-Checkpoints, tasks and models are tiny and made anew, so that nearly nothing but orchestration is measured; those that are
-planned have as many tensors as a 7B model. A sweep that is to be found finished is run first, in one process. Wall time
-is what a person waits; CPU-seconds are those of the command with all processes it started, and say more on a machine
-that is not idle. Every row is one reading; --json writes them with what else the machine was doing.
+Checkpoints, tasks and models are tiny and made anew, so that nearly nothing but orchestration is measured; those that
+are planned have as many tensors as a 7B model. A sweep that is to be found finished is run first, in one process. Wall
+time is what a person waits; CPU-seconds are those of the command with all processes it started, and say more on a
+machine that is not idle. Every row is one reading; --json writes them with what else the machine was doing.
 """
 
 from __future__ import annotations

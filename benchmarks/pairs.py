@@ -1,4 +1,6 @@
-"""Which merges are compared with which: mergekit's recipes and ours of the same meaning, and further readings of ours beside."""
+"""Which merges are compared with which: mergekit's recipes and ours of the same meaning, and further readings of ours
+beside.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from mergecore.registry import METHODS
 
 @dataclass(frozen=True)
 class Theirs:
-    """A recipe of mergekit: shared parameters and those that each model has. base: which checkpoint is its base_model."""
+    """A recipe of mergekit: shared parameters and those that each model has. base: which checkpoint is its
+    base_model.
+    """
 
     method: str
     shared: Mapping[str, Any] = field(default_factory=dict)
@@ -31,7 +35,9 @@ class Theirs:
 
 @dataclass(frozen=True)
 class Pair:
-    """A merge of mergekit's and ours by name: the first means the same, the others are told beside it. counts: of experts."""
+    """A merge of mergekit's and ours by name: the first means the same, the others are told beside it. counts: of
+    experts.
+    """
 
     theirs: Theirs
     ours: Mapping[str, Mapping[str, Any]]
@@ -56,7 +62,8 @@ DELLA_THEIRS = {"weight": 1.0, "density": 0.5, "epsilon": 0.1}
 PAIRS: dict[str, Pair] = {
     "linear": Pair(Theirs("linear", each={"weight": 1.0}, base=None), {"average": {"method": "average"}}),
     "task_arithmetic": Pair(
-        Theirs("task_arithmetic", each={"weight": 0.3}), {"task_arithmetic": {"method": "task_arithmetic", "scale": 0.3}}
+        Theirs("task_arithmetic", each={"weight": 0.3}),
+        {"task_arithmetic": {"method": "task_arithmetic", "scale": 0.3}},
     ),
     "ties": Pair(
         Theirs("ties", each={"weight": 1.0, "density": 0.2}),
@@ -108,6 +115,8 @@ PAIRS: dict[str, Pair] = {
     ),
     "multislerp": Pair(Theirs("multislerp", each={"weight": 1.0}, base=None), {"multislerp": {"method": "multislerp"}}),
     "ram": Pair(Theirs("ram"), {"ram": {"method": "ram"}}),
-    "nearswap": Pair(Theirs("nearswap", shared={"t": 0.001}), {"nearswap": {"method": "nearswap", "t": 0.001}}, range(1, 2)),
+    "nearswap": Pair(
+        Theirs("nearswap", shared={"t": 0.001}), {"nearswap": {"method": "nearswap", "t": 0.001}}, range(1, 2)
+    ),
     "arcee_fusion": Pair(Theirs("arcee_fusion"), {"arcee_fusion": {"method": "arcee_fusion"}}, range(1, 2)),
 }  # fmt: skip

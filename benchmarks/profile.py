@@ -5,12 +5,12 @@
 
 One task vector, bfloat16 minus bfloat16 in float32. The scans (the profile, and the low half-words in one of its bins)
 read base and expert as they are stored and form the difference as they go; the profile then serves every density, and a
-sweep keeps it. torch is given the magnitudes ready-made in float32; one argsort serves every density as well, kthvalue is
-called for each. The fused loops are built beforehand. All three must agree to the last bit at every density, and so must
-the counts above the threshold and at it: that is checked, and the program ends where they do not.
+sweep keeps it. torch is given the magnitudes ready-made in float32; one argsort serves every density as well, kthvalue
+is called for each. The fused loops are built beforehand. All three must agree to the last bit at every density, and so
+must the counts above the threshold and at it: that is checked, and the program ends where they do not.
 
-torch's two need memory for the whole vector and more (an index of 8 bytes for each element): 1.1 billion parameters take
-about 30 GB. The scans take a few MB whatever the size.
+torch's two need memory for the whole vector and more (an index of 8 bytes for each element): 1.1 billion parameters
+take about 30 GB. The scans take a few MB whatever the size.
 """
 
 from __future__ import annotations
@@ -204,7 +204,8 @@ def main() -> None:
     for row in rows:
         run = row["median"]
         table.row(
-            row["way"], number(run["wall"]), number(run["cpu"]), number(run["memory"] / 1e9), number(run["wall"] / best, 1),
+            row["way"], number(run["wall"]), number(run["cpu"]), number(run["memory"] / 1e9),
+            number(run["wall"] / best, 1),
             number(run["others"]),
         )  # fmt: skip
     print(

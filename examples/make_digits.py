@@ -3,9 +3,9 @@
     python examples/make_digits.py                 # some 15 seconds of one core, 3 MB on disk; nothing is fetched
     python examples/make_digits.py --out elsewhere
 
-The base reads upright digits; every expert reads them changed (turned, mirrored, inverted, rows or columns mixed), each a
-task of its own with train, validation and test items. What no expert saw: the upright digits themselves, which the base
-knows, and two changes that are made of the experts' ones.
+The base reads upright digits; every expert reads them changed (turned, mirrored, inverted, rows or columns mixed), each
+a task of its own with train, validation and test items. What no expert saw: the upright digits themselves, which the
+base knows, and two changes that are made of the experts' ones.
 """
 
 from __future__ import annotations

@@ -4,11 +4,12 @@
     python examples/train_experts.py                    # all nine, about half an hour on one idle core
     python examples/train_experts.py --only counting    # one of them, two to three minutes
 
-Each expert becomes `experts/<name>/`: a PEFT adapter in bfloat16 (`adapter_model.safetensors`, `adapter_config.json`) and `scores.json`, its
-accuracy beside the base's. The base's own scores, held-out tasks included, go into `experts/base.json` and are taken from there next time.
+Each expert becomes `experts/<name>/`: a PEFT adapter in bfloat16 (`adapter_model.safetensors`, `adapter_config.json`)
+and `scores.json`, its accuracy beside the base's. The base's own scores, held-out tasks included, go into
+`experts/base.json` and are taken from there next time.
 
-The loss is the cross-entropy of the answer's token after the prompt, nothing else. Scores are those of a dense bfloat16 model: the
-adapter is merged into the weights in float32 and the sum rounded, as a merge with a single expert does it.
+The loss is the cross-entropy of the answer's token after the prompt, nothing else. Scores are those of a dense bfloat16
+model: the adapter is merged into the weights in float32 and the sum rounded, as a merge with a single expert does it.
 """
 
 import argparse
@@ -54,7 +55,8 @@ def option_tokens(tokenizer, options: list[str]) -> list[int]:
     tokens = tokenizer([f" {option}" for option in options]).input_ids
     if any(len(token) != 1 for token in tokens):
         raise SystemExit(
-            f"train_experts: options must be one token each with a space before them, got {dict(zip(options, tokens, strict=True))}."
+            "train_experts: options must be one token each with a space before them, got "
+            f"{dict(zip(options, tokens, strict=True))}."
         )
     return [token[0] for token in tokens]
 
@@ -79,7 +81,9 @@ def scores_of(model: torch.nn.Module, tokenizer, tasks: list[str]) -> dict[str, 
 
 
 def train(model: torch.nn.Module, tokenizer, items: list[dict], steps: int) -> None:
-    """AdamW with a linear warm-up over a twelfth of the steps and a linear decay to zero; gradients clipped to norm 1."""
+    """AdamW with a linear warm-up over a twelfth of the steps and a linear decay to zero; gradients clipped to norm
+    1.
+    """
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
@@ -109,7 +113,9 @@ def train(model: torch.nn.Module, tokenizer, items: list[dict], steps: int) -> N
 
 
 def save_adapter(wrapped: peft.PeftModel, folder: Path) -> None:
-    """Rounds the adapter to bfloat16, in the model too (what is scored is what is saved), and writes PEFT's two files."""
+    """Rounds the adapter to bfloat16, in the model too (what is scored is what is saved), and writes PEFT's two
+    files.
+    """
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16).float()
@@ -198,7 +204,8 @@ def make_expert(name: str, steps: int, tokenizer, base_sha256: str) -> None:
     (folder / "scores.json").write_text(json.dumps(record, indent=2) + "\n")
     for task in tasks:
         print(
-            f"  {task}: test {scores[task]['test']['base']:.3f} -> {scores[task]['test']['expert']:.3f}   ({seconds:.0f} s)",
+            f"  {task}: test {scores[task]['test']['base']:.3f} -> {scores[task]['test']['expert']:.3f}   "
+            f"({seconds:.0f} s)",
             flush=True,
         )
 

@@ -1,7 +1,8 @@
 """Keeps what the sweeps behind docs/which-method.md have found, and makes the tables and figures of that page from it.
 
     python examples/which_method.py --keep    # after the sweeps: docs/which-method/*.csv anew from the store
-    python examples/which_method.py           # the tables of the page, and docs/images/which-method-*.png, anew from those
+    python examples/which_method.py           # the tables of the page, and docs/images/which-method-*.png, anew from
+    those
 
 The page holds each table between two comments that name it; what is outside of them is written by hand.
 """
@@ -191,7 +192,8 @@ def unmeasured(name: str) -> str:
     if not said:
         return f"All {total} merges of the spec are measured."
     missing = sum(map(len, left.values()))
-    return f"{total - missing} of the spec's {total} merges are measured; the same command goes on with: {', '.join(said)}."
+    measured = f"{total - missing} of the spec's {total} merges are measured"
+    return f"{measured}; the same command goes on with: {', '.join(said)}."
 
 
 def _held_in(row: Row | None, product: bool) -> str:
@@ -265,7 +267,8 @@ def _or_nothing(row: Row | None) -> str:
 
 FIGURES = {
     "methods": "SmolLM2-135M-Instruct, LoRA experts of rank 4, 100 test items a task, one draw of experts",
-    "digits": "A network of 68,000 parameters with BatchNorm, full fine-tunes, 500 test items a task, three draws of experts",
+    "digits": "A network of 68,000 parameters with BatchNorm, full fine-tunes, 500 test items a task, "
+    "three draws of experts",
 }
 TABLES = {
     "methods scores": lambda: score_table("methods"),

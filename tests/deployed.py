@@ -26,8 +26,8 @@ PATIENCE = 500.0  # seconds; a run imports torch, MLflow and Prefect before it d
 class Project:
     """A deployed project.
 
-    folder: its data. page: what a person opens for Prefect. mlflow: its tracking URI. part: the flow run that did a part
-    of the spec. whole: the flow run after it that did the rest.
+    folder: its data. page: what a person opens for Prefect. mlflow: its tracking URI. part: the flow run that did a
+    part of the spec. whole: the flow run after it that did the rest.
     """
 
     folder: Path

@@ -129,7 +129,9 @@ def _records(store: Store) -> list[Path]:
 
 
 def contents(store: Store) -> dict[str, str]:
-    """SHA-256 of every file of every step, records without how they were made; of the registration without its place."""
+    """SHA-256 of every file of every step, records without how they were made; of the registration without its
+    place.
+    """
     digests = {name: hashlib.sha256(json.dumps(record).encode()).hexdigest() for name, record in records(store).items()}
     for name in list(digests):
         for path in sorted((store.root / name).rglob("*")):

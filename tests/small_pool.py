@@ -77,8 +77,8 @@ def _no_data(member: Member) -> dict[str, Any]:
 
 
 def planned(folder: Path, *methods: Any, **changes: Any) -> Plan:
-    """The plan of a sweep over all experts, each with a task of its name (in `folder`/tasks), and a held-out task 'other';
-    validation items choose. changes: as `changed` takes them."""
+    """The plan of a sweep over all experts, each with a task of its name (in `folder`/tasks), and a held-out task
+    'other'; validation items choose. changes: as `changed` takes them."""
     values = {
         "name": "pool",
         "base": str(folder / "base"),

@@ -1,4 +1,6 @@
-"""Commands run in pseudo-terminals, as a person runs them: standard output and standard error each have one of their own."""
+"""Commands run in pseudo-terminals, as a person runs them: standard output and standard error each have one of their
+own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Tiny Llama- and GPT-2-shaped checkpoints with tokenizers of their own, and what their rows must become, token by token."""
+"""Tiny Llama- and GPT-2-shaped checkpoints with tokenizers of their own, and what their rows must become, token by
+token.
+"""
 
 from __future__ import annotations
 

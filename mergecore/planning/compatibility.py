@@ -29,7 +29,8 @@ def _refuse_quantized(snapshot: Snapshot, where: str) -> None:
     if quantization:
         kind = quantization.get("quant_method", "") if isinstance(quantization, Mapping) else ""
         raise MismatchError(
-            f"{where}: {snapshot.source.uri} is quantized ({kind or 'quantization_config in its config.json'}): its numbers "
+            f"{where}: {snapshot.source.uri} is quantized ({kind or 'quantization_config in its config.json'}): its "
+            "numbers "
             "are codes, not weights; give the checkpoint before it was quantized, or a dequantized copy"
         )
 
@@ -40,7 +41,8 @@ def _refuse_lost_head(snapshot: Snapshot, base: Snapshot, where: str) -> None:
     own = [name for name in tied if name in snapshot.tensors and name not in theirs]
     if own and snapshot.config.get("tie_word_embeddings") is False:
         raise MismatchError(
-            f"{where} has a '{own[0]}' of its own, which the base ties to '{tied[own[0]]}': it would be lost; give a base "
+            f"{where} has a '{own[0]}' of its own, which the base ties to '{tied[own[0]]}': it would be lost; give a "
+            "base "
             "that has a head of its own, or an expert that ties it"
         )
 
@@ -66,7 +68,8 @@ def tokenizer_warnings(expert: Snapshot, base: Snapshot, where: str) -> list[str
     differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     if differing:
         raise MismatchError(
-            f"{where}: its tokenizer gives {len(differing)} tokens other ids than the base's (first: {differing[0]!r}); "
+            f"{where}: its tokenizer gives {len(differing)} tokens other ids than the base's (first: "
+            f"{differing[0]!r}); "
             f"only experts that share the base's vocabulary can be merged; {VOCABULARIES}"
         )
     return [f"{where} has another tokenizer.json than the base (same vocabulary); the base's is used"]

@@ -249,7 +249,9 @@ class Wrap:
         return before
 
     def adapter(self, method: AdapterMethod) -> tuple[Work, ...]:
-        """Return the adapter made of these experts. Raise SpecError where an expert is none, or a value does not fit."""
+        """Return the adapter made of these experts. Raise SpecError where an expert is none, or a value does not
+        fit.
+        """
         members = [self.builder.by_id[expert] for expert in self.subject.experts]
         for member in members:
             if member.factors is None:

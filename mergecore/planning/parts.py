@@ -50,7 +50,9 @@ class Portion:
 
 
 def rule_of(rule: SelectRule, method: Method, members: Mapping[str, Member], where: str) -> TensorRule:
-    """Return how the tensors of a rule are made in a merge of `members` by `method`. Raise SpecError naming the rule."""
+    """Return how the tensors of a rule are made in a merge of `members` by `method`. Raise SpecError naming the
+    rule.
+    """
     if rule.take == "drop":
         return TensorRule(COPY, ())
     if rule.take == "copy":

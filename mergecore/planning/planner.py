@@ -270,7 +270,9 @@ class Planner:
     def _cell(
         self, variant: Variant, count: int, subset: int, chosen: tuple[str, ...], merged: tuple[str, ...] | None = None
     ) -> Cell:
-        """Return the cell of one merge. merged: the experts that are merged, where these are not all that were drawn."""
+        """Return the cell of one merge. merged: the experts that are merged, where these are not all that were
+        drawn.
+        """
         merged = chosen if merged is None else merged
         values = values_label(variant.values) if merged == chosen else " + ".join(merged)
         name = f"{variant.label}({values}) n{count} s{subset}" if values else f"{variant.label} n{count} s{subset}"

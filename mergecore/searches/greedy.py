@@ -23,7 +23,8 @@ class Greedy(Search):
     accept: Annotated[
         Literal["at_least", "above"],
         Field(
-            description="who joins: 'at_least', whoever does not lower the score (the paper's recipe), or 'above', only "
+            description="who joins: 'at_least', whoever does not lower the score (the paper's recipe), or 'above', "
+            "only "
             "who raises it (the authors' code)"
         ),
     ] = "at_least"

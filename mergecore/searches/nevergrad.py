@@ -69,7 +69,10 @@ class Nevergrad(Search):
     ] = 1
     optimizer: Annotated[
         Literal["cma", "one_plus_one", "two_points_de", "ngopt"],
-        Field(description="nevergrad's optimiser; 'ngopt', PCB's, picks one itself and is refused where that one cannot be replayed"),
+        Field(
+            description="nevergrad's optimiser; 'ngopt', PCB's, picks one itself and is refused where that one cannot be "
+            "replayed"
+        ),
     ] = "cma"  # fmt: skip
 
     @field_validator("over")
@@ -134,7 +137,8 @@ class Nevergrad(Search):
         picked = type(inner).__name__.strip("_")
         if "MetaModel" in picked:  # it draws from the clock
             raise SpecError(
-                f"optimizer 'ngopt' picks {picked} for {len(places)} numbers and a budget of {self.budget}, which does not "
+                f"optimizer 'ngopt' picks {picked} for {len(places)} numbers and a budget of {self.budget}, which does "
+                "not "
                 "propose the same twice, so that a search could not be resumed; take 'cma', or another budget"
             )
         return optimizer
@@ -150,7 +154,8 @@ class Nevergrad(Search):
                 yield
             except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 raise EvaluationError(
-                    f"nevergrad's optimiser '{self.optimizer}' cannot go on ({type(error).__name__}: {error}); the best "
+                    f"nevergrad's optimiser '{self.optimizer}' cannot go on ({type(error).__name__}: {error}); the "
+                    "best "
                     "so far holds; another `optimizer` may do better"
                 ) from error
 

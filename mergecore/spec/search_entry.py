@@ -53,7 +53,8 @@ def searched_from(
         raise SpecError(f"{where}.search: write how it is searched, as in search: {{by: greedy}} (given: {asked!r})")
     if _has_grid(values) or _has_grid(asked) or ("select" not in entry and _has_grid(select)):
         raise SpecError(
-            f"{where}: a grid and a search do not stand in one entry (nor a grid in rules that it takes from the spec); "
+            f"{where}: a grid and a search do not stand in one entry (nor a grid in rules that it takes from the "
+            "spec); "
             "list the values under search: {by: grid, over: [{parameter: scale, values: [0.3, 0.5]}]}"
         )
     if "counts" in entry:

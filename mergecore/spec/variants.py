@@ -120,7 +120,8 @@ def _check(rule: SelectRule, method: Method, experts: Sequence[str], where: str,
     if rule.values and rule.method is None and not own:
         key = next(iter(rule.values))
         raise SpecError(
-            f"{where}: '{key}' is not a key of a rule; {nearest(key, SelectRule.model_fields)} Values of a method stand "
+            f"{where}: '{key}' is not a key of a rule; {nearest(key, SelectRule.model_fields)} Values of a method "
+            "stand "
             "beside its name, or in a `select` of the method's own"
         )
     for expert in filter(None, (rule.of, rule.base, *(rule.experts or ()))):

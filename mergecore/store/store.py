@@ -136,7 +136,8 @@ class Store:
 
     @contextmanager
     def draft(self, step: Step, resume: bool = False) -> Iterator[Draft]:
-        """A locked directory for the work of one step; what a killed process left in it is removed, or with `resume` kept.
+        """A locked directory for the work of one step; what a killed process left in it is removed, or with `resume`
+        kept.
 
         Where that process had finished and only not yet renamed it, the step is PRESENT inside: look before working.
         A draft that is not committed is removed (with `resume` it is kept when an error interrupts the work, unless the
@@ -237,7 +238,9 @@ class Store:
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Hold the exclusive lock `name` across processes; waits for who has it. Gone with its process, even a killed one."""
+        """Hold the exclusive lock `name` across processes; waits for who has it. Gone with its process, even a killed
+        one.
+        """
         path = self.root / "locks" / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,9 @@ def folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def called(command: str) -> str:
-    """Call the command line in this process; return what it printed. README's commands run in a shell: test_readme.py."""
+    """Call the command line in this process; return what it printed. README's commands run in a shell:
+    test_readme.py.
+    """
     words = shlex.split(command)
     assert words[0] == "mergeloom"
     result = CliRunner().invoke(main, words[1:])

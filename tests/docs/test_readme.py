@@ -1,7 +1,8 @@
-"""README is true: every file that it shows is written, and every command that it shows is run, word for word and in order.
+"""README is true: every file that it shows is written, and every command that it shows is run, word for word and in
+order.
 
-Models, tasks and the demo's spec are small stand-ins under the names that README uses. Two commands are not run here, because a
-test of one process cannot run them as a reader does; ELSEWHERE names where they are run.
+Models, tasks and the demo's spec are small stand-ins under the names that README uses. Two commands are not run here,
+because a test of one process cannot run them as a reader does; ELSEWHERE names where they are run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What the documentation's examples stand on: a folder with small models, tasks and recipes under the names that pages use.
+"""What the documentation's examples stand on: a folder with small models, tasks and recipes under the names that pages
+use.
 
 models/base, models/science, models/facts    a language model of a megabyte, a full fine-tune, a LoRA adapter
 tasks/                                        tasks with the names of lm-eval's own: sciq, openbookqa, arc_challenge
@@ -31,7 +32,9 @@ FILE = re.compile(r"^# (?P<path>[\w./-]+\.(?:yaml|yml|py|toml))\b")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page: its language, its text, the line it begins at, and the file that its first line names."""
+    """A fenced block of a page: its language, its text, the line it begins at, and the file that its first line
+    names.
+    """
 
     language: str
     text: str

@@ -1,4 +1,6 @@
-"""The resident language model: the numbers of a fresh lm-eval process, nothing of the model before, refusals by name."""
+"""The resident language model: the numbers of a fresh lm-eval process, nothing of the model before, refusals by
+name.
+"""
 
 from __future__ import annotations
 

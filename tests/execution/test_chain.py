@@ -203,7 +203,9 @@ def test_in_memory_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_recipe_with_a_store_goes_on_next_week(tmp_path: Path) -> None:
-    """Two experts, then a third: the chain's third link is all that is worked out, and the bytes are those of one go."""
+    """Two experts, then a third: the chain's third link is all that is worked out, and the bytes are those of one
+    go.
+    """
     folder, store = matrices(tmp_path), tmp_path / "store"
     experts = [folder / f"expert-{number}" for number in range(3)]
     recipe = {"method": "opcm", "base": folder / "base"}

@@ -1,4 +1,6 @@
-"""Runs in mergekit's environment: merges every recipe of one folder, in the folder of the models; both are arguments."""
+"""Runs in mergekit's environment: merges every recipe of one folder, in the folder of the models; both are
+arguments.
+"""
 
 import importlib.metadata
 import os

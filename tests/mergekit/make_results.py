@@ -46,7 +46,9 @@ def main(python: str) -> None:
 
 
 def keep(folder: Path, paths: list[Path], result: Path) -> None:
-    """One flat tensor for each result: its tensors by name, one after another; mergekit's version; and tokens by recipe."""
+    """One flat tensor for each result: its tensors by name, one after another; mergekit's version; and tokens by
+    recipe.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 

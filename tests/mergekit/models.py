@@ -88,7 +88,9 @@ def write_models(folder: Path) -> None:
 
 
 def write_models_of_vocabularies(folder: Path) -> None:
-    """Checkpoints whose vocabularies differ, as folders: a base, one with more rows, one with chat tokens, one with more merges."""
+    """Checkpoints whose vocabularies differ, as folders: a base, one with more rows, one with chat tokens, one with
+    more merges.
+    """
     for model, (merges, added, padding) in TOKENIZERS.items():
         tokens = [*LETTERS, *("".join(pair) for pair in merges), *added]
         rows = len(tokens) + padding

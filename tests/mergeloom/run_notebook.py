@@ -1,4 +1,6 @@
-"""Runs the code cells of a notebook one after the other: `python run_notebook.py NOTEBOOK`. Prints what each cell gives."""
+"""Runs the code cells of a notebook one after the other: `python run_notebook.py NOTEBOOK`. Prints what each cell
+gives.
+"""
 
 from __future__ import annotations
 

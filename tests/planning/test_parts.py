@@ -1,4 +1,6 @@
-"""Models whose tensors come about in several ways: rules with values, other methods, copies from experts, other layers."""
+"""Models whose tensors come about in several ways: rules with values, other methods, copies from experts, other
+layers.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def test_values_by_layer_are_those_of_lone_merges(models: dict[str, Path], tmp_p
 
 
 def test_layer_swapping(models: dict[str, Path], tmp_path: Path) -> None:
-    """Outer layers from one expert, inner ones from another, an average in between, embeddings and head from the base."""
+    """Outer layers from one expert, inner ones from another, an average in between, embeddings and head from the
+    base.
+    """
     recipe = {
         "method": "average",
         "base": models["ground"],
@@ -242,7 +246,9 @@ def test_an_adapter_on_a_model_of_its_own(models: dict[str, Path], tmp_path: Pat
 def test_a_merge_in_parts_goes_on_where_it_was(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted between its passes (one for each base): the second run reads what is missing, the bytes are the same."""
+    """Interrupted between its passes (one for each base): the second run reads what is missing, the bytes are the
+    same.
+    """
     import mergecore.engine.span
     import mergecore.execution.passes
     from mergecore.engine.executor import InProcess

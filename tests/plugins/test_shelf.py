@@ -1,4 +1,6 @@
-"""Plug-ins of installed packages: found by entry points, imported when they are used, refused with the package's name."""
+"""Plug-ins of installed packages: found by entry points, imported when they are used, refused with the package's
+name.
+"""
 
 from __future__ import annotations
 

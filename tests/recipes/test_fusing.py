@@ -1,5 +1,5 @@
-"""Fusing (Choshen et al. 2022): an average of bodies without the tasks' heads, to fine-tune from; and task arithmetic by
-analogy, with weights of either sign."""
+"""Fusing (Choshen et al. 2022): an average of bodies without the tasks' heads, to fine-tune from; and task arithmetic
+by analogy, with weights of either sign."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Tests of the report: the averages of the protocol, the paired bootstrap, what wins, what is shown, what is written."""
+"""Tests of the report: the averages of the protocol, the paired bootstrap, what wins, what is shown, what is
+written.
+"""
 
 from __future__ import annotations
 

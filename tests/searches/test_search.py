@@ -1,4 +1,6 @@
-"""Searches by themselves: scores are formulas, so that what has to come out is known by hand. Nothing is merged here."""
+"""Searches by themselves: scores are formulas, so that what has to come out is known by hand. Nothing is merged
+here.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Three sweeps and three recipes over tiny checkpoints, and a store in which an older Mergeloom has done them.
 
-`written_before.tar.xz` holds the checkpoints, the tasks, the store, and in `scores.json` the scores and digests that were
-read from it. It was written by commit d6874f5, the last one before the modules moved into packages, with
+`written_before.tar.xz` holds the checkpoints, the tasks, the store, and in `scores.json` the scores and digests that
+were read from it. It was written by commit d6874f5, the last one before the modules moved into packages, with
 
     python -m tests.store.written_before FOLDER
 

@@ -1,4 +1,6 @@
-"""A sweep killed with SIGKILL at many moments goes on: nothing finished is done again, and the result is the same bytes."""
+"""A sweep killed with SIGKILL at many moments goes on: nothing finished is done again, and the result is the same
+bytes.
+"""
 
 from __future__ import annotations
 

@@ -45,7 +45,9 @@ PCB = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints and a task for each expert; tasks 'leaky' and 'partly' have test items among their validation items."""
+    """Checkpoints and a task for each expert; tasks 'leaky' and 'partly' have test items among their validation
+    items.
+    """
     pool_folder = write_pool(tmp_path_factory.mktemp("pool"), tensors=3, elements=16)
     (pool_folder / "tasks").mkdir()
     for name in [*NAMES, "other", "leaky", "partly"]:

@@ -43,6 +43,7 @@ def chat_template(setting: str, models: Sequence[Snapshot], where: str) -> str |
         )
     if "{" not in setting:
         raise SpecError(
-            f"{where}.chat_template: '{setting}' is neither a template (Jinja) nor a name; {nearest(setting, [*TEMPLATES, 'auto'])}"
+            f"{where}.chat_template: '{setting}' is neither a template (Jinja) nor a name; "
+            f"{nearest(setting, [*TEMPLATES, 'auto'])}"
         )
     return setting

@@ -121,6 +121,7 @@ def module_tensors(module: str, kind: str, tensors: Sequence[str], where: str) -
     known = MODULES.get(kind, {})
     if module not in known:
         raise SpecError(
-            f"{where}.modules.{module}: a '{kind}' model has no such module here; {nearest(module, {*known, 'default'})}"
+            f"{where}.modules.{module}: a '{kind}' model has no such module here; "
+            f"{nearest(module, {*known, 'default'})}"
         )
     return [name for name in tensors if re.search(known[module], name)]
