@@ -96,7 +96,7 @@ class Store:
     def names(self, kind: str) -> frozenset[str]:
         """`Step.name` of whatever has a folder among the steps of a kind: those without one are MISSING."""
         try:
-            return frozenset(os.listdir(self.root / kind))  # noqa: PTH208 — a hundred thousand names as they are
+            return frozenset(os.listdir(self.root / kind))
         except OSError:
             return frozenset()
 
