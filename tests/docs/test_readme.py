@@ -75,7 +75,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.timeout(900)  # servers and workers are started on two cores that others share
+@pytest.mark.timeout(1800)  # servers and workers are started on two cores that others share
 def test_every_command_runs(project: Path) -> None:
     commands = [command for block in shown() for command in block.commands]
     assert len(commands) == len(set(commands))
