@@ -160,7 +160,7 @@ def test_what_is_kept_is_said_and_true(folder: Path, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as stopped:
         stopped.setattr("mergecore.engine.run_pass.run_span", stop)
         stopped.setattr("mergecore.recipes.extract_lora.extracted", stop)
-        stopped.setattr("mergecore.formats.masks_product._write", stop)
+        stopped.setattr("mergecore.formats.unpack._write", stop)
         for command in ("merge", "unpack", "extract-lora"):
             arguments = [one + "-in-vain" if one in ("merged", "unpacked", "lora") else one for one in ENDINGS[command]]
             result = CliRunner().invoke(main, arguments)
