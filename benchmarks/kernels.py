@@ -130,7 +130,9 @@ def case_of(
     base, *experts = [tensor.to(device).repeat(times) if times > 1 else tensor.to(device) for tensor in tensors]
     chunk = Chunk(base if method.needs_base else None, tuple(experts), (False,) * len(experts), 0)
     ways = [
-        Fused(method.merge, method.on, torch.bfloat16, kept, wait=True).given(arguments)  # type: ignore[arg-type]
+        Fused(method.merge_models, method.on, torch.bfloat16, kept, wait=True, with_base=method.needs_base).given(
+            arguments
+        )  # type: ignore[arg-type]
         for kept in (library, None)
     ]
     beside = sum(Beside.dtype.itemsize for _ in ways[0].beside)

@@ -42,10 +42,20 @@ def conduct(session: Session, report: Report, *, in_process: bool, retry_failed:
     # A sweep that was finished before and yet is not shown: the run that did the work was killed before it came to
     # that, or MLflow was away. With services the flow has shown it.
     if track and (in_process or known is not None) and not shown(session, ended.sweep):
-        with _tolerated(report):
-            ended.pages.update(projected(session, ended.summaries).urls)
+        _show(session, ended)
     urls |= {f"MLflow {page}": url for page, url in ended.pages.items() if page in LINKED}
     return conclusion(session, ended, urls, reused=known is not None)
+
+
+def _show(session: Session, ended: Ending) -> None:
+    """Show the sweep in MLflow, which is a view: without it the sweep stands, and can be projected later."""
+    try:
+        result = projected(session, ended.summaries)
+    except ServiceError as error:
+        ended.remarks.append(f"not shown in MLflow: {error}")
+        return
+    ended.pages.update(result.urls)
+    ended.remarks.extend(result.remarks)
 
 
 def _alone(session: Session, report: Report) -> None:
@@ -67,7 +77,7 @@ def _with_services(session: Session, report: Report, track: bool) -> tuple[Endin
     report(Event("starting Prefect and MLflow"))
     known = session.settings
     with servers(session.store.root, prefect=known.prefect.value, mlflow=known.mlflow.value) as addresses:
-        report(Event(f"to watch: {addresses.prefect_page} and {addresses.mlflow_page}"))
+        report(Event("to watch: " + " and ".join(addresses.pages)))
         # The setting is for this thread, the variable for those that Prefect and Dask start: without it they would
         # bring up a server of their own.
         with (
@@ -107,12 +117,3 @@ def _quiet_console() -> Iterator[None]:
     finally:
         for logger, handlers in handlers_before:
             logger.handlers = handlers
-
-
-@contextlib.contextmanager
-def _tolerated(report: Report) -> Iterator[None]:
-    """MLflow is a view: without it the sweep stands, and can be projected later."""
-    try:
-        yield
-    except ServiceError as error:
-        report(Event(f"not shown in MLflow: {error} Run `mergeloom track` later."))

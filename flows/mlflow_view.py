@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.session.session import Session
+from flows.session.settings import CHOSEN, MLFLOW_OF_SPEC
 from mergecore.identity.keys import digest
 from mergecore.reporting.scores import CellScores, Sweep
 from mergecore.reporting.summary import Summaries
 from mergecore.store.store import write_json
+from tasks.tracking.address import public
 
 if TYPE_CHECKING:
     from tasks.tracking.project import TrackResult
@@ -20,33 +22,41 @@ if TYPE_CHECKING:
 def projected(session: Session, summaries: Summaries, rebuild: bool = False) -> TrackResult:
     """Show the session's sweep in MLflow; where no address is known, a server over the store is started for it.
 
-    The result has no addresses of pages where that server is gone afterwards. Raises ServiceError.
+    The result has no addresses of pages where that server is gone afterwards. What could not be registered is in its
+    remarks. Raises ServiceError where MLflow does not answer.
     """
     from tasks.tracking import project as track
 
     write = track.rebuild if rebuild else track.project
     files = {path.name: path for path in session.results.glob("*") if path.suffix in (".png", ".md", ".parquet")}
-    locks, uri = session.store.root / "locks", session.settings.mlflow.value
+    store, uri = session.store.root, session.settings.mlflow.value
     _shown_file(session).unlink(missing_ok=True)
     if uri:
-        result = write(summaries, uri, files, {}, locks)
+        result = write(summaries, uri, files, {}, store, session.settings.registry)
     else:
         from flows.services.servers import mlflow_server
 
-        with mlflow_server(session.store.root) as address:
-            result = write(summaries, address, files, {}, locks)
-    _shown_file(session).parent.mkdir(parents=True, exist_ok=True)
-    write_json(_shown_file(session), {"sweep": _content_digest(summaries.sweep)})
+        with mlflow_server(store) as address:
+            result = write(summaries, address, files, {}, store)
+    if not result.unregistered:
+        _shown_file(session).parent.mkdir(parents=True, exist_ok=True)
+        write_json(_shown_file(session), {"sweep": _content_digest(summaries.sweep), "mlflow": _named(session)})
     return result if session.settings.pages_last else replace(result, urls={})
 
 
 def shown(session: Session, sweep: Sweep) -> bool:
-    """Return whether the last projection into MLflow went through and the sweep was then what it is now."""
+    """Return whether the last projection went through, into the MLflow named now, and the sweep was what it is now."""
     try:
         record = json.loads(_shown_file(session).read_text())
     except (OSError, ValueError):
         return False
-    return bool(record.get("sweep") == _content_digest(sweep))
+    return bool(record.get("sweep") == _content_digest(sweep) and record.get("mlflow") == _named(session))
+
+
+def _named(session: Session) -> str | None:
+    """Return the address that the spec or the caller names, without passwords; None where neither does."""
+    mlflow = session.settings.mlflow
+    return public(mlflow.value, mlflow.value) if mlflow.value and mlflow.origin in (CHOSEN, MLFLOW_OF_SPEC) else None
 
 
 def _shown_file(session: Session) -> Path:

@@ -22,13 +22,15 @@ class Ending:
     """A sweep as it stands after the work, with its report written. One is made for each run and handed on.
 
     summaries: of the sweep, worked out once. report: Markdown. files: what was written. pages: page → address in
-    MLflow; empty where it is not shown there, or where the server went with the work.
+    MLflow; empty where it is not shown there, or where the server went with the work. remarks: what else is to be told
+    of MLflow, above all what could not be shown there.
     A plain class: Prefect looks into dataclasses for futures.
     """
 
     def __init__(self, summaries: Summaries, report: str, files: tuple[Path, ...]) -> None:
         self.summaries, self.report, self.files = summaries, report, files
         self.pages: dict[str, str] = {}
+        self.remarks: list[str] = []
 
     @property
     def sweep(self) -> Sweep:
@@ -92,7 +94,9 @@ def conclusion(session: Session, ending: Ending, urls: Mapping[str, str], reused
         lines.append("everything was found in the store; nothing had to be done")
     lines += [f"written: {path}" for path in ending.files if path.suffix in (".png", ".md")]
     lines += [f"{name}: {url}" for name, url in urls.items()]
-    lines.append(f"`mergeloom serve --store {session.spec.output.store}` shows the same in Prefect and MLflow")
+    lines += ending.remarks
+    pages = "Prefect and MLflow" if session.settings.is_mlflow_own else "Prefect"
+    lines.append(f"`mergeloom serve --store {session.spec.output.store}` shows the same in {pages}")
     troubled = counts["failed"] + counts["refused"]
     if troubled:
         lines.append(f"{troubled} of {len(cells)} cells failed or were refused (--retry-failed tries again):")

@@ -112,7 +112,7 @@ def _concluded(session: Session, whole: Session, track: bool) -> State[Any]:
     if track:
         projection = Projection(lambda: projected(whole, ended.summaries))
         wait_all([show.submit(name=session.spec.name, projection=projection)])
-        ended.pages = projection.pages
+        ended.pages, ended.remarks = projection.pages, projection.remarks
     outcome = conclusion(whole, ended, {}, reused=False)
     create_markdown_artifact(
         report_page(outcome, session.results / "figure.png", ended.pages),

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 
 class Projection:
-    """How the sweep is projected, and the pages that came out of it."""
+    """How the sweep is projected; the pages that came out of it, and what is to be told of it."""
 
     def __init__(self, project: Callable[[], TrackResult]) -> None:
         self.project = project
         self.pages: dict[str, str] = {}
+        self.remarks: list[str] = []
 
 
 @task(name="track", task_run_name="track {name}", **OPTIONS)
@@ -30,7 +31,12 @@ def track(name: str, projection: Projection) -> State[Any]:
     try:
         result = projection.project()
     except ServiceError as error:
+        projection.remarks.append(f"not shown in MLflow: {error}")
         get_run_logger().warning("not shown in MLflow: %s", error)
         return Completed(name="Without MLflow", message=str(error), data=None)
     projection.pages.update(result.urls)
+    projection.remarks.extend(result.remarks)
+    if result.unregistered:
+        get_run_logger().warning("%s", result.remarks[-1])
+        return Completed(name="Not registered", message=result.remarks[-1], data=None)
     return Completed(message=f"{result.written} runs written, {result.unchanged} unchanged", data=None)

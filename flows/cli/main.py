@@ -347,6 +347,10 @@ def track(spec: Path, rebuild: bool, uri: str | None) -> None:
         click.echo(f"{result.written} runs written, {result.unchanged} unchanged, {result.retired} retired")
         for name, url in result.urls.items():
             click.echo(f"{name}: {url}")
+        for remark in result.remarks:
+            click.echo(remark)
+        if result.unregistered:
+            sys.exit(1)
 
 
 @main.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -31,8 +31,6 @@ often follows from the profile, between bfloat16 checkpoints nearly always, and 
 PIECES = {
     Per.ELEMENT: "element by element, in one fused loop",
     Per.TENSOR: "a whole tensor of all experts at a time",
-    Per.LAYER: "a layer at a time",
-    Per.MODEL: "the whole model at once",
 }
 TRIED = 8
 """Numbers of experts that are tried, to find out how many a method takes."""
@@ -133,6 +131,8 @@ def _plain(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return f"[{', '.join(_plain(item) for item in value)}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_plain(inner)}" for key, inner in value.items()) + "}"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -175,8 +175,9 @@ def _limits(metadata: list[Any]) -> str:
 
 
 def built(kind: type[Method], **values: Any) -> Method:
-    """The method with its defaults, and a 1 for every number that must be given."""
-    needed = dict.fromkeys((name for name, info in kind.model_fields.items() if info.is_required()), 1.0)
+    """Return the method with these values, and defaults for the others; what has none is taken from its first example."""
+    example = next(iter(kind.examples()))
+    needed = {name: example[name] for name, info in kind.model_fields.items() if info.is_required()}
     return kind.model_validate({**needed, **values})
 
 
@@ -216,19 +217,34 @@ def _cost(kind: type[Method], method: Method) -> str:
     told = [f"{usual}{_because(method)}"]
     for field, info in kind.model_fields.items():
         for option in _options(info.annotation):
-            try:
-                other = built(kind, **{field: option})
-            except ValueError:
-                continue
-            if _readings(other) != usual:
-                told.append(f"{_readings(other)} with `{field}: {_plain(option)}`")
-    if "drop" in kind.model_fields:
-        other = built(kind, drop={"rate": 0.5, "rescale": "l1"})
-        if _readings(other) != usual:
-            told.append(f"{_readings(other)} with `drop: {{rescale: l1}}`")
-    if "boost" in kind.model_fields:
-        told.append(f"{_readings(built(kind, boost={}))} with `boost`")
+            told += _otherwise(kind, f"{field}: {_plain(option)}", {field: option}, usual)
+        told += _nested_cost(kind, field, info, usual)
     return "; ".join(told)
+
+
+def _nested_cost(kind: type[Method], field: str, info: FieldInfo, usual: int) -> Iterator[str]:
+    """Yield what a parameter that is made of others costs: where it is there at all, and with each of its options."""
+    inner = _inner(info.annotation)
+    samples = [values[field] for values in kind.examples() if isinstance(values.get(field), Mapping)]
+    if inner is None or not samples:
+        return
+    options = {name: _options(part.annotation) for name, part in inner.model_fields.items()}
+    plain = {name: value for name, value in samples[0].items() if not options.get(name)}
+    yield from _otherwise(kind, field, {field: plain}, usual)
+    usual = _readings(built(kind, **{field: plain}))
+    for name, choices in options.items():
+        for option in choices:
+            yield from _otherwise(kind, f"{field}: {_plain({name: option})}", {field: {**plain, name: option}}, usual)
+
+
+def _otherwise(kind: type[Method], label: str, values: Mapping[str, Any], usual: int) -> Iterator[str]:
+    """Yield the readings of the method with these values where they are not the usual number."""
+    try:
+        readings = _readings(built(kind, **values))
+    except ValueError:
+        return
+    if readings != usual:
+        yield f"{readings} with `{label}`"
 
 
 def _because(method: Method) -> str:

@@ -28,6 +28,7 @@ from types import FrameType
 
 from flows.services import supervise
 from mergecore.errors import ServiceError
+from tasks.tracking.address import is_database, public
 
 HOST = "127.0.0.1"
 START_SECONDS = 120.0  # the first start after an installation compiles every module: 60 s on a loaded machine
@@ -45,12 +46,17 @@ class Addresses:
     @property
     def prefect_page(self) -> str:
         """What a person opens for Prefect."""
-        return self.prefect.removesuffix("/api")
+        return public(self.prefect).removesuffix("/api")
 
     @property
     def mlflow_page(self) -> str:
         """What a person opens for MLflow: without the query its pages open on traces, not on runs."""
-        return f"{self.mlflow}/#/experiments?workflowType=machine_learning"
+        return f"{public(self.mlflow)}/#/experiments?workflowType=machine_learning"
+
+    @property
+    def pages(self) -> list[str]:
+        """Both, without MLflow's where it is a database."""
+        return [self.prefect_page, *([] if is_database(self.mlflow) else [self.mlflow_page])]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ Value_co = TypeVar("Value_co", covariant=True)
 
 CHOSEN = "chosen for this run"
 STARTED = "default: a server is started for the time of the work"
+MLFLOW_OF_SPEC = "run.mlflow of the spec"
+MLFLOW_OF_ENVIRONMENT = "MLFLOW_TRACKING_URI"
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,16 @@ class Settings:
         """Whether MLflow is there for longer than the work, so that links to its pages hold."""
         return self.mlflow.origin != STARTED
 
+    @property
+    def is_mlflow_own(self) -> bool:
+        """Whether MLflow's database is the one in the store, which `mergeloom serve` shows."""
+        return self.mlflow.origin not in (CHOSEN, MLFLOW_OF_SPEC, MLFLOW_OF_ENVIRONMENT)
+
+    @property
+    def registry(self) -> str | None:
+        """The address of MLflow's registry where the environment names one; None: MLflow's address says it all."""
+        return os.environ.get("MLFLOW_REGISTRY_URI") if self.mlflow.origin == MLFLOW_OF_ENVIRONMENT else None
+
     def at(self, addresses: Addresses) -> Settings:
         """Return the same settings with the addresses of servers that were started."""
         return replace(
@@ -96,8 +108,8 @@ def resolved(run: Run, store: Store, options: Options = Options()) -> Settings:
     mlflow = _first(
         started,
         (options.mlflow, CHOSEN),
-        (run.mlflow, "run.mlflow of the spec"),
-        (os.environ.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI"),
+        (run.mlflow, MLFLOW_OF_SPEC),
+        (os.environ.get("MLFLOW_TRACKING_URI"), MLFLOW_OF_ENVIRONMENT),
         (served.mlflow if served else None, serve),
     )
     on_gpu = run.dask == "gpu" and cuda_device_count() > 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -73,6 +74,13 @@ def squared_norm(tensor: Tensor) -> float:
     for _, (values,) in blocks([tensor]):
         total += float((values * values).sum())
     return total
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How much of each model, where a tensor of the result is Σ c_i x_i."""
+
+    shares: Sequence[float] = ()
 
 
 def combined(shares: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:

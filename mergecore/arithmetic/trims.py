@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import fsum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mergecore.identity.content import GRID
 from mergecore.identity.draws import drop_limit, random_key, word_key, words_at
-from mergecore.plugins.block import Block, Index
+from mergecore.plugins.block import Block, flat_index
 from mergecore.plugins.per_expert import EACH, ONE, ONE_OR_EACH, each, moved
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -21,6 +22,17 @@ Shares = Annotated[Annotated[Share, ONE] | Annotated[tuple[Share, ...], EACH], O
 Elect = Literal["mass", "normfrac", "normmass"]
 """How a coordinate's sign is elected: see `elected_sign`."""
 Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What `dropped` needs for one block of T experts: the flat index of each element, and per expert the two words of its
+    key, the limit below which an element goes, and the factor of those that stay."""
+
+    index: Tensor
+    keys: Sequence[tuple[int, int]]
+    limits: Sequence[int]
+    factors: Sequence[float]
 
 
 class RandomDrop(BaseModel):
@@ -53,23 +65,21 @@ class RandomDrop(BaseModel):
         """The same drop with rates moved along with their experts."""
         return self.model_copy(update={"rate": moved(self.rate, order)})
 
-    def drawn(self, block: Block, factors: Sequence[float] | None) -> dict[str, Any]:
-        """What `dropped` needs for a block. factors: per expert what is left counts, None for the drop's own."""
-        keys = [word_key(random_key(self.seed, one, block.name), block.start) for one in block.ids]
+    def drawn(self, block: Block, factors: Sequence[float] | None) -> Drawn:
+        """Return what `dropped` needs for a block. factors: those of what is left, per expert; None: the drop's own."""
+        keys = [word_key(random_key(self.seed, expert, block.name), block.start) for expert in block.ids]
         rates = each(self.rate, len(keys))
         chosen = list(factors or [1.0 / (1.0 - rate) if self.rescale == "inverse" else 1.0 for rate in rates])
-        return {"index": Index(), "keys": keys, "limits": [drop_limit(rate) for rate in rates], "factors": chosen}
+        return Drawn(flat_index(), keys, [drop_limit(rate) for rate in rates], chosen)
 
 
-def dropped(deltas: Sequence[Tensor], drawn: Mapping[str, Any] | None) -> list[Tensor]:
-    """The deltas with dropped elements at 0 and the others times their factor; as they are where nothing is drawn."""
+def dropped(deltas: Sequence[Tensor], drawn: Drawn | None) -> list[Tensor]:
+    """Return the deltas with dropped elements at 0 and the others times their factor; as they are without a draw."""
     if drawn is None:
         return list(deltas)
     return [
-        torch.where(words_at(drawn["index"], first, second) >= limit, delta * factor, 0.0)
-        for delta, (first, second), limit, factor in zip(
-            deltas, drawn["keys"], drawn["limits"], drawn["factors"], strict=True
-        )
+        torch.where(words_at(drawn.index, first, second) >= limit, delta * factor, 0.0)
+        for delta, (first, second), limit, factor in zip(deltas, drawn.keys, drawn.limits, drawn.factors, strict=True)
     ]
 
 

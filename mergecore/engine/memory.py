@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mergecore.checkpoints.vocabulary.rows import RowTensors, gathering
 from mergecore.engine.kernels.run import EAGER
 from mergecore.engine.kernels.source import BINS, COPIES, stride
-from mergecore.engine.pass_plan import PassPlan, coarsest
+from mergecore.engine.pass_plan import PassPlan
 from mergecore.engine.windows import window_of
 from mergecore.errors import CapacityError
 from mergecore.identity.content import GRID
@@ -58,8 +58,8 @@ def block_bytes(
 ) -> int:
     """Return the bytes of one span in flight: what is read of every model, worked with, and written.
 
-    Element-wise methods take windows, adapters the deltas of a grid block. Other methods take whole tensors (or layers)
-    in float32, and what they declare as `working`. beside: whether a tensor of every expert is read beside its weights.
+    Element-wise methods take windows, adapters the deltas of a grid block. Other methods take whole tensors in float32,
+    and what they declare as `working`. beside: whether a tensor of every expert is read beside its weights.
     """
     largest = max((info.count for info in models.base.values()), default=0)
     window, block = min(models.window, largest), min(GRID, largest)
@@ -74,9 +74,8 @@ def block_bytes(
     if models.gathered:
         total += gathering(largest if whole else window, max(map(_widest, models.full), default=0))
     if whole:
-        seen = largest if coarsest(whole) is Per.TENSOR else sum(info.count for info in models.base.values())
         working = max(method.working for method in whole)
-        total += models.bytes_of(seen) + int(FLOAT * seen * (count + 2 + working))
+        total += models.bytes_of(largest) + int(FLOAT * largest * (count + 2 + working))
     return total
 
 

@@ -15,7 +15,7 @@ from mergecore.engine.loops import Loops
 from mergecore.engine.pass_plan import MergeJob, PassPlan
 from mergecore.engine.windows import Reading, Space, cut, space
 from mergecore.identity.content import BlockDigests
-from mergecore.plugins.block import Block, Per
+from mergecore.plugins.block import Per
 from mergecore.plugins.method import Method
 from mergecore.tensors.finite import TAME, check_finite
 from mergecore.tensors.torch_dtypes import DTYPES
@@ -60,7 +60,11 @@ class Merges:
         """
         for job in self._whole:
             method = job.method
-            for block in _whole_blocks(job, readings):
+            for reading in readings:
+                if reading.name not in job.merged:
+                    continue
+                reading.window(reading.start, reading.stop)
+                block = reading.block(method.on, method.needs_base, job.experts, flat=False)
                 for name, values in method.merge_block(block, job.statistics).items():
                     rounded = values.reshape(-1).to("cpu", DTYPES[job.outputs[name].dtype])
                     if rounded.is_floating_point():
@@ -168,24 +172,11 @@ def _stage(device: str) -> Stage:
     return stages[name]
 
 
-def _whole_blocks(job: MergeJob, readings: Sequence[Reading]) -> list[Block]:
-    """What the method sees: one block per tensor, or one block with all of them as members."""
-    method, blocks = job.method, []
-    for reading in readings:
-        if reading.name in job.merged:
-            reading.window(reading.start, reading.stop)
-            reading.reuse = method.per is Per.TENSOR  # else several tensors are held at once
-            blocks.append(reading.block(method.on, method.needs_base, job.experts, flat=False))
-    if method.per is not Per.TENSOR and blocks:
-        return [Block(blocks[0].name, (), 0, 0, None, (), blocks[0].ids, tuple(blocks))]
-    return blocks
-
-
 def _loop_of(loops: Loops, job: MergeJob, reading: Reading) -> Given:
     """The method's loop with its arguments for the reading."""
     method, dtype = job.method, DTYPES[job.outputs[reading.name].dtype]
     assert isinstance(method, Method)  # a link sees whole tensors
-    fused = loops.fused(("merge", job.key, dtype), method.merge, method.on, dtype)
+    fused = loops.fused(("merge", job.key, dtype), method.merge_models, method.on, dtype, method.needs_base)
     return fused.given(method.arguments(reading.place(job.experts), job.statistics))
 
 

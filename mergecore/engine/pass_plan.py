@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mergecore.checkpoints.architectures import layer_of
 from mergecore.checkpoints.experts import Expert
 from mergecore.identity.content import GRID
 from mergecore.native.library import Library
@@ -132,19 +131,13 @@ def _groups(tensors: Mapping[str, TensorInfo], per: Per) -> Iterator[BlockGroup]
             for start in range(0, max(count, 1), BLOCKS * GRID):
                 yield ((name, start, min(start + BLOCKS * GRID, count)),)
         return
-    groups: dict[str, list[GridBlocks]] = {}
     for name in names:
-        layer = layer_of(name)
-        key = "" if per is Per.MODEL else str(layer) if per is Per.LAYER and layer is not None else name
-        groups.setdefault(key, []).append((name, 0, tensors[name].count))
-    for blocks in groups.values():
-        yield tuple(blocks)
+        yield ((name, 0, tensors[name].count),)
 
 
 def coarsest(methods: Sequence[Method | Link]) -> Per:
     """Return what the most demanding of the methods must see at once."""
-    order = list(Per)
-    return max((method.per for method in methods), key=order.index, default=Per.ELEMENT)
+    return Per.TENSOR if any(method.per is Per.TENSOR for method in methods) else Per.ELEMENT
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,8 @@ class CountingScans:
         """
         job, counts = scan
         function = _together([(counts.patterns, list(range(len(job.experts))))], with_base=False)
-        loop = Fused(function, "deltas", "counts", None, windows=per_result).given({"job 0": counts.arguments})
+        fused = Fused(function, "deltas", "counts", None, windows=per_result, with_base=False)
+        loop = fused.given([counts.arguments])
         bins = empty_bins(counts.results, per_result)
         wanted = [high for bins_of_result in counts.bins or () for high in bins_of_result]
         loop.count(reading.chunk(job.experts, with_base=True), wanted, bins)
@@ -226,8 +227,8 @@ def _loop_of(
         [(values, [positions.index(position) for position in job.experts]) for job, values, _ in scans], with_base
     )
     key = (out, tuple(job.key for job, _, _ in scans))
-    fused = loops.fused(key, function, scans[0][0].statistic.on, out, bins)
-    return positions, fused.given({f"job {number}": arguments for number, (_, _, arguments) in enumerate(scans)})
+    fused = loops.fused(key, function, scans[0][0].statistic.on, out, with_base, bins)
+    return positions, fused.given([arguments for _, _, arguments in scans])
 
 
 def _together(
@@ -235,11 +236,11 @@ def _together(
 ) -> Callable[..., list[Tensor]]:
     """One function that gives the results of several scans, each of its own experts (and before them the base)."""
 
-    def results(base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> list[Tensor]:
+    def results(models: Sequence[Tensor], arguments: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+        base, experts = models[:with_base], models[with_base:]
         values: list[Tensor] = []
-        for number, (function, positions) in enumerate(scans):
-            first = [base] if with_base and base is not None else []
-            values += function([*first, *(experts[position] for position in positions)], **arguments[f"job {number}"])
+        for (function, positions), own in zip(scans, arguments, strict=True):
+            values += function([*base, *(experts[position] for position in positions)], **own)
         return values
 
     return results

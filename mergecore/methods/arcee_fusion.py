@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -14,11 +14,11 @@ from mergecore.arithmetic.order_statistics import order_statistics
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Per
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import NoArguments, WeightMethod
 from mergecore.plugins.per_expert import experts_given
 
 
-class ArceeFusion(Method):
+class ArceeFusion(WeightMethod[NoArguments]):
     """Scores each weight by |θ_1 − θ_0| times the divergence of its row's softmax, and takes the outliers of a tensor.
 
     A row runs along the last axis. An outlier scores at least median + fence × (third − first quartile), of quartiles
@@ -29,7 +29,6 @@ class ArceeFusion(Method):
     name: ClassVar[str] = "arcee_fusion"
     paper: ClassVar[str] = "none; Arcee 2024, described by mergekit's code alone"
     per: ClassVar[Per] = Per.TENSOR
-    idempotent: ClassVar[bool] = False
     published: ClassVar[tuple[str, ...]] = (
         "mergekit's `arcee_fusion`, with exact quartiles and in float64, so that its choice of single weights differs",
     )
@@ -46,43 +45,40 @@ class ArceeFusion(Method):
         return Examples(others=[{"fence": 0, "smoothing": 0}])
 
     @property
-    def on(self) -> str:
-        """Weights: those of the expert are taken as they are."""
-        return "weights"
-
-    @property
     def needs_base(self) -> bool:
-        """It is one of the two."""
         return True
 
+    @property
+    def idempotent(self) -> bool:
+        return False
+
     def validate_count(self, count: int) -> None:
-        """Exactly one expert."""
         if count != 1:
             raise SpecError(f"arcee_fusion fuses the base with one expert, {experts_given(count)}")
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """θ_1 where its importance reaches the threshold, θ_0 elsewhere."""
-        assert base is not None
+    def merge(self, weights: Sequence[Tensor], arguments: NoArguments) -> Tensor:
+        """Return θ_1 where its importance reaches the threshold, θ_0 elsewhere."""
+        base, expert = weights
         if base.numel() == 0:
             return base
-        scores = self.importance(base, experts[0])
+        scores = self.importance(base, expert)
         first, median, third = order_statistics(scores, [quarter * (scores.numel() - 1) // 4 for quarter in (1, 2, 3)])
         chosen = (scores >= median + self.fence * (third - first)).reshape(base.shape).to(base.device)
-        return torch.where(chosen, experts[0], base)
+        return torch.where(chosen, expert, base)
 
     def importance(self, base: Tensor, expert: Tensor) -> Tensor:
-        """|θ_1 − θ_0| · KL(softmax of the expert's row ‖ that of the base's row), flat, float64."""
-        found = torch.empty(base.numel(), dtype=torch.float64)
+        """Return |θ_1 − θ_0| · KL(softmax of the expert's row ‖ that of the base's row), flat, float64."""
+        scores = torch.empty(base.numel(), dtype=torch.float64)
         for part, origin, changed in _rows(base, expert):
             before = origin.softmax(1) + self.smoothing
             after = changed.softmax(1) + self.smoothing
             divergence = (after * (after.log() - before.log())).sum(1, keepdim=True).clamp(min=0.0)
-            found[part] = ((changed - origin).abs() * divergence).reshape(-1)
-        return found
+            scores[part] = ((changed - origin).abs() * divergence).reshape(-1)
+        return scores
 
 
 def _rows(base: Tensor, expert: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Both tensors in float64, some rows at a time, with their place in the flat tensor."""
+    """Yield both tensors in float64, some rows at a time, with the slice of the flat tensor that these are."""
     length = base.shape[-1] if base.ndim else 1
     pair = [tensor.reshape(-1, length) for tensor in (base, expert)]
     step = max(1, BLOCK // length)

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import fsum
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.trims import RandomDrop, divided, dropped, folded_sum, weighted
+from mergecore.arithmetic.trims import Drawn, RandomDrop, divided, dropped, folded_sum, weighted
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import Method, On
 from mergecore.plugins.per_expert import check_each, moved
 from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
 
 
-class Average(Method):
+@dataclass(frozen=True)
+class AverageArguments:
+    """drawn: what the drop draws; None: there is none."""
+
+    drawn: Drawn | None
+
+
+class Average(Method[AverageArguments]):
     """The (weighted) mean of the experts' weights. The base is used only where a drop needs deltas.
 
     With aggregate 'sum' it is the weighted sum itself: one expert with weight 0.5 is that expert, halved.
@@ -62,37 +70,45 @@ class Average(Method):
         )
 
     @property
-    def on(self) -> str:
-        """Weights; deltas where there is a drop."""
+    def on(self) -> On:
         return "weights" if self.drop is None else "deltas"
 
+    @property
+    def needs_ids(self) -> bool:
+        return self.drop is not None
+
+    @property
+    def idempotent(self) -> bool:
+        return self.drop is None and self.aggregate == "mean"
+
     def statistics(self) -> Mapping[str, Statistic]:
-        """The l1 factors of the drop, where it has them."""
         return drop_statistics(self.drop)
 
     def validate_count(self, count: int) -> None:
-        """One weight per expert; a sum that is divided by must not be 0."""
         check_each("weights", self.weights, count)
         check_each("drop.rate", self.drop and self.drop.rate, count)
         if self.weights is not None and self.aggregate == "mean" and abs(fsum(self.weights)) < 1e-8:
-            what = (
+            advice = (
                 "all are 0; give at least one expert another" if not any(self.weights) else "they add up to 0; change"
             )
-            raise SpecError(f"weights: {what} weight, or set aggregate to 'sum', which does not divide by them")
+            raise SpecError(f"weights: {advice} weight, or set aggregate to 'sum', which does not divide by them")
 
     def bound(self, order: Sequence[int]) -> Average:
-        """Weights moved along with their experts."""
         drop = self.drop and self.drop.bound(order)
         return self.model_copy(update={"weights": moved(self.weights, order), "drop": drop})
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """What the drop draws."""
-        return {"drawn": drawn_for(self.drop, block, statistics)}
+    def arguments(self, block: Block, statistics: Statistics) -> AverageArguments:
+        return AverageArguments(drawn_for(self.drop, block, statistics))
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """Σ w_t x_t / Σ w_t, of weights, or of dropped deltas and then added to the base."""
-        values = dropped(experts, arguments["drawn"])
-        joined = folded_sum(weighted(values, self.weights))
-        if self.aggregate == "mean":
-            joined = divided(joined, len(values) if self.weights is None else fsum(self.weights))
-        return joined if self.drop is None or base is None else base + joined
+    def merge_models(self, models: Sequence[Tensor], arguments: AverageArguments) -> Tensor:
+        """Return the mean of the θ_t, or θ_0 plus the mean of the dropped τ_t."""
+        if self.drop is None:
+            return self.joined(models)
+        return models[0] + self.joined(dropped(models[1:], arguments.drawn))
+
+    def joined(self, values: Sequence[Tensor]) -> Tensor:
+        """Return Σ w_t x_t / Σ w_t, or the sum alone."""
+        total = folded_sum(weighted(values, self.weights))
+        if self.aggregate == "sum":
+            return total
+        return divided(total, len(values) if self.weights is None else fsum(self.weights))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from math import floor
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -15,11 +15,11 @@ from mergecore.arithmetic.order_statistics import largest
 from mergecore.arithmetic.trims import Shares, absolute_sum, joined, weighted
 from mergecore.plugins.block import Per
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import DeltaMethod, NoArguments
 from mergecore.plugins.per_expert import check_each, each, moved
 
 
-class Breadcrumbs(Method):
+class Breadcrumbs(DeltaMethod[NoArguments]):
     """θ_0 + α Σ_t of the masked τ_t: of n magnitudes the ⌊γn⌋ largest go, the ⌊βn⌋ next ones stay, the rest go.
 
     Counts are exact; of equal magnitudes the one that comes first ranks higher. A tensor so small that ⌊γn⌋ = 0 loses no
@@ -37,7 +37,6 @@ class Breadcrumbs(Method):
         "with `elect: mass` its `breadcrumbs_ties`",
     )
     per: ClassVar[Per] = Per.TENSOR
-    idempotent: ClassVar[bool] = False
 
     scale: Annotated[float, Field(description="α, the factor of the summed task vectors")]
     density: Annotated[
@@ -92,42 +91,38 @@ class Breadcrumbs(Method):
 
     @model_validator(mode="after")
     def _shares_fit(self) -> Breadcrumbs:
-        count = max(len(one) if isinstance(one, tuple) else 1 for one in (self.density, self.outliers))
+        count = max(len(share) if isinstance(share, tuple) else 1 for share in (self.density, self.outliers))
         pairs = zip(each(self.density, count), each(self.outliers, count), strict=False)
         if self.crowded == "refuse" and any(Fraction(str(kept)) + Fraction(str(gone)) > 1 for kept, gone in pairs):
             raise ValueError("density and outliers add up to more than 1: what is removed cannot be kept")
         return self
 
     def validate_count(self, count: int) -> None:
-        """One value per expert, where there are several."""
         for name in ("density", "outliers", "weights"):
             check_each(name, getattr(self, name), count)
 
     def bound(self, order: Sequence[int]) -> Breadcrumbs:
-        """Values moved along with their experts."""
         names = ("density", "outliers", "weights")
         return self.model_copy(update={name: moved(getattr(self, name), order) for name in names})
 
     @property
-    def on(self) -> str:
-        """Deltas."""
-        return "deltas"
+    def idempotent(self) -> bool:
+        return False
 
     def masked(self, delta: Tensor, expert: int = 0) -> Tensor:
-        """The task vector of one tensor, in its shape, with both tails at 0. expert: its place among the experts."""
+        """Return the task vector of one tensor, in its shape, with both tails at 0. expert: its position."""
         if delta.ndim == 0 or delta.numel() == 0:
             return delta
         rows = delta.abs().reshape(-1, delta.shape[-1] if self.scope == "row" else delta.numel())
-        density, outliers = (one[expert] if isinstance(one, tuple) else one for one in (self.density, self.outliers))
+        density, outliers = (each(share, expert + 1)[expert] for share in (self.density, self.outliers))
         kept = floor(Fraction(str(density)) * rows.shape[1])
         first = min(floor(Fraction(str(outliers)) * rows.shape[1]), rows.shape[1] - kept)
         keep = largest(rows, first + kept) & ~largest(rows, first)
-        found = torch.where(keep.view(delta.shape), delta, 0.0)
-        left = absolute_sum(found) if self.rescale == "l1" else 0.0
-        return found * (absolute_sum(delta) / left) if left else found
+        masked = torch.where(keep.view(delta.shape), delta, 0.0)
+        left = absolute_sum(masked) if self.rescale == "l1" else 0.0
+        return masked * (absolute_sum(delta) / left) if left else masked
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """θ_0 + α Σ_t of the masked τ_t, formed left over the experts."""
-        assert base is not None
-        deltas = weighted([self.masked(delta, place) for place, delta in enumerate(experts)], self.weights)
-        return base + joined(deltas, self.weights, self.elect, self.aggregate) * self.scale
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: NoArguments) -> Tensor:
+        """Return θ_0 + α Σ_t of the masked τ_t, summed in the experts' order."""
+        masked = weighted([self.masked(delta, expert) for expert, delta in enumerate(deltas)], self.weights)
+        return base + joined(masked, self.weights, self.elect, self.aggregate) * self.scale

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -16,7 +17,7 @@ from mergecore.arithmetic.trims import absolute_sum, joined, weighted
 from mergecore.identity.draws import random_key, random_words
 from mergecore.plugins.block import Block, Per
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import DeltaMethod
 from mergecore.plugins.per_expert import EACH, ONE, ONE_OR_EACH, check_each, each, moved
 from mergecore.plugins.statistic import Statistics
 
@@ -24,7 +25,14 @@ Kept = Annotated[float, Field(gt=0, le=1)]
 Window = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Della(Method):
+@dataclass(frozen=True)
+class DellaArguments:
+    """keys: per expert what the random words of the tensor are drawn with."""
+
+    keys: Sequence[tuple[int, int]]
+
+
+class Della(DeltaMethod[DellaArguments]):
     """Within a row the probability p of being kept rises linearly with the rank of |τ|; what is kept counts τ/p (§3.1).
 
     A row is what one output sees: the first axis counts rows, a tensor of one axis is one row. Of equal magnitudes the
@@ -44,7 +52,6 @@ class Della(Method):
         "with `elect: none, aggregate: sum` its `della_linear`",
     )
     per: ClassVar[Per] = Per.TENSOR
-    idempotent: ClassVar[bool] = False
 
     density: Annotated[
         Annotated[Annotated[Kept, ONE] | Annotated[tuple[Kept, ...], EACH], ONE_OR_EACH],
@@ -90,7 +97,7 @@ class Della(Method):
 
     @model_validator(mode="after")
     def _probabilities_fit(self) -> Della:
-        count = max(len(one) if isinstance(one, tuple) else 1 for one in (self.density, self.window))
+        count = max(len(share) if isinstance(share, tuple) else 1 for share in (self.density, self.window))
         for mean, window in zip(each(self.density, count), each(self.window, count), strict=False):
             half = Fraction(str(window)) / 2
             if Fraction(str(mean)) - half <= 0 or Fraction(str(mean)) + half > 1:
@@ -98,43 +105,39 @@ class Della(Method):
         return self
 
     def validate_count(self, count: int) -> None:
-        """One value per expert, where there are several."""
         for name in ("density", "window", "weights"):
             check_each(name, getattr(self, name), count)
 
     def bound(self, order: Sequence[int]) -> Della:
-        """Values moved along with their experts."""
         names = ("density", "window", "weights")
         return self.model_copy(update={name: moved(getattr(self, name), order) for name in names})
 
     @property
-    def on(self) -> str:
-        """Deltas."""
-        return "deltas"
-
-    @property
     def needs_ids(self) -> bool:
-        """Masks are drawn by expert id."""
         return True
 
-    def probabilities(self, length: int, expert: int = 0) -> Tensor:
-        """The probability of being kept by rank (0 the smallest |τ|) in a row of `length`, float64 on the CPU.
+    @property
+    def idempotent(self) -> bool:
+        return False
 
-        expert: its place among the experts.
+    def probabilities(self, length: int, expert: int = 0) -> Tensor:
+        """Return the probability of being kept by rank (0 the smallest |τ|) in a row of `length`, float64 on the CPU.
+
+        expert: its position.
         """
-        density, window = (one[expert] if isinstance(one, tuple) else one for one in (self.density, self.window))
+        density, window = (each(value, expert + 1)[expert] for value in (self.density, self.window))
         if length == 1:
             return torch.tensor([density], dtype=torch.float64)
         rank = torch.arange(length, dtype=torch.float64)
         return (rank * (window / (length - 1)) + (density - window / 2)).clamp(max=1.0)
 
-    def pruned(self, delta: Tensor, expert: str, tensor: str, position: int = 0) -> Tensor:
-        """One expert's task vector of one tensor, in its shape, dropped and rescaled. position: its place."""
+    def pruned(self, delta: Tensor, key: tuple[int, int], expert: int = 0) -> Tensor:
+        """Return one expert's task vector of one tensor, in its shape, dropped and rescaled. expert: its position."""
         if delta.numel() == 0:
             return delta
         rows = delta.reshape(delta.shape[0] if delta.ndim > 1 else 1, -1)
-        length, key = rows.shape[1], random_key(self.seed, expert, tensor)
-        kept = self.probabilities(length, position)
+        length = rows.shape[1]
+        kept = self.probabilities(length, expert)
         unsigned = ((1.0 - kept) * (1 << 32)).round().clamp(0, (1 << 32) - 1)
         limit = (unsigned.to(torch.int64) - (1 << 31)).to(torch.int32).to(delta.device)
         divisor = kept.to(torch.float32).to(delta.device)
@@ -149,17 +152,15 @@ class Della(Method):
             words = random_words(key, first * length, piece.numel(), delta.device).view_as(piece)
             rescaled = piece / divisor[rank] if self.rescale == "inverse" else piece
             parts.append(torch.where(words >= limit[rank], rescaled, 0.0))
-        found = torch.cat(parts).view(delta.shape)
-        left = absolute_sum(found) if self.rescale == "l1" else 0.0
-        return found * (absolute_sum(delta) / left) if left else found
+        pruned = torch.cat(parts).view(delta.shape)
+        left = absolute_sum(pruned) if self.rescale == "l1" else 0.0
+        return pruned * (absolute_sum(delta) / left) if left else pruned
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """The pruned task vectors."""
-        held = zip(block.experts, block.ids, strict=True)
-        return {"deltas": [self.pruned(delta, one, block.name, place) for place, (delta, one) in enumerate(held)]}
+    def arguments(self, block: Block, statistics: Statistics) -> DellaArguments:
+        return DellaArguments([random_key(self.seed, expert, block.name) for expert in block.ids])
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """θ_0 + λ · (mean or sum of what takes part)."""
-        assert base is not None
-        deltas = weighted(arguments["deltas"], self.weights)
-        return base + joined(deltas, self.weights, self.elect, self.aggregate) * self.scale
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: DellaArguments) -> Tensor:
+        """Return θ_0 + λ · (mean or sum of what takes part)."""
+        keyed = enumerate(zip(deltas, arguments.keys, strict=True))
+        pruned = weighted([self.pruned(delta, key, expert) for expert, (delta, key) in keyed], self.weights)
+        return base + joined(pruned, self.weights, self.elect, self.aggregate) * self.scale

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from mergecore.plugins.block import Block, Per
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import DeltaMethod, NoArguments
 from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.unified_norms import UnifiedNorms, ZeroSign, unified
 from mergecore.tensors.dtypes import SAFETENSORS_DTYPE, Dtype
@@ -18,7 +18,7 @@ from mergecore.tensors.masked import mask_block, mask_outputs
 from mergecore.tensors.source import TensorInfo
 
 
-class Emr(Method):
+class Emr(DeltaMethod[NoArguments]):
     """Keeps of every expert one bit a weight and one number: the model of task t is θ_0 + ρ_t M_t ⊙ τ_uni.
 
     τ_uni has the sign of Σ τ_t and the largest magnitude among the experts with that sign; M_t is where τ_t has it too,
@@ -31,7 +31,6 @@ class Emr(Method):
     )
     per: ClassVar[Per] = Per.TENSOR
     product: ClassVar[str] = "masks"
-    idempotent: ClassVar[bool] = False
     published: ClassVar[tuple[str, ...]] = ("`rescale: tensors, zero_sign: negative` the authors' code",)
 
     rescale: Annotated[
@@ -52,24 +51,22 @@ class Emr(Method):
         )
 
     @property
-    def on(self) -> str:
-        """Deltas."""
-        return "deltas"
+    def idempotent(self) -> bool:
+        return False
 
     def statistics(self) -> Mapping[str, Statistic]:
-        """The tasks' factors."""
         return {"norms": UnifiedNorms(zero_sign=self.zero_sign)}
 
     def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
-        """Base, unified vector, masks and factors."""
+        """Return base, unified vector, masks and factors."""
         return mask_outputs(selection, count, SAFETENSORS_DTYPE[self.vector], scaled=True)
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """τ_uni, the vector that all tasks share."""
-        return unified(experts, self.zero_sign)[0]
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: NoArguments) -> Tensor:
+        """Return τ_uni, the vector that all tasks share."""
+        return unified(deltas, self.zero_sign)[0]
 
     def merge_block(self, block: Block, statistics: Statistics) -> dict[str, Tensor]:
-        """Base, unified vector, masks and factors of one tensor."""
-        assert block.base is not None
-        shared, masks = unified(block.experts, self.zero_sign)
-        return mask_block(block.name, block.base, shared, masks, statistics["norms"][0].numbers[self.rescale])
+        """Return base, unified vector, masks and factors of one tensor."""
+        base, *deltas = block.models
+        shared, masks = unified(deltas, self.zero_sign)
+        return mask_block(block.name, base, shared, masks, statistics["norms"][0].numbers[self.rescale])

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import fsum, sqrt
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from mergecore.arithmetic.trims import divided, folded_sum
-from mergecore.plugins.block import Beside, Block
+from mergecore.plugins.block import Block, read_beside
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import WeightMethod
 from mergecore.plugins.per_expert import check_weights, moved
 from mergecore.plugins.statistic import DataStatistic, Statistic, Statistics
 from mergecore.statistics.fisher import DiagonalFisher
@@ -23,7 +24,17 @@ LIFT = 2.0**64
 of two lifts them out of there and changes no bit of any other result."""
 
 
-class Fisher(Method):
+@dataclass(frozen=True)
+class FisherArguments:
+    """Per expert its Fisher information F_t of each element, its coefficient c_t / ‖F_t‖, and c_t; `total` is Σ c_t."""
+
+    fishers: Sequence[Tensor]
+    coefficients: Sequence[float]
+    weights: Sequence[float]
+    total: float
+
+
+class Fisher(WeightMethod[FisherArguments]):
     """The mean of the experts' weights, each coordinate weighted by how sharply the expert's output depends on it."""
 
     name: ClassVar[str] = "fisher"
@@ -51,42 +62,33 @@ class Fisher(Method):
             others=[{"weights": [1, 0, 2], "normalize": False, "floor": 0.001}],
         )
 
-    @property
-    def on(self) -> str:
-        """Weights."""
-        return "weights"
-
     def statistics(self) -> Mapping[str, Statistic | DataStatistic]:
-        """Each expert's diagonal Fisher."""
         return {"fisher": self.fisher}
 
     def validate_count(self, count: int) -> None:
-        """One weight per expert, not all zero."""
         check_weights(self.weights, count)
 
     def bound(self, order: Sequence[int]) -> Fisher:
-        """Weights moved along with their experts."""
         return self if self.weights is None else self.model_copy(update={"weights": moved(self.weights, order)})
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """Each expert's Fisher beside the block, and its coefficient c_t / ‖F_t‖."""
-        found = statistics["fisher"]
-        norms = [sqrt(fsum(one.numbers["squared_norm"].values())) if self.normalize else 1.0 for one in found]
-        weights = self.weights or (1.0,) * len(found)
-        return {
-            "fishers": [Beside(one.tensors, block.name) for one in found],
-            "coefficients": [c / norm if norm > 0 else 0.0 for c, norm in zip(weights, norms, strict=True)],
-            "weights": list(weights),
-            "total": fsum(weights),
-        }
+    def arguments(self, block: Block, statistics: Statistics) -> FisherArguments:
+        fishers = statistics["fisher"]
+        norms = [sqrt(fsum(f.numbers["squared_norm"].values())) if self.normalize else 1.0 for f in fishers]
+        weights = self.weights or (1.0,) * len(fishers)
+        return FisherArguments(
+            fishers=[read_beside(fisher.tensors, block.name) for fisher in fishers],
+            coefficients=[c / norm if norm > 0 else 0.0 for c, norm in zip(weights, norms, strict=True)],
+            weights=weights,
+            total=fsum(weights),
+        )
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """The weighted mean; where every expert's weight is 0, the plain mean by `weights`."""
+    def merge(self, weights: Sequence[Tensor], arguments: FisherArguments) -> Tensor:
+        """Return the weighted mean; where the Fisher information of all experts is 0, the plain mean by c_t."""
         importance = [
             fisher.clamp(min=self.floor) * coefficient * LIFT
-            for fisher, coefficient in zip(arguments["fishers"], arguments["coefficients"], strict=True)
+            for fisher, coefficient in zip(arguments.fishers, arguments.coefficients, strict=True)
         ]
         total = folded_sum(importance)
-        informed = folded_sum([share * expert for share, expert in zip(importance, experts, strict=True)])
-        plain = folded_sum([expert * c for expert, c in zip(experts, arguments["weights"], strict=True)])
-        return torch.where(total > 0, informed / total, divided(plain, arguments["total"]))
+        informed = folded_sum([share * expert for share, expert in zip(importance, weights, strict=True)])
+        plain = folded_sum([expert * c for expert, c in zip(weights, arguments.weights, strict=True)])
+        return torch.where(total > 0, informed / total, divided(plain, arguments.total))

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.linear_algebra import (
-    Convolutions,
-    Excluded,
-    Rank,
-    base_and_matrix,
-    base_and_mean,
-    decomposition,
-    matrix_of,
-    rank_of,
-    wide,
-)
+from mergecore.arithmetic.linear_algebra import Convolutions, Excluded, Rank, base_and_matrix, base_and_mean, wide
+from mergecore.arithmetic.spectral import MatrixArguments, directions_of, matrix_arguments
 from mergecore.arithmetic.trims import folded_sum
 from mergecore.plugins.block import Block, Per
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import DeltaMethod
 from mergecore.plugins.statistic import Statistics
 
 
-class IsoC(Method):
+class IsoC(DeltaMethod[MatrixArguments]):
     """The base plus σ̄ U Vᵀ of the summed task vectors; whatever is not a matrix gets the mean task vector."""
 
     name: ClassVar[str] = "iso_c"
@@ -37,7 +28,6 @@ class IsoC(Method):
     )
     published: ClassVar[tuple[str, ...]] = ("`rank: full` the authors' code",)
     per: ClassVar[Per] = Per.TENSOR
-    idempotent: ClassVar[bool] = False
 
     scale: Annotated[
         float,
@@ -60,21 +50,17 @@ class IsoC(Method):
         )
 
     @property
-    def on(self) -> str:
-        """Deltas."""
-        return "deltas"
+    def idempotent(self) -> bool:
+        return False
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """The matrix that the tensor is, if it is one."""
-        return {"matrix": matrix_of(block.name, block.shape, self.convolutions, self.excluded)}
+    def arguments(self, block: Block, statistics: Statistics) -> MatrixArguments:
+        return matrix_arguments(block, self.convolutions, self.excluded)
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """θ_0 + α σ̄ U Vᵀ with U Σ Vᵀ = Σ τ_t and σ̄ the mean of all min(m, n) singular values, zeros included."""
-        assert base is not None
-        if arguments["matrix"] is None:
-            return base_and_mean(base, experts, self.scale)
-        deltas = [wide(expert, arguments["matrix"]) for expert in experts]
-        left, values, right = decomposition(folded_sum(deltas))
-        kept = rank_of(values, sum(float(delta.norm()) for delta in deltas), self.rank)
-        flat = left[:, :kept] @ right[:kept] * values.mean()
-        return base_and_matrix(base, flat, self.scale)
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: MatrixArguments) -> Tensor:
+        """Return θ_0 + α σ̄ U Vᵀ with U Σ Vᵀ = Σ τ_t; σ̄ is the mean of all min(m, n) singular values, zeros included."""
+        if arguments.matrix is None:
+            return base_and_mean(base, deltas, self.scale)
+        matrices = [wide(delta, arguments.matrix) for delta in deltas]
+        size = sum(float(matrix.norm()) for matrix in matrices)
+        main, strengths = directions_of(folded_sum(matrices), size, self.rank)
+        return base_and_matrix(base, main.left @ main.right * strengths.mean(), self.scale)

@@ -6,32 +6,21 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import product
 from math import floor
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.linear_algebra import (
-    Convolutions,
-    Excluded,
-    Rank,
-    base_and_matrix,
-    base_and_mean,
-    decomposition,
-    matrix_of,
-    polar_factor,
-    rank_of,
-    wide,
-)
+from mergecore.arithmetic.linear_algebra import Convolutions, Excluded, Rank, base_and_matrix, base_and_mean, wide
+from mergecore.arithmetic.spectral import MatrixArguments, directions_of, matrix_arguments, orthonormal, side_by_side
 from mergecore.arithmetic.trims import folded_sum
 from mergecore.plugins.block import Block, Per
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import DeltaMethod
 from mergecore.plugins.statistic import Statistics
 
 
-class IsoCts(Method):
+class IsoCts(DeltaMethod[MatrixArguments]):
     """σ̄ times orthonormal bases made of the sum's main directions and of each task's own; not matrices: the mean."""
 
     name: ClassVar[str] = "iso_cts"
@@ -41,7 +30,6 @@ class IsoCts(Method):
     )
     published: ClassVar[tuple[str, ...]] = ("`rank: full` the authors' code",)
     per: ClassVar[Per] = Per.TENSOR
-    idempotent: ClassVar[bool] = False
 
     scale: Annotated[
         float,
@@ -69,16 +57,14 @@ class IsoCts(Method):
         )
 
     @property
-    def on(self) -> str:
-        """Deltas."""
-        return "deltas"
+    def idempotent(self) -> bool:
+        return False
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """The matrix that the tensor is, if it is one."""
-        return {"matrix": matrix_of(block.name, block.shape, self.convolutions, self.excluded)}
+    def arguments(self, block: Block, statistics: Statistics) -> MatrixArguments:
+        return matrix_arguments(block, self.convolutions, self.excluded)
 
     def dealt(self, directions: int, tasks: int) -> tuple[int, int]:
-        """How many of r directions are common, and how many each task gets: k + T·s = r.
+        """Return how many of r directions are common, and how many each task gets: k + T·s = r.
 
         (r − ⌊share·r⌋)/T is rounded to the nearest whole number, halves to even, as the authors do; never above ⌊r/T⌋,
         which theirs can exceed for small shares, so that k would be negative.
@@ -87,27 +73,20 @@ class IsoCts(Method):
         own = min(round(Fraction(wanted, tasks)), directions // tasks)
         return directions - own * tasks, own
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """θ_0 + α σ̄ P(U) P(V)ᵀ: U and V hold the tasks' own directions, then the common ones; P is the polar factor."""
-        assert base is not None
-        if arguments["matrix"] is None:
-            return base_and_mean(base, experts, self.scale)
-        deltas = [wide(expert, arguments["matrix"]) for expert in experts]
-        norms = [float(delta.norm()) for delta in deltas]
-        common, own = self.dealt(min(arguments["matrix"]), len(deltas))
-        left, values, right = decomposition(folded_sum(deltas))
-        kept = min(common, rank_of(values, sum(norms), self.rank))
-        shared = left[:, :kept]
-        lefts, strengths, rights = [], [], []
-        for delta, norm in zip(deltas, norms, strict=True):
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: MatrixArguments) -> Tensor:
+        """Return θ_0 + α σ̄ P(U) P(V)ᵀ: U and V are the tasks' own directions, then the common ones; P is the polar factor."""
+        if arguments.matrix is None:
+            return base_and_mean(base, deltas, self.scale)
+        matrices = [wide(delta, arguments.matrix) for delta in deltas]
+        norms = [float(matrix.norm()) for matrix in matrices]
+        common, own = self.dealt(min(arguments.matrix), len(matrices))
+        shared = directions_of(folded_sum(matrices), sum(norms), self.rank)[0].strongest(common)
+        parts = []
+        for matrix, norm in zip(matrices, norms, strict=True):
             # Only the left side is freed of the common part, so the right bases overlap until the polar step.
-            outer, strength, inner = decomposition(delta - shared @ (shared.mT @ delta))
-            mine = min(own, rank_of(strength, norm, self.rank))
-            lefts.append(outer[:, :mine])
-            strengths.append(strength[:mine])
-            rights.append(inner[:mine])
-        strength = torch.cat([*strengths, values[:kept]])
-        outer = polar_factor(torch.cat([*lefts, shared], 1), self.rank)
-        inner = polar_factor(torch.cat([*rights, right[:kept]]), self.rank)
+            rest = matrix - shared.left @ (shared.left.mT @ matrix)
+            parts.append(directions_of(rest, norm, self.rank)[0].strongest(own))
+        merged = orthonormal(side_by_side([*parts, shared]), self.rank)
         # What was left out as rounding counts as 0 here, as the zeros of a deficient matrix do in Iso-C.
-        return base_and_matrix(base, outer @ inner * (strength.sum() / min(arguments["matrix"])), self.scale)
+        mean = merged.strengths.sum() / min(arguments.matrix)
+        return base_and_matrix(base, merged.left @ merged.right * mean, self.scale)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import cos, pi, sin
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.linear_algebra import combined
+from mergecore.arithmetic.linear_algebra import Shares, combined
 from mergecore.plugins.block import Block
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import WeightMethod
 from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.products import Products, gram_of
 
 
-class Karcher(Method):
+class Karcher(WeightMethod[Shares]):
     """The point of least squared arc length to all experts, times the mean of their norms."""
 
     name: ClassVar[str] = "karcher"
@@ -35,18 +35,15 @@ class Karcher(Method):
     def examples(cls) -> Examples:
         return Examples(others=[{"iterations": 50, "tolerance": 1e-08}])
 
-    @property
-    def on(self) -> str:
-        """Weights: directions of the models themselves."""
-        return "weights"
-
     def statistics(self) -> Mapping[str, Statistic]:
-        """The experts' inner products."""
         return {"products": Products()}
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """How much of each expert: u lies in their span and each step needs only their inner products, so the iteration runs
-        on the T coefficients of u."""
+    def arguments(self, block: Block, statistics: Statistics) -> Shares:
+        """Return how much of each expert.
+
+        u lies in the experts' span, and a step needs only their inner products. So the iteration runs on the T
+        coefficients of u.
+        """
         count = len(block.ids)
         products = gram_of(block.name, count, statistics)
         norms = products.diagonal().sqrt()
@@ -57,14 +54,14 @@ class Karcher(Method):
             lengths = norms[present]
             cosines = products[present][:, present] / lengths[:, None] / lengths
             coefficients[present] = self._centre(cosines) / lengths * norms.mean()
-        return {"shares": coefficients.tolist()}
+        return Shares(coefficients.tolist())
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """Mean norm × u, with u ← exp_u(mean of log_u(θ_t / ‖θ_t‖))."""
-        return combined(arguments["shares"], experts)
+    def merge(self, weights: Sequence[Tensor], arguments: Shares) -> Tensor:
+        """Return mean norm × u, with u ← exp_u(mean of log_u(θ_t / ‖θ_t‖))."""
+        return combined(arguments.shares, weights)
 
     def _centre(self, cosines: Tensor) -> Tensor:
-        """Coefficients of u over the unit vectors, whose inner products are `cosines`."""
+        """Return the coefficients of u over the unit vectors, whose inner products are `cosines`."""
         share = 1.0 / len(cosines)
         mean = torch.full((len(cosines),), share, dtype=torch.float64)
         length = _length(mean, cosines)
@@ -89,5 +86,5 @@ class Karcher(Method):
 
 
 def _length(coefficients: Tensor, products: Tensor) -> float:
-    """Norm of the combination of vectors that have these inner products."""
+    """Return the norm of the combination of vectors that have these inner products."""
     return float((coefficients @ products @ coefficients).clamp(min=0.0).sqrt())

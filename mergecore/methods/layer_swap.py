@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -13,7 +14,7 @@ from mergecore.checkpoints.architectures import LAYER, depths, outside
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import WeightMethod
 from mergecore.plugins.per_expert import experts_given
 from mergecore.plugins.statistic import Statistics
 
@@ -31,7 +32,15 @@ class Stack(BaseModel):
     layers: Annotated[int, Field(ge=1, description="how many layers there are")]
 
 
-class LayerSwap(Method):
+@dataclass(frozen=True)
+class LayerSwapArguments:
+    """only: the expert whose weights these are. shares: where there is none, how much of each of the two."""
+
+    only: Literal["first", "second"] | None
+    shares: tuple[float, float] | None
+
+
+class LayerSwap(WeightMethod[LayerSwapArguments]):
     """Takes the first and last layers from one of two experts (the language) and those between from the other (the skill).
 
     Between the two lie transition layers, tensor by tensor a weighted mean of both experts. Layers move whole, with their
@@ -75,59 +84,52 @@ class LayerSwap(Method):
             ],
         )
 
-    @property
-    def on(self) -> str:
-        """Weights."""
-        return "weights"
-
     def validate_count(self, count: int) -> None:
-        """Two experts."""
         if count != 2:
             raise SpecError(f"layer_swap puts layers of two experts together, {experts_given(count)}")
 
     def fitted(self, tensors: Iterable[str]) -> LayerSwap:
-        """With the stacks of the base; every zone must find its layers."""
-        found = tuple(Stack(stem=stem, layers=layers) for stem, layers in sorted(depths(tensors).items()))
-        if not found:
+        """Return the method with the stacks of the base. Raises SpecError where a zone does not find its layers."""
+        stacks = tuple(Stack(stem=stem, layers=layers) for stem, layers in sorted(depths(tensors).items()))
+        if not stacks:
             raise SpecError(
                 "layer_swap: the base has no numbered layers; names like 'model.layers.0.…' are what it goes by"
             )
-        if self.stacks not in ((), found):
-            told = ", ".join(f"'{one.stem}' with {one.layers}" for one in found)
+        if self.stacks not in ((), stacks):
+            told = ", ".join(f"'{stack.stem}' with {stack.layers}" for stack in stacks)
             raise SpecError(f"layer_swap.stacks: not what the base has, {told}; leave it out")
         needed = self.bottom + self.bottom_transition + self.top_transition + self.top
-        for stack in found:
+        for stack in stacks:
             if needed > stack.layers:
                 raise SpecError(
                     f"layer_swap: bottom {self.bottom}, top {self.top} and transitions of {self.bottom_transition} and "
                     f"{self.top_transition} are {needed} layers, '{stack.stem}' has {stack.layers}; make them narrower"
                 )
-        return self.model_copy(update={"stacks": found})
+        return self.model_copy(update={"stacks": stacks})
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """The expert whose weights these are, or what each of the two counts."""
+    def arguments(self, block: Block, statistics: Statistics) -> LayerSwapArguments:
         outer = self.outer_share(block.name)
         shares = (outer, 1 - outer) if self.outer == "first" else (1 - outer, outer)
-        only = "first" if shares[0] == 1 else "second" if shares[1] == 1 else None
-        return {"only": only, "shares": None if only else shares}
+        if shares[0] == 1:
+            return LayerSwapArguments("first", None)
+        return LayerSwapArguments("second", None) if shares[1] == 1 else LayerSwapArguments(None, shares)
 
     def outer_share(self, name: str) -> float:
-        """How much of the outer expert a tensor has: 1 in the bottom and top zones, 0 in the middle."""
-        place = LAYER.search(name)
-        if place is None:
+        """Return how much of the outer expert a tensor has: 1 in the bottom and top zones, 0 in the middle."""
+        number = LAYER.search(name)
+        if number is None:
             return SHARES[getattr(self, outside(name))]
-        layer, stem = int(place[1]), name[: place.start(1)]
+        layer, stem = int(number[1]), name[: number.start(1)]
+        depth = next((stack.layers for stack in self.stacks if stack.stem == stem), None)
         # Of a stack whose depth nobody has told (a benchmark of one tensor) no layer is near the top.
-        above = next(
-            (one.layers - 1 - layer for one in self.stacks if one.stem == stem), self.top + self.top_transition
-        )
+        above = self.top + self.top_transition if depth is None else depth - 1 - layer
         if layer < self.bottom or above < self.top:
             return 1.0
         between = layer < self.bottom + self.bottom_transition or above < self.top + self.top_transition
         return self.share if between else 0.0
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """One expert's weights as they are, or w_1 θ_1 + w_2 θ_2."""
-        if arguments["only"] is not None:
-            return experts[0 if arguments["only"] == "first" else 1]
-        return folded_sum(weighted(experts, arguments["shares"]))
+    def merge(self, weights: Sequence[Tensor], arguments: LayerSwapArguments) -> Tensor:
+        """Return one expert's weights as they are, or w_1 θ_1 + w_2 θ_2."""
+        if arguments.only is not None:
+            return weights[0 if arguments.only == "first" else 1]
+        return folded_sum(weighted(weights, arguments.shares))

@@ -13,7 +13,6 @@ from mergecore.checkpoints.adapters import LowRank, padded, relative_error
 from mergecore.errors import SpecError
 from mergecore.plugins.adapter_method import AdapterMethod, Combined
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
 from mergecore.plugins.per_expert import check_weights, moved
 
 
@@ -39,27 +38,25 @@ class LoraArithmetic(AdapterMethod):
         return Examples(golden=[{}, {"weights": [0.5, 1, -2], "rank": 3}])
 
     def validate_count(self, count: int) -> None:
-        """Raise SpecError where there is not one weight per expert, or where they cannot be a mean's."""
         if self.aggregate == "mean":
             check_weights(self.weights, count)
         elif self.weights is not None and len(self.weights) != count:
             raise SpecError(f"weights: {len(self.weights)} given for {count} experts; give one per expert, or none")
 
-    def bound(self, order: Sequence[int]) -> Method:
-        """Weights move along with their experts."""
+    def bound(self, order: Sequence[int]) -> LoraArithmetic:
         return self if self.weights is None else self.model_copy(update={"weights": moved(self.weights, order)})
 
     def rank_made(self, module: str, ranks: Sequence[int], shape: tuple[int, int]) -> int:
-        """All ranks together, or at most what was asked for; a matrix has no more than min(out, in)."""
+        """Return all ranks together, or at most the rank asked for; a matrix has no more than min(out, in)."""
         return sum(ranks) if self.rank is None else min(self.rank, sum(ranks), *shape)
 
     def combined(self, module: str, updates: Sequence[LowRank | None]) -> Combined:
-        """[down_1; down_2; …] and [c_1 up_1, c_2 up_2, …]: their product is Σ c_i ΔW_i."""
+        """Return [down_1; down_2; …] and [c_1 up_1, c_2 up_2, …]: their product is Σ c_i ΔW_i."""
         weights = self.weights or (1.0,) * len(updates)
         whole = self.scale / (sum(weights) if self.aggregate == "mean" else 1.0)
-        held = [(update, weight) for update, weight in zip(updates, weights, strict=True) if update is not None]
-        down = torch.cat([update.down for update, _ in held])
-        up = torch.cat([update.up * (update.scaling * weight * whole) for update, weight in held], 1)
+        present = [(update, weight) for update, weight in zip(updates, weights, strict=True) if update is not None]
+        down = torch.cat([update.down for update, _ in present])
+        up = torch.cat([update.up * (update.scaling * weight * whole) for update, weight in present], 1)
         if self.rank is None:
             return Combined(down, up, {})
         # The sum's singular values are those of the small matrix between two orthonormal bases.
@@ -67,12 +64,12 @@ class LoraArithmetic(AdapterMethod):
         inner, right = torch.linalg.qr(down.mT)
         rotated, values, turned = decomposition(left @ right.mT)
         shape = (up.shape[0], down.shape[1])
-        kept = self.rank_made(module, [update.rank for update, _ in held], shape)
+        kept = self.rank_made(module, [update.rank for update, _ in present], shape)
         root = values[:kept].sqrt()
         down, up = padded(root[:, None] * (turned[:kept] @ inner.mT), outer @ rotated[:, :kept] * root, kept)
         squares = values * values
         return Combined(down, up, {"lost": float(squares[kept:].sum()), "whole": float(squares.sum())})
 
     def total(self, modules: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """The relative error of the cut: what was lost of the sum, in the Frobenius norm."""
+        """Return the relative error of the cut: what was lost of the sum, in the Frobenius norm."""
         return {} if self.rank is None else {"error": relative_error(modules)}

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.linear_algebra import base_and_mean, combined, gram
+from mergecore.arithmetic.linear_algebra import Shares, base_and_mean, combined, gram
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block, Per
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import DeltaMethod
 from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.products import Products, gram_of
 
 
-class ModelStock(Method):
+class ModelStock(DeltaMethod[Shares]):
     """θ = t · mean(θ_t) + (1 − t) · θ_0 per tensor, with t = N cos Ω / (1 + (N − 1) cos Ω)."""
 
     name: ClassVar[str] = "model_stock"
@@ -63,44 +63,36 @@ class ModelStock(Method):
 
     @property
     def per(self) -> Per:  # type: ignore[override]
-        """Whole tensors where every filter has a t of its own; else t is known beforehand."""
+        # Of whole tensors t is known beforehand.
         return Per.TENSOR if self.group == "filter" else Per.ELEMENT
 
-    @property
-    def on(self) -> str:
-        """Deltas."""
-        return "deltas"
-
     def statistics(self) -> Mapping[str, Statistic]:
-        """The task vectors' inner products, tensor by tensor."""
         return {} if self.group == "filter" else {"products": Products(of="deltas")}
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """How much of the base, all of it, and of every task vector: t/N of the tensor."""
+    def arguments(self, block: Block, statistics: Statistics) -> Shares:
+        """Return how much of the base, all of it, and of every task vector: t/N of the tensor."""
         if self.group == "filter":
-            return {}
+            return Shares()
         count = len(block.ids)
         ratio = float(self._ratios(gram_of(block.name, count, statistics)[None]))
-        return {"shares": [1.0] + [ratio / count] * count}
+        return Shares([1.0] + [ratio / count] * count)
 
     def validate_count(self, count: int) -> None:
-        """An angle needs two."""
         if count < 2:
             raise SpecError("model_stock measures the angle between experts: give at least two")
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """θ_0 + t · mean(τ_t)."""
-        assert base is not None
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: Shares) -> Tensor:
+        """Return θ_0 + t · mean(τ_t)."""
         if self.group == "tensor":
-            return combined(arguments["shares"], [base, *experts])
+            return combined(arguments.shares, [base, *deltas])
         rows = base.shape[0] if base.ndim > 1 else 1
-        ratios = self._ratios(gram(experts, rows))
-        full = base_and_mean(torch.zeros_like(base), experts, 1.0).to(torch.float64)
+        ratios = self._ratios(gram(deltas, rows))
+        full = base_and_mean(torch.zeros_like(base), deltas, 1.0).to(torch.float64)
         spread = ratios.to(base.device).reshape(-1, *[1] * (base.ndim - 1))
         return (base.to(torch.float64) + spread * full).to(torch.float32)
 
     def _ratios(self, products: Tensor) -> Tensor:
-        """t of each row, from the experts' inner products (rows, T, T)."""
+        """Return t of each row, float64, from the experts' inner products (rows, T, T)."""
         count = products.shape[1]
         norms = products.diagonal(dim1=1, dim2=2).sqrt()
         lengths = norms[:, :, None] * norms[:, None, :]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.linear_algebra import combined
+from mergecore.arithmetic.linear_algebra import Shares, combined
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import Method, On
 from mergecore.plugins.per_expert import moved
 from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.products import Products, gram_of
@@ -23,7 +23,7 @@ PARALLEL = 1e-7
 """Directions whose weighted mean is shorter than this, relative to their weights, cancel."""
 
 
-class Multislerp(Method):
+class Multislerp(Method[Shares]):
     """Per tensor the direction of Σ w_t θ_t/‖θ_t‖, times Σ w_t ‖θ_t‖; of changes of the base likewise.
 
     The published procedure goes on from there: into the tangent space at that direction, and back. But the weighted sum
@@ -59,12 +59,14 @@ class Multislerp(Method):
         )
 
     @property
-    def on(self) -> str:
-        """What is joined."""
+    def on(self) -> On:
         return self.of
 
+    @property
+    def idempotent(self) -> bool:
+        return self.divide == "sum"
+
     def validate_count(self, count: int) -> None:
-        """One weight per expert, that do not cancel where they are divided by their sum."""
         if self.weights is None:
             return
         if len(self.weights) != count:
@@ -73,29 +75,28 @@ class Multislerp(Method):
             raise SpecError("weights: they add up to 0 and cannot be divided by it; take `divide: none`")
 
     def bound(self, order: Sequence[int]) -> Multislerp:
-        """Each weight moved along with its expert."""
         return self if self.weights is None else self.model_copy(update={"weights": moved(self.weights, order)})
 
     def statistics(self) -> Mapping[str, Statistic]:
-        """The experts' inner products."""
         return {"products": Products(of=self.of)}
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """How much of each expert; a single one is itself, whatever its weight."""
+    def arguments(self, block: Block, statistics: Statistics) -> Shares:
+        """Return how much of each expert; a single one is itself, whatever its weight."""
         count = len(block.ids)
-        return {"shares": [1.0] if count == 1 else self._shares(gram_of(block.name, count, statistics))}
+        return Shares([1.0] if count == 1 else self._shares(gram_of(block.name, count, statistics)))
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """(Σ w_t ‖θ_t‖) · m / ‖m‖ with m = Σ w_t θ_t/‖θ_t‖, on top of the base where it is changes that are joined."""
-        if base is None or self.of == "weights":
-            return combined(arguments["shares"], experts)
-        return combined([*arguments["shares"], 1.0], [*experts, base])
+    def merge_models(self, models: Sequence[Tensor], arguments: Shares) -> Tensor:
+        """Return (Σ w_t ‖θ_t‖) · m / ‖m‖ with m = Σ w_t θ_t/‖θ_t‖; of deltas likewise, on top of the base."""
+        if self.of == "weights":
+            return combined(arguments.shares, models)
+        base, *deltas = models
+        return combined([*arguments.shares, 1.0], [*deltas, base])
 
     def _shares(self, products: Tensor) -> list[float]:
-        """How much of each expert, from their inner products: the result lies in their span."""
-        count = len(products)
-        given = torch.tensor(self.weights or [1.0] * count, dtype=torch.float64)
-        weights = given / given.sum() if self.divide == "sum" else given
+        """Return how much of each expert, from their inner products (T, T): the result lies in their span."""
+        weights = torch.tensor(self.weights or [1.0] * len(products), dtype=torch.float64)
+        if self.divide == "sum":
+            weights = weights / weights.sum()
         norms = products.diagonal().sqrt()
         units = torch.where(norms > 0, weights / norms, 0.0)
         length = sqrt(max(float(units @ products @ units), 0.0))

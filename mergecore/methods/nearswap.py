@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from mergecore.errors import SpecError
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import NoArguments, WeightMethod
 from mergecore.plugins.per_expert import experts_given
 
 
-class Nearswap(Method):
+class Nearswap(WeightMethod[NoArguments]):
     """Takes the expert's weight where it differs by at most t from the base's, and goes t towards it elsewhere.
 
     That is what weighing the expert by min(1, t / |θ_1 − θ_0|) comes to, without a division: t = 0 is the base and a
@@ -24,7 +24,6 @@ class Nearswap(Method):
 
     name: ClassVar[str] = "nearswap"
     paper: ClassVar[str] = "alchemonaut 2024, model card of QuartetAnemoi-70B-t0.0001"
-    idempotent: ClassVar[bool] = False
     published: ClassVar[tuple[str, ...]] = ("mergekit's `nearswap`, without its floor of 1e-6 under |θ_1 − θ_0|",)
 
     t: Annotated[float, Field(ge=0, description="the furthest that a weight may go from the base, in its own units")]
@@ -37,21 +36,18 @@ class Nearswap(Method):
         )
 
     @property
-    def on(self) -> str:
-        """Weights: where the expert is near, its weight is taken as it stands."""
-        return "weights"
-
-    @property
     def needs_base(self) -> bool:
-        """It is the place that everything stays near to."""
         return True
 
+    @property
+    def idempotent(self) -> bool:
+        return False
+
     def validate_count(self, count: int) -> None:
-        """Exactly one expert."""
         if count != 1:
             raise SpecError(f"nearswap goes from the base towards one expert, {experts_given(count)}")
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """θ_1, but at least θ_0 − t and at most θ_0 + t."""
-        assert base is not None
-        return torch.maximum(torch.minimum(experts[0], base + self.t), base - self.t)
+    def merge(self, weights: Sequence[Tensor], arguments: NoArguments) -> Tensor:
+        """Return θ_1, but at least θ_0 − t and at most θ_0 + t."""
+        base, expert = weights
+        return torch.maximum(torch.minimum(expert, base + self.t), base - self.t)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from mergecore.arithmetic.linear_algebra import combined, gram, row_combination
+from mergecore.arithmetic.linear_algebra import Shares, combined, gram, row_combination
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block, Per
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import Method, On
 from mergecore.plugins.per_expert import experts_given, moved
 from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.products import Products, gram_of
 
 
-class Nuslerp(Method):
+class Nuslerp(Method[Shares]):
     """Goes from the first of two experts to the second along the arc between their directions, as far as weights say.
 
     t = w_2 / (w_1 + w_2); beyond 0 … 1, with a negative weight, the arc is prolonged. Directions are those of whole
@@ -67,49 +67,48 @@ class Nuslerp(Method):
 
     @property
     def per(self) -> Per:  # type: ignore[override]
-        """Whole tensors where rows or columns have directions; those of tensors are known beforehand."""
+        # Directions of whole tensors are known beforehand.
         return Per.ELEMENT if self.along == "tensor" else Per.TENSOR
 
     @property
-    def on(self) -> str:
-        """What is joined."""
+    def on(self) -> On:
         return self.of
 
     def statistics(self) -> Mapping[str, Statistic]:
-        """The two tensors' lengths and angle."""
         return {"products": Products(of=self.of)} if self.along == "tensor" else {}
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """How much of either."""
+    def arguments(self, block: Block, statistics: Statistics) -> Shares:
         if self.along != "tensor":
-            return {}
-        return {"shares": [float(share) for share in self._shares(gram_of(block.name, 2, statistics)[None])]}
+            return Shares()
+        return Shares([float(share) for share in self._shares(gram_of(block.name, 2, statistics)[None])])
 
     def validate_count(self, count: int) -> None:
-        """Exactly two experts."""
         if count != 2:
             raise SpecError(f"nuslerp joins two experts, {experts_given(count)}; use multislerp or karcher for more")
 
     def bound(self, order: Sequence[int]) -> Nuslerp:
-        """Each weight moved along with its expert."""
         return self.model_copy(update={"weights": moved(self.weights, order)}) if len(order) == 2 else self
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """(sin((1−t)Ω) a + sin(tΩ) b) / sin Ω, on top of the base where it is changes that are joined."""
-        held = list(experts) if base is None or self.of == "weights" else [*experts, base]
+    def merge_models(self, models: Sequence[Tensor], arguments: Shares) -> Tensor:
+        """Return (sin((1−t)Ω) a + sin(tΩ) b) / sin Ω; of deltas likewise, on top of the base."""
+        joined = list(models) if self.of == "weights" else [*models[1:], models[0]]
         if self.along == "tensor":
-            return combined([*arguments["shares"], 1.0][: len(held)], held)
-        turned = [tensor.movedim(0, -1) if self.along == "columns" and tensor.ndim > 1 else tensor for tensor in held]
+            return combined([*arguments.shares, 1.0][: len(joined)], joined)
+        if self.along == "columns" and joined[0].ndim > 1:
+            return self._by_rows([tensor.movedim(0, -1) for tensor in joined]).movedim(-1, 0)
+        return self._by_rows(joined)
+
+    def _by_rows(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the first two joined, row by row along the last axis, plus the others."""
         rows = 1
-        if turned[0].ndim > 1 and turned[0].numel():
-            rows = turned[0].numel() // turned[0].shape[-1]
-        first, second = self._shares(gram(turned[:2], rows))
-        ones = [torch.ones_like(first)] * (len(held) - 2)
-        joined = row_combination(torch.stack([first, second, *ones]), turned)
-        return joined.movedim(-1, 0) if turned[0] is not held[0] else joined
+        if tensors[0].ndim > 1 and tensors[0].numel():
+            rows = tensors[0].numel() // tensors[0].shape[-1]
+        first, second = self._shares(gram(tensors[:2], rows))
+        whole = [torch.ones_like(first)] * (len(tensors) - 2)
+        return row_combination(torch.stack([first, second, *whole]), tensors)
 
     def _shares(self, products: Tensor) -> tuple[Tensor, Tensor]:
-        """Per row how much of either vector, from the inner products (rows, 2, 2)."""
+        """Return per row how much of either vector, float64, from the inner products (rows, 2, 2)."""
         t = self.weights[1] / sum(self.weights)
         norms = products.diagonal(dim1=1, dim2=2).sqrt()
         length = norms[:, 0] * norms[:, 1]

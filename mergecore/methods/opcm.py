@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -12,10 +13,10 @@ from mergecore.arithmetic.linear_algebra import Excluded
 from mergecore.checkpoints.architectures import EMBEDDINGS
 from mergecore.errors import SpecError
 from mergecore.identity.keys import digest
-from mergecore.plugins.block import Beside, Block
+from mergecore.plugins.block import Block, read_beside
 from mergecore.plugins.chain import Link
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import Method, On
 from mergecore.plugins.statistic import Statistics
 from mergecore.statistics.projected_sum import ProjectedSum, Projection, Share, merged_factor
 
@@ -28,7 +29,15 @@ class Shuffled(BaseModel):
     seed: Annotated[int, Field(ge=0, description="another seed, another order")]
 
 
-class Opcm(Method):
+@dataclass(frozen=True)
+class OpcmArguments:
+    """change: the elements of the chain's sum S_T. factor: mean ‖τ‖ / ‖S_T‖."""
+
+    change: Tensor
+    factor: float
+
+
+class Opcm(Method[OpcmArguments]):
     """The base plus a sum of task vectors, each orthogonal to those before it, scaled to the mean of their norms."""
 
     name: ClassVar[str] = "opcm"
@@ -41,7 +50,6 @@ class Opcm(Method):
         "`projection: strict` the sum as the paper prints it",
     )
     ordered: ClassVar[bool] = True
-    idempotent: ClassVar[bool] = False
 
     share: Share = 0.5
     projection: Projection = "block"
@@ -62,26 +70,25 @@ class Opcm(Method):
         )
 
     @property
-    def on(self) -> str:
-        """The state: the chain holds all of the experts that counts."""
+    def on(self) -> On:
         return "state"
 
     @property
     def needs_base(self) -> bool:
-        """Task vectors start from it."""
         return True
 
     @property
     def needs_ids(self) -> bool:
-        """An order by chance is drawn by expert id."""
         return isinstance(self.order, Shuffled)
 
+    @property
+    def idempotent(self) -> bool:
+        return False
+
     def statistics(self) -> Mapping[str, Link]:
-        """The sum so far, a chain with one link for each expert."""
         return {"sum": ProjectedSum(share=self.share, projection=self.projection, excluded=self.excluded)}
 
     def validate_count(self, count: int) -> None:
-        """Raise SpecError where the order is no order of `count` experts."""
         if isinstance(self.order, tuple) and sorted(self.order) != list(range(count)):
             raise SpecError(
                 f"opcm: order {list(self.order)} is no order of {count} experts; name each of the positions 0 to "
@@ -89,7 +96,7 @@ class Opcm(Method):
             )
 
     def arranged(self, ids: Sequence[str]) -> list[int]:
-        """The positions in the order of arrival."""
+        """Return the positions in the order of arrival."""
         if isinstance(self.order, tuple):
             return list(self.order)
         positions = list(range(len(ids)))
@@ -98,18 +105,14 @@ class Opcm(Method):
             positions.sort(key=lambda position: digest([seed, ids[position]]))
         return positions
 
-    def bound(self, order: Sequence[int]) -> Method:
-        """The same without its order, which is now that of the experts: however an order is said, it is one step."""
+    def bound(self, order: Sequence[int]) -> Opcm:
+        """Return the method without its order, which is now that of the experts: one step, however the order is written."""
         return self.model_copy(update={"order": "recipe"})
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """The sum's elements and its factor."""
-        found = statistics["sum"][0]
-        return {"change": Beside(found.tensors, block.name), "factor": merged_factor(found)}
+    def arguments(self, block: Block, statistics: Statistics) -> OpcmArguments:
+        chain = statistics["sum"][0]
+        return OpcmArguments(read_beside(chain.tensors, block.name), merged_factor(chain))
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """θ_0 + S_T · mean ‖τ‖ / ‖S_T‖."""
-        assert base is not None
-        change: Tensor = arguments["change"]
-        factor: float = arguments["factor"]
-        return base + change * factor
+    def merge_models(self, models: Sequence[Tensor], arguments: OpcmArguments) -> Tensor:
+        """Return θ_0 + S_T · mean ‖τ‖ / ‖S_T‖."""
+        return models[0] + arguments.change * arguments.factor

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -12,11 +13,11 @@ from torch import Tensor
 from mergecore.arithmetic.trims import divided, folded_sum
 from mergecore.plugins.block import Block
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import DeltaMethod
 from mergecore.plugins.per_expert import EACH, ONE, ONE_OR_EACH, check_each, each, moved
 from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.balance_cut import BalanceCut
-from mergecore.statistics.balance_scores import Form, balancing, scores
+from mergecore.statistics.balance_scores import Balancing, Form, balancing, scores
 
 Coefficients = Annotated[Annotated[float, ONE] | Annotated[tuple[float, ...], EACH], ONE_OR_EACH]
 CLIP = 0.01
@@ -25,13 +26,30 @@ LEAST = 1e-12
 """Smallest sum of weights that is divided by, as in the authors' code."""
 
 
-class Pcb(Method):
+@dataclass(frozen=True)
+class Cut:
+    """Between which scores β one expert's weights run from 0 to 1; width: high − low, None where they are equal."""
+
+    low: float
+    high: float
+    width: float | None
+
+
+@dataclass(frozen=True)
+class PcbArguments:
+    """balancing: what scores are normalised by. cuts: one per expert."""
+
+    balancing: Balancing
+    cuts: Sequence[Cut]
+
+
+class Pcb(DeltaMethod[PcbArguments]):
     """Scores each coordinate of each expert, drops the low scores and averages what is left by score.
 
     A coordinate that a single expert keeps gets that expert's full change: the drop decides, the score only arbitrates
     between those that survive. Forms other than 'paper' clip magnitudes, and weigh by min–max scaled scores (0 at the
     cut). Where Norm would divide 0 by 0 all coordinates count as equal, and those of an all-zero task vector as absent.
-    exp and tanh come from mergecore.transcendental, so that results do not depend on the device.
+    exp and tanh come from mergecore.arithmetic.transcendental, so that results do not depend on the device.
     """
 
     name: ClassVar[str] = "pcb"
@@ -39,7 +57,6 @@ class Pcb(Method):
     published: ClassVar[tuple[str, ...]] = (
         "`form: es`, `vision`, `nlp` the authors' three scripts, of which es is nearest to the paper",
     )
-    idempotent: ClassVar[bool] = False
 
     density: Annotated[float, Field(gt=0, le=1, description="r, the share of each expert's scores that survives")] = 0.2
     scale: Annotated[Coefficients, Field(description="λ, or one λ_i per expert in the order of the recipe")] = 1.0
@@ -77,9 +94,8 @@ class Pcb(Method):
         return self
 
     @property
-    def on(self) -> str:
-        """Deltas."""
-        return "deltas"
+    def idempotent(self) -> bool:
+        return False
 
     @property
     def cut(self) -> BalanceCut:
@@ -88,46 +104,40 @@ class Pcb(Method):
         return BalanceCut(form=self.form, density=self.density, clip=default if self.clip is None else self.clip)
 
     def statistics(self) -> Mapping[str, Statistic]:
-        """What scores are normalised by, and which survive."""
         return {**self.cut.statistics(), "cut": self.cut}
 
     def validate_count(self, count: int) -> None:
-        """One λ, or one per expert."""
         check_each("scale", self.scale, count)
 
     def bound(self, order: Sequence[int]) -> Pcb:
-        """Each λ_i moved along with its expert."""
         return self.model_copy(update={"scale": moved(self.scale, order)})
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """What scores are normalised by, and between which of them each expert's weights run from 0 to 1."""
-        cut = statistics["cut"][0].numbers
-        held = [
-            {"low": low, "high": high, "width": high - low if high > low else None}
-            for low, high in zip(cut["low"], cut["high"], strict=True)
+    def arguments(self, block: Block, statistics: Statistics) -> PcbArguments:
+        numbers = statistics["cut"][0].numbers
+        cuts = [
+            Cut(low, high, high - low if high > low else None)
+            for low, high in zip(numbers["low"], numbers["high"], strict=True)
         ]
-        return {"balancing": balancing(self.form, len(block.ids), statistics), "cut": held}
+        return PcbArguments(balancing(self.form, len(block.ids), statistics), cuts)
 
-    def _weight(self, score: Tensor, cut: Mapping[str, Any]) -> Tensor:
-        """Of one expert: β where it survives (paper), or min–max of β clipped at the cut."""
+    def _weight(self, score: Tensor, cut: Cut) -> Tensor:
+        """Return w of one expert: β where it survives (paper), or min–max of β clipped at the cut."""
         if self.form == "paper":
-            return torch.where(score >= cut["low"], score, 0.0)
-        if cut["width"] is None:
-            return torch.where((score >= cut["high"]) & (score > 0), 1.0, 0.0)
-        return divided(score.clamp(cut["low"], cut["high"]) - cut["low"], cut["width"])
+            return torch.where(score >= cut.low, score, 0.0)
+        if cut.width is None:
+            return torch.where((score >= cut.high) & (score > 0), 1.0, 0.0)
+        return divided(score.clamp(cut.low, cut.high) - cut.low, cut.width)
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """θ_0 + Σ_i λ_i w_i τ_i / Σ_i w_i, of task vectors clipped (but for 'paper')."""
-        assert base is not None
-        found = scores(experts, arguments["balancing"])
-        weights = [self._weight(score, cut) for score, cut in zip(found, arguments["cut"], strict=True)]
-        deltas = list(experts)
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: PcbArguments) -> Tensor:
+        """Return θ_0 + Σ_i λ_i w_i τ_i / Σ_i w_i, of task vectors clipped (but for 'paper')."""
+        scored = zip(scores(deltas, arguments.balancing), arguments.cuts, strict=True)
+        weights = [self._weight(score, cut) for score, cut in scored]
+        clipped = deltas
         if self.form != "paper":
-            ends = arguments["balancing"]["ends"]
-            deltas = [
-                torch.sign(delta) * delta.abs().clamp(end["low"], end["high"])
-                for delta, end in zip(experts, ends, strict=True)
+            clipped = [
+                torch.sign(delta) * delta.abs().clamp(ends.low, ends.high)
+                for delta, ends in zip(deltas, arguments.balancing.ends, strict=True)
             ]
         scales = each(self.scale, len(deltas))
-        total = folded_sum([w * (delta * scale) for w, delta, scale in zip(weights, deltas, scales, strict=True)])
+        total = folded_sum([w * (delta * scale) for w, delta, scale in zip(weights, clipped, scales, strict=True)])
         return base + total / folded_sum(weights).clamp(min=LEAST)

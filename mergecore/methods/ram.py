@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,7 +13,7 @@ from torch import Tensor
 from mergecore.arithmetic.trims import folded_sum
 from mergecore.plugins.block import Block
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import DeltaMethod
 from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.overlap_counts import SHARED, UNIQUE, OverlapCounts
 
@@ -34,14 +35,21 @@ class Boost(BaseModel):
     ] = "global"
 
     def factors(self, shared: Sequence[int], unique: Sequence[int]) -> list[float]:
-        """Per expert what its own changes are multiplied by."""
+        """Return per expert what its own changes are multiplied by."""
         return [
             1.0 + self.rate * min(common / own, self.most) if own else 1.0
             for common, own in zip(shared, unique, strict=True)
         ]
 
 
-class Ram(Method):
+@dataclass(frozen=True)
+class RamArguments:
+    """factors: for RAM+, what each expert's own changes are multiplied by."""
+
+    factors: Sequence[float] | None
+
+
+class Ram(DeltaMethod[RamArguments]):
     """Averages a coordinate over the experts that change it, and takes an expert's own change whole: θ_0 + Σ τ_t / n.
 
     Reinforcement learning changes few weights, and different ones for different tasks; a mean over all experts would
@@ -50,7 +58,6 @@ class Ram(Method):
 
     name: ClassVar[str] = "ram"
     paper: ClassVar[str] = "Yuan et al. 2026, Behavior knowledge merge in reinforced agentic models, arXiv:2601.13572"
-    idempotent: ClassVar[bool] = False
     published: ClassVar[tuple[str, ...]] = (
         "mergekit's `ram`",
         "`boost: {scope: tensor}` mergekit's `ramplus_tl`",
@@ -74,31 +81,29 @@ class Ram(Method):
         )
 
     @property
-    def on(self) -> str:
-        """Deltas."""
-        return "deltas"
+    def idempotent(self) -> bool:
+        return False
 
     def statistics(self) -> Mapping[str, Statistic]:
-        """For RAM+ how much each expert shares."""
         return {} if self.boost is None else {"overlap": OverlapCounts(epsilon=self.epsilon)}
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """For RAM+ each expert's factor."""
+    def arguments(self, block: Block, statistics: Statistics) -> RamArguments:
         if self.boost is None:
-            return {"factors": None}
-        found = statistics["overlap"][0]
+            return RamArguments(None)
+        overlap = statistics["overlap"][0]
         if self.boost.scope == "global":
-            return {"factors": self.boost.factors(found.numbers["shared"], found.numbers["unique"])}
-        counts = found.tensors.read(block.name).reshape(2, -1).tolist() if block.name in found.tensors.tensors else None
-        return {"factors": self.boost.factors(counts[SHARED], counts[UNIQUE]) if counts else [1.0] * len(block.ids)}
+            return RamArguments(self.boost.factors(overlap.numbers["shared"], overlap.numbers["unique"]))
+        if block.name not in overlap.tensors.tensors:
+            return RamArguments([1.0] * len(block.ids))
+        counts = overlap.tensors.read(block.name).reshape(2, -1).tolist()
+        return RamArguments(self.boost.factors(counts[SHARED], counts[UNIQUE]))
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """θ_0 + the mean of the changes where several experts have one, the one there is (times its factor) elsewhere."""
-        assert base is not None
-        changes = [torch.where(delta.abs() > self.epsilon, delta, 0.0) for delta in experts]
-        count = folded_sum([torch.where(delta.abs() > self.epsilon, 1.0, 0.0) for delta in experts])
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: RamArguments) -> Tensor:
+        """Return θ_0 plus the mean of the changes where several experts have one, else the only one (times its factor)."""
+        changes = [torch.where(delta.abs() > self.epsilon, delta, 0.0) for delta in deltas]
+        count = folded_sum([torch.where(delta.abs() > self.epsilon, 1.0, 0.0) for delta in deltas])
         joined = folded_sum(changes) / count.clamp(min=1.0)
-        if arguments["factors"] is not None:
-            boosted = [change * factor for change, factor in zip(changes, arguments["factors"], strict=True)]
+        if arguments.factors is not None:
+            boosted = [change * factor for change, factor in zip(changes, arguments.factors, strict=True)]
             joined = torch.where(count == 1.0, folded_sum(boosted), joined)
         return base + joined

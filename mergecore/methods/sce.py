@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from math import floor
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -15,10 +15,10 @@ from mergecore.arithmetic.linear_algebra import blocks
 from mergecore.arithmetic.order_statistics import largest
 from mergecore.plugins.block import Per
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import DeltaMethod, NoArguments
 
 
-class Sce(Method):
+class Sce(DeltaMethod[NoArguments]):
     """Keeps the coordinates in which the experts differ most, weighs each expert's tensor by what it changes there."""
 
     name: ClassVar[str] = "sce"
@@ -41,45 +41,39 @@ class Sce(Method):
     def examples(cls) -> Examples:
         return Examples(golden=[{}, {"density": 0.3}])
 
-    @property
-    def on(self) -> str:
-        """Deltas."""
-        return "deltas"
-
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """θ_0 + Σ η_t τ_t / Σ η_t over the experts that agree with the sign of Σ τ_t, on the selected coordinates."""
-        assert base is not None
-        kept = self._selected(experts)
-        weights = _matrix_weights(experts, kept)
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: NoArguments) -> Tensor:
+        """Return θ_0 + Σ η_t τ_t / Σ η_t over the experts with the sign of Σ τ_t, on the selected coordinates."""
+        kept = self._selected(deltas)
+        weights = _matrix_weights(deltas, kept)
         result = torch.empty(base.numel(), dtype=torch.float32, device=base.device)
-        for part, (origin, *deltas) in blocks([base, *experts]):
-            total = deltas[0]
-            for delta in deltas[1:]:
-                total = total + delta
+        for part, (origin, *changes) in blocks([base, *deltas]):
+            total = changes[0]
+            for change in changes[1:]:
+                total = total + change
             sign = torch.where(total >= 0, 1.0, -1.0)
             above, below = torch.zeros_like(origin), torch.zeros_like(origin)
-            for delta, weight in zip(deltas, weights, strict=True):
-                agrees = kept[part] & (delta * sign > 0)
-                above = above + torch.where(agrees, delta * weight, 0.0)
+            for change, weight in zip(changes, weights, strict=True):
+                agrees = kept[part] & (change * sign > 0)
+                above = above + torch.where(agrees, change * weight, 0.0)
                 below = below + torch.where(agrees, weight, 0.0)
             result[part] = origin + torch.where(below > 0, above / below, 0.0)
         return result.reshape(base.shape)
 
-    def _selected(self, experts: Sequence[Tensor]) -> Tensor:
-        """Which coordinates are kept, flat: those of the largest variance; of equal ones the first.
+    def _selected(self, deltas: Sequence[Tensor]) -> Tensor:
+        """Return which coordinates are kept, flat: those of the largest variance; of equal ones the first.
 
         Where nothing varies (one expert, equal experts) there is nothing to choose by, and all of them stay.
         """
-        count = experts[0].numel()
-        everything = torch.ones(count, dtype=torch.bool, device=experts[0].device)
+        count = deltas[0].numel()
+        everything = torch.ones(count, dtype=torch.bool, device=deltas[0].device)
         if self.density == 1 or count == 0:
             return everything
         # Float64: equal float32 values then have a variance of exactly 0.
-        variance = torch.empty(count, dtype=torch.float64, device=experts[0].device)
-        for part, deltas in blocks(experts):
-            mean = sum(deltas[1:], deltas[0]) / len(deltas)
-            squares = [(delta - mean) * (delta - mean) for delta in deltas]
-            variance[part] = sum(squares[1:], squares[0]) / len(deltas)
+        variance = torch.empty(count, dtype=torch.float64, device=deltas[0].device)
+        for part, changes in blocks(deltas):
+            mean = sum(changes[1:], changes[0]) / len(changes)
+            squares = [(change - mean) * (change - mean) for change in changes]
+            variance[part] = sum(squares[1:], squares[0]) / len(changes)
         differing = int((variance > 0).sum())
         if differing == 0:
             return everything
@@ -87,13 +81,13 @@ class Sce(Method):
         return largest(variance[None], wanted)[0]
 
 
-def _matrix_weights(experts: Sequence[Tensor], kept: Tensor) -> list[float]:
-    """η_t: each expert's share of the squared change on the kept coordinates; equal where nothing changes at all."""
+def _matrix_weights(deltas: Sequence[Tensor], kept: Tensor) -> list[float]:
+    """Return η_t: each expert's share of the squared change on the kept coordinates; equal where nothing changes at all."""
     squares = []
-    for expert in experts:
+    for delta in deltas:
         square = 0.0
-        for part, (delta,) in blocks([expert]):
-            square += float(torch.where(kept[part], delta * delta, 0.0).sum())
+        for part, (change,) in blocks([delta]):
+            square += float(torch.where(kept[part], change * change, 0.0).sum())
         squares.append(square)
     total = sum(squares)
     return [square / total for square in squares] if total > 0 else [1.0 / len(squares)] * len(squares)

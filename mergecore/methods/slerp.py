@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import acos, sin, sqrt
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.linear_algebra import combined
+from mergecore.arithmetic.linear_algebra import Shares, combined
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import WeightMethod
 from mergecore.plugins.per_expert import experts_given
 from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.products import Products, gram_of
 
 
-class Slerp(Method):
+class Slerp(WeightMethod[Shares]):
     """Goes from one model to another along the arc between the directions of their tensors."""
 
     name: ClassVar[str] = "slerp"
@@ -46,36 +46,31 @@ class Slerp(Method):
         )
 
     @property
-    def on(self) -> str:
-        """Weights: the arc is between the models themselves."""
-        return "weights"
-
-    @property
     def needs_base(self) -> bool:
-        """Only where the base is one of the two."""
         return self.start == "base"
 
+    @property
+    def idempotent(self) -> bool:
+        return self.start == "expert"
+
     def validate_count(self, count: int) -> None:
-        """Exactly two models."""
         wanted = 1 if self.needs_base else 2
         if count != wanted:
             said = "the base and one expert" if self.needs_base else "two experts"
             raise SpecError(f"slerp goes between {said}, {experts_given(count)}; use karcher for more than two")
 
     def statistics(self) -> Mapping[str, Statistic]:
-        """The two tensors' lengths and angle."""
         return {"products": Products(of="base and weights" if self.needs_base else "weights")}
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """How much of either."""
-        return {"shares": list(self._shares(gram_of(block.name, 2, statistics)))}
+    def arguments(self, block: Block, statistics: Statistics) -> Shares:
+        return Shares(self._shares(gram_of(block.name, 2, statistics)))
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """(sin((1−t)Ω) a + sin(tΩ) b) / sin Ω, where Ω is the angle between a and b."""
-        first = [base] if self.needs_base and base is not None else []
-        return combined(arguments["shares"], [*first, *experts])
+    def merge(self, weights: Sequence[Tensor], arguments: Shares) -> Tensor:
+        """Return (sin((1−t)Ω) a + sin(tΩ) b) / sin Ω, where Ω is the angle between a and b."""
+        return combined(arguments.shares, weights)
 
     def _shares(self, products: Tensor) -> tuple[float, float]:
+        """Return how much of either model, from their inner products (2, 2)."""
         length = sqrt(float(products[0, 0])) * sqrt(float(products[1, 1]))
         # A tensor of zeros has no direction, and opposite ones have no shortest arc: both take the straight line.
         if length == 0:

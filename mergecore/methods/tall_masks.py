@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from mergecore.methods.mask_method import MaskMethod, multi_task_vector, task_masks
 from mergecore.plugins.block import Block, Per
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.per_expert import each
-from mergecore.plugins.statistic import Statistics
+from mergecore.plugins.method import DeltaMethod
+from mergecore.plugins.per_expert import check_each, each, moved
+from mergecore.plugins.statistic import Statistic, Statistics
+from mergecore.statistics.multi_task import (
+    MaskScale,
+    MultiTask,
+    MultiTaskArguments,
+    MultiTaskRule,
+    TrimDensity,
+    multi_task_vector,
+    task_masks,
+)
 from mergecore.tensors.dtypes import SAFETENSORS_DTYPE, Dtype
 from mergecore.tensors.masked import mask_block, mask_outputs
 from mergecore.tensors.source import TensorInfo
 
 
-class TallMasks(MaskMethod):
+class TallMasks(DeltaMethod[MultiTaskArguments]):
     """Keeps of every expert one bit a weight: M_t = |τ_t| > λ_t |τ_m − τ_t|; the model of task t is θ_0 + M_t ⊙ τ_m.
 
     What is written is no model but a product of masks (mergecore/tensors/masked.py): base, shared vector and bits, from which
@@ -31,12 +40,14 @@ class TallMasks(MaskMethod):
     )
     per: ClassVar[Per] = Per.TENSOR
     product: ClassVar[str] = "masks"
-    idempotent: ClassVar[bool] = False
     published: ClassVar[tuple[str, ...]] = (
         "the authors' task-arithmetic masks; a bit is packed as theirs, highest first, but tensor by tensor",
         "`multi_task: ties_published` their TIES masks",
     )
 
+    mask_scale: MaskScale = 0.4
+    multi_task: MultiTask = "sum"
+    density: TrimDensity = None
     vector: Annotated[Dtype, Field(description="dtype in which the shared vector is kept")] = "float32"
 
     @classmethod
@@ -48,17 +59,43 @@ class TallMasks(MaskMethod):
             ],
         )
 
+    @model_validator(mode="after")
+    def _only_ties_trims(self) -> TallMasks:
+        self.rule.check()
+        return self
+
+    @property
+    def rule(self) -> MultiTaskRule:
+        """How the multi-task vector is formed."""
+        return MultiTaskRule(self.multi_task, self.density)
+
+    @property
+    def idempotent(self) -> bool:
+        return False
+
+    def statistics(self) -> Mapping[str, Statistic]:
+        return self.rule.statistics()
+
+    def validate_count(self, count: int) -> None:
+        check_each("mask_scale", self.mask_scale, count)
+
+    def bound(self, order: Sequence[int]) -> TallMasks:
+        return self.model_copy(update={"mask_scale": moved(self.mask_scale, order)})
+
+    def arguments(self, block: Block, statistics: Statistics) -> MultiTaskArguments:
+        return self.rule.arguments(block, statistics)
+
     def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
-        """Base, shared vector and masks."""
+        """Return base, shared vector and masks."""
         return mask_outputs(selection, count, SAFETENSORS_DTYPE[self.vector], scaled=False)
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """τ_m, the vector that all tasks share."""
-        return multi_task_vector(experts, arguments)
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: MultiTaskArguments) -> Tensor:
+        """Return τ_m, the vector that all tasks share."""
+        return multi_task_vector(deltas, arguments)
 
     def merge_block(self, block: Block, statistics: Statistics) -> dict[str, Tensor]:
-        """Base, shared vector and masks of one tensor."""
-        assert block.base is not None
-        shared = self.merge(block.base, block.experts, **self.arguments(block, statistics))
-        masks = task_masks(block.experts, shared, each(self.mask_scale, len(block.experts)))
-        return mask_block(block.name, block.base, shared, masks, None)
+        """Return base, shared vector and masks of one tensor."""
+        base, *deltas = block.models
+        shared = self.merge(base, deltas, self.arguments(block, statistics))
+        masks = task_masks(deltas, shared, each(self.mask_scale, len(deltas)))
+        return mask_block(block.name, base, shared, masks, None)

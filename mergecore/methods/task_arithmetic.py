@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.trims import RandomDrop, divided, dropped, folded_sum, sum_of_weights, weighted
+from mergecore.arithmetic.trims import Drawn, RandomDrop, divided, dropped, folded_sum, sum_of_weights, weighted
 from mergecore.plugins.block import Block
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import DeltaMethod
 from mergecore.plugins.per_expert import check_each, moved
 from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
 
 
-class TaskArithmetic(Method):
+@dataclass(frozen=True)
+class TaskArithmeticArguments:
+    """drawn: what the drop draws; None: there is none."""
+
+    drawn: Drawn | None
+
+
+class TaskArithmetic(DeltaMethod[TaskArithmeticArguments]):
     """The base plus the scaled sum of the task vectors; a negative scale forgets (negation).
 
     With weights it is any arithmetic: `[1, 1, −1]` on experts C, B, A is the analogy C + (B − A).
@@ -33,7 +41,6 @@ class TaskArithmetic(Method):
         "with `weights` mergekit's `task_arithmetic`; its `normalize: true` is `aggregate: mean`",
         "`drop: {rescale: l1}` its `dare_linear`, of other random masks",
     )
-    idempotent: ClassVar[bool] = False
 
     scale: Annotated[float, Field(description="λ, the factor of the summed task vectors; 1/T gives the average")]
     weights: Annotated[
@@ -68,32 +75,30 @@ class TaskArithmetic(Method):
         )
 
     @property
-    def on(self) -> str:
-        """Deltas."""
-        return "deltas"
+    def needs_ids(self) -> bool:
+        return self.drop is not None
+
+    @property
+    def idempotent(self) -> bool:
+        return False
 
     def statistics(self) -> Mapping[str, Statistic]:
-        """The l1 factors of the drop, where it has them."""
         return drop_statistics(self.drop)
 
     def validate_count(self, count: int) -> None:
-        """One weight and one rate per expert, where there are several."""
         check_each("weights", self.weights, count)
         check_each("drop.rate", self.drop and self.drop.rate, count)
 
     def bound(self, order: Sequence[int]) -> TaskArithmetic:
-        """Weights and rates moved along with their experts."""
         drop = self.drop and self.drop.bound(order)
         return self.model_copy(update={"weights": moved(self.weights, order), "drop": drop})
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """What the drop draws."""
-        return {"drawn": drawn_for(self.drop, block, statistics)}
+    def arguments(self, block: Block, statistics: Statistics) -> TaskArithmeticArguments:
+        return TaskArithmeticArguments(drawn_for(self.drop, block, statistics))
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """θ_0 + λ Σ w_t τ_t, formed left over the experts."""
-        assert base is not None
-        total = folded_sum(weighted(dropped(experts, arguments["drawn"]), self.weights))
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: TaskArithmeticArguments) -> Tensor:
+        """Return θ_0 + λ Σ w_t τ_t, summed in the experts' order."""
+        total = folded_sum(weighted(dropped(deltas, arguments.drawn), self.weights))
         if self.aggregate == "mean":
-            total = divided(total, sum_of_weights(self.weights, len(experts)))
+            total = divided(total, sum_of_weights(self.weights, len(deltas)))
         return base + total * self.scale

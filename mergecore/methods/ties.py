@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -23,15 +24,25 @@ from mergecore.arithmetic.trims import (
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
-from mergecore.plugins.per_expert import check_each, moved
+from mergecore.plugins.method import DeltaMethod
+from mergecore.plugins.per_expert import check_each, each, moved
 from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.sign_majority import SignMajority
-from mergecore.statistics.threshold import Count, Threshold, trimmed_deltas, trims
+from mergecore.statistics.threshold import Count, Threshold, Trims, trimmed_deltas, trims
 from mergecore.statistics.trimmed_norms import shares_of
 
 
-class Ties(Method):
+@dataclass(frozen=True)
+class TiesArguments:
+    """trims: where each expert is cut. zero: the sign where the trimmed values cancel exactly; None: there is none.
+    shares: for the elections by shares, 1/‖τ̂_t‖² of each expert."""
+
+    trims: Trims
+    zero: float | None
+    shares: Sequence[float] | None
+
+
+class Ties(DeltaMethod[TiesArguments]):
     """Keeps each expert's largest changes, elects a sign per coordinate by total mass and joins those that agree."""
 
     name: ClassVar[str] = "ties"
@@ -43,7 +54,6 @@ class Ties(Method):
         "`scope: tensor, count: exact, least: 1, zero_sign: positive` mergekit's `ties`",
         "with `drop: {rescale: l1}` and density 1 its `dare_ties`, of other random masks",
     )
-    idempotent: ClassVar[bool] = False
 
     density: Annotated[
         Shares,
@@ -134,9 +144,12 @@ class Ties(Method):
         )
 
     @property
-    def on(self) -> str:
-        """Deltas."""
-        return "deltas"
+    def needs_ids(self) -> bool:
+        return self.drop is not None
+
+    @property
+    def idempotent(self) -> bool:
+        return False
 
     @property
     def threshold(self) -> Threshold:
@@ -149,12 +162,11 @@ class Ties(Method):
         return self.zero_sign == "majority" or (self.zero_sign is None and self.count == "published")
 
     def statistics(self) -> Mapping[str, Statistic]:
-        """Each expert's threshold; the majority sign only where it decides something."""
+        """Return each expert's threshold, and the majority sign where it decides something."""
         majority = SignMajority(threshold=self.threshold, elect=self.elect)
         return {**majority.statistics(), **({"majority": majority} if self.by_majority else {})}
 
     def validate_count(self, count: int) -> None:
-        """One value per expert, where there are several."""
         for name, values in (("density", self.density), ("weights", self.weights)):
             check_each(name, values, count)
         check_each("drop.rate", self.drop and self.drop.rate, count)
@@ -165,19 +177,15 @@ class Ties(Method):
             )
 
     def bound(self, order: Sequence[int]) -> Ties:
-        """Densities, weights and rates moved along with their experts."""
         changes = {"density": moved(self.density, order), "weights": moved(self.weights, order)}
         return self.model_copy(update={**changes, "drop": self.drop and self.drop.bound(order)})
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """Where each expert is cut, what its changes are divided by, and the sign where the trimmed values cancel exactly."""
-        cuts, zero = trims(self.threshold, block, statistics), self._zero(statistics)
-        found: dict[str, Any] = {"trims": cuts, "zero": zero, "shares": None}
+    def arguments(self, block: Block, statistics: Statistics) -> TiesArguments:
+        shares = None
         if self.elect != "mass":
-            factors = self.weights or [1.0] * len(block.ids)
-            pairs = zip(shares_of(statistics, len(block.ids)), factors, strict=True)
-            found["shares"] = [share / weight**2 if weight else 0.0 for share, weight in pairs]
-        return found
+            weighed = zip(shares_of(statistics, len(block.ids)), each(self.weights or 1.0, len(block.ids)), strict=True)
+            shares = [share / weight**2 if weight else 0.0 for share, weight in weighed]
+        return TiesArguments(trims(self.threshold, block, statistics), self._zero(statistics), shares)
 
     def _zero(self, statistics: Statistics) -> float | None:
         if self.by_majority:
@@ -185,12 +193,11 @@ class Ties(Method):
             return float(statistics["majority"][0].numbers["sign"]) or -1.0
         return 1.0 if self.zero_sign == "positive" else None
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """θ_0 + λ · (mean, sum or largest of the τ̂_t that agree with the elected sign)."""
-        assert base is not None
-        deltas = weighted(trimmed_deltas(experts, arguments["trims"]), self.weights)
-        sign = elected_sign(deltas, arguments["zero"], self.elect, arguments["shares"])
-        return base + self._joined(agreeing(deltas, sign), sign) * self.scale
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: TiesArguments) -> Tensor:
+        """Return θ_0 + λ · (mean, sum or largest of the τ̂_t that agree with the elected sign)."""
+        trimmed = weighted(trimmed_deltas(deltas, arguments.trims), self.weights)
+        sign = elected_sign(trimmed, arguments.zero, self.elect, arguments.shares)
+        return base + self._joined(agreeing(trimmed, sign), sign) * self.scale
 
     def _joined(self, deltas: Sequence[Tensor], sign: Tensor) -> Tensor:
         if self.aggregate == "max":

@@ -4,31 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.linear_algebra import (
-    Convolutions,
-    Excluded,
-    Rank,
-    base_and_matrix,
-    base_and_mean,
-    decomposition,
-    matrix_of,
-    polar_factor,
-    rank_of,
-    wide,
-)
+from mergecore.arithmetic.linear_algebra import Convolutions, Excluded, Rank, base_and_matrix, base_and_mean, wide
+from mergecore.arithmetic.spectral import MatrixArguments, directions_of, matrix_arguments, orthonormal, side_by_side
 from mergecore.plugins.block import Block, Per
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import DeltaMethod
 from mergecore.plugins.statistic import Statistics
 
 
-class TsvM(Method):
+class TsvM(DeltaMethod[MatrixArguments]):
     """The base plus P(Û) Σ̂ P(V̂)ᵀ of the tasks' top singular triplets; whatever is not a matrix gets the mean."""
 
     name: ClassVar[str] = "tsv_m"
@@ -37,7 +26,6 @@ class TsvM(Method):
     )
     published: ClassVar[tuple[str, ...]] = ("`rank: full, crowded: zero` the authors' code",)
     per: ClassVar[Per] = Per.TENSOR
-    idempotent: ClassVar[bool] = False
 
     scale: Annotated[float, Field(description="α, the factor of the merged task vector")] = 1.0
     rank: Rank = "numerical"
@@ -62,33 +50,24 @@ class TsvM(Method):
         )
 
     @property
-    def on(self) -> str:
-        """Deltas."""
-        return "deltas"
+    def idempotent(self) -> bool:
+        return False
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """The matrix that the tensor is, if it is one."""
-        return {"matrix": matrix_of(block.name, block.shape, self.convolutions, self.excluded)}
+    def arguments(self, block: Block, statistics: Statistics) -> MatrixArguments:
+        return matrix_arguments(block, self.convolutions, self.excluded)
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """θ_0 + α P(Û) Σ̂ P(V̂)ᵀ from the top ⌊r/T⌋ triplets of each τ_t, r = min(m, n) (Algorithm 1).
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: MatrixArguments) -> Tensor:
+        """Return θ_0 + α P(Û) Σ̂ P(V̂)ᵀ from the top ⌊r/T⌋ triplets of each τ_t, r = min(m, n) (Algorithm 1).
 
         P is the polar factor, the paper's solution of the Procrustes problem (its equation 8).
         """
-        assert base is not None
-        matrix = arguments["matrix"]
-        triplets = 0 if matrix is None else min(matrix) // len(experts)
-        if matrix is None or (triplets == 0 and self.crowded == "mean"):
-            return base_and_mean(base, experts, self.scale)
-        lefts, strengths, rights = [], [], []
-        for expert in experts:
-            delta = wide(expert, matrix)
-            left, values, right = decomposition(delta)
+        triplets = 0 if arguments.matrix is None else min(arguments.matrix) // len(deltas)
+        if arguments.matrix is None or (triplets == 0 and self.crowded == "mean"):
+            return base_and_mean(base, deltas, self.scale)
+        parts = []
+        for delta in deltas:
+            matrix = wide(delta, arguments.matrix)
             # A triplet of strength 0 adds nothing by itself, but its arbitrary vectors would bend those of the others.
-            kept = min(triplets, rank_of(values, float(delta.norm()), self.rank))
-            lefts.append(left[:, :kept])
-            strengths.append(values[:kept])
-            rights.append(right[:kept])
-        outer = polar_factor(torch.cat(lefts, 1), self.rank)
-        inner = polar_factor(torch.cat(rights), self.rank)
-        return base_and_matrix(base, outer * torch.cat(strengths) @ inner, self.scale)
+            parts.append(directions_of(matrix, float(matrix.norm()), self.rank)[0].strongest(triplets))
+        merged = orthonormal(side_by_side(parts), self.rank)
+        return base_and_matrix(base, merged.left * merged.strengths @ merged.right, self.scale)

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import sqrt
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.linear_algebra import Convolutions, Excluded, base_and_matrix, base_and_mean, matrix_of, wide
+from mergecore.arithmetic.linear_algebra import (
+    Convolutions,
+    Excluded,
+    Matrix,
+    base_and_matrix,
+    base_and_mean,
+    matrix_of,
+    wide,
+)
 from mergecore.arithmetic.trims import folded_sum
 from mergecore.plugins.block import Block, Per
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import DeltaMethod
 from mergecore.plugins.statistic import Statistics
 
 EMBEDDINGS = ("*embed*", "*wte.*", "*wpe.*", "*shared.weight", "*relative_attention_bias*")
@@ -23,7 +32,16 @@ HEADS = ("*lm_head*", "*text_projection*", "*visual_projection*", "*classifier*"
 """With the embeddings, what the authors leave out: their argument holds for the linear maps of attention and MLP."""
 
 
-class Wudi(Method):
+@dataclass(frozen=True)
+class WudiArguments:
+    """matrix: rows and columns of the matrix that the tensor is; None: it is no linear weight. transposed: its rows are
+    inputs."""
+
+    matrix: Matrix | None
+    transposed: bool
+
+
+class Wudi(DeltaMethod[WudiArguments]):
     """Minimises Σ ‖(X − τ_t) τ_tᵀ‖² / ‖τ_t‖² over X, starting from Σ τ_t, for each linear weight."""
 
     name: ClassVar[str] = "wudi"
@@ -36,7 +54,6 @@ class Wudi(Method):
         "`others: mean, steps: 400` fusion_bench's",
     )
     per: ClassVar[Per] = Per.TENSOR
-    idempotent: ClassVar[bool] = False
 
     variant: Annotated[
         Literal["iterative", "closed"],
@@ -79,44 +96,40 @@ class Wudi(Method):
         )
 
     @property
-    def on(self) -> str:
-        """Deltas."""
-        return "deltas"
+    def idempotent(self) -> bool:
+        return False
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """The matrix that the tensor is, if it is one, and whether its rows are inputs."""
-        return {
-            "matrix": matrix_of(block.name, block.shape, self.convolutions, self.excluded),
-            "transposed": any(fnmatch.fnmatchcase(block.name, pattern) for pattern in self.transposed),
-        }
+    def arguments(self, block: Block, statistics: Statistics) -> WudiArguments:
+        return WudiArguments(
+            matrix_of(block.name, block.shape, self.convolutions, self.excluded),
+            any(fnmatch.fnmatchcase(block.name, pattern) for pattern in self.transposed),
+        )
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """θ_0 + scale · X."""
-        assert base is not None
-        if arguments["matrix"] is None:
-            return base if self.others == "base" else base_and_mean(base, experts, self.scale)
-        deltas = [wide(expert, arguments["matrix"]) for expert in experts]
-        if arguments["transposed"]:
-            deltas = [delta.mT for delta in deltas]
-        found = self._minimum(deltas)
-        return base_and_matrix(base, found.mT if arguments["transposed"] else found, self.scale)
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: WudiArguments) -> Tensor:
+        """Return θ_0 + scale · X."""
+        if arguments.matrix is None:
+            return base if self.others == "base" else base_and_mean(base, deltas, self.scale)
+        matrices = [wide(delta, arguments.matrix) for delta in deltas]
+        if not arguments.transposed:
+            return base_and_matrix(base, self._minimum(matrices), self.scale)
+        return base_and_matrix(base, self._minimum([matrix.mT for matrix in matrices]).mT, self.scale)
 
     def _minimum(self, deltas: Sequence[Tensor]) -> Tensor:
-        """X (outputs × inputs) from the task vectors. The gradient of the loss is 2 (X D − N)."""
+        """Return X (outputs × inputs) from the task vectors. The gradient of the loss is 2 (X D − N)."""
         start = folded_sum(deltas)
         # A task vector of zeros disturbs nothing and is disturbed by nothing; the authors' code divides 0 by 0 there.
         present = [delta for delta in deltas if bool(delta.any())]
         if not present:
             return start
         scaled = [delta / delta.norm() for delta in present]
-        curvature = folded_sum([one.mT @ one for one in scaled])
-        target = folded_sum([delta @ (one.mT @ one) for delta, one in zip(present, scaled, strict=True)])
+        curvature = folded_sum([unit.mT @ unit for unit in scaled])
+        target = folded_sum([delta @ (unit.mT @ unit) for delta, unit in zip(present, scaled, strict=True)])
         if self.variant == "closed":
             return self._closed(start, curvature, target)
         return self._iterated(start, curvature, target)
 
     def _closed(self, start: Tensor, curvature: Tensor, target: Tensor) -> Tensor:
-        """Σ τ + (N − Σ τ D)(D + ρ I)⁻¹; directions that no task vector has keep the sum's value, which is 0 there."""
+        """Return Σ τ + (N − Σ τ D)(D + ρ I)⁻¹. Directions that no task vector has keep the sum's value, which is 0 there."""
         values: Tensor
         vectors: Tensor
         values, vectors = torch.linalg.eigh(curvature)
@@ -129,12 +142,12 @@ class Wudi(Method):
         return start + (residual @ vectors * inverse) @ vectors.mT
 
     def _iterated(self, start: Tensor, curvature: Tensor, target: Tensor) -> Tensor:
-        """Adam with its usual constants (Kingma and Ba 2015, Algorithm 1)."""
-        found, mean, square = start, torch.zeros_like(start), torch.zeros_like(start)
+        """Return X after Adam with its usual constants (Kingma and Ba 2015, Algorithm 1)."""
+        x, mean, square = start, torch.zeros_like(start), torch.zeros_like(start)
         for step in range(1, self.steps + 1):
-            gradient = 2 * (found @ curvature - target)
+            gradient = 2 * (x @ curvature - target)
             mean = 0.9 * mean + 0.1 * gradient
             square = 0.999 * square + 0.001 * gradient * gradient
             size = square.sqrt() / sqrt(1 - 0.999**step) + 1e-8
-            found = found - self.learning_rate / (1 - 0.9**step) * mean / size
-        return found
+            x = x - self.learning_rate / (1 - 0.9**step) * mean / size
+        return x

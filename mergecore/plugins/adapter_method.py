@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from mergecore.checkpoints.adapters import LowRank, low_rank, made_factor, modul
 from mergecore.checkpoints.experts import AdapterExpert
 from mergecore.plugins.any_statistic import AnyStatistic
 from mergecore.plugins.block import Block, Per
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import Method, On
 from mergecore.plugins.statistic import Statistics
 from mergecore.tensors.source import TensorInfo
 
@@ -32,7 +32,14 @@ class Combined:
     numbers: Mapping[str, float]
 
 
-class AdapterMethod(Method, ABC):
+@dataclass(frozen=True)
+class AdapterDelta:
+    """What the adapter changes of one tensor, float32, in the tensor's shape."""
+
+    delta: Tensor
+
+
+class AdapterMethod(Method[AdapterDelta], ABC):
     """A method whose experts are adapters and whose result is an adapter, made module by module from their factors.
 
     A recipe writes the adapter. A sweep measures models: there the result is the base plus the adapter.
@@ -40,17 +47,18 @@ class AdapterMethod(Method, ABC):
 
     product: ClassVar[str] = "adapter"
     per: ClassVar[Per] = Per.TENSOR
-    idempotent: ClassVar[bool] = False
 
     @property
-    def on(self) -> str:
-        """'state': the adapter that is made holds all of the experts that counts."""
+    def on(self) -> On:
         return "state"
 
     @property
     def needs_base(self) -> bool:
-        """True: the dense model is the base plus the adapter."""
         return True
+
+    @property
+    def idempotent(self) -> bool:
+        return False
 
     def statistics(self) -> Mapping[str, AnyStatistic]:
         """Return the adapter, which its dense model is handed."""
@@ -70,19 +78,18 @@ class AdapterMethod(Method, ABC):
         """Return numbers of the whole adapter. modules: {base tensor: its numbers}."""
         return {}
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
+    def arguments(self, block: Block, statistics: Statistics) -> AdapterDelta:
         """Return the adapter's delta of the tensor."""
         adapter = statistics[ADAPTER][0]
         factor = made_factor(block.name, adapter.numbers["fan_in_fan_out"])
         shapes = {block.name: (block.shape[0], block.shape[1])}
         view = AdapterExpert("", self.name, adapter.tensors, {block.name: factor}, shapes)
-        return {"delta": view.block(block.name, block.start, block.stop).view(block.shape)}
+        return AdapterDelta(view.block(block.name, block.start, block.stop).view(block.shape))
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+    def merge_models(self, models: Sequence[Tensor], arguments: AdapterDelta) -> Tensor:
         """Return θ_0 plus the adapter's delta."""
-        assert base is not None
-        delta: Tensor = arguments["delta"]
-        return base + delta.to(base.device)
+        (base,) = models
+        return base + arguments.delta.to(base.device)
 
 
 def ranks_made(

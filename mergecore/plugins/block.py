@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -14,43 +14,54 @@ from mergecore.tensors.source import TensorSource
 
 @dataclass(frozen=True)
 class Index:
-    """Among a method's arguments: the flat index of each element of the block, int64."""
+    """Stands for the flat index of each element, int64."""
 
 
 @dataclass(frozen=True)
 class Beside:
-    """Among a method's arguments: one float32 per element, read beside the block from tensor `name` of `source`."""
+    """Stands for one float32 per element, read from tensor `name` of `source`."""
 
     source: TensorSource
     name: str
     dtype: ClassVar[torch.dtype] = torch.float32
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Elements start … stop−1 of the flattened tensor."""
+        """Return elements start … stop−1 of the flattened tensor."""
         return self.source.read(self.name, start, stop).to(torch.float32)
+
+
+def flat_index() -> Tensor:
+    """Return a stand-in for the flat index of each element, int64, to be put among a method's arguments.
+
+    The engine replaces it by a tensor for each window before `merge` sees it.
+    """
+    return cast(Tensor, Index())
+
+
+def read_beside(source: TensorSource, name: str) -> Tensor:
+    """Return a stand-in for one float32 per element, to be put among a method's arguments.
+
+    The engine replaces it by the window's elements of tensor `name` of `source` before `merge` sees it.
+    """
+    return cast(Tensor, Beside(source, name))
 
 
 class Per(StrEnum):
     """How much a method sees at once."""
 
     ELEMENT = "element"
-    """Any flat chunk: the engine picks the chunk, the numbers do not depend on it."""
+    """A flat window. The engine chooses the window; the numbers do not depend on it."""
     TENSOR = "tensor"
     """One whole tensor, in its shape."""
-    LAYER = "layer"
-    """All tensors of one layer."""
-    MODEL = "model"
-    """Everything at once."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of every model: elements start … stop−1 of the flattened tensor `name`, or the whole tensor.
+    """Elements start … stop−1 of the flattened tensor `name`, of every model.
 
-    base and experts are float32; for `Per.ELEMENT` of shape (stop−start,), else of the tensor's shape. `experts` holds
-    what the method asked for with `on`: weights θ_t, or deltas τ_t = θ_t − θ_0. ids are the experts' ids, in the same
-    order. members: for LAYER and MODEL the blocks of the single tensors, else empty. Where only the place is known (see
-    `Method.arguments`) base is None and experts is empty.
+    base and experts are float32: of shape (stop − start,) for `Per.ELEMENT`, else of the tensor's shape. `experts` are
+    weights θ_t or deltas τ_t = θ_t − θ_0, as the plug-in asks for with `on`. ids are the experts' ids, in the same order.
+    base is None where the plug-in does not need it. A block without values has neither base nor experts.
     """
 
     name: str
@@ -60,4 +71,8 @@ class Block:
     base: Tensor | None
     experts: tuple[Tensor, ...]
     ids: tuple[str, ...]
-    members: tuple[Block, ...] = ()
+
+    @property
+    def models(self) -> tuple[Tensor, ...]:
+        """The base, where it is there, and the experts."""
+        return self.experts if self.base is None else (self.base, *self.experts)

@@ -1,22 +1,24 @@
-"""The plug-in kinds: what a method, a statistic and an evaluator are. The file to read first.
+"""What a method is. The file to read first.
 
-A plug-in is its own parameters: a frozen pydantic model that refuses unknown fields. Its `name` and `version` and its
-fields are all that enters a step's key, so whatever can change the numbers is a field and nothing else is.
+A plug-in is its own parameters: a frozen pydantic model that refuses unknown fields. Its `name`, its `version` and its
+fields are all that enters a step's key. So whatever can change the numbers is a field, and nothing else is.
 
-    Method     turns a base and experts into tensors of one model     merge(base, experts, …)
-    Statistic  looks at models once and writes a few tensors          streamed: begin · add · combine · finish
-                                                                      with data: compute(model, data)
-    Link       what a chain of experts has come to, model-sized       merge_block · numbers
-    Evaluator  scores one model on one task                           (mergecore/evaluators)
+    DeltaMethod   merges task vectors: merge(base, deltas, arguments)
+    WeightMethod  merges weights: merge(weights, arguments)
+    Method        either, or neither (a chain holds what it needs): merge_models(models, arguments)
+
+`arguments` is a frozen dataclass of the method. The method fills it in for each tensor, from what its statistics know.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, cast, final
 
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from mergecore.plugins.any_statistic import AnyStatistic
 from mergecore.plugins.block import Block, Per
@@ -25,18 +27,27 @@ from mergecore.plugins.plugin import Plugin
 from mergecore.plugins.statistic import Statistics
 from mergecore.tensors.source import TensorInfo
 
+On = Literal["weights", "deltas", "state"]
 
-class Method(Plugin, ABC):
-    """A way of merging. An element-wise or per-tensor method writes only `merge`."""
+
+@dataclass(frozen=True)
+class NoArguments:
+    """What `merge` is handed where it needs the models alone."""
+
+
+A = TypeVar("A", default=Any)
+"""The arguments of a method: a frozen dataclass."""
+
+
+class Method(Plugin, ABC, Generic[A]):
+    """A way of merging. Start from `DeltaMethod` or `WeightMethod`; derive from `Method` where neither fits."""
 
     per: ClassVar[Per] = Per.ELEMENT
     working: ClassVar[float] = 2.0
-    """Memory that `merge` of a method that sees whole tensors needs beyond base, experts and result, in float32 tensors of
-    the largest one's size: what is projected before anything runs."""
+    """Memory that `merge` of a method that sees whole tensors needs beyond base, experts and result. The unit is the
+    largest tensor in float32. It is projected before anything runs."""
     ordered: ClassVar[bool] = False
-    """False: a sum without order, experts are folded by ascending id. True: the recipe's order holds."""
-    idempotent: ClassVar[bool] = True
-    """Experts that are all equal to e give e (with the method's neutral values)."""
+    """False: experts are folded by ascending id. True: the recipe's order holds."""
     product: ClassVar[str] = "model"
     """Name of the product that it makes (mergecore/products): a dense model, an adapter, masks …"""
     paper: ClassVar[str] = ""
@@ -51,66 +62,117 @@ class Method(Plugin, ABC):
 
     @property
     @abstractmethod
-    def on(self) -> str:
-        """'weights' (θ_t, no base needed), 'deltas' (τ_t = θ_t − θ_0) or 'state' (what its statistics hold of them)."""
+    def on(self) -> On:
+        """What it sees of the experts: 'weights' θ_t, 'deltas' τ_t = θ_t − θ_0, or 'state': nothing, its statistics know
+        all of them that counts."""
 
     @property
     def needs_base(self) -> bool:
-        """Whether the numbers depend on the base."""
+        """Whether it is handed the base."""
         return self.on == "deltas"
 
     @property
     def needs_experts(self) -> bool:
-        """Whether blocks show the experts. Where the statistics hold all of them that counts they are not read again."""
+        """Whether it is handed the experts."""
         return self.on != "state"
 
     @property
     def needs_ids(self) -> bool:
-        """Whether the numbers depend on who the experts are: random numbers are drawn by expert id."""
-        return getattr(self, "drop", None) is not None
+        """Whether the numbers depend on who the experts are, as random numbers drawn by expert id do."""
+        return False
+
+    @property
+    def idempotent(self) -> bool:
+        """Whether experts that are all equal give that expert, to the last bit."""
+        return True
 
     def statistics(self) -> Mapping[str, AnyStatistic]:
-        """What the method must know beforehand, by the name it is handed under."""
+        """Return what the method must know beforehand, by the name under which it is handed over."""
         return {}
 
     def validate_count(self, count: int) -> None:
-        """Raise SpecError where the parameters (weights, say) do not fit `count` experts."""
+        """Raise SpecError where the method, with these values, does not take `count` experts."""
 
     def arranged(self, ids: Sequence[str]) -> list[int]:
-        """Positions of the experts in the order in which they are folded: by ascending id, or as the recipe has them."""
+        """Return the experts' positions in the order in which they are folded."""
         order = list(range(len(ids)))
         return order if self.ordered else sorted(order, key=lambda position: ids[position])
 
-    def bound(self, order: Sequence[int]) -> Method:
-        """The same method with per-expert parameters (weights, say) moved along when experts are reordered."""
+    def bound(self, order: Sequence[int]) -> Method[A]:
+        """Return the method for experts in this order: values that are one per expert (weights, say) move along."""
         return self
 
-    def fitted(self, tensors: Iterable[str]) -> Method:
-        """The same method with what it takes from the names of the base's tensors (how many layers there are) filled in.
-        Raises SpecError where its values do not fit them."""
+    def fitted(self, tensors: Iterable[str]) -> Method[A]:
+        """Return the method with what it takes from the names of the base's tensors, the number of layers say.
+
+        Raises SpecError where its values do not fit them.
+        """
         return self
 
     def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
-        """Names and shapes of what is made from the merged tensors of `count` experts; the same unless the method changes
-        widths, or makes no model."""
+        """Return names, dtypes and shapes of what is made from the merged tensors of `count` experts."""
         return selection
 
-    def arguments(self, block: Block, statistics: Statistics) -> dict[str, Any]:
-        """What `merge` needs for this block besides base and experts.
+    def arguments(self, block: Block, statistics: Statistics) -> A:
+        """Return what `merge` needs for this block besides the models. The block has no values.
 
-        An element-wise method is given the place alone (no base, no experts) and answers with numbers, `Index` and
-        `Beside`, in lists, tuples or dicts; texts, bools and None decide the form of `merge`. Others may look at values.
+        Of an element-wise method the fields are numbers, `flat_index()` and `read_beside(…)`, also in lists, tuples and
+        dataclasses. Texts, bools and None may stand there too: they decide the form of the fused loop.
         """
-        return {}
+        return cast(A, NoArguments())  # a method with a type of its own overrides this
 
     @abstractmethod
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """The merged weights of one block, float32, from `base` (None where it is not needed) and `experts`.
+    def merge_models(self, models: Sequence[Tensor], arguments: A) -> Tensor:
+        """Return the merged weights of one block, float32.
 
-        Of an element-wise method plain torch operations on single elements, none in place and none on a number alone: the
-        engine makes one fused loop of them, and runs them as they are where it cannot.
+        models: the base where `needs_base`, then every expert where `needs_experts`, as `on` says; float32, of one shape.
+
+        An element-wise method does plain torch operations on single elements, none in place and none on a number alone.
+        The engine makes one fused loop of them. Where it cannot, it runs them as they are.
         """
 
     def merge_block(self, block: Block, statistics: Statistics) -> dict[str, Tensor]:
-        """The merged tensors of one block, by name."""
-        return {block.name: self.merge(block.base, block.experts, **self.arguments(block, statistics))}
+        """Return the merged tensors of one block, by name; of methods that see whole tensors."""
+        return {block.name: self.merge_models(block.models, self.arguments(block, statistics))}
+
+
+class DeltaMethod(Method[A], ABC):
+    """A method on task vectors."""
+
+    @property
+    @final
+    def on(self) -> On:
+        return "deltas"
+
+    @property
+    @final
+    def needs_base(self) -> bool:
+        return True
+
+    @final
+    def merge_models(self, models: Sequence[Tensor], arguments: A) -> Tensor:
+        return self.merge(models[0], models[1:], arguments)
+
+    @abstractmethod
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: A) -> Tensor:
+        """Return the merged weights of one block, float32, from θ_0 and the τ_t (see `Method.merge_models`)."""
+
+
+class WeightMethod(Method[A], ABC):
+    """A method on the weights themselves."""
+
+    @property
+    @final
+    def on(self) -> On:
+        return "weights"
+
+    @final
+    def merge_models(self, models: Sequence[Tensor], arguments: A) -> Tensor:
+        return self.merge(models, arguments)
+
+    @abstractmethod
+    def merge(self, weights: Sequence[Tensor], arguments: A) -> Tensor:
+        """Return the merged weights of one block, float32 (see `Method.merge_models`).
+
+        weights: those of every expert; where `needs_base`, the base's come first.
+        """

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import floor
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
 from mergecore.plugins.block import Block
 from mergecore.plugins.statistic import Counts, Look, Rescan, Result, Scope, SparseCounts, Statistic, Statistics
-from mergecore.statistics.balance_scores import Form, balancing, scores
+from mergecore.statistics.balance_scores import Balancing, Form, balancing, scores
 from mergecore.statistics.magnitude_quantiles import MagnitudeQuantiles
 from mergecore.statistics.radix import OrderStatistic, joined, signed_bits, value_of
 from mergecore.statistics.softmax_means import SoftmaxMeans
@@ -99,6 +99,6 @@ class BalanceCut(Statistic):
         return Result({}, {"low": low, "high": high})
 
 
-def _patterns(experts: Sequence[Tensor], balancing: Mapping[str, Any]) -> list[Tensor]:
+def _patterns(experts: Sequence[Tensor], balancing: Balancing) -> list[Tensor]:
     """Every expert's score as an int32 that grows with it."""
     return [signed_bits(score) for score in scores(experts, balancing)]

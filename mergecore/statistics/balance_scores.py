@@ -13,8 +13,9 @@ n_i = Norm(clip |τ_i|), ñ_i = sign(τ_i) n_i; Norm is min–max and Softmax ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,45 +23,69 @@ from torch import Tensor
 from mergecore.arithmetic.transcendental import exponential, small_tanh, tanh
 from mergecore.arithmetic.trims import divided, folded_sum
 from mergecore.plugins.statistic import Statistics
-from mergecore.statistics.softmax_means import normalized, pairs, scaling
+from mergecore.statistics.softmax_means import Scaling, normalized, pairs, scaling
 
 Form = Literal["es", "vision", "nlp", "paper"]
 
 
-def balancing(form: Form, count: int, statistics: Statistics) -> dict[str, Any]:
-    """What `scores` needs to know of the whole model, as numbers; for `count` experts."""
+@dataclass(frozen=True)
+class Ends:
+    """Between which magnitudes one expert's changes are clipped, and how they are normalised then."""
+
+    low: float
+    high: float
+    scaling: Scaling
+
+
+@dataclass(frozen=True)
+class Balancing:
+    """What `scores` needs to know of the whole model.
+
+    ends: per expert, of the authors' forms. Of form 'paper': per pair of experts its scaling and the mean that is `inter`'s
+    divisor, per expert the mean that is `intra`'s, and 1 where its task vector is not all zeros, else 0.
+    """
+
+    form: Form
+    ends: Sequence[Ends] = ()
+    pairs: Sequence[Scaling] = ()
+    inter: Sequence[float] = ()
+    intra: Sequence[float] = ()
+    alive: Sequence[float] = ()
+
+
+def balancing(form: Form, count: int, statistics: Statistics) -> Balancing:
+    """Return what `scores` needs to know of the whole model, for `count` experts."""
     if form != "paper":
-        ends = [found.numbers for found in statistics["quantiles"]]
-        held = [{"low": end["low"], "high": end["high"], "scaling": scaling(end["low"], end["high"])} for end in ends]
-        return {"form": form, "ends": held}
+        quantiles = [found.numbers for found in statistics["quantiles"]]
+        return Balancing(form, [Ends(q["low"], q["high"], scaling(q["low"], q["high"])) for q in quantiles])
     numbers = statistics["softmax"][0].numbers
     extremes = zip(numbers["low"], numbers["high"], strict=True)
     own = [position for position, (i, j) in enumerate(pairs(count)) if i == j]
-    return {
-        "form": form,
-        "pairs": [scaling(low, high) for low, high in extremes],
-        "inter": numbers["inter"],
-        "intra": numbers["intra"],
-        "alive": [float(numbers["high"][position] > 0) for position in own],
-    }
+    return Balancing(
+        form,
+        pairs=[scaling(low, high) for low, high in extremes],
+        inter=numbers["inter"],
+        intra=numbers["intra"],
+        alive=[float(numbers["high"][position] > 0) for position in own],
+    )
 
 
-def scores(deltas: Sequence[Tensor], balancing: Mapping[str, Any]) -> list[Tensor]:
+def scores(deltas: Sequence[Tensor], balancing: Balancing) -> list[Tensor]:
     """β_i = intra_i ⊙ inter_i of flat pieces of the task vectors (float32, of one length).
 
     intra is divided by e^T (T experts) so that it cannot overflow; every form takes common factors of β out again.
     """
-    if balancing["form"] == "paper":
+    if balancing.form == "paper":
         return _softmax_scores(deltas, balancing)
     shares = [
-        normalized(delta.abs().clamp(held["low"], held["high"]), held["scaling"])
-        for delta, held in zip(deltas, balancing["ends"], strict=True)
+        normalized(delta.abs().clamp(ends.low, ends.high), ends.scaling)
+        for delta, ends in zip(deltas, balancing.ends, strict=True)
     ]
     signed = [torch.sign(delta) * share for delta, share in zip(deltas, shares, strict=True)]
-    if balancing["form"] == "es":
+    if balancing.form == "es":
         inter = _summed(len(deltas), lambda i, j: small_tanh(signed[i] * signed[j]))
     else:
-        together = folded_sum(signed if balancing["form"] == "vision" else deltas)
+        together = folded_sum(signed if balancing.form == "vision" else deltas)
         inter = [tanh(delta * together) for delta in deltas]
     return [
         exponential(share * share * len(deltas) - len(deltas)) * between
@@ -68,17 +93,17 @@ def scores(deltas: Sequence[Tensor], balancing: Mapping[str, Any]) -> list[Tenso
     ]
 
 
-def _softmax_scores(deltas: Sequence[Tensor], balancing: Mapping[str, Any]) -> list[Tensor]:
+def _softmax_scores(deltas: Sequence[Tensor], balancing: Balancing) -> list[Tensor]:
     """d² · Softmax(T · Norm(τ_i ⊙ τ_i)) ⊙ Σ_j Softmax(Norm(τ_i ⊙ τ_j)); 0 for a task vector that is all zeros."""
     count = len(deltas)
     place = {pair: position for position, pair in enumerate(pairs(count))}
 
     def share(i: int, j: int) -> Tensor:
-        return normalized(deltas[i] * deltas[j], balancing["pairs"][place[i, j]])
+        return normalized(deltas[i] * deltas[j], balancing.pairs[place[i, j]])
 
-    inter = _summed(count, lambda i, j: divided(exponential(share(i, j)), balancing["inter"][place[i, j]]))
-    intra = [divided(exponential(share(i, i) * count - count), balancing["intra"][i]) for i in range(count)]
-    return [within * between * here for within, between, here in zip(intra, inter, balancing["alive"], strict=True)]
+    inter = _summed(count, lambda i, j: divided(exponential(share(i, j)), balancing.inter[place[i, j]]))
+    intra = [divided(exponential(share(i, i) * count - count), balancing.intra[i]) for i in range(count)]
+    return [within * between * here for within, between, here in zip(intra, inter, balancing.alive, strict=True)]
 
 
 def _summed(count: int, term: Callable[[int, int], Tensor]) -> list[Tensor]:

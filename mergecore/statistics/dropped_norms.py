@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mergecore.arithmetic.trims import RandomDrop, dropped
+from mergecore.arithmetic.trims import Drawn, RandomDrop, dropped
 from mergecore.plugins.block import Block
 from mergecore.plugins.statistic import Result, Scope, Statistic, Statistics, Sums
 from mergecore.statistics.block_sums import BlockSums, State, folded
@@ -39,12 +39,12 @@ class DroppedNorms(BlockSums):
         return Result({}, {"factor": factor})
 
 
-def _magnitudes(experts: Sequence[Tensor], drawn: Mapping[str, Any]) -> list[Tensor]:
+def _magnitudes(experts: Sequence[Tensor], drawn: Drawn) -> list[Tensor]:
     magnitude = experts[0].abs()
     return [magnitude, *dropped([magnitude], drawn)]
 
 
-def drawn_for(drop: RandomDrop | None, block: Block, statistics: Statistics) -> dict[str, Any] | None:
+def drawn_for(drop: RandomDrop | None, block: Block, statistics: Statistics) -> Drawn | None:
     """What `trims.dropped` needs for a block, with the l1 factors where the drop rescales by them; None without a drop."""
     if drop is None:
         return None

@@ -8,14 +8,14 @@ value, and all others.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergecore.arithmetic.trims import RandomDrop, dropped
+from mergecore.arithmetic.trims import Drawn, RandomDrop, dropped
 from mergecore.plugins.block import Block
 from mergecore.plugins.statistic import Counts, Found, Look, Result, Scope, SparseCounts, Statistic, Statistics
 from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
@@ -73,12 +73,12 @@ class Profile(Statistic):
         return Result(tensors, {"tensors": names})
 
 
-def magnitudes(experts: Sequence[Tensor], drawn: Mapping[str, Any] | None) -> list[Tensor]:
+def magnitudes(experts: Sequence[Tensor], drawn: Drawn | None) -> list[Tensor]:
     """The bit patterns of |τ|, after the drop."""
     return [bits(delta.abs()) for delta in dropped(experts, drawn)]
 
 
-def _fine(experts: Sequence[Tensor], drawn: Mapping[str, Any] | None) -> list[Tensor]:
+def _fine(experts: Sequence[Tensor], drawn: Drawn | None) -> list[Tensor]:
     return [fine(delta.abs()) for delta in dropped(experts, drawn)]
 
 

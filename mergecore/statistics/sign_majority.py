@@ -10,7 +10,7 @@ from torch import Tensor
 from mergecore.arithmetic.trims import Elect, elected_sign
 from mergecore.plugins.block import Block
 from mergecore.plugins.statistic import Look, Result, Scope, Statistic, Statistics, Sums
-from mergecore.statistics.threshold import Threshold, trim_statistics, trimmed_deltas, trims
+from mergecore.statistics.threshold import Threshold, Trims, trim_statistics, trimmed_deltas, trims
 from mergecore.statistics.trimmed_norms import TrimmedNorms, shares_of
 from mergecore.tensors.source import TensorInfo
 
@@ -53,7 +53,5 @@ class SignMajority(Statistic):
         return Result({}, {"sum": state, "sign": (state > 0) - (state < 0)})
 
 
-def _elected(
-    experts: Sequence[Tensor], trims: Mapping[str, Any], elect: Elect, shares: Sequence[float] | None
-) -> list[Tensor]:
+def _elected(experts: Sequence[Tensor], trims: Trims, elect: Elect, shares: Sequence[float] | None) -> list[Tensor]:
     return [elected_sign(trimmed_deltas(experts, trims), None, elect, shares)]

@@ -101,18 +101,24 @@ def pairs(count: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(count) for j in range(i, count)]
 
 
-def scaling(low: float, high: float) -> dict[str, float | None]:
-    """What `normalized` needs; where all values are equal they count as 1, or as 0 where they are 0."""
-    if high > low:
-        return {"low": low, "width": high - low}
-    return {"low": 1.0 if high != 0 else 0.0, "width": None}
+@dataclass(frozen=True)
+class Scaling:
+    """What `normalized` subtracts and divides by; width None: every value becomes `low`."""
+
+    low: float
+    width: float | None
 
 
-def normalized(values: Tensor, scaling: Mapping[str, float | None]) -> Tensor:
-    """Min–max: (x − low) / (high − low)."""
-    low, width = scaling["low"], scaling["width"]
-    assert low is not None
-    return values * 0.0 + low if width is None else divided(values - low, width)
+def scaling(low: float, high: float) -> Scaling:
+    """Return what `normalized` needs; where all values are equal they count as 1, or as 0 where they are 0."""
+    return Scaling(low, high - low) if high > low else Scaling(1.0 if high != 0 else 0.0, None)
+
+
+def normalized(values: Tensor, scaling: Scaling) -> Tensor:
+    """Return the values scaled to 0 … 1: (x − low) / (high − low)."""
+    if scaling.width is None:
+        return values * 0.0 + scaling.low
+    return divided(values - scaling.low, scaling.width)
 
 
 def _extremes(values: Tensor) -> tuple[float, float]:

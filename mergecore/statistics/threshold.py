@@ -20,9 +20,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.trims import RandomDrop, Shares, dropped, trimmed
+from mergecore.arithmetic.trims import Drawn, RandomDrop, Shares, dropped, trimmed
 from mergecore.engine.kernels.run import materialised
-from mergecore.plugins.block import Block, Index
+from mergecore.plugins.block import Block, flat_index
 from mergecore.plugins.statistic import (
     Blocks,
     Counts,
@@ -261,7 +261,7 @@ class Threshold(Statistic):
         return {"groups": groups, "tensors": names, "kept": sum(kept), "of": of, "density": share}
 
 
-def _equal(experts: Sequence[Tensor], drawn: Mapping[str, Any] | None, value: int) -> list[Tensor]:
+def _equal(experts: Sequence[Tensor], drawn: Drawn | None, value: int) -> list[Tensor]:
     return [torch.where(pattern == value, 1.0, 0.0) for pattern in magnitudes(experts, drawn)]
 
 
@@ -286,22 +286,34 @@ def trim_statistics(threshold: Threshold) -> dict[str, Statistic]:
     return {"threshold": threshold, **drop_statistics(threshold.drop)}
 
 
-def trims(threshold: Threshold, block: Block, statistics: Statistics) -> dict[str, Any]:
-    """What `trimmed_deltas` needs for a block."""
-    held = [threshold_of(found, block.name) for found in statistics["threshold"]]
-    found: dict[str, Any] = {
-        "least": [None if threshold.keeps_all else least for least, _ in held],
-        "drawn": drawn_for(threshold.drop, block, statistics),
-    }
-    if threshold.count == "exact":
-        found |= {"last": [last for _, last in held], "index": Index()}
-    return found
+@dataclass(frozen=True)
+class Trims:
+    """What `trimmed_deltas` needs for one block of T experts.
+
+    least: per expert the smallest magnitude that is kept; None: all are. drawn: what its drop draws. last: per expert the
+    flat index up to which elements exactly at the threshold are kept, and `index`, of each element; None: all are kept.
+    """
+
+    least: Sequence[float | None]
+    drawn: Drawn | None
+    last: Sequence[int] | None = None
+    index: Tensor | None = None
 
 
-def trimmed_deltas(deltas: Sequence[Tensor], trims: Mapping[str, Any]) -> list[Tensor]:
-    """The deltas dropped and trimmed, τ̂_t."""
-    last = trims.get("last") or [None] * len(deltas)
+def trims(threshold: Threshold, block: Block, statistics: Statistics) -> Trims:
+    """Return what `trimmed_deltas` needs for a block."""
+    cuts = [threshold_of(found, block.name) for found in statistics["threshold"]]
+    least = [None if threshold.keeps_all else value for value, _ in cuts]
+    drawn = drawn_for(threshold.drop, block, statistics)
+    if threshold.count != "exact":
+        return Trims(least, drawn)
+    return Trims(least, drawn, [last for _, last in cuts], flat_index())
+
+
+def trimmed_deltas(deltas: Sequence[Tensor], trims: Trims) -> list[Tensor]:
+    """Return the deltas dropped and trimmed, τ̂_t."""
+    ends: Sequence[int | None] = trims.last or [None] * len(deltas)
     return [
-        trimmed(delta, least, end, trims.get("index"))
-        for delta, least, end in zip(dropped(deltas, trims["drawn"]), trims["least"], last, strict=True)
+        trimmed(delta, least, last, trims.index)
+        for delta, least, last in zip(dropped(deltas, trims.drawn), trims.least, ends, strict=True)
     ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from mergecore.plugins.block import Block
 from mergecore.plugins.statistic import Result, Scope, Statistic, Statistics, Sums
 from mergecore.statistics.block_sums import BlockSums, State, folded
-from mergecore.statistics.threshold import Threshold, trim_statistics, trimmed_deltas, trims
+from mergecore.statistics.threshold import Threshold, Trims, trim_statistics, trimmed_deltas, trims
 from mergecore.tensors.source import TensorInfo
 
 
@@ -28,14 +28,14 @@ class TrimmedNorms(BlockSums):
 
     def look(self, state: Any, block: Block, statistics: Statistics) -> Sums:
         """One square per expert."""
-        return Sums(_squares, trims(self.threshold, block, statistics), len(block.ids))
+        return Sums(_squares, {"trims": trims(self.threshold, block, statistics)}, len(block.ids))
 
     def finish(self, state: State, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
         """{'squares': one per expert}, blocks folded in order."""
         return Result({}, {"squares": folded(state, lambda name: "").get("", [])})
 
 
-def _squares(experts: Sequence[Tensor], **trims: Any) -> list[Tensor]:
+def _squares(experts: Sequence[Tensor], trims: Trims) -> list[Tensor]:
     wide = [delta.double() for delta in trimmed_deltas(experts, trims)]
     return [one * one for one in wide]
 

@@ -16,39 +16,24 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
-
-import requests
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, Run
-from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
 
 from mergecore.checkpoints.sources.digests import file_sha256
-from mergecore.errors import ServiceError
 from mergecore.reporting.scores import Sweep
 from mergecore.reporting.summary import TEST, VALIDATION, Summaries
-from tasks.environment import environment
 from tasks.tracking import board as runs
 from tasks.tracking import records, versions, views
+from tasks.tracking.address import artifact_folder, is_database, public
+from tasks.tracking.connection import LATER, UNREACHABLE, connected, reason
 from tasks.tracking.note import sweep_note
 from tasks.tracking.records import RunRecord
 
 LOGGER = logging.getLogger(__name__)
-QUIET = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "1"}
-PROBE = {**QUIET, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
-WRITE = {
-    **QUIET,
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-}
-UNREACHABLE = (MlflowException, requests.RequestException, SQLAlchemyError, OSError)
 
 
 @dataclass(frozen=True)
@@ -56,41 +41,70 @@ class TrackResult:
     """Where a projection can be looked at, and what it had to do.
 
     urls: 'sweep', 'runs', 'leaderboard', 'curves', 'charts' and, where a model is registered, 'model'; empty where the
-    tracking store has no pages (a database file). written, unchanged, retired: numbers of runs. version: of the
-    registered model, '' where there is none.
+    tracking store has no pages (a database). uri: of the tracking store, without passwords. written, unchanged, retired:
+    numbers of runs. model, version: what the sweep has registered, '' where there is nothing. unregistered: why MLflow's
+    registry has not got it, '' where it has; the runs are shown nevertheless.
     """
 
     experiment_id: str
     parent_run_id: str
+    uri: str
     urls: Mapping[str, str] = field(default_factory=dict)
     written: int = 0
     unchanged: int = 0
     retired: int = 0
+    model: str = ""
     version: str = ""
+    unregistered: str = ""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What to tell a person: how to look at a database, and what could not be registered."""
+        remarks = []
+        if is_database(self.uri):
+            remarks.append(f"`mlflow server --backend-store-uri {self.uri}` shows it in MLflow")
+        if self.unregistered:
+            remarks.append(
+                f"not registered in MLflow: model '{self.model}', at {self.uri}: {self.unregistered}. {LATER}"
+            )
+        return tuple(remarks)
 
 
 def project(
-    summaries: Summaries, tracking_uri: str, artifacts: Mapping[str, Path], links: Mapping[str, str], lock_folder: Path
+    summaries: Summaries,
+    tracking_uri: str,
+    artifacts: Mapping[str, Path],
+    links: Mapping[str, str],
+    store: Path,
+    registry_uri: str | None = None,
 ) -> TrackResult:
     """Make MLflow show exactly this sweep; a run that shows the same already is left alone.
 
-    artifacts: name → file put on the sweep's run (report, figures). links: title → address, for the note. lock_folder:
-    where a lock per sweep keeps two projections apart. Raises ServiceError, soon, where MLflow does not answer; the
-    projection can be made at any later time.
+    tracking_uri: of a server or a database. artifacts: name → file put on the sweep's run (report, figures). links:
+    title → address, for the note. store: the sweep's folder, with a lock per sweep that keeps two projections apart.
+    registry_uri: None for the registry of the same server or database. Raises ServiceError, soon, where MLflow does not
+    answer; the projection can be made at any later time.
     """
-    with _locked(lock_folder, summaries.sweep.name), _reached(tracking_uri) as client:
-        return _project(client, summaries, artifacts, links)
+    name = summaries.sweep.name
+    with _locked(store / "locks", name), connected(tracking_uri, registry_uri) as client:
+        return _project(client, _experiment(client, name, store), summaries, artifacts, links)
 
 
 def rebuild(
-    summaries: Summaries, tracking_uri: str, artifacts: Mapping[str, Path], links: Mapping[str, str], lock_folder: Path
+    summaries: Summaries,
+    tracking_uri: str,
+    artifacts: Mapping[str, Path],
+    links: Mapping[str, str],
+    store: Path,
+    registry_uri: str | None = None,
 ) -> TrackResult:
     """Delete every run of the sweep, retired ones too (MLflow can restore them), and `project` it anew."""
     name = summaries.sweep.name
-    with _locked(lock_folder, name), _reached(tracking_uri) as client:
-        for run in runs.existing(client, _experiment(client, name).experiment_id, name):
+    with _locked(store / "locks", name), connected(tracking_uri, registry_uri) as client:
+        experiment = _experiment(client, name, store)
+        for run in runs.existing(client, experiment.experiment_id, name):
             client.delete_run(run.info.run_id)
-        return _project(client, summaries, artifacts, links)
+        return _project(client, experiment, summaries, artifacts, links)
 
 
 @contextlib.contextmanager
@@ -101,48 +115,33 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _reached(tracking_uri: str) -> Iterator[MlflowClient]:
-    """A client of an MLflow that answers. MLflow's own patience with one that does not is many minutes."""
-    with environment(**PROBE):
-        try:
-            client = MlflowClient(tracking_uri)
-            client.search_experiments(max_results=1)
-        except UNREACHABLE as error:
-            raise ServiceError(f"MLflow at {tracking_uri} does not answer: {_first_line(error)}") from error
-    with environment(**WRITE):
-        try:
-            yield client
-        except UNREACHABLE as error:
-            raise ServiceError(
-                f"MLflow at {tracking_uri} stopped the projection: {_first_line(error)}. "
-                "Nothing is lost: the store has everything, and `mergeloom track` projects it again."
-            ) from error
+def _experiment(client: MlflowClient, sweep_name: str, store: Path) -> Experiment:
+    """Return the experiment of a sweep, made or brought back from the bin when needed.
 
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
-
-
-def _experiment(client: MlflowClient, sweep_name: str) -> Experiment:
-    """The experiment of a sweep, made or brought back from the bin when needed."""
+    One that exists keeps the folder of its files.
+    """
     name = f"mergeloom/{sweep_name}"
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        return client.get_experiment(client.create_experiment(name))
+        folder = artifact_folder(client.tracking_uri, store)
+        location = (folder.absolute() / sweep_name).as_uri() if folder else None
+        return client.get_experiment(client.create_experiment(name, artifact_location=location))
     if experiment.lifecycle_stage != "active":
         client.restore_experiment(experiment.experiment_id)
     return experiment
 
 
 def _project(
-    client: MlflowClient, summaries: Summaries, artifacts: Mapping[str, Path], links: Mapping[str, str]
+    client: MlflowClient,
+    experiment: Experiment,
+    summaries: Summaries,
+    artifacts: Mapping[str, Path],
+    links: Mapping[str, str],
 ) -> TrackResult:
     sweep = summaries.sweep
     measured = {split: any(cell.items.get(split) for cell in sweep.cells) for split in (TEST, VALIDATION)}
     summary = summaries.on(TEST if measured[TEST] or not measured[VALIDATION] else VALIDATION)
     validation = summaries.cells(VALIDATION) if measured[VALIDATION] and measured[TEST] else None
-    experiment = _experiment(client, sweep.name)
     cells = list(records.cell_records(sweep, summary.cells, validation))
     note = sweep_note(sweep, summary, experiment.experiment_id, links)
     parent = _parent_record(sweep, cells, note, artifacts)
@@ -155,17 +154,24 @@ def _project(
         board.show(record)
     board.close()
     _save_pages(client, experiment, sweep, cells, note)
-    version = None
+    version, unregistered = None, ""
     if sweep.registered is not None:
-        version = versions.register(client, sweep, shown[str(sweep.registered["cell"])])
+        try:
+            version = versions.register(client, sweep, shown[str(sweep.registered["cell"])])
+        except UNREACHABLE as error:
+            unregistered = reason(error, client.tracking_uri)
+    model = str(sweep.registered["name"]) if sweep.registered is not None else ""
     return TrackResult(
+        uri=public(client.tracking_uri, client.tracking_uri),
         experiment_id=experiment.experiment_id,
         parent_run_id=parent_run.info.run_id,
-        urls=_urls(client, experiment.experiment_id, parent_run, version.name if version else None),
+        urls=_urls(client, experiment.experiment_id, parent_run, model if version else None),
         written=board.written,
         unchanged=board.unchanged,
         retired=board.retired,
+        model=model,
         version=str(version.version) if version else "",
+        unregistered=unregistered,
     )
 
 
@@ -184,7 +190,7 @@ def _parent_record(sweep: Sweep, cells: Sequence[RunRecord], note: str, artifact
             records.NOTE: note,
             "mlflow.loggedArtifacts": json.dumps([{"path": "cells.json", "type": "table"}]),
         },
-        files={"spec.yaml": sweep.spec, "cells.json": records.cells_table(cells)},
+        files={"spec.yaml": public(sweep.spec), "cells.json": records.cells_table(cells)},
         attached={name: file_sha256(path) for name, path in artifacts.items()},
         seconds=sum(record.seconds for record in cells),
     )
@@ -208,7 +214,7 @@ def _save_pages(
 
 
 def _urls(client: MlflowClient, experiment_id: str, parent: Run, model: str | None) -> dict[str, str]:
-    server = client.tracking_uri.rstrip("/")
+    server = public(client.tracking_uri).rstrip("/")
     if not server.startswith(("http://", "https://")):
         return {}
     query = "?workflowType=machine_learning"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import pytest
 import torch
@@ -11,33 +12,27 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore import merge
+from mergecore.arithmetic.trims import folded_sum
 from mergecore.plugins.block import Block, Per
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import DeltaMethod, Method, NoArguments, WeightMethod
 from mergecore.plugins.statistic import Statistics
 from mergecore.registry import METHODS, method_from
 from mergecore.spec.recipe import parse_recipe
 from mergecore.tensors.source import TensorInfo
 
 
-class Median(Method):
+class Median(DeltaMethod[NoArguments]):
     """The element-wise median of the experts, pulled towards the base."""
 
     name: ClassVar[str] = "median"
 
     pull: Annotated[float, Field(ge=0, le=1, description="share of the base in the result")] = 0.0
 
-    @property
-    def on(self) -> str:
-        """Deltas."""
-        return "deltas"
-
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """Base plus the median delta."""
-        assert base is not None
-        return base + torch.stack(list(experts)).median(0).values * (1 - self.pull)
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: NoArguments) -> Tensor:
+        return base + torch.stack(list(deltas)).median(0).values * (1 - self.pull)
 
 
-class LowRank(Method):
+class LowRank(DeltaMethod[NoArguments]):
     """Per tensor: the mean delta at a given rank (singular value decomposition); other tensors get their mean."""
 
     name: ClassVar[str] = "low_rank"
@@ -45,54 +40,64 @@ class LowRank(Method):
 
     rank: Annotated[int, Field(ge=1)] = 1
 
-    @property
-    def on(self) -> str:
-        """Deltas."""
-        return "deltas"
-
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """Base plus the truncated mean delta."""
-        assert base is not None
-        mean = torch.stack(list(experts)).mean(0)
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: NoArguments) -> Tensor:
+        mean = torch.stack(list(deltas)).mean(0)
         if mean.ndim == 2 and min(mean.shape) > self.rank:
             left, values, right = torch.linalg.svd(mean, full_matrices=False)
             mean = left[:, : self.rank] * values[: self.rank] @ right[: self.rank]
         return base + mean
 
 
-class Joined(Method):
-    """Per layer: two matrices of a layer become one of other name and shape, as a method that changes widths does."""
+@dataclass(frozen=True)
+class Factors:
+    """first, others: what the first weights and the other ones are multiplied by."""
 
-    name: ClassVar[str] = "joined"
-    per: ClassVar[Per] = Per.LAYER
+    first: float
+    others: float
 
-    @property
-    def on(self) -> str:
-        """Weights."""
-        return "weights"
+
+class Leaning(WeightMethod[Factors]):
+    """The mean of the experts' weights in which the first one counts more."""
+
+    name: ClassVar[str] = "leaning"
+    ordered: ClassVar[bool] = True
+
+    lean: float = 0.25
+
+    def arguments(self, block: Block, statistics: Statistics) -> Factors:
+        even = (1 - self.lean) / len(block.ids)
+        return Factors(even + self.lean, even)
+
+    def merge(self, weights: Sequence[Tensor], arguments: Factors) -> Tensor:
+        first, *others = weights
+        return folded_sum([first * arguments.first, *(other * arguments.others for other in others)])
+
+
+class Halves(WeightMethod[NoArguments]):
+    """Per tensor: the upper and the lower rows of the experts' mean under names of their own."""
+
+    name: ClassVar[str] = "halves"
+    per: ClassVar[Per] = Per.TENSOR
 
     def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
-        """One stacked matrix a layer."""
-        found: dict[str, TensorInfo] = {}
-        for name, info in selection.items():
-            joined = name.rpartition(".")[0] + ".joined"
-            rows = info.shape[0] + (found[joined].shape[0] if joined in found else 0)
-            found[joined] = TensorInfo(info.dtype, (rows, info.shape[1]))
-        return found
+        return {
+            f"{name}.{half}": TensorInfo(info.dtype, (rows, *info.shape[1:]))
+            for name, info in selection.items()
+            for half, rows in (("upper", info.shape[0] // 2), ("lower", info.shape[0] - info.shape[0] // 2))
+        }
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        """Not used: the whole layer is needed."""
-        raise NotImplementedError
+    def merge(self, weights: Sequence[Tensor], arguments: NoArguments) -> Tensor:
+        return torch.stack(list(weights)).mean(0)
 
     def merge_block(self, block: Block, statistics: Statistics) -> dict[str, Tensor]:
-        """The experts' mean, the layer's matrices under each other."""
-        parts = [torch.stack(list(member.experts)).mean(0) for member in block.members]
-        return {block.members[0].name.rpartition(".")[0] + ".joined": torch.cat(parts)}
+        mean = self.merge(block.models, NoArguments())
+        rows = len(mean) // 2
+        return {f"{block.name}.upper": mean[:rows], f"{block.name}.lower": mean[rows:]}
 
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    for method in (Median, LowRank, Joined):
+    for method in (Median, LowRank, Leaning, Halves):
         monkeypatch.setitem(METHODS.own, method.name, method)
 
 
@@ -124,12 +129,30 @@ def test_whole_tensors_at_once() -> None:
         assert torch.linalg.matrix_rank(found[name] - base[name], tol=1e-4) == 2
 
 
-def test_whole_layers_with_other_names_and_shapes() -> None:
+def test_weights_with_arguments_and_no_base() -> None:
+    _, experts = models()
+    merged = merge(Leaning(lean=0.4), experts=experts)
+    for name, value in merged.items():
+        expected = experts[0][name] * 0.6 + experts[1][name] * 0.2 + experts[2][name] * 0.2
+        torch.testing.assert_close(value, expected)
+
+
+def test_outputs_of_other_names_and_shapes() -> None:
     base, experts = models()
-    found = merge(Joined(), base=base, experts=experts)
-    assert {name: tuple(value.shape) for name, value in found.items()} == {
-        "layers.0.joined": (9, 4),
-        "layers.1.joined": (5, 4),
+    merged = merge(Halves(), base=base, experts=experts)
+    assert {name: tuple(value.shape) for name, value in merged.items()} == {
+        "layers.0.a.upper": (3, 4),
+        "layers.0.a.lower": (3, 4),
+        "layers.0.b.upper": (1, 4),
+        "layers.0.b.lower": (2, 4),
+        "layers.1.a.upper": (2, 4),
+        "layers.1.a.lower": (3, 4),
     }
-    first = torch.stack([expert["layers.0.a"] for expert in experts]).mean(0)
-    torch.testing.assert_close(found["layers.0.joined"][:6], first)
+    first = torch.stack([expert["layers.0.b"] for expert in experts]).mean(0)
+    torch.testing.assert_close(merged["layers.0.b.lower"], first[1:])
+
+
+def test_forms_of_methods_are_abstract() -> None:
+    for form in (Method, DeltaMethod, WeightMethod):
+        with pytest.raises(TypeError, match="abstract"):
+            form()

@@ -134,10 +134,9 @@ def test_the_loop_on_a_device_gives_the_processors_bytes(tmp_path: Any) -> None:
     held = Chunk(base.read("w"), tuple(one.held.read("w") for one in experts), (False,) * 3, 0)
     for name, values in METHODS_TRIED[:2]:
         method = METHODS[name].model_validate(values)
-        fused = Fused(method.merge, "deltas", torch.bfloat16, library_in(tmp_path), wait=True)
-        drop = getattr(method, "drop", None)
-        place = Block("w", (1 << 16,), 0, 1 << 16, None, (), ("a", "b", "c"))
-        given = fused.given({"drawn": drop.drawn(place, None) if drop else None})
+        fused = Fused(method.merge_models, "deltas", torch.bfloat16, library_in(tmp_path), wait=True)
+        block = Block("w", (1 << 16,), 0, 1 << 16, None, (), ("a", "b", "c"))
+        given = fused.given(method.arguments(block, {}))
         wanted = torch.empty(1 << 16, dtype=torch.bfloat16)
         given.store(held, wanted)
         there = Chunk(held.base.cuda(), tuple(one.cuda() for one in held.experts), held.deltas, 0)  # type: ignore[union-attr]

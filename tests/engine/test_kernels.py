@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from mergecore.arithmetic.transcendental import exponential, tanh
 from mergecore.arithmetic.trims import divided
 from mergecore.engine.kernels.run import Chunk, Fused, counts_of, empty_bins, formed, materialised, total_of
 from mergecore.engine.kernels.source import LANES
-from mergecore.engine.kernels.trace import NotTraceableError, trace
+from mergecore.engine.kernels.trace import NotTraceableError, leaves_and_form, trace
 from mergecore.identity.draws import words_at
 from mergecore.native.library import Library, library_in
-from mergecore.plugins.block import Beside, Index
+from mergecore.plugins.block import Beside, Index, flat_index, read_beside
 from mergecore.tensors.memory import MemoryTensors
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -66,11 +67,23 @@ def both(
     **arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """The result by the loop (which must have been used) and by the function itself."""
-    fused, plain = Fused(function, on, out, library, wait=True), Fused(function, on, out, None)
+    based = chunk.base is not None
+    fused, plain = (fused_of(function, on, out, kept, based, wait=True) for kept in (library, None))
     found, wanted = torch.empty(chunk.count, dtype=out), torch.empty(chunk.count, dtype=out)
     assert fused.given(arguments).store(chunk, found) == plain.given(arguments).store(chunk, wanted)
     assert not fused.problem and any(fused.checked.values())
     return found, wanted
+
+
+def fused_of(
+    function: Callable[..., Any], on: Any, out: Any, library: Library | None, based: bool = True, **options: Any
+) -> Fused:
+    """A function of base, experts and named arguments, to be fused. based: whether there is a base."""
+
+    def of_models(models: Sequence[Tensor], arguments: Mapping[str, Any]) -> Any:
+        return function(models[0] if based else None, models[based:], **arguments)
+
+    return Fused(of_models, on, out, library, **options)
 
 
 def same(found: Tensor, wanted: Tensor) -> bool:
@@ -135,11 +148,11 @@ def test_numbers_are_arguments_and_share_a_loop(library: Library) -> None:
     chunk = chunk_of(torch.bfloat16)
     texts = set()
     for scale in (0.3, -1.7, 25.0):
-        fused = Fused(lambda base, experts, **given: base + experts[0] * scale * given["more"], "deltas", torch.float32, library, wait=True)  # fmt: skip
+        fused = fused_of(lambda base, experts, **given: base + experts[0] * scale * given["more"], "deltas", torch.float32, library, wait=True)  # fmt: skip
         found = torch.empty(chunk.count)
         fused.given({"more": 1.5 * scale}).store(chunk, found)
-        base, experts, _ = formed(chunk, "deltas")
-        assert base is not None and same(found, base + experts[0] * scale * (1.5 * scale))
+        (base, *experts), _ = formed(chunk, "deltas")
+        assert same(found, base + experts[0] * scale * (1.5 * scale))
         texts |= set(fused.checked)
     assert len(texts) == 1
 
@@ -168,7 +181,7 @@ def test_index_keys_and_what_lies_beside(library: Library) -> None:
         library, function, chunk, torch.float32, index=Index(), key=(123456789, -987654321), limit=-5, last=(1 << 32) + 900,
         beside=Beside(Far(), "w"), form="text", nothing=None,
     )  # fmt: skip
-    assert same(found, wanted) and 0.1 < float((found != formed(chunk, "deltas")[0]).float().mean()) < 0.3
+    assert same(found, wanted) and 0.1 < float((found != formed(chunk, "deltas")[0][0]).float().mean()) < 0.3
 
 
 def test_adapters_deltas_and_weights(library: Library) -> None:
@@ -176,7 +189,7 @@ def test_adapters_deltas_and_weights(library: Library) -> None:
     chunk = Chunk(full.base, (full.experts[0], torch.randn(full.count)), (False, True), 0)
     for on in ("weights", "deltas"):
         found, wanted = both(library, lambda base, experts: experts[0] - experts[1] * 0.5, chunk, torch.bfloat16, on)
-        _, experts, _ = formed(chunk, on)
+        (_, *experts), _ = formed(chunk, on)
         assert same(found, wanted) and same(found, (experts[0] - experts[1] * 0.5).to(torch.bfloat16))
 
 
@@ -187,13 +200,13 @@ def test_counts_are_those_of_a_sort(library: Library, windows: tuple[int, ...]) 
     def patterns(base: Tensor, experts: Sequence[Tensor]) -> list[Tensor]:
         return [expert.abs().view(torch.int32) for expert in experts[1:]]
 
-    fused = Fused(patterns, "deltas", "counts", library, wait=True, windows=len(windows))
+    fused = fused_of(patterns, "deltas", "counts", library, wait=True, windows=len(windows))
     bins = empty_bins(2, len(windows))
     for _ in range(2):
         assert not fused.given({}).count(chunk, windows * 2, bins)
     assert any(fused.checked.values())
     expected = []
-    for delta in formed(chunk, "deltas")[1][1:]:
+    for delta in formed(chunk, "deltas")[0][2:]:
         bits = delta.numpy().view(np.uint32) & 0x7FFFFFFF
         parts = [bits[bits >> 16 == window] & 0xFFFF for window in windows] or [(bits >> 16) + (1 << 15)]
         expected += [np.bincount(part, minlength=1 << 16) for part in parts]
@@ -211,18 +224,18 @@ def test_sums_are_the_same_fused_or_not_and_right(library: Library, dtype: torch
     found = []
     for kept, cut in ((library, chunk.count), (None, chunk.count), (library, 256 * 5)):
         lanes = np.zeros((3, LANES))
-        given = Fused(values, "deltas", "sums", kept, wait=True).given({"half": 0.5})
+        given = fused_of(values, "deltas", "sums", kept, wait=True).given({"half": 0.5})
         for _, _, part in chunk.parts(cut):
             assert not given.sum(part, lanes)
         assert kept is None or any(given.fused.checked.values())
         found.append(total_of(lanes))
     assert found[0] == found[1] == found[2]
-    _, experts, _ = formed(chunk, "deltas")
+    (_, *experts), _ = formed(chunk, "deltas")
     expected = values(experts[0], experts, 0.5)
     for one, total in zip(expected, found[0], strict=True):
         assert total == pytest.approx(fsum(one.tolist()), rel=1e-12, abs=1e-12)
     chunk.experts[1][300] = float("inf")
-    assert Fused(values, "deltas", "sums", library, wait=True).given({"half": 0.5}).sum(chunk, np.zeros((3, LANES)))
+    assert fused_of(values, "deltas", "sums", library, wait=True).given({"half": 0.5}).sum(chunk, np.zeros((3, LANES)))
 
 
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float32])
@@ -235,12 +248,12 @@ def test_float64_on_the_way_is_torchs(library: Library, stored: torch.dtype, out
 
     chunk, found = chunk_of(stored), []
     for kept in (library, None):
-        given = Fused(joined, "weights", out, kept, wait=True).given({"share": 1 / 3})
+        given = fused_of(joined, "weights", out, kept, wait=True).given({"share": 1 / 3})
         found.append(torch.empty(chunk.count, dtype=out))
         assert given.store(chunk, found[-1]) == (False, False)
         assert kept is None or all(given.fused.checked.values())
     assert torch.equal(*found)
-    base, experts, _ = formed(chunk, "weights")
+    (base, *experts), _ = formed(chunk, "weights")
     exact = experts[0].double() * (1 / 3) + experts[1].double() * 0.1 + base.double()
     assert torch.equal(found[0], exact.float().to(out))
 
@@ -250,16 +263,16 @@ def test_values_that_are_not_finite_are_told(library: Library, bad: float) -> No
     for dtype, place in itertools.product(DTYPES, (-1, 0, 2)):
         chunk = chunk_of(dtype)
         (chunk.base if place < 0 else chunk.experts[place])[4096] = bad  # type: ignore[index]
-        fused = Fused(lambda base, experts: base + experts[1], "deltas", torch.float32, library, wait=True)
+        fused = fused_of(lambda base, experts: base + experts[1], "deltas", torch.float32, library, wait=True)
         target = torch.empty(chunk.count)
         assert fused.given({}).store(chunk, target)[0]
-        counting = Fused(
+        counting = fused_of(
             lambda base, experts: [experts[0].abs().view(torch.int32)], "deltas", "counts", library, wait=True
         )
         bins = empty_bins(1, 0)
         assert counting.given({}).count(chunk, (), bins) and not bins.any()
     chunk = chunk_of(torch.float32)
-    fused = Fused(lambda base, experts: experts[1] * 1e38 * 1e9 + 1.0, "deltas", torch.float16, library, wait=True)
+    fused = fused_of(lambda base, experts: experts[1] * 1e38 * 1e9 + 1.0, "deltas", torch.float16, library, wait=True)
     assert fused.given({}).store(chunk, torch.empty(chunk.count, dtype=torch.float16)) == (False, True)
 
 
@@ -276,32 +289,32 @@ UNKNOWN: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_what_is_no_loop_runs_as_it_is_and_says_why(library: Library, name: str) -> None:
     chunk = chunk_of(torch.float32, count=100)
-    fused = Fused(UNKNOWN[name], "deltas", torch.float32, library, wait=True)
+    fused = fused_of(UNKNOWN[name], "deltas", torch.float32, library, wait=True)
     found = torch.empty(100)
     fused.given({}).store(chunk, found)
-    base, experts, _ = formed(chunk, "deltas")
+    (base, *experts), _ = formed(chunk, "deltas")
     assert same(found, UNKNOWN[name](base, experts)) and fused.problem
 
 
 def test_numbers_alone_belong_into_the_arguments() -> None:
     """Eagerly they would be computed in float64, in a loop in float32."""
     with pytest.raises(NotTraceableError, match="arguments"):
-        trace(lambda base, experts, **given: base * (given["a"] / given["b"]), True, 1, {"a": 1.0, "b": 3.0})
+        trace(lambda models, numbers: models[0] * (numbers["a"] / numbers["b"]), 2, {"a": 1.0, "b": 3.0})
 
 
 def test_a_loop_that_gives_other_bytes_is_not_used(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(source._UNCOMMON, "floor", lambda held, dtype: f"ceilf({held[0]})")
-    fused = Fused(lambda base, experts: torch.floor(experts[0]), "deltas", torch.float32, library, wait=True)
+    fused = fused_of(lambda base, experts: torch.floor(experts[0]), "deltas", torch.float32, library, wait=True)
     chunk = chunk_of(torch.float32)
     for _ in range(2):
         found = torch.empty(chunk.count)
         fused.given({}).store(chunk, found)
-        assert same(found, torch.floor(formed(chunk, "deltas")[1][0])) and "other bytes" in fused.problem
+        assert same(found, torch.floor(formed(chunk, "deltas")[0][1])) and "other bytes" in fused.problem
 
 
 def test_while_a_loop_is_built_work_goes_on(tmp_path: Path) -> None:
     library = library_in(tmp_path)
-    fused = Fused(lambda base, experts: base - experts[0] * 0.125, "deltas", torch.float32, library)
+    fused = fused_of(lambda base, experts: base - experts[0] * 0.125, "deltas", torch.float32, library)
     chunk, target = chunk_of(torch.bfloat16), torch.empty(5003)
     fused.given({}).store(chunk, target)
     assert not fused.checked  # the first chunk went the plain way
@@ -313,7 +326,7 @@ def test_while_a_loop_is_built_work_goes_on(tmp_path: Path) -> None:
 
 def test_a_library_cut_short_is_built_again(tmp_path: Path) -> None:
     library, chunk, target = library_in(tmp_path), chunk_of(torch.bfloat16), torch.empty(5003)
-    fused = Fused(
+    fused = fused_of(
         lambda base, experts: base * 0.25 + experts[0], "deltas", torch.float32, library, build=False, wait=True
     )
     loop = fused.loop(chunk, fused.given({}))
@@ -327,25 +340,55 @@ def test_a_library_cut_short_is_built_again(tmp_path: Path) -> None:
 
 def test_without_a_compiler_everything_runs_as_it_is(tmp_path: Path) -> None:
     chunk, target = chunk_of(torch.bfloat16), torch.empty(5003)
-    fused = Fused(lambda base, experts: base + experts[0], "deltas", torch.float32, Library(tmp_path, None), wait=True)
+    fused = fused_of(
+        lambda base, experts: base + experts[0], "deltas", torch.float32, Library(tmp_path, None), wait=True
+    )
     fused.given({}).store(chunk, target)
-    base, experts, _ = formed(chunk, "deltas")
-    assert base is not None and same(target, base + experts[0]) and not list(tmp_path.iterdir())
-    broken = Fused(
+    (base, *experts), _ = formed(chunk, "deltas")
+    assert same(target, base + experts[0]) and not list(tmp_path.iterdir())
+    broken = fused_of(
         lambda base, experts: base + experts[0], "deltas", torch.float32, Library(tmp_path, "/bin/false"), wait=True
     )
     broken.given({}).store(chunk, target)
     assert same(target, base + experts[0])
 
 
-def test_arguments_are_read_in_their_place() -> None:
-    held: Mapping[str, Any] = {
-        "index": Index(),
-        "n": [Beside(MemoryTensors({"w": torch.arange(9.0)}), "w"), 3, "x", None],
-    }
-    made = materialised(held, 2, 4, "cpu")
-    assert (
-        made["index"].tolist() == [2, 3, 4, 5]
-        and made["n"][0].tolist() == [2, 3, 4, 5]
-        and made["n"][1:] == [3, "x", None]
-    )
+@dataclass(frozen=True)
+class Inner:
+    number: float
+    text: str | None
+
+
+@dataclass(frozen=True)
+class Outer:
+    index: Tensor
+    parts: Sequence[Any]
+    inner: Inner
+    nothing: Inner | None = None
+
+
+def arguments(number: float = 0.5, text: str | None = None) -> Outer:
+    beside = read_beside(MemoryTensors({"w": torch.arange(9.0)}), "w")
+    return Outer(flat_index(), [beside, 3, "x", None], Inner(number, text))
+
+
+def test_stand_ins_among_the_arguments_become_tensors() -> None:
+    filled = materialised(arguments(), 2, 4, "cpu")
+    assert filled.index.tolist() == [2, 3, 4, 5] and filled.parts[0].tolist() == [2, 3, 4, 5]
+    assert filled.parts[1:] == [3, "x", None] and filled.inner == Inner(0.5, None) and filled.nothing is None
+
+
+def test_numbers_are_leaves_and_the_rest_is_the_form() -> None:
+    leaves, form = leaves_and_form(arguments())
+    assert [type(leaf) for leaf in leaves] == [Index, Beside, int, float] and leaves[2:] == [3, 0.5]
+    assert leaves_and_form(arguments(0.25))[1] == form != leaves_and_form(arguments(text="y"))[1]
+    assert leaves_and_form({"a": 1.0})[1] != leaves_and_form({"b": 1.0})[1]
+
+
+def test_a_function_is_not_handed_a_base_that_only_deltas_need(library: Library) -> None:
+    chunk, results = chunk_of(torch.bfloat16), []
+    for kept in (library, None):
+        fused = Fused(lambda models, _: models[0] * 0.5, "deltas", torch.float32, kept, wait=True, with_base=False)
+        results.append(torch.empty(chunk.count))
+        fused.given(()).store(chunk, results[-1])
+    assert same(*results) and same(results[0], formed(chunk, "deltas")[0][1] * 0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import OrderedDict
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -296,7 +297,7 @@ def kept_by(drop: RandomDrop, expert: str, tensor: str, start: int) -> torch.Ten
     """Which of COUNT elements from `start` on a drop leaves."""
     drawn = drop.drawn(Block(tensor, (), start, start + COUNT, None, (), (expert,)), [1.0])
     index = torch.arange(start, start + COUNT)
-    return dropped([torch.ones(COUNT)], {**drawn, "index": index})[0] > 0
+    return dropped([torch.ones(COUNT)], replace(drawn, index=index))[0] > 0
 
 
 def test_masks_of_experts_tensors_and_seeds_are_independent() -> None:

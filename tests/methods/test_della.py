@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mergecore import merge, methods
+from mergecore.identity.draws import random_key
 
 
 def della(**values: Any) -> methods.Della:
@@ -30,7 +31,7 @@ def test_kept_as_often_as_the_rank_says_and_unbiased() -> None:
     delta = torch.randn(rows, length, generator=torch.Generator().manual_seed(0)) + 0.01
     kept, total = torch.zeros(rows, length), torch.zeros(rows, length)
     for seed in range(seeds):
-        found = della(density=0.5, window=0.6, seed=seed).pruned(delta, "expert", "tensor")
+        found = della(density=0.5, window=0.6, seed=seed).pruned(delta, random_key(seed, "expert", "tensor"))
         kept += found != 0
         total += found
     rank = delta.abs().argsort(1).argsort(1)
@@ -45,9 +46,9 @@ def test_kept_as_often_as_the_rank_says_and_unbiased() -> None:
 
 def test_masks_of_experts_tensors_and_seeds_are_independent() -> None:
     delta = torch.ones(100, 100)
-    first = della(density=0.5).pruned(delta, "a", "t") != 0
+    first = della(density=0.5).pruned(delta, random_key(0, "a", "t")) != 0
     for other in (("b", "t", 0), ("a", "u", 0), ("a", "t", 1)):
-        second = della(density=0.5, seed=other[2]).pruned(delta, *other[:2]) != 0
+        second = della(density=0.5, seed=other[2]).pruned(delta, random_key(other[2], *other[:2])) != 0
         agree = float((first == second).float().mean())
         assert abs(agree - 0.5) < 0.03
 
@@ -56,16 +57,16 @@ def test_each_is_rescaled_by_its_own_probability() -> None:
     delta = torch.tensor([[0.1, -0.4, 0.3, 0.2]])
     p = torch.tensor([[0.4, 0.6, 0.5 + 1 / 30, 0.5 - 1 / 30]])
     for seed in range(8):
-        found = della(density=0.5, window=0.2, seed=seed).pruned(delta, "e", "t")
+        found = della(density=0.5, window=0.2, seed=seed).pruned(delta, random_key(seed, "e", "t"))
         kept = found != 0
         torch.testing.assert_close(found[kept], (delta / p)[kept])
-        plain = della(density=0.5, window=0.2, seed=seed, rescale="none").pruned(delta, "e", "t")
+        plain = della(density=0.5, window=0.2, seed=seed, rescale="none").pruned(delta, random_key(seed, "e", "t"))
         assert torch.equal(plain, torch.where(kept, delta, 0.0))
 
 
 def test_l1_norm_is_kept_as_in_mergekit() -> None:
     delta = torch.randn(30, 17, generator=torch.Generator().manual_seed(3))
-    found = della(rescale="l1").pruned(delta, "e", "t")
+    found = della(rescale="l1").pruned(delta, random_key(0, "e", "t"))
     kept = found != 0
     factor = delta.abs().sum() / delta[kept].abs().sum()
     torch.testing.assert_close(found[kept], delta[kept] * factor)
@@ -104,19 +105,21 @@ def test_nothing_dropped_leaves_election_and_mean() -> None:
 def test_rows_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """A large row changes no other; pieces of rows are worked on one after another without a trace."""
     delta = torch.randn(12, 2, 5, generator=torch.Generator().manual_seed(5))
-    first = della().pruned(delta, "e", "t")
+    first = della().pruned(delta, random_key(0, "e", "t"))
     larger = delta.clone()
     larger[3] *= 100
-    second = della().pruned(larger, "e", "t")
+    second = della().pruned(larger, random_key(0, "e", "t"))
     assert torch.equal(first[:3], second[:3]) and torch.equal(first[4:], second[4:])
     monkeypatch.setattr("mergecore.methods.della.BLOCK", 25)
-    assert torch.equal(first, della().pruned(delta, "e", "t"))
+    assert torch.equal(first, della().pruned(delta, random_key(0, "e", "t")))
 
 
 def test_equal_magnitudes_are_ranked_by_place() -> None:
     low = high = 0
     for seed in range(200):
-        kept = della(density=0.5, window=0.8, seed=seed).pruned(torch.full((1, 11), -0.5), "e", "t") != 0
+        kept = (
+            della(density=0.5, window=0.8, seed=seed).pruned(torch.full((1, 11), -0.5), random_key(seed, "e", "t")) != 0
+        )
         low, high = low + int(kept[0, 0]), high + int(kept[0, 10])
     assert low < 40 and high > 160
 
@@ -124,9 +127,9 @@ def test_equal_magnitudes_are_ranked_by_place() -> None:
 @pytest.mark.parametrize("rescale", ["inverse", "l1", "none"])
 def test_odd_shapes_and_zeros(rescale: str) -> None:
     for shape in ((), (0,), (0, 3), (1,), (3, 1), (2, 3, 2, 2)):
-        found = della(rescale=rescale).pruned(torch.full(shape, 0.5), "e", "t")
+        found = della(rescale=rescale).pruned(torch.full(shape, 0.5), random_key(0, "e", "t"))
         assert found.shape == shape and torch.isfinite(found).all()
-    assert not della(rescale=rescale).pruned(torch.zeros(4, 4), "e", "t").any()
+    assert not della(rescale=rescale).pruned(torch.zeros(4, 4), random_key(0, "e", "t")).any()
     found = merge(
         della(rescale=rescale),
         base={"w": torch.ones(5, 4, dtype=torch.bfloat16)},

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mergecore.methods import Average, Ties
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import DeltaMethod
 from mergecore.statistics import Threshold
 
 
@@ -46,7 +46,7 @@ class Half(Average):
     version: ClassVar[Any] = 0.5
 
 
-class Abstract(Method):
+class Abstract(DeltaMethod):
     name: ClassVar[str] = "abstract"
 
 
@@ -142,7 +142,7 @@ def test_a_name_that_is_taken_twice_names_both_packages(offer: Offer) -> None:
         ("number", "plugs:number", r"is no subclass of mergecore.plugins.method.Method"),
         ("renamed", "plugs:Renamed", r"calls itself 'other'; the entry point and `name` must be the same"),
         ("half", "plugs:Half", r"has the version 0.5, and a version is a whole number from 1"),
-        ("abstract", "plugs:Abstract", r"does not define merge, on"),
+        ("abstract", "plugs:Abstract", r"does not define merge; "),
     ],
 )
 def test_a_package_that_does_not_work_is_named(offer: Offer, name: str, target: str, problem: str) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mergecore.engine.kernels.device import device_function
 from mergecore.engine.kernels.source import BINS, COPIES, LANES, STORED, Loop, Out, Stored, stride
-from mergecore.engine.kernels.trace import NotTraceableError, form, leaves, mapped, trace
+from mergecore.engine.kernels.trace import NotTraceableError, leaves_and_form, mapped, trace
 from mergecore.native.library import Function, Library
 from mergecore.plugins.block import Beside, Index
 
@@ -29,6 +29,8 @@ EAGER = 1 << 16
 HALF = BINS // 2
 THREADS = 256
 """Threads of a block on a CUDA device, one per element."""
+
+Arguments = TypeVar("Arguments")
 
 
 @dataclass(frozen=True)
@@ -70,33 +72,34 @@ class Chunk:
 class Fused:
     """One function and the loops it has become, by the form of its arguments and the dtypes it meets.
 
-    function(base, experts, **arguments) → float32, stored in `out` or summed; or int32 patterns, which are counted: of each
-    their high half-words, or the low ones inside `windows` high ones. build: whether a loop that is not at hand is worth
-    building; wait: whether work waits for it.
+    function(models, arguments) → float32, stored in `out` or summed; or int32 patterns, which are counted: of each their
+    high half-words, or the low ones inside `windows` high ones. models: the experts, as `on` says, and before them the base
+    where `with_base`. build: whether a loop that is not at hand is worth building; wait: whether work waits for it.
     """
 
-    function: Callable[..., Any]
+    function: Callable[[Sequence[Tensor], Any], Any]
     on: Literal["weights", "deltas"]
     out: Out
     library: Library | None
     build: bool = True
     wait: bool = False
     windows: int = 0
+    with_base: bool = True
     problem: str = ""
     """Why it runs operation by operation, where it does."""
     loops: dict[Any, Loop | None] = field(default_factory=dict)
     checked: dict[str, bool] = field(default_factory=dict)
 
-    def given(self, arguments: Mapping[str, Any]) -> Given:
-        """The function with these arguments, for as many chunks as they hold for."""
-        held = leaves(arguments)
+    def given(self, arguments: Any) -> Given:
+        """Return the function with these arguments, for as many chunks as they hold for."""
+        leaves, form = leaves_and_form(arguments)
         return Given(
             self,
             arguments,
-            form(arguments),
-            tuple(one for one in held if isinstance(one, Beside)),
-            tuple(one for one in held if isinstance(one, float)),
-            (ctypes.c_int64 * max(len(held), 1))(*[one for one in held if isinstance(one, int)]),
+            form,
+            tuple([leaf for leaf in leaves if isinstance(leaf, Beside)]),
+            tuple([leaf for leaf in leaves if isinstance(leaf, float)]),
+            (ctypes.c_int64 * max(len(leaves), 1))(*[leaf for leaf in leaves if isinstance(leaf, int)]),
         )
 
     def loop(self, chunk: Chunk, given: Given) -> Loop | None:
@@ -114,8 +117,9 @@ class Fused:
             self.problem = f"no loop reads {next(one.dtype for one in held if one.dtype not in STORED)}"
             return None
         try:
-            found = trace(self.function, chunk.base is not None, len(chunk.experts), given.arguments)
-            loop = Loop(found, tuple(held), chunk.base is not None, self.on, self.out, self.windows)
+            based = chunk.base is not None
+            found = trace(self.function, based + len(chunk.experts), given.arguments, based and not self.with_base)
+            loop = Loop(found, tuple(held), based, self.on, self.out, self.windows)
             _ = loop.text
             return loop
         except (NotTraceableError, KeyError) as error:
@@ -135,7 +139,7 @@ class Given:
     """A function with its arguments."""
 
     fused: Fused
-    arguments: Mapping[str, Any]
+    arguments: Any
     form: Any
     beside: tuple[Beside, ...]
     reals: tuple[float, ...]
@@ -161,14 +165,13 @@ class Given:
         loop = self.fused.loop(chunk, self) if target.is_cuda and self.fused.library is not None else None
         call = device_function(loop.text) if loop is not None else None
         if loop is None or call is None:
-            base, experts, _ = formed(chunk, self.fused.on, check=False)
-            made = materialised(self.arguments, chunk.start, chunk.count, target.device)
-            target.copy_(self.fused.function(base, experts, **made))
-            for place, values in ((0, [one for one in (base, *experts) if one is not None]), (1, [target])):
-                for one in values:
-                    flags[place].logical_or_((~torch.isfinite(one)).any())
+            models, _ = formed(chunk, self.fused.on, check=False)
+            target.copy_(self._result(chunk, models, target.device))
+            for number, values in ((0, models), (1, [target])):
+                for tensor in values:
+                    flags[number].logical_or_((~torch.isfinite(tensor)).any())
             return flags
-        held = materialised({"beside": list(self.beside)}, chunk.start, chunk.count, target.device)["beside"]
+        held = materialised(self.beside, chunk.start, chunk.count, target.device)
         reals = torch.tensor([*loop.trace.literals, *self.reals, 0.0], dtype=torch.float64)
         whole = torch.tensor([chunk.start, chunk.count, *self.wholes], dtype=torch.int64)
         arrays = [*([] if chunk.base is None else [chunk.base]), *chunk.experts, *held, target]
@@ -264,12 +267,16 @@ class Given:
 
     # --- operation by operation -----------------------------------------------------------------------------------
 
+    def _result(self, chunk: Chunk, models: Sequence[Tensor], device: torch.device) -> Any:
+        """Return the function's own result for a chunk. models: as `formed` gives them."""
+        seen = models if chunk.base is None or self.fused.with_base else models[1:]
+        return self.fused.function(seen, materialised(self.arguments, chunk.start, chunk.count, device))
+
     def _plainly_stored(self, chunk: Chunk, target: Tensor) -> tuple[bool, bool]:
         read = made = False
         for first, end, part in chunk.parts(EAGER):
-            base, experts, lost = formed(part, self.fused.on)
-            held = materialised(self.arguments, part.start, part.count, target.device)
-            found = target[first:end].copy_(self.fused.function(base, experts, **held))
+            models, lost = formed(part, self.fused.on)
+            found = target[first:end].copy_(self._result(part, models, target.device))
             made |= not bool(torch.isfinite(found).all())
             read |= lost
         return read, made
@@ -277,14 +284,10 @@ class Given:
     def _plainly_counted(self, chunk: Chunk, windows: Sequence[int], bins: NDArray[np.uint32]) -> bool:
         found, per = np.zeros_like(bins), self.fused.windows
         for _, _, part in chunk.parts(EAGER):
-            base, experts, lost = formed(part, self.fused.on)
+            models, lost = formed(part, self.fused.on)
             if lost:
                 return True
-            device = experts[0].device
-            patterns = self.fused.function(
-                base, experts, **materialised(self.arguments, part.start, part.count, device)
-            )
-            for result, pattern in enumerate(patterns):
+            for result, pattern in enumerate(self._result(part, models, models[0].device)):
                 high = pattern >> 16
                 if not per:
                     found[result, 0, :BINS] += _counts(high + HALF)
@@ -296,12 +299,10 @@ class Given:
 
     def _plainly_summed(self, chunk: Chunk, lanes: NDArray[np.float64]) -> bool:
         for _, _, part in chunk.parts(EAGER):
-            base, experts, lost = formed(part, self.fused.on)
+            models, lost = formed(part, self.fused.on)
             if lost:
                 return True
-            device = experts[0].device
-            held = materialised(self.arguments, part.start, part.count, device)
-            for number, values in enumerate(self.fused.function(base, experts, **held)):
+            for number, values in enumerate(self._result(part, models, models[0].device)):
                 wide = values.cpu().numpy().astype(np.float64)
                 whole = len(wide) // LANES * LANES
                 for one in wide[:whole].reshape(-1, LANES):
@@ -333,10 +334,11 @@ def _counts(numbers: Tensor) -> NDArray[np.uint32]:
     return torch.bincount(numbers, minlength=BINS).cpu().numpy().astype(np.uint32)
 
 
-def formed(chunk: Chunk, on: str, check: bool = True) -> tuple[Tensor | None, list[Tensor], bool]:
-    """Base and experts in float32, the experts' weights or deltas, and (asked to check) whether one is not finite."""
+def formed(chunk: Chunk, on: str, check: bool = True) -> tuple[list[Tensor], bool]:
+    """Base (where there is one) and experts in float32, the experts' weights or deltas, and (asked to check) whether one is
+    not finite."""
     base = None if chunk.base is None else chunk.base.to(torch.float32)
-    experts = []
+    models = [] if base is None else [base]
     for stored, delta in zip(chunk.experts, chunk.deltas, strict=True):
         wide = stored.to(torch.float32)
         if on == "deltas" and not delta:
@@ -345,13 +347,12 @@ def formed(chunk: Chunk, on: str, check: bool = True) -> tuple[Tensor | None, li
         elif on == "weights" and delta:
             assert base is not None
             wide = base + wide
-        experts.append(wide)
-    held = [one for one in (base, *experts) if one is not None]
-    return base, experts, check and any(not bool(torch.isfinite(one).all()) for one in held)
+        models.append(wide)
+    return models, check and any(not bool(torch.isfinite(model).all()) for model in models)
 
 
-def materialised(arguments: Mapping[str, Any], start: int, count: int, device: torch.device | str) -> dict[str, Any]:
-    """The arguments with tensors where they name what lies beside a block or its flat index."""
+def materialised(arguments: Arguments, start: int, count: int, device: torch.device | str) -> Arguments:
+    """Return the arguments with tensors where they name what lies beside a block or its flat index."""
 
     def made(leaf: Any) -> Any:
         if isinstance(leaf, Index):
@@ -360,5 +361,5 @@ def materialised(arguments: Mapping[str, Any], start: int, count: int, device: t
             return leaf.read(start, start + count).to(device, torch.float32)
         return leaf
 
-    found: dict[str, Any] = mapped(arguments, made)
-    return found
+    filled: Arguments = mapped(arguments, made)
+    return filled

@@ -8,7 +8,7 @@ arguments of the loop: methods that differ in them alone share one loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -63,61 +63,68 @@ class Trace:
     """Whether the flat index is asked for; it then is the last input."""
 
 
-def leaves(arguments: Any) -> list[Any]:
-    """The numbers, `Index` and `Beside` in nested arguments, in order; texts, bools and None are the function's form."""
-    found: list[Any] = []
-    _gather(arguments, found)
-    return found
+def leaves_and_form(arguments: Any) -> tuple[list[Any], Any]:
+    """Return the leaves of nested arguments, and their form.
+
+    Arguments are dataclasses, mappings, lists and tuples, of anything. The leaves are the numbers, `Index` and `Beside` in
+    it, in order. The form is all the rest: types, names of keys, texts, bools and None. It decides the loop.
+    """
+    leaves: list[Any] = []
+    return leaves, _walked(arguments, leaves)
 
 
-def _gather(arguments: Any, found: list[Any]) -> None:
+def _walked(arguments: Any, leaves: list[Any]) -> Any:
     kind = type(arguments)
     if kind is float or kind is int:  # nearly all are: and this is done for every piece of every tensor
-        found.append(arguments)
-    elif isinstance(arguments, list | tuple):
-        for value in arguments:
-            _gather(value, found)
-    elif isinstance(arguments, Mapping):
-        for value in arguments.values():
-            _gather(value, found)
-    elif arguments is not None and not isinstance(arguments, str | bool):
-        found.append(arguments)
+        leaves.append(arguments)
+        return kind
+    if kind is list or kind is tuple:
+        return tuple([_walked(value, leaves) for value in arguments])
+    names = _names_of(kind)
+    if names is not None:
+        return kind, *[_walked(getattr(arguments, name), leaves) for name in names]
+    if isinstance(arguments, Mapping):
+        return tuple([(name, _walked(value, leaves)) for name, value in arguments.items()])
+    if arguments is None or isinstance(arguments, str | bool):
+        return arguments
+    leaves.append(arguments)
+    return kind
 
 
 def mapped(arguments: Any, change: Callable[[Any], Any]) -> Any:
-    """The same nested arguments with `change` done to every leaf."""
-    if isinstance(arguments, Mapping):
-        return {name: mapped(value, change) for name, value in arguments.items()}
+    """Return the same nested arguments with `change` done to every leaf."""
     if isinstance(arguments, list | tuple):
         return [mapped(value, change) for value in arguments]
+    names = _names_of(type(arguments))
+    if names is not None:
+        return type(arguments)(*[mapped(getattr(arguments, name), change) for name in names])
+    if isinstance(arguments, Mapping):
+        return {name: mapped(value, change) for name, value in arguments.items()}
     return arguments if arguments is None or isinstance(arguments, str | bool) else change(arguments)
 
 
-def form(arguments: Any) -> Any:
-    """What of the arguments decides the loop: everything but the numbers."""
-    kind = type(arguments)
-    if kind is float or kind is int:
-        return kind
-    if isinstance(arguments, list | tuple):
-        return tuple([form(value) for value in arguments])
-    if isinstance(arguments, Mapping):
-        return tuple([(name, form(value)) for name, value in arguments.items()])
-    return arguments if arguments is None or isinstance(arguments, str | bool) else kind
+_names: dict[type, tuple[str, ...] | None] = {Index: None, Beside: None}
+
+
+def _names_of(kind: type) -> tuple[str, ...] | None:
+    """Return the fields of a dataclass, in order; None for every other type, and for what is a leaf."""
+    if kind not in _names:
+        _names[kind] = tuple(field.name for field in fields(kind)) if is_dataclass(kind) else None
+    return _names[kind]
 
 
 def trace(
-    function: Callable[..., Tensor | Sequence[Tensor]], base: bool, experts: int, arguments: Mapping[str, Any]
+    function: Callable[[Sequence[Tensor], Any], Tensor | Sequence[Tensor]], models: int, arguments: Any, unseen: int = 0
 ) -> Trace:
-    """The operations of function(base, experts, **arguments), which gives one value per element or several.
+    """Return the operations of function(models, arguments), which gives one value per element or several.
 
-    base: whether there is one. Raises NotTraceableError.
+    unseen: how many of the first `models` are read, but not handed to the function. Raises NotTraceableError.
     """
     tracer = _Tracer()
-    ground = tracer.element(torch.float32) if base else None
-    chunks = [tracer.element(torch.float32) for _ in range(experts)]
-    held = mapped(arguments, tracer.stand_in)
+    chunks: Any = [tracer.element(torch.float32) for _ in range(models)][unseen:]
+    stand_ins = mapped(arguments, tracer.stand_in)
     try:
-        found = function(ground, chunks, **held)
+        found = function(chunks, stand_ins)
     except NotTraceableError:
         raise
     except Exception as error:  # torch.fx and torch raise what they like; the function itself is tried eagerly anyway
