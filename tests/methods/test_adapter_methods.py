@@ -60,13 +60,13 @@ def expert(
     name: str, scaling: float = 1.0, transposed: bool = False, **modules: tuple[Tensor, Tensor]
 ) -> AdapterExpert:
     """An adapter in memory: module → (down, up)."""
-    held, factors, shapes = {}, {}, {}
+    tensors, factors, shapes = {}, {}, {}
     for module, (down, up) in modules.items():
-        held |= {f"{module}.down": down, f"{module}.up": up}
+        tensors |= {f"{module}.down": down, f"{module}.up": up}
         factors[f"{module}.weight"] = Factor(f"{module}.down", f"{module}.up", scaling, transposed)
         shape = (up.shape[0], down.shape[1])
         shapes[f"{module}.weight"] = shape[::-1] if transposed else shape
-    return AdapterExpert(name, name, MemoryTensors(held), factors, shapes)
+    return AdapterExpert(name, name, MemoryTensors(tensors), factors, shapes)
 
 
 def drawn(name: str, rank: int, seed: int, scaling: float = 1.0, rows: int = 9, columns: int = 7) -> AdapterExpert:
@@ -76,23 +76,23 @@ def drawn(name: str, rank: int, seed: int, scaling: float = 1.0, rows: int = 9, 
     )
 
 
-def change(one: AdapterExpert, target: str = "m.weight") -> Tensor:
-    held = low_rank(one, target)
-    assert held is not None
-    return held.scaling * held.up @ held.down
+def change(adapter: AdapterExpert, target: str = "m.weight") -> Tensor:
+    tensors = low_rank(adapter, target)
+    assert tensors is not None
+    return tensors.scaling * tensors.up @ tensors.down
 
 
 def result(method: Method, experts: Sequence[AdapterExpert], target: str = "m.weight") -> Tensor:
     """ΔW of what is made."""
     assert isinstance(method, AdapterMethod)
-    shapes = {name: TensorInfo("F32", shape) for one in experts for name, shape in one.shapes.items()}
-    found = dict(combined_modules(method, experts, shapes))[target]
-    assert found.down.shape[0] == found.up.shape[1] == ranks_made(method, experts, shapes)[target]
-    return found.up @ found.down
+    shapes = {name: TensorInfo("F32", shape) for adapter in experts for name, shape in adapter.shapes.items()}
+    actual = dict(combined_modules(method, experts, shapes))[target]
+    assert actual.down.shape[0] == actual.up.shape[1] == ranks_made(method, experts, shapes)[target]
+    return actual.up @ actual.down
 
 
-def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-9) -> None:
-    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+def close(actual: Tensor, wanted: Tensor, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
 
 
 # --- one adapter is that adapter --------------------------------------------------------------------------------------
@@ -101,8 +101,8 @@ def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-9) -> None:
 @pytest.mark.parametrize(("name", "values"), VARIANTS, ids=str)
 def test_one_adapter_is_that_adapter(name: str, values: dict[str, Any]) -> None:
     for seed, scaling in ((0, 1.0), (1, 2.0), (2, 0.37), (3, -1.5)):
-        one = drawn("one", 4, seed, scaling)
-        close(result(MAKING[name].model_validate(values), [one]), change(one))
+        adapter = drawn("one", 4, seed, scaling)
+        close(result(MAKING[name].model_validate(values), [adapter]), change(adapter))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,12 +113,12 @@ def test_one_adapter_as_peft_folds_it(name: str, kind: str, bases: Callable[[str
     base = bases(family)
     adapter, folded = adapted(family, base, tmp_path, **values)
     merge_into({"method": name, "base": base, "experts": [adapter]}, tmp_path / "out")
-    found, wanted = loaded(family, base, tmp_path / "out"), weights(folded)
+    actual, wanted = loaded(family, base, tmp_path / "out"), weights(folded)
     before = weights(base)
     for tensor in before:
-        torch.testing.assert_close(found[tensor], wanted[tensor], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(actual[tensor], wanted[tensor], rtol=1e-5, atol=1e-6)
     touched = {tensor for tensor in before if not torch.equal(before[tensor], wanted[tensor])}
-    assert touched == {tensor for tensor in before if not torch.equal(before[tensor], found[tensor])}
+    assert touched == {tensor for tensor in before if not torch.equal(before[tensor], actual[tensor])}
 
 
 def loaded(family: str, base: Path, adapter: Path) -> dict[str, Tensor]:
@@ -146,7 +146,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def test_the_sum_is_exact_and_ranks_add_up() -> None:
     experts = [drawn("a", 2, 0, 0.5), drawn("b", 3, 1, 2.0), drawn("c", 1, 2)]
-    deltas = [change(one) for one in experts]
+    deltas = [change(adapter) for adapter in experts]
     method = LoraArithmetic(weights=(1, -2, 0.5), scale=0.7)
     close(result(method, experts), 0.7 * (deltas[0] - 2 * deltas[1] + 0.5 * deltas[2]))
     assert method.rank_made("m", [2, 3, 1], (9, 7)) == 6
@@ -193,24 +193,24 @@ def test_worked_numbers() -> None:
     """specs 5(g): one unit each, B = [2, 0] both, s = 1, k = 1."""
     up = torch.tensor([[2.0], [0.0]])
     experts = [expert("a", m=(torch.tensor([[1.0, 0]]), up)), expert("b", m=(torch.tensor([[0.8, 0.6]]), up))]
-    found = result(LoraLego(rank=1), experts)
-    close(found, torch.tensor([[1.83673, 0.61224], [0, 0]], dtype=torch.float64), 1e-5)
+    actual = result(LoraLego(rank=1), experts)
+    close(actual, torch.tensor([[1.83673, 0.61224], [0, 0]], dtype=torch.float64), 1e-5)
     shapes = {"m.weight": TensorInfo("F32", (2, 2))}
     combined = dict(combined_modules(LoraLego(rank=1), experts, shapes))["m.weight"]
     close(combined.down, torch.tensor([[0.90914, 0.30305]], dtype=torch.float64), 1e-5)
     close(combined.up, torch.tensor([[2.02031], [0]], dtype=torch.float64), 1e-5)
     for reweight in ("max", "none"):  # the largest magnitude of both, and of the centroid, is 2
-        found = result(LoraLego.model_validate({"rank": 1, "reweight": reweight}), experts)
-        close(found, torch.tensor([[1.8, 0.6], [0, 0]], dtype=torch.float64), 1e-6)
+        actual = result(LoraLego.model_validate({"rank": 1, "reweight": reweight}), experts)
+        close(actual, torch.tensor([[1.8, 0.6], [0, 0]], dtype=torch.float64), 1e-6)
     doubled = [expert("a", m=(torch.tensor([[1.0, 0]]), up)), expert("b", m=(torch.tensor([[4.0, 3]]), up))]
-    found = result(LoraLego(rank=1, reweight="max", output="none"), doubled)
+    actual = result(LoraLego(rank=1, reweight="max", output="none"), doubled)
     ratio = (2 + 4) / 2 / 2.5  # magnitudes 2 and 4, of the centroid [2.5, 1.5, 2, 0] 2.5
-    close(found, torch.tensor([[5.0, 3.0], [0, 0]], dtype=torch.float64) * ratio**2, 1e-6)
+    close(actual, torch.tensor([[5.0, 3.0], [0, 0]], dtype=torch.float64) * ratio**2, 1e-6)
 
 
 def test_all_units_kept_is_the_sum_and_with_the_paper_s_factor_the_sum_over_the_root() -> None:
     experts = [drawn("a", 3, 0, 0.5), drawn("b", 3, 1, 2.0), drawn("c", 3, 2)]
-    whole = sum(change(one) for one in experts)
+    whole = sum(change(adapter) for adapter in experts)
     assert isinstance(whole, Tensor)
     close(result(LoraLego(rank=9, output="none"), experts), whole)
     close(result(LoraLego(rank=9), experts), whole / 3**0.5)
@@ -220,21 +220,21 @@ def copies(flipped: bool = False, scaled: bool = False) -> list[AdapterExpert]:
     """One adapter four times, its units in other orders; with other signs; with other balances of the two factors."""
     draw = torch.Generator().manual_seed(5)
     down, up = torch.randn(4, 7, generator=draw), torch.randn(9, 4, generator=draw)
-    found = []
+    actual = []
     for number in range(4):
         order = torch.randperm(4, generator=draw)
         signs = torch.where(torch.rand(4, generator=draw) < 0.5, -1.0, 1.0) if flipped else torch.ones(4)
         ratio = 2 ** torch.randint(-2, 3, (4,), generator=draw).float() if scaled else torch.ones(4)
         factor = (signs * ratio)[:, None]
-        found.append(expert(f"{number}", 1.5, m=(down[order] * factor, up[:, order] / factor.T)))
-    return found
+        actual.append(expert(f"{number}", 1.5, m=(down[order] * factor, up[:, order] / factor.T)))
+    return actual
 
 
 @pytest.mark.parametrize("gauge", ["as_given", "canonical"])
 def test_shuffled_copies_are_the_adapter(gauge: Any) -> None:
     experts = copies()
     close(result(LoraLego(gauge=gauge), experts), change(experts[0]))
-    mean = torch.stack([change(one) for one in experts]).mean(0)
+    mean = torch.stack([change(adapter) for adapter in experts]).mean(0)
     close(mean, change(experts[0]))
 
 
@@ -263,8 +263,8 @@ def test_noisy_copies_at_right_angles_to_the_pool_keep_their_signs() -> None:
     weak = up[:, 1:].double() @ up[:, 1:].double().T
 
     def error(gauge: Any) -> float:
-        found = weak @ result(LoraLego(gauge=gauge), experts)
-        return float((found - wanted).norm() / wanted.norm())
+        actual = weak @ result(LoraLego(gauge=gauge), experts)
+        return float((actual - wanted).norm() / wanted.norm())
 
     assert error("canonical") < 0.05
     assert error("as_given") > 0.3
@@ -273,13 +273,13 @@ def test_noisy_copies_at_right_angles_to_the_pool_keep_their_signs() -> None:
 def test_untrained_modules_and_few_units() -> None:
     """B = 0 as adapters start: those units do not bend the others. None left, and fewer distinct than clusters: zeros."""
     untrained = expert("b", m=(torch.randn(3, 7), torch.zeros(9, 3)))
-    one = drawn("a", 3, 0)
-    close(result(LoraLego(), [one, untrained]), change(one))
+    adapter = drawn("a", 3, 0)
+    close(result(LoraLego(), [adapter, untrained]), change(adapter))
     assert not result(LoraLego(), [untrained]).any()
     assert not result(LoraLego(gauge="canonical"), [untrained]).any()
     twice = expert("c", m=(torch.ones(3, 7), torch.ones(9, 3)))
-    found = result(LoraLego(rank=2), [twice])  # three equal units, two clusters asked for: one centroid, and a zero
-    close(found, torch.ones(9, 7, dtype=torch.float64) * (3 / 2) ** 0.5)
+    actual = result(LoraLego(rank=2), [twice])  # three equal units, two clusters asked for: one centroid, and a zero
+    close(actual, torch.ones(9, 7, dtype=torch.float64) * (3 / 2) ** 0.5)
 
 
 def test_more_clusters_than_units_is_refused_by_name() -> None:
@@ -311,19 +311,19 @@ def test_what_is_made_is_an_adapter_that_peft_loads(bases: Callable[[str], Path]
     experts = experts_named(two(base, tmp_path))
     recipe = {"base": base, "experts": experts}
     merge_into({"method": "task_arithmetic", "scale": 1.0, **recipe}, tmp_path / "dense")
-    found = merge_into({"method": "lora_arithmetic", **recipe}, tmp_path / "out")
+    actual = merge_into({"method": "lora_arithmetic", **recipe}, tmp_path / "out")
     wanted = weights(tmp_path / "dense")
     for name, value in loaded("llama", base, tmp_path / "out").items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["target_modules"] == sorted([*ATTENTION, *FEED_FORWARD])
     assert config["base_model_name_or_path"] and config["task_type"] == "CAUSAL_LM"
-    held = load_file(tmp_path / "out/adapter_model.safetensors")
-    assert held["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"].shape == (7, 32)
+    tensors = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"].shape == (7, 32)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "mergeloom.yaml",
     ]  # fmt: skip
-    assert merge_into({"method": "lora_arithmetic", **recipe}, tmp_path / "again").digest == found.digest
+    assert merge_into({"method": "lora_arithmetic", **recipe}, tmp_path / "again").digest == actual.digest
     # And it is an expert like any other.
     merge_into({"method": "average", "base": base, "experts": [tmp_path / "out"]}, tmp_path / "folded")
     for name, value in weights(tmp_path / "folded").items():
@@ -337,9 +337,9 @@ def test_the_command_says_the_error_of_a_cut(bases: Callable[[str], Path], tmp_p
     said = command(tmp_path, recipe)
     assert said.exit_code == 0 and "was lost by the cut" in said.output
     assert "Relative error of the cut" in (tmp_path / "out/README.md").read_text()
-    held = load_file(tmp_path / "out/adapter_model.safetensors")
-    assert {value.dtype for value in held.values()} == {torch.bfloat16}
-    assert {value.shape[0] for name, value in held.items() if "lora_A" in name} == {2}
+    tensors = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.bfloat16}
+    assert {value.shape[0] for name, value in tensors.items() if "lora_A" in name} == {2}
 
 
 def test_select_leaves_modules_out(bases: Callable[[str], Path], tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_in_a_sweep_the_model_is_the_base_plus_the_adapter(bases: Callable[[str]
         plan = merge_plan(pool, name, **values)
         done = run_for(place, plan)
         assert not done.failures and len(done.steps) == 2
-        assert [one.step.kind for one in plan.inputs["adapter"]] == ["adapter"]
+        assert [adapter.step.kind for adapter in plan.inputs["adapter"]] == ["adapter"]
         folder = place.store.folder(plan.inputs["adapter"][0].step)
         merge_into({"method": name, **values, "base": base, "experts": experts_named(experts)}, tmp_path / name)
         assert (folder / "adapter_model.safetensors").read_bytes() == (
@@ -416,11 +416,11 @@ def test_in_a_sweep_the_model_is_the_base_plus_the_adapter(bases: Callable[[str]
         ).read_bytes()
         record = place.store.record(plan.step)
         assert record is not None
-        found = open_files(
+        actual = open_files(
             place.store.folder(plan.step), [file for file in record.files if file.endswith(".safetensors")]
         )
         for tensor, wanted in loaded("llama", base, tmp_path / name).items():
-            torch.testing.assert_close(found.read(tensor).view(wanted.shape), wanted, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(actual.read(tensor).view(wanted.shape), wanted, rtol=1e-5, atol=1e-6)
         place.store.drop(plan.step)
         assert run_for(place, plan).steps == [plan.step.name], "the adapter is there still"
 
@@ -440,7 +440,7 @@ def test_a_sweep_registers_the_adapter(tmp_path: Path, monkeypatch: pytest.Monke
     experts = [tiny_lm.write_adapter(base, tmp_path / f"e{seed}", seed) for seed in (1, 2)]
     spec = {
         "name": "adapters", "base": {"source": str(base), "known_as": "tiny"}, "counts": [2],
-        "experts": [{"name": one.name, "source": str(one), "tasks": ["tiny_choice"]} for one in experts],
+        "experts": [{"name": adapter.name, "source": str(adapter), "tasks": ["tiny_choice"]} for adapter in experts],
         "methods": [{"method": "lora_arithmetic", "rank": 2, "aggregate": "mean"}],
         "evaluate": {
             "path": str(tiny_lm.write_tasks(tmp_path / "tasks", items=4)), "held_in": {"choice": ["tiny_choice"]},
@@ -449,7 +449,7 @@ def test_a_sweep_registers_the_adapter(tmp_path: Path, monkeypatch: pytest.Monke
         "output": {"store": str(tmp_path / "store"), "dtype": "bfloat16", "register": {"name": "r"}},
     }  # fmt: skip
     swept = opened(spec)
-    cell = next(one for one in swept.plan.cells if one.method == "lora_arithmetic")
+    cell = next(adapter for adapter in swept.plan.cells if adapter.method == "lora_arithmetic")
     monkeypatch.setattr(mergecore.sweeps.complete, "winner", lambda frontier, sweep: Winner(cell.id, "test"))
     assert not swept.run().failures
     record = swept.registered()

@@ -14,8 +14,8 @@ ROW = torch.tensor([0.1, -0.4, 0.3, 0.2, 0.05])
 @pytest.mark.parametrize("scope", ["row", "tensor"])
 def test_worked_row(scope: str) -> None:
     method = methods.Breadcrumbs.model_validate({"scale": 0.5, "density": 0.4, "outliers": 0.2, "scope": scope})
-    found = merge(method, base={"w": torch.ones(5)}, experts=[{"w": 1 + ROW}, {"w": 1 + ROW}])["w"]
-    torch.testing.assert_close(found, 1 + torch.tensor([0, 0, 0.3, 0.2, 0]))
+    actual = merge(method, base={"w": torch.ones(5)}, experts=[{"w": 1 + ROW}, {"w": 1 + ROW}])["w"]
+    torch.testing.assert_close(actual, 1 + torch.tensor([0, 0, 0.3, 0.2, 0]))
 
 
 def masked(delta: Tensor, **values: object) -> Tensor:
@@ -24,13 +24,13 @@ def masked(delta: Tensor, **values: object) -> Tensor:
 
 def test_rows_are_the_last_axis() -> None:
     rows = torch.stack([ROW, ROW.flip(0)])
-    found = masked(rows, density=0.4, outliers=0.2, scope="row")
+    actual = masked(rows, density=0.4, outliers=0.2, scope="row")
     expected = torch.tensor([0, 0, 0.3, 0.2, 0])
-    assert torch.equal(found, torch.stack([expected, expected.flip(0)]))
+    assert torch.equal(actual, torch.stack([expected, expected.flip(0)]))
     delta = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
-    found = masked(delta, density=0.4, outliers=0.2, scope="row")
+    actual = masked(delta, density=0.4, outliers=0.2, scope="row")
     single = [masked(row, density=0.4, outliers=0.2) for row in delta.view(-1, 5)]
-    assert torch.equal(found.view(-1, 5), torch.stack(single))
+    assert torch.equal(actual.view(-1, 5), torch.stack(single))
 
 
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.29, 0.5])
@@ -51,17 +51,17 @@ def test_exact_counts(density: float, outliers: float, bfloat16: bool) -> None:
 def test_no_outlier_in_a_small_tensor() -> None:
     """⌊0.01 · 50⌋ = 0: nothing is too large, and the tensor is not emptied."""
     delta = torch.randn(50, generator=torch.Generator().manual_seed(2))
-    found = masked(delta, density=0.5, outliers=0.01)
-    assert int((found != 0).sum()) == 25
-    assert torch.equal(found != 0, delta.abs() >= delta.abs().sort().values[25])
+    actual = masked(delta, density=0.5, outliers=0.01)
+    assert int((actual != 0).sum()) == 25
+    assert torch.equal(actual != 0, delta.abs() >= delta.abs().sort().values[25])
 
 
 @pytest.mark.parametrize("scope", ["row", "tensor"])
 def test_odd_shapes(scope: str) -> None:
     for shape in ((), (0,), (0, 3), (1,), (3, 1), (1, 3)):
         delta = torch.full(shape, 0.5)
-        found = masked(delta, scope=scope)
-        assert found.shape == delta.shape
+        actual = masked(delta, scope=scope)
+        assert actual.shape == delta.shape
     assert masked(torch.tensor(0.5), scope=scope) == 0.5
     assert torch.equal(masked(torch.zeros(4, 4), scope=scope), torch.zeros(4, 4))
     assert torch.equal(
@@ -74,9 +74,9 @@ def test_without_tails_it_is_task_arithmetic() -> None:
     torch.manual_seed(3)
     base = {"w": torch.randn(7, 5)}
     experts = [{"w": torch.randn(7, 5)} for _ in range(3)]
-    found = merge(methods.Breadcrumbs(scale=0.3, density=1, outliers=0), base=base, experts=experts)
+    actual = merge(methods.Breadcrumbs(scale=0.3, density=1, outliers=0), base=base, experts=experts)
     expected = merge(methods.TaskArithmetic(scale=0.3), base=base, experts=experts)
-    assert torch.equal(found["w"], expected["w"])
+    assert torch.equal(actual["w"], expected["w"])
 
 
 def test_shares_that_overlap_are_refused() -> None:

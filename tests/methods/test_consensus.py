@@ -49,16 +49,16 @@ def test_without_masks_it_is_task_arithmetic_and_ties() -> None:
     base = {"w": torch.randn(400, generator=torch.Generator().manual_seed(9))}
     experts = [{"w": base["w"] + row} for row in RANDOM]
 
-    def made(method: methods.Method) -> Tensor:
+    def merged_by(method: methods.Method) -> Tensor:
         return merge(method, base=base, experts=experts)["w"]
 
     def consensus(**values: Any) -> Tensor:
-        return made(methods.Consensus.model_validate({"scale": 0.7, "minimum_tasks": 0, **values}))
+        return merged_by(methods.Consensus.model_validate({"scale": 0.7, "minimum_tasks": 0, **values}))
 
-    assert torch.equal(consensus(), made(methods.TaskArithmetic(scale=0.7)))
+    assert torch.equal(consensus(), merged_by(methods.TaskArithmetic(scale=0.7)))
     for multi_task, count in (("ties", "at_least"), ("ties_published", "published")):
         values = {"density": 0.3, "scale": 0.7, "aggregate": "sum", "count": count}
-        expected = made(methods.Ties.model_validate(values))
+        expected = merged_by(methods.Ties.model_validate(values))
         assert torch.equal(consensus(multi_task=multi_task, density=0.3), expected)
 
 
@@ -72,8 +72,8 @@ def test_against_the_definition(multi_task: str, scale: float | list[float]) -> 
         together = torch.where(kept.sign() == kept.sum(0).sign(), kept, 0.0).sum(0)
     spread = torch.tensor(scale).reshape(-1, 1)
     counts = (RANDOM.abs() > spread * (together - RANDOM).abs()).sum(0)
-    found = merged(RANDOM, multi_task=multi_task, mask_scale=scale)
-    torch.testing.assert_close(found, torch.where(counts >= 2, together, 0.0))
+    actual = merged(RANDOM, multi_task=multi_task, mask_scale=scale)
+    torch.testing.assert_close(actual, torch.where(counts >= 2, together, 0.0))
 
 
 def test_one_expert_is_given_back() -> None:
@@ -102,8 +102,8 @@ def test_bfloat16_and_odd_shapes() -> None:
     base = {n: torch.randn(shape, generator=generator).to(torch.bfloat16) for n, shape in shapes.items()}
     experts = [{n: (v * 1.1).to(torch.bfloat16) for n, v in base.items()} for _ in range(3)]
     method = methods.Consensus(scale=0.5, multi_task="ties")
-    found = merge(method, base=base, experts=experts)
-    assert {n: (v.shape, v.dtype) for n, v in found.items()} == {n: (v.shape, v.dtype) for n, v in base.items()}
+    actual = merge(method, base=base, experts=experts)
+    assert {n: (v.shape, v.dtype) for n, v in actual.items()} == {n: (v.shape, v.dtype) for n, v in base.items()}
 
 
 def test_refusals() -> None:

@@ -19,9 +19,9 @@ def della(**values: Any) -> methods.Della:
 def test_worked_probabilities() -> None:
     magnitude = torch.tensor([0.1, 0.4, 0.3, 0.2])
     rank = magnitude.argsort().argsort()
-    found = della(density=0.5, window=0.2).probabilities(4)[rank]
+    actual = della(density=0.5, window=0.2).probabilities(4)[rank]
     expected = torch.tensor([0.4, 0.6, 0.5 + 1 / 30, 0.5 - 1 / 30], dtype=torch.float64)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
     assert della(density=0.93, window=0.14).probabilities(9).max() <= 1
     assert della(density=0.6).probabilities(1).tolist() == [0.6]
 
@@ -31,9 +31,9 @@ def test_kept_as_often_as_the_rank_says_and_unbiased() -> None:
     delta = torch.randn(rows, length, generator=torch.Generator().manual_seed(0)) + 0.01
     kept, total = torch.zeros(rows, length), torch.zeros(rows, length)
     for seed in range(seeds):
-        found = della(density=0.5, window=0.6, seed=seed).pruned(delta, random_key(seed, "expert", "tensor"))
-        kept += found != 0
-        total += found
+        actual = della(density=0.5, window=0.6, seed=seed).pruned(delta, random_key(seed, "expert", "tensor"))
+        kept += actual != 0
+        total += actual
     rank = delta.abs().argsort(1).argsort(1)
     probability = della(density=0.5, window=0.6).probabilities(length)
     for place in range(length):
@@ -57,19 +57,19 @@ def test_each_is_rescaled_by_its_own_probability() -> None:
     delta = torch.tensor([[0.1, -0.4, 0.3, 0.2]])
     p = torch.tensor([[0.4, 0.6, 0.5 + 1 / 30, 0.5 - 1 / 30]])
     for seed in range(8):
-        found = della(density=0.5, window=0.2, seed=seed).pruned(delta, random_key(seed, "e", "t"))
-        kept = found != 0
-        torch.testing.assert_close(found[kept], (delta / p)[kept])
+        actual = della(density=0.5, window=0.2, seed=seed).pruned(delta, random_key(seed, "e", "t"))
+        kept = actual != 0
+        torch.testing.assert_close(actual[kept], (delta / p)[kept])
         plain = della(density=0.5, window=0.2, seed=seed, rescale="none").pruned(delta, random_key(seed, "e", "t"))
         assert torch.equal(plain, torch.where(kept, delta, 0.0))
 
 
 def test_l1_norm_is_kept_as_in_mergekit() -> None:
     delta = torch.randn(30, 17, generator=torch.Generator().manual_seed(3))
-    found = della(rescale="l1").pruned(delta, random_key(0, "e", "t"))
-    kept = found != 0
+    actual = della(rescale="l1").pruned(delta, random_key(0, "e", "t"))
+    kept = actual != 0
     factor = delta.abs().sum() / delta[kept].abs().sum()
-    torch.testing.assert_close(found[kept], delta[kept] * factor)
+    torch.testing.assert_close(actual[kept], delta[kept] * factor)
 
 
 def test_without_a_window_it_is_dare() -> None:
@@ -79,27 +79,27 @@ def test_without_a_window_it_is_dare() -> None:
     experts = [{"w": base["w"] + torch.randn(20, 30) * 0.1} for _ in range(3)]
     drop = methods.RandomDrop(rate=0.5, seed=4)
 
-    def made(method: methods.Method) -> Tensor:
+    def merged_by(method: methods.Method) -> Tensor:
         return merge(method, base=base, experts=experts, ids=["x", "y", "z"])["w"]
 
     dare_ties = methods.Ties(density=1, drop=drop, zero_sign="positive", scale=0.9)
-    assert torch.equal(made(della(density=0.5, window=0, seed=4, scale=0.9)), made(dare_ties))
+    assert torch.equal(merged_by(della(density=0.5, window=0, seed=4, scale=0.9)), merged_by(dare_ties))
     linear = della(density=0.5, window=0, seed=4, elect="none", aggregate="sum", scale=0.9)
-    assert torch.equal(made(linear), made(methods.TaskArithmetic(scale=0.9, drop=drop)))
+    assert torch.equal(merged_by(linear), merged_by(methods.TaskArithmetic(scale=0.9, drop=drop)))
 
 
 def test_nothing_dropped_leaves_election_and_mean() -> None:
     rows = torch.tensor([[0.5, -0.2, 0.3, 0.0], [0.1, 0.4, -0.3, 0.0], [0.3, -0.1, 0.1, -0.2]])
 
-    def made(**values: Any) -> Tensor:
+    def merged_by(**values: Any) -> Tensor:
         method = della(density=1, window=0, **values)
-        found = merge(method, base={"w": torch.zeros(4)}, experts=[{"w": row} for row in rows], ids=["a", "b", "c"])
-        return found["w"]
+        actual = merge(method, base={"w": torch.zeros(4)}, experts=[{"w": row} for row in rows], ids=["a", "b", "c"])
+        return actual["w"]
 
-    torch.testing.assert_close(made(), torch.tensor([0.3, 0.4, 0.2, -0.2]))
-    torch.testing.assert_close(made(aggregate="sum"), torch.tensor([0.9, 0.4, 0.4, -0.2]))
-    torch.testing.assert_close(made(elect="none"), rows.mean(0))
-    torch.testing.assert_close(made(elect="none", aggregate="sum"), rows.sum(0))
+    torch.testing.assert_close(merged_by(), torch.tensor([0.3, 0.4, 0.2, -0.2]))
+    torch.testing.assert_close(merged_by(aggregate="sum"), torch.tensor([0.9, 0.4, 0.4, -0.2]))
+    torch.testing.assert_close(merged_by(elect="none"), rows.mean(0))
+    torch.testing.assert_close(merged_by(elect="none", aggregate="sum"), rows.sum(0))
 
 
 def test_rows_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,16 +127,16 @@ def test_equal_magnitudes_are_ranked_by_place() -> None:
 @pytest.mark.parametrize("rescale", ["inverse", "l1", "none"])
 def test_odd_shapes_and_zeros(rescale: str) -> None:
     for shape in ((), (0,), (0, 3), (1,), (3, 1), (2, 3, 2, 2)):
-        found = della(rescale=rescale).pruned(torch.full(shape, 0.5), random_key(0, "e", "t"))
-        assert found.shape == shape and torch.isfinite(found).all()
+        actual = della(rescale=rescale).pruned(torch.full(shape, 0.5), random_key(0, "e", "t"))
+        assert actual.shape == shape and torch.isfinite(actual).all()
     assert not della(rescale=rescale).pruned(torch.zeros(4, 4), random_key(0, "e", "t")).any()
-    found = merge(
+    actual = merge(
         della(rescale=rescale),
         base={"w": torch.ones(5, 4, dtype=torch.bfloat16)},
         experts=[{"w": torch.full((5, 4), 1.5, dtype=torch.bfloat16)}],
         ids=["e"],
     )
-    assert found["w"].dtype == torch.bfloat16
+    assert actual["w"].dtype == torch.bfloat16
 
 
 def test_probabilities_must_be_probabilities() -> None:

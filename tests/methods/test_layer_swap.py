@@ -59,34 +59,34 @@ def pair(family: dict[str, Any], layers: int) -> tuple[Model, Model, Model]:
     return base, outer, middle
 
 
-def sources(found: Model, stem: str, layers: int) -> str:
+def sources(actual: Model, stem: str, layers: int) -> str:
     """Per layer S (outer), T (middle) or ½."""
     told = {1.0: "S", 2.0: "T", 1.5: "½"}
-    return "".join(told[float(found[stem.format(layer)][0, 0])] for layer in range(layers))
+    return "".join(told[float(actual[stem.format(layer)][0, 0])] for layer in range(layers))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_of_sources_of_32_layers(family: str) -> None:
     """As published: [S×5, ½, T×23, ½, S×2], in each stack of the model; whatever belongs to no layer from S."""
-    held = FAMILIES[family]
-    base, outer, middle = pair(held, 32)
-    found = merge(LayerSwap(), base=base, experts=[outer, middle])
-    for stem in held["layer"]:
-        assert sources(found, stem, 32) == "S" * 5 + "½" + "T" * 23 + "½" + "S" * 2
+    tensors = FAMILIES[family]
+    base, outer, middle = pair(tensors, 32)
+    actual = merge(LayerSwap(), base=base, experts=[outer, middle])
+    for stem in tensors["layer"]:
+        assert sources(actual, stem, 32) == "S" * 5 + "½" + "T" * 23 + "½" + "S" * 2
     for name in base:
         if not any(f".{layer}." in name for layer in range(32)):
-            assert torch.equal(found[name], outer[name])
+            assert torch.equal(actual[name], outer[name])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_norm_and_head_each_have_a_source_of_their_own(family: str) -> None:
-    held = FAMILIES[family]
-    base, outer, middle = pair(held, 2)
+    tensors = FAMILIES[family]
+    base, outer, middle = pair(tensors, 2)
     method = LayerSwap(bottom=1, top=0, bottom_transition=0, top_transition=0, embeddings="middle", head="average")
-    found = merge(method, base=base, experts=[outer, middle])
+    actual = merge(method, base=base, experts=[outer, middle])
     for key, value in (("embeddings", 2.0), ("norm", 1.0), ("head", 1.5)):
-        assert {float(found[name][0, 0]) for name in held[key]} <= {value}, key
-    assert sources(found, held["layer"][0], 2) == "ST"
+        assert {float(actual[name][0, 0]) for name in tensors[key]} <= {value}, key
+    assert sources(actual, tensors["layer"][0], 2) == "ST"
 
 
 @pytest.mark.parametrize(
@@ -100,30 +100,30 @@ def test_embeddings_norm_and_head_each_have_a_source_of_their_own(family: str) -
     ],
 )
 def test_zones_are_counted_from_both_ends(values: dict[str, int], expected: str) -> None:
-    held = FAMILIES["llama"]
-    base, outer, middle = pair(held, 6)
-    given: Any = values
-    assert sources(merge(LayerSwap(**given), base=base, experts=[outer, middle]), held["layer"][0], 6) == expected
-    turned = merge(LayerSwap(**given, outer="second"), base=base, experts=[middle, outer])
-    assert sources(turned, held["layer"][0], 6) == expected
+    tensors = FAMILIES["llama"]
+    base, outer, middle = pair(tensors, 6)
+    handed: Any = values
+    assert sources(merge(LayerSwap(**handed), base=base, experts=[outer, middle]), tensors["layer"][0], 6) == expected
+    turned = merge(LayerSwap(**handed, outer="second"), base=base, experts=[middle, outer])
+    assert sources(turned, tensors["layer"][0], 6) == expected
 
 
 def test_a_transition_may_be_weighted() -> None:
-    held = FAMILIES["llama"]
-    base, outer, middle = pair(held, 3)
+    tensors = FAMILIES["llama"]
+    base, outer, middle = pair(tensors, 3)
     method = LayerSwap(bottom=1, top=0, bottom_transition=1, top_transition=0, share=0.25)
-    found = merge(method, base=base, experts=[outer, middle])
-    assert float(found[held["layer"][0].format(1)][0, 0]) == 0.25 * 1 + 0.75 * 2
+    actual = merge(method, base=base, experts=[outer, middle])
+    assert float(actual[tensors["layer"][0].format(1)][0, 0]) == 0.25 * 1 + 0.75 * 2
 
 
 def test_what_is_taken_is_taken_bit_for_bit() -> None:
     """Zeros of both signs and the smallest numbers too; 0 · θ of the other expert would add to them."""
-    held = {"layers.0.w": torch.tensor([-0.0, 0.0, 1e-45, -1e-45, 3.4e38, 0.1])}
+    tensors = {"layers.0.w": torch.tensor([-0.0, 0.0, 1e-45, -1e-45, 3.4e38, 0.1])}
     other = {"layers.0.w": torch.tensor([1.0, -3.4e38, 2.0, -0.0, -3.4e38, 7.0])}
-    for bottom, wanted in ((1, held), (0, other)):
+    for bottom, wanted in ((1, tensors), (0, other)):
         method = LayerSwap(bottom=bottom, top=0, bottom_transition=0, top_transition=0)
-        found = merge(method, experts=[held, other])["layers.0.w"]
-        assert torch.equal(found.view(torch.int32), wanted["layers.0.w"].view(torch.int32))
+        actual = merge(method, experts=[tensors, other])["layers.0.w"]
+        assert torch.equal(actual.view(torch.int32), wanted["layers.0.w"].view(torch.int32))
 
 
 def test_zones_are_those_of_the_whole_model_whatever_is_selected(models: dict[str, Path], tmp_path: Path) -> None:
@@ -169,6 +169,6 @@ def test_refused(case: str) -> None:
 
 
 def test_a_model_without_layers_is_refused() -> None:
-    held = {"weight": torch.zeros(2)}
+    tensors = {"weight": torch.zeros(2)}
     with pytest.raises(SpecError, match="no numbered layers"):
-        merge(LayerSwap(bottom=0, top=0, bottom_transition=0, top_transition=0), experts=[held, held])
+        merge(LayerSwap(bottom=0, top=0, bottom_transition=0, top_transition=0), experts=[tensors, tensors])

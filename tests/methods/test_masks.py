@@ -22,21 +22,21 @@ RANDOM = torch.randn(4, 21, 10, generator=torch.Generator().manual_seed(0)) * 0.
 
 
 def product(name: str, rows: Tensor, base: Tensor | None = None, **values: Any) -> dict[str, Tensor]:
-    held = torch.zeros_like(rows[0]) if base is None else base
-    return merge(method_from(name, values, "test"), base={"w": held}, experts=[{"w": held + row} for row in rows])
+    start = torch.zeros_like(rows[0]) if base is None else base
+    return merge(method_from(name, values, "test"), base={"w": start}, experts=[{"w": start + row} for row in rows])
 
 
-def bits(found: dict[str, Tensor]) -> list[list[int]]:
-    count = found["w"].numel()
-    return [unpacked(row)[:count].int().tolist() for row in found["mask/w"]]
+def bits(actual: dict[str, Tensor]) -> list[list[int]]:
+    count = actual["w"].numel()
+    return [unpacked(row)[:count].int().tolist() for row in actual["mask/w"]]
 
 
-def models(found: dict[str, Tensor]) -> list[Tensor]:
+def models(actual: dict[str, Tensor]) -> list[Tensor]:
     """Every task's model, read whole."""
-    source = MemoryTensors(found)
-    held = {"w": source.tensors["w"]}
-    rows = range(len(found["mask/w"]))
-    return [MaskedModel(source, row, held).read("w").view(found["w"].shape) for row in rows]
+    source = MemoryTensors(actual)
+    values = {"w": source.tensors["w"]}
+    rows = range(len(actual["mask/w"]))
+    return [MaskedModel(source, row, values).read("w").view(actual["w"].shape) for row in rows]
 
 
 # --- bits -----------------------------------------------------------------------------------------------------------
@@ -45,9 +45,9 @@ def models(found: dict[str, Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 16, 1001])
 def test_bits_survive_and_are_packed_as_numpy_packs_them(count: int) -> None:
     mask = torch.rand(count, generator=torch.Generator().manual_seed(count)) < 0.4
-    found = packed(mask)
-    assert found.tolist() == np.packbits(mask.numpy()).tolist() and len(found) == -(-count // 8)
-    assert torch.equal(unpacked(found)[:count], mask) and not unpacked(found)[count:].any()
+    actual = packed(mask)
+    assert actual.tolist() == np.packbits(mask.numpy()).tolist() and len(actual) == -(-count // 8)
+    assert torch.equal(unpacked(actual)[:count], mask) and not unpacked(actual)[count:].any()
 
 
 def test_the_worked_bytes() -> None:
@@ -58,41 +58,41 @@ def test_the_worked_bytes() -> None:
 
 
 def test_worked_masks() -> None:
-    found = product("tall_masks", ROWS, mask_scale=0.4)
-    torch.testing.assert_close(found["shared/w"], torch.tensor([0.9, 0.0, 0.4, 0.2]))
-    assert bits(found) == [[1, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]
-    assert found["mask/w"].tolist() == [[176], [48], [16]]
+    actual = product("tall_masks", ROWS, mask_scale=0.4)
+    torch.testing.assert_close(actual["shared/w"], torch.tensor([0.9, 0.0, 0.4, 0.2]))
+    assert bits(actual) == [[1, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]
+    assert actual["mask/w"].tolist() == [[176], [48], [16]]
     assert bits(product("tall_masks", ROWS, mask_scale=1.0)) == [[1, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]]
     mixed = product("tall_masks", ROWS, mask_scale=[1.0, 0.4, 1.0])
     assert bits(mixed) == [[1, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]]
-    assert torch.allclose(models(found)[0], torch.tensor([0.9, 0.0, 0.4, 0.2]))
-    assert torch.allclose(models(found)[2], torch.tensor([0.0, 0.0, 0.0, 0.2]))
+    assert torch.allclose(models(actual)[0], torch.tensor([0.9, 0.0, 0.4, 0.2]))
+    assert torch.allclose(models(actual)[2], torch.tensor([0.0, 0.0, 0.0, 0.2]))
 
 
 def test_one_expert_comes_back_bit_by_bit() -> None:
     base = torch.randn(21, 10, generator=torch.Generator().manual_seed(1)).bfloat16()
     expert = (base + RANDOM[0]).bfloat16()
     expert[3] = base[3]
-    found = merge(method_from("tall_masks", {}, "test"), base={"w": base}, experts=[{"w": expert}])
-    assert torch.equal(models(found)[0], expert)
-    assert bits(found) == [(expert != base).int().flatten().tolist()], "what is frozen is in no mask"
+    actual = merge(method_from("tall_masks", {}, "test"), base={"w": base}, experts=[{"w": expert}])
+    assert torch.equal(models(actual)[0], expert)
+    assert bits(actual) == [(expert != base).int().flatten().tolist()], "what is frozen is in no mask"
 
 
 def test_masks_get_sparser_with_their_scale_and_their_count_is_what_consensus_counts() -> None:
-    held = [torch.tensor(bits(product("tall_masks", RANDOM, mask_scale=scale))) for scale in (0, 0.2, 0.6, 1.5, 1e9)]
-    for denser, sparser in pairwise(held):
+    values = [torch.tensor(bits(product("tall_masks", RANDOM, mask_scale=scale))) for scale in (0, 0.2, 0.6, 1.5, 1e9)]
+    for denser, sparser in pairwise(values):
         assert bool((denser >= sparser).all()) and denser.sum() > sparser.sum()
     consensus = method_from("consensus", {"scale": 1.0, "minimum_tasks": 2, "mask_scale": 0.6}, "test")
     merged = merge(consensus, base={"w": torch.zeros(21, 10)}, experts=[{"w": row} for row in RANDOM])["w"]
-    wanted = torch.where(held[2].sum(0).view(21, 10) >= 2, RANDOM.sum(0), torch.zeros(()))
+    wanted = torch.where(values[2].sum(0).view(21, 10) >= 2, RANDOM.sum(0), torch.zeros(()))
     torch.testing.assert_close(merged, wanted)
 
 
 def test_the_shared_vector_is_that_of_ties() -> None:
-    found = product("tall_masks", RANDOM, multi_task="ties", density=0.3)
+    actual = product("tall_masks", RANDOM, multi_task="ties", density=0.3)
     ties = method_from("ties", {"density": 0.3, "aggregate": "sum"}, "test")
     wanted = merge(ties, base={"w": torch.zeros(21, 10)}, experts=[{"w": row} for row in RANDOM])["w"]
-    assert torch.equal(found["shared/w"], wanted)
+    assert torch.equal(actual["shared/w"], wanted)
 
 
 def test_a_vector_in_bfloat16_is_rounded_and_masks_are_those_of_the_exact_one() -> None:
@@ -105,19 +105,19 @@ def test_a_vector_in_bfloat16_is_rounded_and_masks_are_those_of_the_exact_one() 
 
 
 def test_worked_numbers_of_the_authors_code() -> None:
-    found = product("emr", PAIR, zero_sign="negative")
-    torch.testing.assert_close(found["shared/w"], torch.tensor([0.5, 0.4, -0.1]))
-    assert bits(found) == [[1, 0, 0], [1, 1, 1]]
-    torch.testing.assert_close(found["scale/w"], torch.tensor([1.6, 0.8]))
-    torch.testing.assert_close(models(found)[0], torch.tensor([0.8, 0, 0]))
-    torch.testing.assert_close(models(found)[1], torch.tensor([0.4, 0.32, -0.08]))
+    actual = product("emr", PAIR, zero_sign="negative")
+    torch.testing.assert_close(actual["shared/w"], torch.tensor([0.5, 0.4, -0.1]))
+    assert bits(actual) == [[1, 0, 0], [1, 1, 1]]
+    torch.testing.assert_close(actual["scale/w"], torch.tensor([1.6, 0.8]))
+    torch.testing.assert_close(models(actual)[0], torch.tensor([0.8, 0, 0]))
+    torch.testing.assert_close(models(actual)[1], torch.tensor([0.4, 0.32, -0.08]))
 
 
 def test_what_cancels_exactly_is_shared_by_nobody_in_the_paper() -> None:
-    found = product("emr", PAIR)
-    torch.testing.assert_close(found["shared/w"], torch.tensor([0.5, 0.4, 0.0]))
-    assert bits(found) == [[1, 0, 0], [1, 1, 0]]
-    torch.testing.assert_close(found["scale/w"], torch.tensor([0.8 / 0.5, 0.8 / 0.9]))
+    actual = product("emr", PAIR)
+    torch.testing.assert_close(actual["shared/w"], torch.tensor([0.5, 0.4, 0.0]))
+    assert bits(actual) == [[1, 0, 0], [1, 1, 0]]
+    torch.testing.assert_close(actual["scale/w"], torch.tensor([0.8 / 0.5, 0.8 / 0.9]))
 
 
 def test_factors_weigh_elements_or_tensors_alike() -> None:
@@ -125,14 +125,14 @@ def test_factors_weigh_elements_or_tensors_alike() -> None:
     base = {"a": torch.zeros(1), "b": torch.zeros(4)}
     experts = [{"a": torch.ones(1), "b": torch.full((4,), value)} for value in (2.0, 3.0)]
     for values, wanted in (({}, 9 / 13), ({"rescale": "tensors"}, 3 / 4)):
-        found = merge(method_from("emr", values, "test"), base=base, experts=experts)
+        actual = merge(method_from("emr", values, "test"), base=base, experts=experts)
         for name in base:
-            assert found[f"scale/{name}"].tolist() == pytest.approx([wanted, 1.0])
+            assert actual[f"scale/{name}"].tolist() == pytest.approx([wanted, 1.0])
 
 
 def test_every_task_changes_as_much_as_its_expert_did() -> None:
-    found = product("emr", RANDOM)
-    for model, row in zip(models(found), RANDOM, strict=True):
+    actual = product("emr", RANDOM)
+    for model, row in zip(models(actual), RANDOM, strict=True):
         assert float(model.abs().sum()) == pytest.approx(float(row.abs().sum()), rel=1e-5)
         assert bool((model * row >= 0).all()), "no task is pushed against its own sign"
 
@@ -149,8 +149,8 @@ def test_equal_and_lone_experts_come_back() -> None:
 
 
 def test_a_model_is_read_in_any_pieces() -> None:
-    found = product("emr", RANDOM, base=RANDOM[1] * 3)
-    source = MemoryTensors(found)
+    actual = product("emr", RANDOM, base=RANDOM[1] * 3)
+    source = MemoryTensors(actual)
     model = MaskedModel(source, 2, {"w": source.tensors["w"]})
     whole = model.read("w")
     for start, stop in ((0, 0), (0, 1), (3, 4), (7, 9), (8, 16), (5, 210), (209, 210), (210, 210)):

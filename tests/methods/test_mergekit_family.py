@@ -27,8 +27,8 @@ def merged(method: Method, count: int, base: Tensor = BASE, experts: list[Tensor
     return merge(method, base={"w": base}, experts=[{"w": expert} for expert in experts[:count]])["w"]
 
 
-def close(found: Tensor, wanted: list[list[float]]) -> bool:
-    return torch.allclose(found, torch.tensor(wanted), rtol=1e-5, atol=2e-6)
+def close(actual: Tensor, wanted: list[list[float]]) -> bool:
+    return torch.allclose(actual, torch.tensor(wanted), rtol=1e-5, atol=2e-6)
 
 
 def random_models(shape: tuple[int, ...] = (40, 30), count: int = 3, size: float = 0.01) -> tuple[Tensor, list[Tensor]]:
@@ -74,8 +74,8 @@ def random_models(shape: tuple[int, ...] = (40, 30), count: int = 3, size: float
     ],
 )
 def test_mergekits_numbers(name: str, values: dict[str, Any], count: int, wanted: list[list[float]]) -> None:
-    given = {"weights": [3, 1], **values} if name == "nuslerp" else values
-    assert close(merged(method_from(name, given, "test"), count), wanted)
+    handed = {"weights": [3, 1], **values} if name == "nuslerp" else values
+    assert close(merged(method_from(name, handed, "test"), count), wanted)
 
 
 # --- nearswap -------------------------------------------------------------------------------------------------------
@@ -85,18 +85,18 @@ def test_nearswap_stays_within_t_and_takes_what_is_near_as_it_is() -> None:
     base, experts = random_models()
     assert torch.equal(merged(methods.Nearswap(t=0), 1, base, experts), base)
     assert torch.equal(merged(methods.Nearswap(t=9), 1, base, experts), experts[0])
-    found = merged(methods.Nearswap(t=0.005), 1, base, experts)
+    actual = merged(methods.Nearswap(t=0.005), 1, base, experts)
     near = (experts[0] - base).abs() < 0.0049
     assert 0.2 < float(near.float().mean()) < 0.8
-    assert torch.equal(found[near], experts[0][near])
-    assert float((found - base).abs().max()) < 0.005001
-    assert bool(((found - base) * (experts[0] - base) >= 0).all())
+    assert torch.equal(actual[near], experts[0][near])
+    assert float((actual - base).abs().max()) < 0.005001
+    assert bool(((actual - base) * (experts[0] - base) >= 0).all())
 
 
 def test_nearswap_below_mergekits_floor() -> None:
     """mergekit divides by at least 1e-6 and would go a tenth of the way."""
-    found = merged(methods.Nearswap(t=1e-7), 1, torch.tensor([0.0]), [torch.tensor([1e-7])])
-    assert found.tolist() == torch.tensor([1e-7]).tolist()
+    actual = merged(methods.Nearswap(t=1e-7), 1, torch.tensor([0.0]), [torch.tensor([1e-7])])
+    assert actual.tolist() == torch.tensor([1e-7]).tolist()
 
 
 def test_nearswap_takes_one_expert() -> None:
@@ -123,13 +123,13 @@ def test_ram_plus_counts_over_the_whole_model_or_per_tensor() -> None:
     first = {"a": torch.ones(4), "b": torch.ones(4)}
     second = {"a": torch.tensor([1.0, 1, 0, 0]), "b": torch.zeros(4)}
 
-    def found(scope: str, most: float) -> dict[str, list[float]]:
+    def actual(scope: str, most: float) -> dict[str, list[float]]:
         method = method_from("ram", {"boost": {"rate": 0.3, "most": most, "scope": scope}}, "test")
         return {name: value.tolist() for name, value in merge(method, base=base, experts=[first, second]).items()}
 
-    assert found("tensor", 9) == {"a": [1, 1, *[pytest.approx(1.3)] * 2], "b": [1] * 4}
-    assert found("global", 9) == {"a": [1, 1, *[pytest.approx(1.1)] * 2], "b": [pytest.approx(1.1)] * 4}
-    assert found("tensor", 0.5) == {"a": [1, 1, *[pytest.approx(1.15)] * 2], "b": [1] * 4}
+    assert actual("tensor", 9) == {"a": [1, 1, *[pytest.approx(1.3)] * 2], "b": [1] * 4}
+    assert actual("global", 9) == {"a": [1, 1, *[pytest.approx(1.1)] * 2], "b": [pytest.approx(1.1)] * 4}
+    assert actual("tensor", 0.5) == {"a": [1, 1, *[pytest.approx(1.15)] * 2], "b": [1] * 4}
 
 
 # --- Arcee fusion ---------------------------------------------------------------------------------------------------
@@ -144,9 +144,9 @@ def test_arcee_fusion_takes_outliers_of_the_exact_quartiles() -> None:
     ranked = sorted(scores.flatten().tolist())
     last = len(ranked) - 1
     fence = ranked[last // 2] + 1.5 * (ranked[3 * last // 4] - ranked[last // 4])
-    found = merged(method, 1, base, experts)
-    assert torch.equal(found, torch.where(scores >= fence, experts[0], base))
-    assert 0.01 < float((found != base).float().mean()) < 0.2
+    actual = merged(method, 1, base, experts)
+    assert torch.equal(actual, torch.where(scores >= fence, experts[0], base))
+    assert 0.01 < float((actual != base).float().mean()) < 0.2
 
 
 def test_arcee_fusion_sees_changes_that_are_noise_in_float32() -> None:
@@ -180,35 +180,35 @@ def arc(t: float, first: Tensor, second: Tensor) -> Tensor:
 @pytest.mark.parametrize("along", ["rows", "columns"])
 def test_nuslerp_of_single_vectors(along: str) -> None:
     base, experts = random_models((7, 5), 2, 0.5)
-    found = merged(
+    actual = merged(
         method_from("nuslerp", {"weights": [1, 3], "along": along, "of": "deltas"}, "test"), 2, base, experts
     )
-    turned = [x.double() if along == "rows" else x.double().T for x in (base, *experts, found)]
-    for row, one, two, joined in zip(*turned, strict=True):
-        torch.testing.assert_close(joined, row + arc(0.75, one - row, two - row), rtol=1e-6, atol=1e-6)
+    turned = [x.double() if along == "rows" else x.double().T for x in (base, *experts, actual)]
+    for row, first, two, joined in zip(*turned, strict=True):
+        torch.testing.assert_close(joined, row + arc(0.75, first - row, two - row), rtol=1e-6, atol=1e-6)
 
 
 def test_nuslerp_columns_run_along_the_first_axis_of_a_convolution() -> None:
     base, experts = random_models((4, 3, 2), 2, 0.5)
-    found = merged(methods.Nuslerp(along="columns"), 2, base, experts)
+    actual = merged(methods.Nuslerp(along="columns"), 2, base, experts)
     wanted = arc(0.5, *(expert[:, 1, 1].double() for expert in experts))
-    torch.testing.assert_close(found[:, 1, 1].double(), wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(actual[:, 1, 1].double(), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_nuslerp_takes_the_straight_line_where_there_is_no_arc() -> None:
     """A vector of no length counts as a right angle in mergekit: sin(¾ · 90°) = .92 of the other one instead of ¾."""
     method = methods.Nuslerp(weights=(3, 1))
-    one, none = torch.tensor([3.0, 4.0]), torch.zeros(2)
-    assert merged(method, 2, one, [one, none]).tolist() == pytest.approx([2.25, 3])
-    assert merged(method, 2, one, [one, -one]).tolist() == pytest.approx([1.5, 2])
-    assert merged(method, 2, one, [one, 2 * one]).tolist() == pytest.approx([3.75, 5])
+    first, none = torch.tensor([3.0, 4.0]), torch.zeros(2)
+    assert merged(method, 2, first, [first, none]).tolist() == pytest.approx([2.25, 3])
+    assert merged(method, 2, first, [first, -first]).tolist() == pytest.approx([1.5, 2])
+    assert merged(method, 2, first, [first, 2 * first]).tolist() == pytest.approx([3.75, 5])
 
 
 def test_nuslerp_is_slerp_and_only_the_ratio_of_weights_counts() -> None:
     base, experts = random_models(count=2, size=1)
-    found = merged(methods.Nuslerp(weights=(0.7, 0.3)), 2, base, experts)
-    assert torch.equal(found, merged(methods.Nuslerp(weights=(7, 3)), 2, base, experts))
-    torch.testing.assert_close(found, merged(methods.Slerp(t=0.3, colinear=1), 2, base, experts))
+    actual = merged(methods.Nuslerp(weights=(0.7, 0.3)), 2, base, experts)
+    assert torch.equal(actual, merged(methods.Nuslerp(weights=(7, 3)), 2, base, experts))
+    torch.testing.assert_close(actual, merged(methods.Slerp(t=0.3, colinear=1), 2, base, experts))
     with pytest.raises(SpecError, match="add up to 0"):
         method_from("nuslerp", {"weights": [1, -1]}, "test")
 
@@ -220,8 +220,8 @@ def test_nuslerp_is_slerp_and_only_the_ratio_of_weights_counts() -> None:
 def test_multislerp_is_the_procedure_through_the_tangent_space(divide: str) -> None:
     """The published steps in float64, tangents and all."""
     base, experts = random_models(count=4, size=0.5)
-    given = torch.tensor([1.0, 2.0, 0.5, -0.25], dtype=torch.float64)
-    weights = given / given.sum() if divide == "sum" else given
+    handed = torch.tensor([1.0, 2.0, 0.5, -0.25], dtype=torch.float64)
+    weights = handed / handed.sum() if divide == "sum" else handed
     deltas = torch.stack([(expert.double() - base.double()).flatten() for expert in experts])
     units = deltas / deltas.norm(dim=1, keepdim=True)
     mean = weights @ units
@@ -229,22 +229,22 @@ def test_multislerp_is_the_procedure_through_the_tangent_space(divide: str) -> N
     tangent = weights @ (units - (units @ mean)[:, None] * mean)
     assert float(tangent.norm()) < 1e-12, "the step that is left out"
     wanted = (mean * tangent.norm().cos() + tangent) * (weights @ deltas.norm(dim=1))
-    method = methods.Multislerp(weights=tuple(given.tolist()), divide=divide, of="deltas")  # type: ignore[arg-type]
-    found = merged(method, 4, base, experts)
-    torch.testing.assert_close(found, (base.double() + wanted.view(base.shape)).float(), rtol=1e-6, atol=1e-6)
+    method = methods.Multislerp(weights=tuple(handed.tolist()), divide=divide, of="deltas")  # type: ignore[arg-type]
+    actual = merged(method, 4, base, experts)
+    torch.testing.assert_close(actual, (base.double() + wanted.view(base.shape)).float(), rtol=1e-6, atol=1e-6)
 
 
 def test_multislerp_of_equal_weights_is_the_first_guess_of_karcher() -> None:
     base, experts = random_models(size=1)
-    found = merged(methods.Multislerp(), 3, base, experts)
-    torch.testing.assert_close(found, merged(methods.Karcher(iterations=0), 3, base, experts), rtol=1e-6, atol=1e-6)
+    actual = merged(methods.Multislerp(), 3, base, experts)
+    torch.testing.assert_close(actual, merged(methods.Karcher(iterations=0), 3, base, experts), rtol=1e-6, atol=1e-6)
 
 
 def test_multislerp_of_directions_that_cancel_is_the_straight_line() -> None:
-    one = torch.tensor([3.0, 4.0])
-    assert merged(methods.Multislerp(), 2, one, [one, -3 * one]).tolist() == pytest.approx([-3, -4])
-    assert merged(methods.Multislerp(), 2, one, [one * 0, one * 0]).tolist() == [0, 0]
-    assert merged(methods.Multislerp(weights=(5,), divide="none"), 1, one, [one]).tolist() == [3, 4]
+    first = torch.tensor([3.0, 4.0])
+    assert merged(methods.Multislerp(), 2, first, [first, -3 * first]).tolist() == pytest.approx([-3, -4])
+    assert merged(methods.Multislerp(), 2, first, [first * 0, first * 0]).tolist() == [0, 0]
+    assert merged(methods.Multislerp(weights=(5,), divide="none"), 1, first, [first]).tolist() == [3, 4]
 
 
 def test_multislerp_refuses_weights_that_do_not_fit() -> None:

@@ -57,11 +57,11 @@ def test_worked_numbers(share: float, projection: str) -> None:
         "w.weight": torch.tensor([[1.0, 2, -1], [0, 1, 3], [2, -2, 1]]),
         "w.bias": torch.tensor([0.0, 2]),
     }
-    found = of_deltas([first, second], share=share, projection=projection)
+    actual = of_deltas([first, second], share=share, projection=projection)
     matrix, bias = WORKED[share, projection]
-    torch.testing.assert_close(found["w.weight"], torch.tensor(matrix), rtol=0, atol=2e-6)
-    torch.testing.assert_close(found["w.bias"], torch.tensor(bias), rtol=0, atol=2e-6)
-    norm = sum(float((value.double() ** 2).sum()) for value in found.values()) ** 0.5
+    torch.testing.assert_close(actual["w.weight"], torch.tensor(matrix), rtol=0, atol=2e-6)
+    torch.testing.assert_close(actual["w.bias"], torch.tensor(bias), rtol=0, atol=2e-6)
+    norm = sum(float((value.double() ** 2).sum()) for value in actual.values()) ** 0.5
     assert norm == pytest.approx(4.629074, abs=1e-5)
 
 
@@ -82,12 +82,12 @@ def full_projection(before: Array, delta: Array, share: float, projection: str) 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9, 1.0])
 def test_the_thin_decomposition_is_enough(shape: tuple[int, int], projection: Any, share: float) -> None:
     before, delta = random(*shape), random(*shape, seed=1)
-    found = projected(delta, before, share, projection)
+    actual = projected(delta, before, share, projection)
     wanted = full_projection(before.numpy(), delta.numpy(), share, projection)
-    assert np.abs(found.numpy() - wanted).max() < 1e-10
-    assert abs(float((found * before).sum())) < 1e-10, "orthogonal to what is there"
+    assert np.abs(actual.numpy() - wanted).max() < 1e-10
+    assert abs(float((actual * before).sum())) < 1e-10, "orthogonal to what is there"
     scaled = projected(delta, before * 7, share, projection)
-    torch.testing.assert_close(scaled, found, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(scaled, actual, rtol=1e-12, atol=1e-12)
 
 
 def test_turning_both_sides_turns_the_projection() -> None:
@@ -129,27 +129,27 @@ def eager(deltas: Sequence[Array], share: float, projection: str) -> Array:
 @pytest.mark.parametrize("projection", ["block", "strict"])
 def test_lazy_is_eager(projection: str) -> None:
     deltas = [random(9, 6, seed=seed) * (1 + seed) for seed in range(5)]
-    found = of_deltas([{"m": delta.float()} for delta in deltas], share=0.4, projection=projection)["m"]
+    actual = of_deltas([{"m": delta.float()} for delta in deltas], share=0.4, projection=projection)["m"]
     wanted = eager([delta.float().double().numpy() for delta in deltas], 0.4, projection)
-    np.testing.assert_allclose(found.numpy(), wanted, rtol=0, atol=1e-5)
-    assert float(found.norm()) == pytest.approx(np.mean([float(delta.norm()) for delta in deltas]), rel=1e-6)
+    np.testing.assert_allclose(actual.numpy(), wanted, rtol=0, atol=1e-5)
+    assert float(actual.norm()) == pytest.approx(np.mean([float(delta.norm()) for delta in deltas]), rel=1e-6)
 
 
 def test_an_expert_twice_adds_nothing_to_its_matrices() -> None:
     delta = {"m": random(8, 5).float(), "v": random(7).float()}
-    found = of_deltas([delta, delta], share=1.0)
+    actual = of_deltas([delta, delta], share=1.0)
     # S = (τ_m, 2 τ_v), scaled to the norm of τ.
     before, after = (sum(float(d[n].norm() ** 2) * k**2 for n, k in (("m", 1), ("v", f))) for d, f in ((delta, 1), (delta, 2)))  # fmt: skip
     factor = (before / after) ** 0.5
-    torch.testing.assert_close(found["m"], delta["m"] * factor)
-    torch.testing.assert_close(found["v"], delta["v"] * 2 * factor)
+    torch.testing.assert_close(actual["m"], delta["m"] * factor)
+    torch.testing.assert_close(actual["v"], delta["v"] * 2 * factor)
 
 
 def test_one_expert_is_that_expert() -> None:
     base = {"m": random(8, 5).float(), "v": random(7, seed=3).float()}
     expert = {name: value * 1.5 for name, value in base.items()}
-    found = merge(Opcm(), base=base, experts=[expert])
-    assert all(torch.equal(found[name], base[name] + (expert[name] - base[name])) for name in base)
+    actual = merge(Opcm(), base=base, experts=[expert])
+    assert all(torch.equal(actual[name], base[name] + (expert[name] - base[name])) for name in base)
 
 
 def test_only_linear_layers_are_projected() -> None:
@@ -167,12 +167,12 @@ def test_only_linear_layers_are_projected() -> None:
         {name: random(*shape, seed=10 * seed + n).float() for n, (name, shape) in enumerate((names | linear).items())}
         for seed in range(2)
     ]
-    found = of_deltas(deltas)
-    ratio = found["scale"] / (deltas[0]["scale"] + deltas[1]["scale"])
+    actual = of_deltas(deltas)
+    ratio = actual["scale"] / (deltas[0]["scale"] + deltas[1]["scale"])
     for name in names:
-        torch.testing.assert_close(found[name], (deltas[0][name] + deltas[1][name]) * ratio, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(actual[name], (deltas[0][name] + deltas[1][name]) * ratio, rtol=1e-5, atol=1e-6)
     for name in linear:
-        free = found[name] / ratio - deltas[0][name]
+        free = actual[name] / ratio - deltas[0][name]
         assert abs(float((free.double() * deltas[0][name].double()).sum())) < 1e-4
     excluded = of_deltas(deltas, excluded=["*embed_out*"])
     ratio = excluded["scale"] / (deltas[0]["scale"] + deltas[1]["scale"])
@@ -184,10 +184,10 @@ def test_zero_task_vectors_and_frozen_tensors() -> None:
     zeros = {"m": torch.zeros(4, 3), "v": torch.zeros(3)}
     assert all(not value.any() for value in of_deltas([zeros, zeros]).values())
     delta = {"m": random(4, 3).float(), "v": torch.zeros(3)}
-    found = of_deltas([zeros, delta])
+    actual = of_deltas([zeros, delta])
     # The mean of the norms counts the expert that changed nothing: half of the other's norm is left.
-    torch.testing.assert_close(found["m"], delta["m"] / 2)
-    assert not found["v"].any()
+    torch.testing.assert_close(actual["m"], delta["m"] / 2)
+    assert not actual["v"].any()
 
 
 def test_order() -> None:
@@ -199,13 +199,13 @@ def test_order() -> None:
     assert torch.equal(of_deltas(deltas, order=[2, 0, 3, 1])["m"], turned)
     base = {"m": torch.zeros(6, 5)}
     ids = ["a", "b", "c", "d"]
-    found = set()
+    actual = set()
     for seed in range(6):
         method = method_from("opcm", {"order": {"seed": seed}}, "test")
-        one = merge(method, base=base, experts=deltas, ids=ids)["m"]
-        assert torch.equal(one, merge(method, base=base, experts=deltas[::-1], ids=ids[::-1])["m"])
-        found.add(float(one[0, 0]))
-    assert len(found) > 1
+        merged = merge(method, base=base, experts=deltas, ids=ids)["m"]
+        assert torch.equal(merged, merge(method, base=base, experts=deltas[::-1], ids=ids[::-1])["m"])
+        actual.add(float(merged[0, 0]))
+    assert len(actual) > 1
     with pytest.raises(SpecError, match="ids"):
         merge(method, base=base, experts=deltas)
 

@@ -26,8 +26,8 @@ def merged(rows: Tensor, split: int = 0, dtype: torch.dtype = torch.float32, **v
         return {"a": row[:split], "b": row[split:]} if split else {"a": row}
 
     base = model(torch.zeros(rows.shape[1]))
-    found = merge(methods.Pcb.model_validate(values), base=base, experts=[model(row) for row in rows])
-    return torch.cat([found[name] for name in sorted(found)])
+    actual = merge(methods.Pcb.model_validate(values), base=base, experts=[model(row) for row in rows])
+    return torch.cat([actual[name] for name in sorted(actual)])
 
 
 @pytest.mark.parametrize("split", [0, 1, 4])
@@ -40,8 +40,8 @@ def merged(rows: Tensor, split: int = 0, dtype: torch.dtype = torch.float32, **v
     ],
 )
 def test_worked_numbers(form: str, expected: list[float], split: int) -> None:
-    found = merged(ROWS, split, density=0.5, clip=0, form=form)
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    actual = merged(ROWS, split, density=0.5, clip=0, form=form)
+    torch.testing.assert_close(actual, torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
 def norm(values: Array) -> Array:
@@ -92,23 +92,23 @@ def test_against_plain_float64(form: str, experts: int, density: float, clip: fl
     rows = torch.randn(experts, 4001, generator=generator) * 0.3
     scales = [1.0 + 0.1 * number for number in range(experts)]
     clip = 0.0 if form == "paper" else clip
-    found = merged(rows, 1000, form=form, density=density, clip=clip, scale=scales)
+    actual = merged(rows, 1000, form=form, density=density, clip=clip, scale=scales)
     expected, margin = reference(rows, form, density, clip, scales)
     clear = torch.from_numpy(margin > 1e-3)  # nearer to the cut, float32 may decide otherwise
     assert float(clear.float().mean()) > 0.97
-    torch.testing.assert_close(found.double()[clear], torch.from_numpy(expected)[clear], rtol=5e-3, atol=1e-6)
-    assert int((found != 0).sum()) == pytest.approx(int((expected != 0).sum()), abs=3)
+    torch.testing.assert_close(actual.double()[clear], torch.from_numpy(expected)[clear], rtol=5e-3, atol=1e-6)
+    assert int((actual != 0).sum()) == pytest.approx(int((expected != 0).sum()), abs=3)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_equal_experts_give_what_survives_in_full(form: str) -> None:
     row = torch.randn(1, 500, generator=torch.Generator().manual_seed(1)) * 0.3
     clip = {} if form == "paper" else {"clip": 0}
-    found = merged(row.expand(4, -1), form=form, density=0.2, scale=0.5, **clip)
-    kept = found != 0
+    actual = merged(row.expand(4, -1), form=form, density=0.2, scale=0.5, **clip)
+    kept = actual != 0
     # A weight of exactly 0 at the cut loses that element in the authors' forms: d − ⌊d(1−r)⌋ − 1 survive.
     assert int(kept.sum()) == (100 if form == "paper" else 99)
-    torch.testing.assert_close(found[kept], row[0][kept] * 0.5)
+    torch.testing.assert_close(actual[kept], row[0][kept] * 0.5)
     assert float(row[0].abs()[~kept].max()) <= float(row[0].abs()[kept].min())
 
 
@@ -119,8 +119,8 @@ def test_scaling_all_task_vectors_scales_the_result() -> None:
 
 def test_one_coefficient_per_expert() -> None:
     rows = torch.tensor([[1.0, 0.0, 0.1, 0.0], [0.0, 2.0, 0.0, 0.2]])
-    found = merged(rows, density=0.5, clip=0, scale=[1.3, 0.8])
-    torch.testing.assert_close(found[:2], torch.tensor([1.3, 1.6]))
+    actual = merged(rows, density=0.5, clip=0, scale=[1.3, 0.8])
+    torch.testing.assert_close(actual[:2], torch.tensor([1.3, 1.6]))
     with pytest.raises(MergeloomError, match="scale: 3 given for 2 experts"):
         merged(rows, scale=[1, 1, 1])
 
@@ -133,10 +133,10 @@ def test_degenerate_task_vectors(form: str) -> None:
     assert torch.equal(merged(zero, form=form), zero[0])
     torch.testing.assert_close(merged(constant, form=form), constant[0])  # all count as equal: all survive
     # A task vector of zeros stands aside: what survives of the others is not averaged with its zeros.
-    found = merged(torch.cat([rows[:1], zero]), form=form, density=0.2, **({} if form == "paper" else {"clip": 0}))
-    kept = found != 0
+    actual = merged(torch.cat([rows[:1], zero]), form=form, density=0.2, **({} if form == "paper" else {"clip": 0}))
+    kept = actual != 0
     assert kept.any()
-    torch.testing.assert_close(found[kept], rows[0][kept])
+    torch.testing.assert_close(actual[kept], rows[0][kept])
     assert torch.isfinite(merged(torch.cat([rows, constant, zero]), form=form)).all()
 
 
@@ -144,16 +144,16 @@ def test_degenerate_task_vectors(form: str) -> None:
 def test_clipping_that_levels_the_largest(form: str) -> None:
     """More elements share the largest score than may survive: all of them do, where the authors' code divides 0 by 0."""
     row = torch.cat([torch.full((10,), 1.0), torch.linspace(0.01, 0.5, 90)])[None]
-    found = merged(row, form=form, density=0.05)
-    assert torch.equal(found != 0, torch.arange(100) < 10)
-    torch.testing.assert_close(found[:10], row[0, :10])
+    actual = merged(row, form=form, density=0.05)
+    assert torch.equal(actual != 0, torch.arange(100) < 10)
+    torch.testing.assert_close(actual[:10], row[0, :10])
 
 
 def test_many_experts_do_not_overflow() -> None:
     """exp(T n²) is beyond float32 for T > 88."""
     rows = torch.randn(100, 300, generator=torch.Generator().manual_seed(5))
-    found = merged(rows, form="vision")
-    assert torch.isfinite(found).all() and (found != 0).any()
+    actual = merged(rows, form="vision")
+    assert torch.isfinite(actual).all() and (actual != 0).any()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -166,11 +166,11 @@ def test_bfloat16_and_odd_shapes(form: str) -> None:
         for _ in range(3)
     ]
     method = methods.Pcb.model_validate({"form": form, "density": 0.4})
-    found = merge(method, base=base, experts=experts, dtype=torch.float32)
-    assert {n: v.shape for n, v in found.items()} == {n: v.shape for n, v in base.items()}
+    actual = merge(method, base=base, experts=experts, dtype=torch.float32)
+    assert {n: v.shape for n, v in actual.items()} == {n: v.shape for n, v in base.items()}
     wide = [{n: v.float() for n, v in model.items()} for model in (base, *experts)]
     expected = merge(method, base=wide[0], experts=wide[1:])
-    assert all(torch.equal(found[n], expected[n]) for n in base)
+    assert all(torch.equal(actual[n], expected[n]) for n in base)
 
 
 def test_the_paper_does_not_clip() -> None:

@@ -38,9 +38,9 @@ def of_weights(method: Method, weights: Sequence[Any]) -> Tensor:
     return merge(method, experts=[{"w": torch.as_tensor(weight, dtype=torch.float32)} for weight in weights])["w"]
 
 
-def close(found: Tensor, expected: Any, tolerance: float = 2e-6) -> None:
+def close(actual: Tensor, expected: Any, tolerance: float = 2e-6) -> None:
     wanted = torch.as_tensor(np.asarray(expected), dtype=torch.float32)
-    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
 
 
 def arrays(tensors: Sequence[Tensor]) -> list[Array]:
@@ -74,8 +74,8 @@ def test_polar_factor_is_scipys() -> None:
 
 def test_polar_factor_of_dependent_columns_is_a_partial_isometry() -> None:
     column = torch.tensor([[3.0], [4.0]], dtype=torch.float64) / 5
-    found = polar_factor(torch.cat([column, column], 1), "numerical")
-    torch.testing.assert_close(found, torch.cat([column, column], 1) / 2**0.5)
+    actual = polar_factor(torch.cat([column, column], 1), "numerical")
+    torch.testing.assert_close(actual, torch.cat([column, column], 1) / 2**0.5)
 
 
 @pytest.mark.parametrize("factor", [1e-12, 1.0, 1e12])
@@ -106,17 +106,17 @@ def test_slerp_goes_along_the_arc(t: float) -> None:
 
 def test_slerp_keeps_the_norm_and_divides_the_angle() -> None:
     first, second = (tensor / tensor.norm() for tensor in random_tensors(40, count=2))
-    found = of_weights(methods.Slerp(t=0.3), [first, second])
-    assert float(found.norm()) == pytest.approx(1, abs=1e-6)
-    assert float(torch.dot(found, first).acos()) == pytest.approx(
+    actual = of_weights(methods.Slerp(t=0.3), [first, second])
+    assert float(actual.norm()) == pytest.approx(1, abs=1e-6)
+    assert float(torch.dot(actual, first).acos()) == pytest.approx(
         0.3 * float(torch.dot(first, second).acos()), abs=1e-5
     )
 
 
 def test_slerp_from_the_base_is_slerp_from_an_expert() -> None:
     first, second = random_tensors(5, 4, count=2)
-    found = merge(methods.Slerp(t=0.3, start="base"), base={"w": first}, experts=[{"w": second}])["w"]
-    assert torch.equal(found, of_weights(methods.Slerp(t=0.3), [first, second]))
+    actual = merge(methods.Slerp(t=0.3, start="base"), base={"w": first}, experts=[{"w": second}])["w"]
+    assert torch.equal(actual, of_weights(methods.Slerp(t=0.3), [first, second]))
 
 
 def test_slerp_is_straight_where_directions_nearly_agree_oppose_or_are_none() -> None:
@@ -127,8 +127,8 @@ def test_slerp_is_straight_where_directions_nearly_agree_oppose_or_are_none() ->
         for colinear in (0.9995, 1.0):
             if second is near and colinear == 1:
                 continue
-            found = of_weights(methods.Slerp(t=0.3, colinear=colinear), [first, second])
-            torch.testing.assert_close(found, 0.7 * first + 0.3 * second)
+            actual = of_weights(methods.Slerp(t=0.3, colinear=colinear), [first, second])
+            torch.testing.assert_close(actual, 0.7 * first + 0.3 * second)
 
 
 def test_slerp_takes_exactly_two_models() -> None:
@@ -168,17 +168,17 @@ def test_karcher_is_where_descent_on_the_sphere_ends() -> None:
         slope = np.array([(cost(at + step) - cost(at - step)) / 2e-6 for step in steps])
         at = at - 0.1 * slope
         at /= np.linalg.norm(at)
-    found = of_weights(methods.Karcher(iterations=100, tolerance=1e-8), tensors).double().numpy()
-    np.testing.assert_allclose(found / np.linalg.norm(found), at, atol=1e-5)
-    assert np.linalg.norm(found) == pytest.approx(np.mean([np.linalg.norm(a) for a in arrays(tensors)]), rel=1e-5)
+    actual = of_weights(methods.Karcher(iterations=100, tolerance=1e-8), tensors).double().numpy()
+    np.testing.assert_allclose(actual / np.linalg.norm(actual), at, atol=1e-5)
+    assert np.linalg.norm(actual) == pytest.approx(np.mean([np.linalg.norm(a) for a in arrays(tensors)]), rel=1e-5)
 
 
 def test_karcher_does_not_depend_on_size_or_order() -> None:
     tensors = random_tensors(30, count=4)
-    found = of_weights(methods.Karcher(), tensors)
-    torch.testing.assert_close(of_weights(methods.Karcher(), tensors[::-1]), found)
+    actual = of_weights(methods.Karcher(), tensors)
+    torch.testing.assert_close(of_weights(methods.Karcher(), tensors[::-1]), actual)
     # Norms far below the published absolute guard of 1e-5.
-    torch.testing.assert_close(of_weights(methods.Karcher(), [t * 2**-40 for t in tensors]), found * 2**-40)
+    torch.testing.assert_close(of_weights(methods.Karcher(), [t * 2**-40 for t in tensors]), actual * 2**-40)
 
 
 def test_karcher_of_zeros_opposites_and_one() -> None:
@@ -215,8 +215,8 @@ def test_model_stock_of_three_by_the_formula(angle: str, group: str) -> None:
         cosines = [x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x, y in itertools.combinations(vectors, 2)]
         cosine = np.mean(cosines) if angle == "mean_cosine" else np.cos(np.mean(np.arccos(cosines)))
         expected.append(3 * cosine / (1 + 2 * cosine) * np.mean(vectors, 0))
-    found = of_deltas(methods.ModelStock.model_validate({"angle": angle, "group": group}), deltas)
-    close(found, np.array(expected).reshape(4, 5))
+    actual = of_deltas(methods.ModelStock.model_validate({"angle": angle, "group": group}), deltas)
+    close(actual, np.array(expected).reshape(4, 5))
 
 
 def test_model_stock_right_angles_obtuse_angles_and_zeros() -> None:
@@ -255,14 +255,14 @@ def test_sce_by_the_formula(density: float, factor: float) -> None:
     effective = weights[:, None] / weights.sum() * (np.sign(kept) == sign)
     divisor = effective.sum(0)
     expected = (kept * effective).sum(0) / np.where(divisor == 0, 1, divisor)
-    found = of_deltas(methods.Sce(density=density), deltas)
-    close(found / factor, expected.reshape(8, 5) / factor)
+    actual = of_deltas(methods.Sce(density=density), deltas)
+    close(actual / factor, expected.reshape(8, 5) / factor)
 
 
 def test_sce_breaks_ties_by_position_and_keeps_all_where_nothing_varies() -> None:
     first, second = [0.5, 0.5, 0.5, 0.25], [0.25, 0.25, 0.25, 0.25]
-    found = of_deltas(methods.Sce(density=0.67), [first, second])
-    assert (found != 0).tolist() == [True, True, False, False]
+    actual = of_deltas(methods.Sce(density=0.67), [first, second])
+    assert (actual != 0).tolist() == [True, True, False, False]
     close(of_deltas(methods.Sce(density=0.1), [first]), first)
     close(of_deltas(methods.Sce(density=0.1), [first] * 3), first)
     close(of_deltas(methods.Sce(density=0.0), [first, second]), [0.0] * 4)
@@ -273,8 +273,8 @@ def test_sce_equal_values_have_no_variance() -> None:
     """A mean formed in float32 would leave rounding behind, and it would be selected."""
     same = torch.full((50,), 0.1)
     deltas = [torch.cat([same, torch.tensor([value])]) for value in (1e-7, 2e-7, 4e-7)]
-    found = of_deltas(methods.Sce(density=0.99), deltas)
-    assert not found.any()  # one coordinate differs, and 99 % of one is none
+    actual = of_deltas(methods.Sce(density=0.99), deltas)
+    assert not actual.any()  # one coordinate differs, and 99 % of one is none
 
 
 # Spectral methods
@@ -314,8 +314,8 @@ def tsv_m(deltas: list[Array]) -> Array:
 def test_spectral_methods_by_the_formula(name: str, rank: str, shape: tuple[int, int]) -> None:
     deltas = random_tensors(*shape, scale=1e-3)
     expected = {"iso_c": iso_c, "iso_cts": iso_cts, "tsv_m": tsv_m}[name](arrays(deltas))
-    found = of_deltas(METHODS[name].model_validate({"rank": rank, "scale": 1000}), deltas)
-    close(found, 1000 * expected, 1e-5)
+    actual = of_deltas(METHODS[name].model_validate({"rank": rank, "scale": 1000}), deltas)
+    close(actual, 1000 * expected, 1e-5)
 
 
 def test_iso_c_worked_number() -> None:
@@ -326,8 +326,8 @@ def test_iso_c_of_a_deficient_sum() -> None:
     """Null directions get nothing by default; as published they get the mean strength in directions of the library."""
     outer, inner = random_tensors(12, 3, count=1)[0], random_tensors(3, 9, count=1, seed=1)[0]
     low = outer @ inner
-    found = of_deltas(methods.IsoC(), [low, low])
-    values = torch.linalg.svdvals(found.double())
+    actual = of_deltas(methods.IsoC(), [low, low])
+    values = torch.linalg.svdvals(actual.double())
     expected = torch.linalg.svdvals(2 * low.double()).mean()
     torch.testing.assert_close(values[:3], expected.expand(3), rtol=1e-5, atol=1e-6)
     assert float(values[3:].max()) < 1e-6
@@ -339,8 +339,8 @@ def test_iso_cts_with_one_task_or_only_common_directions_is_iso_c() -> None:
     deltas = random_tensors(10, 8)
     for rank in ("numerical", "full"):
         same = methods.IsoC.model_validate({"rank": rank})
-        one = methods.IsoCts.model_validate({"rank": rank})
-        close(of_deltas(one, deltas[:1]), of_deltas(same, deltas[:1]), 1e-5)
+        method_of_rank = methods.IsoCts.model_validate({"rank": rank})
+        close(of_deltas(method_of_rank, deltas[:1]), of_deltas(same, deltas[:1]), 1e-5)
         common = methods.IsoCts.model_validate({"rank": rank, "common": 1})
         close(of_deltas(common, deltas), of_deltas(same, deltas), 1e-5)
 
@@ -391,8 +391,8 @@ def test_spectral_methods_turn_with_their_inputs(name: str) -> None:
     outer = torch.linalg.qr(random_tensors(9, 9, count=1, seed=5)[0])[0]
     inner = torch.linalg.qr(random_tensors(7, 7, count=1, seed=6)[0])[0]
     method = METHODS[name]()
-    found = of_deltas(method, [outer @ delta @ inner for delta in deltas])
-    torch.testing.assert_close(found, outer @ of_deltas(method, deltas) @ inner, rtol=1e-4, atol=1e-4)
+    actual = of_deltas(method, [outer @ delta @ inner for delta in deltas])
+    torch.testing.assert_close(actual, outer @ of_deltas(method, deltas) @ inner, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SPECTRAL)
@@ -423,9 +423,9 @@ def test_what_is_no_matrix_gets_the_mean(name: str) -> None:
 # WUDI
 
 
-def loss(found: Tensor, deltas: Sequence[Tensor]) -> Tensor:
-    found = found.double()
-    return sum(((found - d.double()) @ d.double().mT).square().sum() / d.double().square().sum() for d in deltas)
+def loss(actual: Tensor, deltas: Sequence[Tensor]) -> Tensor:
+    actual = actual.double()
+    return sum(((actual - d.double()) @ d.double().mT).square().sum() / d.double().square().sum() for d in deltas)
 
 
 WORKED = [torch.tensor([[2.0, 0.0], [0.0, 0.2]]), torch.tensor([[0.6, 0.8], [0.0, 0.0]])]
@@ -433,9 +433,9 @@ CLOSED = methods.Wudi(variant="closed")
 
 
 def test_wudi_worked_number() -> None:
-    found = of_deltas(CLOSED, WORKED)
-    close(found, [[1.998164, -0.244835], [-0.001469, 0.004132]])
-    assert float(loss(found, WORKED)) == pytest.approx(0.000994, abs=1e-6)
+    actual = of_deltas(CLOSED, WORKED)
+    close(actual, [[1.998164, -0.244835], [-0.001469, 0.004132]])
+    assert float(loss(actual, WORKED)) == pytest.approx(0.000994, abs=1e-6)
     assert float(loss(WORKED[0] + WORKED[1], WORKED)) == pytest.approx(1.828372, abs=1e-6)
     assert float(loss((WORKED[0] + WORKED[1]) / 2, WORKED)) == pytest.approx(0.503232, abs=1e-6)
 
@@ -444,8 +444,8 @@ def test_wudi_worked_number() -> None:
 def test_wudi_closed_form_has_no_gradient(shape: tuple[int, int]) -> None:
     """Also where the inputs outnumber the task vectors' rows, so that the curvature is deficient."""
     deltas = random_tensors(*shape)
-    found = of_deltas(CLOSED, deltas).double().requires_grad_()
-    (slope,) = torch.autograd.grad(loss(found, deltas), found)
+    actual = of_deltas(CLOSED, deltas).double().requires_grad_()
+    (slope,) = torch.autograd.grad(loss(actual, deltas), actual)
     assert float(slope.abs().max()) < 1e-5
     total = sum(deltas).double().requires_grad_()
     (before,) = torch.autograd.grad(loss(total, deltas), total)
@@ -472,9 +472,9 @@ def test_wudi_closed_form_of_low_rank_experts() -> None:
     """Rounding of a rank-2 update (an adapter folded in) must not become a direction of its own."""
     pairs = zip(random_tensors(12, 2), random_tensors(2, 16, seed=1), strict=True)
     deltas = [outer @ inner for outer, inner in pairs]
-    found = of_deltas(CLOSED, deltas)
-    assert float(found.abs().max()) < 4 * max(float(delta.abs().max()) for delta in deltas)
-    assert float(loss(found, deltas)) < 1e-3 * float(loss(sum(deltas), deltas))
+    actual = of_deltas(CLOSED, deltas)
+    assert float(actual.abs().max()) < 4 * max(float(delta.abs().max()) for delta in deltas)
+    assert float(loss(actual, deltas)) < 1e-3 * float(loss(sum(deltas), deltas))
 
 
 def test_wudi_ridge_goes_from_the_minimum_to_the_sum() -> None:
@@ -495,14 +495,14 @@ def test_wudi_of_one_expert_or_equal_ones_is_the_expert() -> None:
 
 def test_wudi_iterative_is_adam_on_the_loss() -> None:
     deltas = random_tensors(7, 5, scale=0.01)
-    found = sum(deltas).double().requires_grad_()
-    optimiser = torch.optim.Adam([found], lr=1e-5)
+    actual = sum(deltas).double().requires_grad_()
+    optimiser = torch.optim.Adam([actual], lr=1e-5)
     for _ in range(300):
         optimiser.zero_grad()
-        loss(found, deltas).backward()
+        loss(actual, deltas).backward()
         optimiser.step()
     merged = of_deltas(methods.Wudi(), deltas)
-    torch.testing.assert_close(merged, found.detach().float(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(merged, actual.detach().float(), rtol=1e-6, atol=1e-9)
     assert float((merged - sum(deltas)).abs().max()) < 3.1e-3
 
 
@@ -553,16 +553,16 @@ ALL += [METHODS[name]() for name in SPECTRAL]
 def test_any_shape(method: Method, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     base, *experts = (tensor.to(dtype) for tensor in random_tensors(*shape, count=3))
     for pool in (experts, [base, experts[0]], [base, base]):
-        found = merge(method, base={"w": base}, experts=[{"w": expert} for expert in pool])["w"]
-        assert found.shape == base.shape
-        assert found.dtype == dtype
-        assert bool(torch.isfinite(found).all())
-    assert torch.equal(found, base)
+        actual = merge(method, base={"w": base}, experts=[{"w": expert} for expert in pool])["w"]
+        assert actual.shape == base.shape
+        assert actual.dtype == dtype
+        assert bool(torch.isfinite(actual).all())
+    assert torch.equal(actual, base)
 
 
 @pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)
 def test_bfloat16_is_rounded_once_from_the_float32_result(method: Method) -> None:
     base, *experts = (tensor.to(torch.bfloat16) for tensor in random_tensors(9, 6, count=3))
-    found = merge(method, base={"w": base}, experts=[{"w": expert} for expert in experts])["w"]
+    actual = merge(method, base={"w": base}, experts=[{"w": expert} for expert in experts])["w"]
     wide = merge(method, base={"w": base.float()}, experts=[{"w": expert.float()} for expert in experts])["w"]
-    assert torch.equal(found, wide.to(torch.bfloat16))
+    assert torch.equal(actual, wide.to(torch.bfloat16))

@@ -16,7 +16,7 @@ from mergecore.plugins.method import Method
 FIRST, SECOND = (4.0, -1.0, 2.0, 0.5), (-3.0, 2.0, 1.0, 0.0)
 
 
-def found(method: Method, **more: Any) -> list[float]:
+def actual(method: Method, **more: Any) -> list[float]:
     """The merge of two experts on a base of zeros, one tensor of four."""
     experts = [{"w": torch.tensor(values)} for values in (FIRST, SECOND)]
     result: Tensor = merge(method, base={"w": torch.zeros(4)}, experts=experts, **more)["w"]
@@ -68,14 +68,14 @@ WORKED: dict[str, tuple[Method, list[float]]] = {
 def test_worked_numbers(case: str) -> None:
     method, wanted = WORKED[case]
     ids = ["x", "y"] if method.needs_ids else None
-    assert found(method, ids=ids) == pytest.approx(wanted, abs=1e-6)
+    assert actual(method, ids=ids) == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.parametrize("case", WORKED)
 def test_values_move_with_their_experts(case: str) -> None:
     """Folded by ascending id, here in the other order: each expert keeps its own weight and share."""
     method, wanted = WORKED[case]
-    assert found(method, ids=["y", "x"]) == pytest.approx(wanted, abs=1e-6)
+    assert actual(method, ids=["y", "x"]) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_rates_of_their_own() -> None:
@@ -106,4 +106,4 @@ def test_rates_of_their_own() -> None:
 )
 def test_one_value_per_expert_or_one_for_all(method: Method) -> None:
     with pytest.raises(SpecError, match=r"given for 2 experts; give one per expert"):
-        found(method, ids=["x", "y"])
+        actual(method, ids=["x", "y"])

@@ -14,17 +14,17 @@ FIRST = {"w": torch.tensor([1.5, 2.0, -2.0])}
 SECOND = {"w": torch.tensor([0.5, 3.0, -1.5])}
 
 
-def close(found: torch.Tensor, expected: list[float]) -> None:
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+def close(actual: torch.Tensor, expected: list[float]) -> None:
+    torch.testing.assert_close(actual, torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
 def test_task_arithmetic() -> None:
-    def made(scale: float) -> torch.Tensor:
+    def merged_with(scale: float) -> torch.Tensor:
         return merge(methods.TaskArithmetic(scale=scale), base=BASE, experts=[FIRST, SECOND])["w"]
 
-    close(made(0.4), [1, 2.4, -1.6])
-    close(made(0.5), [1, 2.5, -1.75])
-    assert torch.equal(made(0.0), BASE["w"])
+    close(merged_with(0.4), [1, 2.4, -1.6])
+    close(merged_with(0.5), [1, 2.5, -1.75])
+    assert torch.equal(merged_with(0.0), BASE["w"])
     close(merge(methods.TaskArithmetic(scale=-0.5), base=BASE, experts=[FIRST])["w"], [0.75, 2, -0.5])
 
 
@@ -49,20 +49,20 @@ def merged_by_ties(vectors: torch.Tensor, split: int = 0, **values: object) -> t
         return {"a": row[:split], "b": row[split:]} if split else {"a": row}
 
     base = model(torch.zeros(vectors.shape[1]))
-    found = merge(methods.Ties.model_validate(values), base=base, experts=[model(row) for row in vectors])
-    return torch.cat([found[name] for name in sorted(found)])
+    actual = merge(methods.Ties.model_validate(values), base=base, experts=[model(row) for row in vectors])
+    return torch.cat([actual[name] for name in sorted(actual)])
 
 
 @pytest.mark.parametrize("split", [0, 1, 4, 9])
 def test_ties_exact_top_share(split: int) -> None:
-    found = merged_by_ties(TASK_VECTORS, split, density=0.2)
-    close(found, [0.45, 0, 0, 0, -0.4, 0, 0, 0, -0.6, 0])
+    actual = merged_by_ties(TASK_VECTORS, split, density=0.2)
+    close(actual, [0.45, 0, 0, 0, -0.4, 0, 0, 0, -0.6, 0])
 
 
 @pytest.mark.parametrize("split", [0, 3, 7])
 def test_ties_as_published(split: int) -> None:
-    found = merged_by_ties(TASK_VECTORS, split, density=0.2, count="published")
-    close(found, [0.45, 0.15, 0, -0.3, -0.4, 0, 0, 0, -0.6, 0])
+    actual = merged_by_ties(TASK_VECTORS, split, density=0.2, count="published")
+    close(actual, [0.45, 0.15, 0, -0.3, -0.4, 0, 0, 0, -0.6, 0])
 
 
 def test_ties_elects_by_mass_or_by_shares_of_the_norm() -> None:
@@ -82,21 +82,21 @@ def test_ties_elects_by_mass_or_by_shares_of_the_norm() -> None:
 def test_ties_elections_against_their_formulas(elect: str, weights: list[float] | None) -> None:
     """On values of few digits, so that many cancel: numpy in float64, trimmed by a sort, zeros drop out."""
     rows = torch.randn(3, 400, generator=torch.Generator().manual_seed(6)).round(decimals=1)
-    held = rows.double().numpy()
-    least = np.sort(np.abs(held), axis=1)[:, ::-1][:, 199:200]
-    held = np.where(np.abs(held) >= least, held, 0.0) * (1.0 if weights is None else np.array(weights)[:, None])
-    parts = held**2 / (held**2).sum(1, keepdims=True)
-    sign = np.sign(held.sum(0).round(9))
+    kept = rows.double().numpy()
+    least = np.sort(np.abs(kept), axis=1)[:, ::-1][:, 199:200]
+    kept = np.where(np.abs(kept) >= least, kept, 0.0) * (1.0 if weights is None else np.array(weights)[:, None])
+    parts = kept**2 / (kept**2).sum(1, keepdims=True)
+    sign = np.sign(kept.sum(0).round(9))
     if elect == "normmass":
-        sign = np.sign((np.sign(held) * parts).sum(0).round(12))
+        sign = np.sign((np.sign(kept) * parts).sum(0).round(12))
     elif elect == "normfrac":
-        sign = np.sign(held[parts.argmax(0), np.arange(400)])
-    agreed = np.where(held * sign > 0, held, 0.0)
+        sign = np.sign(kept[parts.argmax(0), np.arange(400)])
+    agreed = np.where(kept * sign > 0, kept, 0.0)
     by = np.where(agreed != 0, 1.0 if weights is None else np.array(weights)[:, None], 0.0).sum(0)
     expected = agreed.sum(0) / np.where(by == 0, 1.0, by)
-    found = merged_by_ties(rows, 150, density=0.5, elect=elect, weights=weights)
-    far = np.abs(found.numpy() - expected) > 1e-4
-    assert not far.any(), (np.flatnonzero(far), found[far.nonzero()], expected[far])
+    actual = merged_by_ties(rows, 150, density=0.5, elect=elect, weights=weights)
+    far = np.abs(actual.numpy() - expected) > 1e-4
+    assert not far.any(), (np.flatnonzero(far), actual[far.nonzero()], expected[far])
 
 
 def test_ties_majority_decides_exact_cancellation() -> None:
@@ -146,11 +146,11 @@ def test_fisher_norm_takes_a_factor_out() -> None:
     experts = [{"w": torch.randn(50)}, {"w": torch.randn(50)}]
     fishers = [torch.rand(50), torch.rand(50)]
 
-    def made(factor: float) -> torch.Tensor:
-        given = [{"w": fishers[0] * factor}, {"w": fishers[1]}]
-        return merge(methods.Fisher(), experts=experts, statistics={"fisher": given})["w"]
+    def merged_with(factor: float) -> torch.Tensor:
+        handed = [{"w": fishers[0] * factor}, {"w": fishers[1]}]
+        return merge(methods.Fisher(), experts=experts, statistics={"fisher": handed})["w"]
 
-    torch.testing.assert_close(made(1.0), made(1000.0))
+    torch.testing.assert_close(merged_with(1.0), merged_with(1000.0))
 
 
 @pytest.mark.parametrize(("rescale", "expected"), [("inverse", [0.004, 0, 0, 0.006]), ("l1", [0.0026, 0, 0, 0.0039])])
@@ -160,9 +160,9 @@ def test_dare_rescales(rescale: str, expected: list[float]) -> None:
     for seed in range(1000):
         drop = methods.RandomDrop.model_validate({"rate": 0.5, "rescale": rescale, "seed": seed})
         method = methods.TaskArithmetic(scale=1.0, drop=drop)
-        found = merge(method, base={"w": torch.zeros(4)}, experts=[{"w": delta}], ids=["expert"])["w"]
-        if (found != 0).tolist() == [True, False, False, True]:
-            close(found, expected)
+        actual = merge(method, base={"w": torch.zeros(4)}, experts=[{"w": delta}], ids=["expert"])["w"]
+        if (actual != 0).tolist() == [True, False, False, True]:
+            close(actual, expected)
             return
     raise AssertionError("no seed below 1000 draws the mask")
 
@@ -176,12 +176,12 @@ def test_dare_expectation_and_density(rescale: str) -> None:
     for seed in range(seeds):
         drop = methods.RandomDrop.model_validate({"rate": rate, "seed": seed, "rescale": rescale})
         method = methods.TaskArithmetic(scale=1.0, drop=drop)
-        found = merge(method, base={"w": torch.zeros(count)}, experts=[{"w": delta}], ids=["expert"])["w"]
-        kept = int((found != 0).sum())
+        actual = merge(method, base={"w": torch.zeros(count)}, experts=[{"w": delta}], ids=["expert"])["w"]
+        kept = int((actual != 0).sum())
         assert abs(kept - count * (1 - rate)) < 5 * (count * rate * (1 - rate)) ** 0.5
         if rescale == "l1":
-            assert float(found.abs().sum()) == pytest.approx(float(delta.abs().sum()), rel=1e-4)
-        total += found
+            assert float(actual.abs().sum()) == pytest.approx(float(delta.abs().sum()), rel=1e-4)
+        total += actual
     error = (total / seeds - delta).abs()
     sigma = delta.abs() * (rate / (1 - rate) / seeds) ** 0.5
     assert float((error <= 4 * sigma + 0.05 * delta.abs()).float().mean()) > 0.999
@@ -192,5 +192,5 @@ def test_fisher_of_the_smallest_numbers_there_are() -> None:
     experts = [{"w": torch.tensor([0.6, 0.6, 2.0])}, {"w": torch.tensor([0.7, 0.3, 4.0])}]
     fishers = [{"w": torch.tensor([1e-45, 1e-44, 1e-40])}, {"w": torch.tensor([1e-45, 1e-44, 2e-40])}]
     method = methods.Fisher(normalize=False)
-    found = merge(method, experts=experts, statistics={"fisher": fishers})
-    torch.testing.assert_close(found["w"], torch.tensor([0.65, 0.45, 10 / 3]), rtol=1e-4, atol=0)
+    actual = merge(method, experts=experts, statistics={"fisher": fishers})
+    torch.testing.assert_close(actual["w"], torch.tensor([0.65, 0.45, 10 / 3]), rtol=1e-4, atol=0)
