@@ -107,8 +107,8 @@ def row_combination(coefficients: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     for start in range(0, len(rows[0]), step):
         part = slice(start, start + step)
         total = torch.zeros(rows[0][part].shape, dtype=torch.float64, device=result.device)
-        for held, shares in zip(rows, coefficients.to(result.device), strict=True):
-            total = total + held[part].to(torch.float64) * shares[part, None]
+        for row, shares in zip(rows, coefficients.to(result.device), strict=True):
+            total = total + row[part].to(torch.float64) * shares[part, None]
         result[part] = total
     return result.reshape(tensors[0].shape)
 

@@ -14,7 +14,7 @@ def order_statistics(values: Tensor, ranks: Sequence[int]) -> list[float]:
 
     By a partition, which takes a sixth of the time that torch's topk does.
     """
-    return [float(one) for one in np.partition(values.cpu().numpy(), list(ranks))[list(ranks)]]
+    return [float(value) for value in np.partition(values.cpu().numpy(), list(ranks))[list(ranks)]]
 
 
 def largest(rows: Tensor, count: int) -> Tensor:

@@ -40,7 +40,7 @@ def small_tanh(values: Tensor) -> Tensor:
 
 def tanh(values: Tensor) -> Tensor:
     """tanh x for any x, relative error below 2^-20: of x/8, then three times tanh 2y = 2 tanh y / (1 + tanh² y)."""
-    found = small_tanh((values * 0.125).clamp(-1.25, 1.25))
+    result = small_tanh((values * 0.125).clamp(-1.25, 1.25))
     for _ in range(3):
-        found = (found + found) / (found * found + 1.0)
-    return found
+        result = (result + result) / (result * result + 1.0)
+    return result

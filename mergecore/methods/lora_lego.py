@@ -74,9 +74,9 @@ class LoraLego(AdapterMethod):
 
     def combined(self, module: str, updates: Sequence[LowRank | None]) -> Combined:
         """One unit per cluster: the centroid, given its cluster's norm, and √(r/k) on top."""
-        held = [update for update in updates if update is not None]
-        clusters = self.rank_made(module, [update.rank for update in held], (0, 0))
-        down, up = balanced_scaling(held)
+        present = [update for update in updates if update is not None]
+        clusters = self.rank_made(module, [update.rank for update in present], (0, 0))
+        down, up = balanced_scaling(present)
         if self.gauge == "canonical":
             down, up = canonical_units(down, up)
         units = torch.cat([down, up.mT], 1)
@@ -85,12 +85,12 @@ class LoraLego(AdapterMethod):
         units = units[sizes > ROUNDING * sizes.max()]
         labels = self.labels(module, units, clusters)
         centroids = [self._centroid(units[labels == label]) for label in range(len(set(labels.tolist())))]
-        made = torch.stack(centroids) if centroids else units.new_zeros(0, units.shape[1])
-        factor = 1.0 if self.output == "none" else sum(update.rank for update in held) / len(held) / clusters
+        merged_units = torch.stack(centroids) if centroids else units.new_zeros(0, units.shape[1])
+        factor = 1.0 if self.output == "none" else sum(update.rank for update in present) / len(present) / clusters
         # √(r/k) of the product is the fourth root on each side, so that norms stay balanced.
-        made = made * factor**0.25
+        merged_units = merged_units * factor**0.25
         columns = down.shape[1]
-        narrow, tall = padded(made[:, :columns], made[:, columns:].mT, clusters)
+        narrow, tall = padded(merged_units[:, :columns], merged_units[:, columns:].mT, clusters)
         return Combined(narrow, tall, {"units": float(len(units)), "clusters": float(len(centroids))})
 
     def labels(self, module: str, units: Tensor, clusters: int) -> Tensor:
@@ -104,9 +104,9 @@ class LoraLego(AdapterMethod):
         with threadpool_limits(1), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fewer distinct units than clusters: the empty ones become zeros
             means = KMeans(clusters, n_init=self.restarts, max_iter=300, random_state=state)
-            found = [int(label) for label in means.fit(units.numpy()).labels_]
-        order = {label: number for number, label in enumerate(dict.fromkeys(found))}
-        return torch.tensor([order[label] for label in found])
+            labels = [int(label) for label in means.fit(units.numpy()).labels_]
+        order = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+        return torch.tensor([order[label] for label in labels])
 
     def _centroid(self, members: Tensor) -> Tensor:
         centroid = members.mean(0)

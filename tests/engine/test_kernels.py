@@ -31,9 +31,9 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    found = library_in(tmp_path_factory.mktemp("loops"))
-    assert found.compiler is not None, "these tests need a C++ compiler"
-    return found
+    built = library_in(tmp_path_factory.mktemp("loops"))
+    assert built.compiler is not None, "these tests need a C++ compiler"
+    return built
 
 
 def awkward(dtype: torch.dtype, count: int, seed: int) -> Tensor:
@@ -52,10 +52,10 @@ def awkward(dtype: torch.dtype, count: int, seed: int) -> Tensor:
 def chunk_of(dtype: torch.dtype, experts: int = 3, count: int = 5003, start: int = 11) -> Chunk:
     """A base and experts that share many values with it and with each other."""
     base = awkward(dtype, count, 0)
-    held = [
+    stored = [
         torch.where(torch.arange(count) % (n + 3) == 0, base, awkward(dtype, count, n)) for n in range(1, experts + 1)
     ]
-    return Chunk(base, tuple(held), (False,) * experts, start)
+    return Chunk(base, tuple(stored), (False,) * experts, start)
 
 
 def both(
@@ -69,10 +69,10 @@ def both(
     """The result by the loop (which must have been used) and by the function itself."""
     based = chunk.base is not None
     fused, plain = (fused_of(function, on, out, kept, based, wait=True) for kept in (library, None))
-    found, wanted = torch.empty(chunk.count, dtype=out), torch.empty(chunk.count, dtype=out)
-    assert fused.given(arguments).store(chunk, found) == plain.given(arguments).store(chunk, wanted)
+    actual, wanted = torch.empty(chunk.count, dtype=out), torch.empty(chunk.count, dtype=out)
+    assert fused.given(arguments).store(chunk, actual) == plain.given(arguments).store(chunk, wanted)
     assert not fused.problem and any(fused.checked.values())
-    return found, wanted
+    return actual, wanted
 
 
 def fused_of(
@@ -86,8 +86,8 @@ def fused_of(
     return Fused(of_models, on, out, library, **options)
 
 
-def same(found: Tensor, wanted: Tensor) -> bool:
-    return torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
+def same(actual: Tensor, wanted: Tensor) -> bool:
+    return torch.equal(actual.view(torch.uint8), wanted.view(torch.uint8))
 
 
 OPERATIONS: dict[str, Callable[[Any, Any, Any], Any]] = {
@@ -110,8 +110,8 @@ OPERATIONS: dict[str, Callable[[Any, Any, Any], Any]] = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_operation_gives_torchs_bytes(library: Library, name: str, dtype: torch.dtype) -> None:
     function = OPERATIONS[name]
-    found, wanted = both(library, lambda base, experts: function(base, *experts[:2]), chunk_of(dtype), torch.float32)
-    assert same(found, wanted)
+    actual, wanted = both(library, lambda base, experts: function(base, *experts[:2]), chunk_of(dtype), torch.float32)
+    assert same(actual, wanted)
 
 
 @pytest.mark.parametrize(("stored", "out"), list(itertools.product(DTYPES, DTYPES)))
@@ -120,10 +120,10 @@ def test_every_dtype_is_widened_and_rounded_as_torch_does(
 ) -> None:
     chunk = chunk_of(stored)
     limit = 60000.0 if out == torch.float16 else 1e30
-    found, wanted = both(
+    actual, wanted = both(
         library, lambda base, experts: (base + experts[0] * 0.37).clamp(-limit, limit), chunk, out, "weights"
     )
-    assert same(found, wanted)
+    assert same(actual, wanted)
 
 
 def test_all_half_precision_numbers(library: Library) -> None:
@@ -131,28 +131,28 @@ def test_all_half_precision_numbers(library: Library) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         every = torch.arange(1 << 16).to(torch.int32).to(torch.int16).view(dtype)
         every = every[torch.isfinite(every)]
-        found, wanted = both(
+        actual, wanted = both(
             library, lambda base, experts: experts[0] * 1.0, Chunk(None, (every,), (False,), 0), dtype, "weights"
         )
-        assert same(found, every) and same(found, wanted)
+        assert same(actual, every) and same(actual, wanted)
         middles = ((every[:-1].double() + every[1:].double()) / 2).float()
         edges = torch.cat([torch.nextafter(middles, torch.tensor(side)) for side in (-1e30, 1e30)] + [middles])
         edges = edges[edges.abs() < (65519.0 if dtype == torch.float16 else 1e38)]
-        found, wanted = both(
+        actual, wanted = both(
             library, lambda base, experts: experts[0] * 1.0, Chunk(None, (edges,), (False,), 0), dtype, "weights"
         )
-        assert same(found, edges.to(dtype)) and same(found, wanted)
+        assert same(actual, edges.to(dtype)) and same(actual, wanted)
 
 
 def test_numbers_are_arguments_and_share_a_loop(library: Library) -> None:
     chunk = chunk_of(torch.bfloat16)
     texts = set()
     for scale in (0.3, -1.7, 25.0):
-        fused = fused_of(lambda base, experts, **given: base + experts[0] * scale * given["more"], "deltas", torch.float32, library, wait=True)  # fmt: skip
-        found = torch.empty(chunk.count)
-        fused.given({"more": 1.5 * scale}).store(chunk, found)
+        fused = fused_of(lambda base, experts, **arguments: base + experts[0] * scale * arguments["more"], "deltas", torch.float32, library, wait=True)  # fmt: skip
+        actual = torch.empty(chunk.count)
+        fused.given({"more": 1.5 * scale}).store(chunk, actual)
         (base, *experts), _ = formed(chunk, "deltas")
-        assert same(found, base + experts[0] * scale * (1.5 * scale))
+        assert same(actual, base + experts[0] * scale * (1.5 * scale))
         texts |= set(fused.checked)
     assert len(texts) == 1
 
@@ -171,26 +171,28 @@ def test_index_keys_and_what_lies_beside(library: Library) -> None:
             assert stop is not None
             return place.read(name, start - chunk.start, stop - chunk.start)
 
-    def function(base: Tensor, experts: Sequence[Tensor], **given: Any) -> Tensor:
-        words = words_at(given["index"], *given["key"])
+    def function(base: Tensor, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
+        words = words_at(arguments["index"], *arguments["key"])
         return torch.where(
-            (words >= given["limit"]) & (given["index"] <= given["last"]), experts[0] * given["beside"], base
+            (words >= arguments["limit"]) & (arguments["index"] <= arguments["last"]),
+            experts[0] * arguments["beside"],
+            base,
         )
 
-    found, wanted = both(
+    actual, wanted = both(
         library, function, chunk, torch.float32, index=Index(), key=(123456789, -987654321), limit=-5, last=(1 << 32) + 900,
         beside=Beside(Far(), "w"), form="text", nothing=None,
     )  # fmt: skip
-    assert same(found, wanted) and 0.1 < float((found != formed(chunk, "deltas")[0][0]).float().mean()) < 0.3
+    assert same(actual, wanted) and 0.1 < float((actual != formed(chunk, "deltas")[0][0]).float().mean()) < 0.3
 
 
 def test_adapters_deltas_and_weights(library: Library) -> None:
     full = chunk_of(torch.bfloat16, 2)
     chunk = Chunk(full.base, (full.experts[0], torch.randn(full.count)), (False, True), 0)
     for on in ("weights", "deltas"):
-        found, wanted = both(library, lambda base, experts: experts[0] - experts[1] * 0.5, chunk, torch.bfloat16, on)
+        actual, wanted = both(library, lambda base, experts: experts[0] - experts[1] * 0.5, chunk, torch.bfloat16, on)
         (_, *experts), _ = formed(chunk, on)
-        assert same(found, wanted) and same(found, (experts[0] - experts[1] * 0.5).to(torch.bfloat16))
+        assert same(actual, wanted) and same(actual, (experts[0] - experts[1] * 0.5).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("windows", [(), (0x3C80,), (0x3C80, 0x3F00, 0x1234)])
@@ -210,8 +212,8 @@ def test_counts_are_those_of_a_sort(library: Library, windows: tuple[int, ...]) 
         bits = delta.numpy().view(np.uint32) & 0x7FFFFFFF
         parts = [bits[bits >> 16 == window] & 0xFFFF for window in windows] or [(bits >> 16) + (1 << 15)]
         expected += [np.bincount(part, minlength=1 << 16) for part in parts]
-    found = np.concatenate(counts_of(bins, len(windows)))
-    assert np.array_equal(found, 2 * np.concatenate(expected)) and found.sum() > 0
+    actual = np.concatenate(counts_of(bins, len(windows)))
+    assert np.array_equal(actual, 2 * np.concatenate(expected)) and actual.sum() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -221,19 +223,19 @@ def test_sums_are_the_same_fused_or_not_and_right(library: Library, dtype: torch
     def values(base: Tensor, experts: Sequence[Tensor], half: float) -> list[Tensor]:
         return [experts[1].abs(), experts[1] * half - experts[2], experts[1].double() * experts[2].double()]
 
-    found = []
+    actual = []
     for kept, cut in ((library, chunk.count), (None, chunk.count), (library, 256 * 5)):
         lanes = np.zeros((3, LANES))
-        given = fused_of(values, "deltas", "sums", kept, wait=True).given({"half": 0.5})
+        loop = fused_of(values, "deltas", "sums", kept, wait=True).given({"half": 0.5})
         for _, _, part in chunk.parts(cut):
-            assert not given.sum(part, lanes)
-        assert kept is None or any(given.fused.checked.values())
-        found.append(total_of(lanes))
-    assert found[0] == found[1] == found[2]
+            assert not loop.sum(part, lanes)
+        assert kept is None or any(loop.fused.checked.values())
+        actual.append(total_of(lanes))
+    assert actual[0] == actual[1] == actual[2]
     (_, *experts), _ = formed(chunk, "deltas")
     expected = values(experts[0], experts, 0.5)
-    for one, total in zip(expected, found[0], strict=True):
-        assert total == pytest.approx(fsum(one.tolist()), rel=1e-12, abs=1e-12)
+    for wanted_sum, total in zip(expected, actual[0], strict=True):
+        assert total == pytest.approx(fsum(wanted_sum.tolist()), rel=1e-12, abs=1e-12)
     chunk.experts[1][300] = float("inf")
     assert fused_of(values, "deltas", "sums", library, wait=True).given({"half": 0.5}).sum(chunk, np.zeros((3, LANES)))
 
@@ -246,16 +248,16 @@ def test_float64_on_the_way_is_torchs(library: Library, stored: torch.dtype, out
     def joined(base: Tensor, experts: Sequence[Tensor], share: float) -> Tensor:
         return (experts[0].double() * share + experts[1].double() * 0.1 - base.double() * (-1.0)).float()
 
-    chunk, found = chunk_of(stored), []
+    chunk, actual = chunk_of(stored), []
     for kept in (library, None):
-        given = fused_of(joined, "weights", out, kept, wait=True).given({"share": 1 / 3})
-        found.append(torch.empty(chunk.count, dtype=out))
-        assert given.store(chunk, found[-1]) == (False, False)
-        assert kept is None or all(given.fused.checked.values())
-    assert torch.equal(*found)
+        loop = fused_of(joined, "weights", out, kept, wait=True).given({"share": 1 / 3})
+        actual.append(torch.empty(chunk.count, dtype=out))
+        assert loop.store(chunk, actual[-1]) == (False, False)
+        assert kept is None or all(loop.fused.checked.values())
+    assert torch.equal(*actual)
     (base, *experts), _ = formed(chunk, "weights")
     exact = experts[0].double() * (1 / 3) + experts[1].double() * 0.1 + base.double()
-    assert torch.equal(found[0], exact.float().to(out))
+    assert torch.equal(actual[0], exact.float().to(out))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -290,10 +292,10 @@ UNKNOWN: dict[str, Callable[..., Any]] = {
 def test_what_is_no_loop_runs_as_it_is_and_says_why(library: Library, name: str) -> None:
     chunk = chunk_of(torch.float32, count=100)
     fused = fused_of(UNKNOWN[name], "deltas", torch.float32, library, wait=True)
-    found = torch.empty(100)
-    fused.given({}).store(chunk, found)
+    actual = torch.empty(100)
+    fused.given({}).store(chunk, actual)
     (base, *experts), _ = formed(chunk, "deltas")
-    assert same(found, UNKNOWN[name](base, experts)) and fused.problem
+    assert same(actual, UNKNOWN[name](base, experts)) and fused.problem
 
 
 def test_numbers_alone_belong_into_the_arguments() -> None:
@@ -303,13 +305,13 @@ def test_numbers_alone_belong_into_the_arguments() -> None:
 
 
 def test_a_loop_that_gives_other_bytes_is_not_used(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(source._UNCOMMON, "floor", lambda held, dtype: f"ceilf({held[0]})")
+    monkeypatch.setitem(source._UNCOMMON, "floor", lambda operands, dtype: f"ceilf({operands[0]})")
     fused = fused_of(lambda base, experts: torch.floor(experts[0]), "deltas", torch.float32, library, wait=True)
     chunk = chunk_of(torch.float32)
     for _ in range(2):
-        found = torch.empty(chunk.count)
-        fused.given({}).store(chunk, found)
-        assert same(found, torch.floor(formed(chunk, "deltas")[0][1])) and "other bytes" in fused.problem
+        actual = torch.empty(chunk.count)
+        fused.given({}).store(chunk, actual)
+        assert same(actual, torch.floor(formed(chunk, "deltas")[0][1])) and "other bytes" in fused.problem
 
 
 def test_while_a_loop_is_built_work_goes_on(tmp_path: Path) -> None:

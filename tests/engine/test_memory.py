@@ -83,9 +83,9 @@ EXPERTS = 8
 @pytest.fixture(scope="module")
 def pools(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small and a large base with eight experts: 1.5 and 30 million parameters in bfloat16."""
-    found = {}
+    measured_sizes = {}
     for size, layers in (("small", 1), ("large", 20)):
-        folder = found[size] = tmp_path_factory.mktemp(size)
+        folder = measured_sizes[size] = tmp_path_factory.mktemp(size)
         for number in range(EXPERTS + 1):
             generator = torch.Generator().manual_seed(number)
             tensors = {
@@ -97,7 +97,7 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             (folder / str(number)).mkdir()
             save_file(tensors, folder / str(number) / "model.safetensors", metadata={"format": "pt"})
             (folder / str(number) / "config.json").write_text(json.dumps({"model_type": "matrices"}))
-    return found
+    return measured_sizes
 
 
 def measured(recipes: list[dict[str, Any]], folder: Path) -> list[dict[str, int]]:
@@ -105,8 +105,10 @@ def measured(recipes: list[dict[str, Any]], folder: Path) -> list[dict[str, int]
     planned, once it is planned, and at most from then on; and what its blocks were projected to take together."""
     (folder / "out").mkdir()
     command = [sys.executable, "-c", PROGRAM, json.dumps(recipes), str(folder / "out"), str(folder / "loops"), "2"]
-    found: list[dict[str, int]] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    return found
+    measured_sizes: list[dict[str, int]] = json.loads(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    )
+    return measured_sizes
 
 
 def test_the_peak_is_below_the_projection_and_not_far_below(pools: dict[str, Path], tmp_path: Path) -> None:
@@ -116,12 +118,14 @@ def test_the_peak_is_below_the_projection_and_not_far_below(pools: dict[str, Pat
         {**method, "base": str(pools[size] / "0"), "experts": [str(pools[size] / str(n + 1)) for n in range(experts)]}
         for method, experts, size in cases
     ]
-    found = measured(recipes, tmp_path)
-    for case, held in zip(cases, found, strict=True):
-        projected, peak = held["before"] + held["blocks"], max(held["peak"], held["planning"])
-        assert 0.7 * projected <= peak <= projected, (case, held)
-        assert held["peak"] - held["before"] < 1 << 30
-    for small, large in zip(found[::2], found[1::2], strict=True):  # twenty times the model is no more memory
+    measured_sizes = measured(recipes, tmp_path)
+    for case, sizes in zip(cases, measured_sizes, strict=True):
+        projected, peak = sizes["before"] + sizes["blocks"], max(sizes["peak"], sizes["planning"])
+        assert 0.7 * projected <= peak <= projected, (case, sizes)
+        assert sizes["peak"] - sizes["before"] < 1 << 30
+    for small, large in zip(
+        measured_sizes[::2], measured_sizes[1::2], strict=True
+    ):  # twenty times the model is no more memory
         assert large["peak"] - large["before"] < small["peak"] - small["before"] + (24 << 20)
 
 
@@ -132,14 +136,14 @@ TOKENS, WIDTH = 8_000, 256
 def vocabularies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Embeddings and heads of 8,000 rows by 256 in bfloat16, and the tokens that these stand for."""
     folder, tokens = tmp_path_factory.mktemp("vocabularies"), [f"token{number}" for number in range(TOKENS)]
-    held = {
+    sizes = {
         "base": tokens,
         "more": [*tokens, "<m>"],
         "mixed": random.Random(0).sample(tokens, TOKENS),
         "back": tokens[::-1],
         "thirds": [token for number, token in enumerate(tokens) if number % 3],
     }
-    for seed, (name, own) in enumerate(held.items()):
+    for seed, (name, own) in enumerate(sizes.items()):
         rows = torch.randn(len(own), WIDTH, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
         (folder / name).mkdir()
         tensors = {"model.embed_tokens.weight": rows, "lm_head.weight": rows.flip(0).contiguous()}
@@ -168,12 +172,14 @@ def test_rows_of_other_vocabularies_are_projected_too(vocabularies: Path, tmp_pa
         }
         for method, names, rules in cases
     ]
-    found = measured(recipes, tmp_path)
-    for case, held in zip(cases, found, strict=True):
-        projected = held["planned"] + held["blocks"]
-        assert held["peak"] <= projected, (case, held)
-        assert case[0] is whole or held["peak"] >= 0.7 * projected, (case, held)
-    assert found[0]["planning"] - found[0]["before"] < 500 * 3 * TOKENS, "bytes a token and model, while planning"
+    measured_sizes = measured(recipes, tmp_path)
+    for case, sizes in zip(cases, measured_sizes, strict=True):
+        projected = sizes["planned"] + sizes["blocks"]
+        assert sizes["peak"] <= projected, (case, sizes)
+        assert case[0] is whole or sizes["peak"] >= 0.7 * projected, (case, sizes)
+    assert measured_sizes[0]["planning"] - measured_sizes[0]["before"] < 500 * 3 * TOKENS, (
+        "bytes a token and model, while planning"
+    )
 
 
 def test_a_budget_too_small_for_one_block_is_refused_by_name(pools: dict[str, Path], tmp_path: Path) -> None:

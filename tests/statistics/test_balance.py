@@ -38,19 +38,19 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def vectors(kind: str, experts: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(11)
-    held = torch.randn(experts, COUNT, generator=generator) * 0.1
+    deltas = torch.randn(experts, COUNT, generator=generator) * 0.1
     if kind == "bfloat16":
-        held = held.to(torch.bfloat16).to(torch.float32)
+        deltas = deltas.to(torch.bfloat16).to(torch.float32)
     elif kind == "sparse":
-        held = torch.where(torch.rand(experts, COUNT, generator=generator) < 0.7, 0.0, held)
-    return held
+        deltas = torch.where(torch.rand(experts, COUNT, generator=generator) < 0.7, 0.0, deltas)
+    return deltas
 
 
 def named(flat: Tensor) -> dict[str, Tensor]:
     return {"a": flat[:7000].view(70, 100), "b": flat[7000:7007], "c": flat[7007:], "empty": flat[:0].view(0, 4)}
 
 
-def found(statistic: Statistic, rows: Tensor, workers: int = 2) -> tuple[Mapping[str, Any], Any]:
+def results_of(statistic: Statistic, rows: Tensor, workers: int = 2) -> tuple[Mapping[str, Any], Any]:
     base = MemoryTensors({name: torch.zeros_like(value) for name, value in named(rows[0]).items()})
     pool = [FullExpert(f"id{i}", f"expert {i}", MemoryTensors(named(row))) for i, row in enumerate(rows)]
     known = find_statistics(statistic, base, pool, base.tensors, {}, silent)
@@ -64,7 +64,7 @@ def found(statistic: Statistic, rows: Tensor, workers: int = 2) -> tuple[Mapping
 def test_magnitude_quantiles(kind: str, tail: float) -> None:
     row = vectors(kind)[:1]
     ordered = row[0].abs().sort().values
-    numbers, _ = found(MagnitudeQuantiles(tail=tail), row)
+    numbers, _ = results_of(MagnitudeQuantiles(tail=tail), row)
     low, high = int(COUNT * tail), int(COUNT * (1 - tail) - 1)
     assert numbers == {"low": float(ordered[low]), "high": float(ordered[high])}
 
@@ -81,7 +81,7 @@ def test_ranks_of_few_elements() -> None:
 def test_cut_is_an_entry_of_the_sorted_scores(kind: str, form: str, density: float) -> None:
     rows = vectors(kind)
     statistic = BalanceCut.model_validate({"form": form, "density": density, "clip": 0.01})
-    numbers, known = found(statistic, rows)
+    numbers, known = results_of(statistic, rows)
     ordered = torch.stack(scores(list(rows), balancing(statistic.form, len(rows), known))).sort(dim=1).values
     place = int(COUNT * (1 - density)) if density < 1 else 0
     assert numbers == {"high": ordered[:, -1].tolist(), "low": ordered[:, place].tolist()}
@@ -89,7 +89,7 @@ def test_cut_is_an_entry_of_the_sorted_scores(kind: str, form: str, density: flo
 
 def test_softmax_means() -> None:
     rows = vectors("normal")
-    numbers, _ = found(SoftmaxMeans(), rows)
+    numbers, _ = results_of(SoftmaxMeans(), rows)
     wide = rows.numpy()
     for position, (i, j) in enumerate(pairs(3)):
         product = (wide[i] * wide[j]).astype(np.float64)

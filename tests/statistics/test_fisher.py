@@ -63,17 +63,17 @@ ONE = Rows(torch.tensor([[1.0, 2.0]]), torch.tensor([1]))
 
 
 def test_linear_softmax_by_hand() -> None:
-    found = fisher(linear(WEIGHT), ONE, estimator="exact")
+    actual = fisher(linear(WEIGHT), ONE, estimator="exact")
     expected = torch.tensor([[0.199222, 0.79689], [0.25, 0.999999], [0.174305, 0.697222]])
-    torch.testing.assert_close(found.tensors["weight"], expected, atol=2e-6, rtol=0)
-    assert found.numbers["squared_norm"]["weight"] == pytest.approx(float(expected.double().square().sum()), rel=1e-5)
-    assert found.numbers["items"] == found.numbers["positions"] == 1
+    torch.testing.assert_close(actual.tensors["weight"], expected, atol=2e-6, rtol=0)
+    assert actual.numbers["squared_norm"]["weight"] == pytest.approx(float(expected.double().square().sum()), rel=1e-5)
+    assert actual.numbers["items"] == actual.numbers["positions"] == 1
 
 
 def test_true_labels_by_hand() -> None:
-    found = fisher(linear(WEIGHT), ONE, estimator="empirical").tensors["weight"]
+    actual = fisher(linear(WEIGHT), ONE, estimator="empirical").tensors["weight"]
     expected = torch.tensor([[0.075439, 0.301755], [0.249535, 0.99814], [0.050568, 0.202272]])
-    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(actual, expected, atol=2e-6, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +124,10 @@ def test_buffers_have_no_gradient_and_flags_are_left_alone() -> None:
     told: list[Event] = []
     data = Rows(torch.randn(5, 2), torch.zeros(5, dtype=torch.int64))
     chosen = {name: info for name, info in selection(model).items() if "num_batches" not in name}
-    found = DiagonalFisher(samples=4).compute(model, data, chosen, told.append)
-    assert list(found.tensors) == list(chosen)
-    assert found.numbers["without_gradient"] == ["1.running_mean", "1.running_var"]
-    assert not found.tensors["1.running_var"].any() and found.tensors["0.weight"].any()
+    actual = DiagonalFisher(samples=4).compute(model, data, chosen, told.append)
+    assert list(actual.tensors) == list(chosen)
+    assert actual.numbers["without_gradient"] == ["1.running_mean", "1.running_var"]
+    assert not actual.tensors["1.running_var"].any() and actual.tensors["0.weight"].any()
     assert not model[0].weight.requires_grad and model[0].bias.requires_grad and model[0].bias.grad is None
     assert told[-1].done == 4
 
@@ -155,12 +155,12 @@ def test_last_layer_of_a_language_model(tmp_path: Path) -> None:
     data = resident.calibration(["tiny_choice", "tiny_write"], 6, seed=0)
     hidden: list[Tensor] = []
     hook = resident.model.get_submodule("lm_head").register_forward_pre_hook(
-        lambda _, given: hidden.append(given[0][0])
+        lambda _, inputs_of: hidden.append(inputs_of[0][0])
     )
     logits = [data.logits(resident.model, [item])[0].detach() for item in range(6)]
     hook.remove()
     chances = torch.cat(logits).softmax(-1)
-    inputs = torch.cat([one[-len(logit) :] for one, logit in zip(hidden, logits, strict=True)]).detach()
+    inputs = torch.cat([hidden_rows[-len(logit) :] for hidden_rows, logit in zip(hidden, logits, strict=True)]).detach()
     expected = (chances * (1 - chances)).T @ inputs.square() / len(inputs)
     chosen = {"lm_head.weight": TensorInfo("F32", (320, 64)), "model.norm.weight": TensorInfo("F32", (64,))}
     exact = DiagonalFisher(estimator="exact").compute(resident.model, data, chosen, silent)

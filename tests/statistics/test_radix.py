@@ -29,12 +29,12 @@ def values(kind: str) -> Tensor:
 
 
 def test_patterns_grow_with_the_values() -> None:
-    held = torch.tensor([-3e38, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1.0, 3e38])
-    pattern = signed_bits(held)
+    values = torch.tensor([-3e38, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1.0, 3e38])
+    pattern = signed_bits(values)
     assert pattern[3] == pattern[4] == 0
     assert (pattern[[0, 1, 2, 4, 5, 6, 7]].diff() > 0).all()
-    assert [value_of(int(p)) for p in pattern] == [float(v) for v in held]
-    assert torch.equal(bits(held[4:]), pattern[4:])
+    assert [value_of(int(p)) for p in pattern] == [float(v) for v in values]
+    assert torch.equal(bits(values[4:]), pattern[4:])
 
 
 def sparse(numbers: Tensor) -> SparseCounts:

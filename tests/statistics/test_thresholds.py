@@ -26,7 +26,7 @@ from mergecore.tensors.memory import MemoryTensors
 from tests.grids import set_grid
 
 
-def found(statistic: Threshold, delta: dict[str, Tensor], workers: int = 1) -> Result:
+def result_of(statistic: Threshold, delta: dict[str, Tensor], workers: int = 1) -> Result:
     base = MemoryTensors({name: torch.zeros_like(value) for name, value in delta.items()})
     pool = [FullExpert("id", "expert", MemoryTensors(delta))]
     selection = base.tensors
@@ -63,7 +63,7 @@ def test_equals_a_full_sort(kind: str, density: float, ranked: str, monkeypatch:
     delta = deltas(kind)
     for count in ("at_least", "exact"):
         statistic = Threshold.model_validate({"density": density, "ranked": ranked, "count": count})
-        result = found(statistic, delta, workers=2)
+        result = result_of(statistic, delta, workers=2)
         kept_in_all = 0
         groups = [sorted(delta)] if ranked == "global" else [[name] for name in sorted(delta)]
         for names in groups:
@@ -114,6 +114,6 @@ def test_reads_no_more_than_it_must(
 ) -> None:
     began: list[int] = []
     original = mergecore.engine.run_pass._read
-    monkeypatch.setattr("mergecore.engine.run_pass._read", lambda *given: began.append(0) or original(*given))
-    found(Threshold.model_validate({"density": density, "count": count}), deltas(kind))
+    monkeypatch.setattr("mergecore.engine.run_pass._read", lambda *arguments: began.append(0) or original(*arguments))
+    result_of(Threshold.model_validate({"density": density, "count": count}), deltas(kind))
     assert len(began) == read
