@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from flows.services import servers as services
 from flows.services import supervise
+from flows.services.servers import Addresses
 from tests import tiny_sweep
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -101,33 +101,33 @@ def make(target: str, store: Path, api: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """Everything started once; the sweep is done when it is handed out."""
+def project(tmp_path_factory: pytest.TempPathFactory, shared_servers: Addresses) -> Iterator[Project]:
+    """The project, deployed, with a worker that runs; its sweep is done."""
     folder = tmp_path_factory.mktemp("project")
     spec = tiny_sweep.write_spec(folder)
     store = folder / "store"
     log = folder / "worker.log"
-    with services.servers(store) as addresses:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-        environment = {**kept, "MLFLOW_TRACKING_URI": addresses.mlflow, "PREFECT_WORKER_QUERY_SECONDS": "3"}
-        deployed = subprocess.run(
-            make("deploy", store, addresses.prefect), cwd=REPOSITORY, env=environment, capture_output=True, text=True
-        )
-        assert deployed.returncode == 0, deployed.stdout + deployed.stderr
-        # Under the services' supervisor, so that the worker ends with this process however that ends.
-        supervised = [sys.executable, "-I", "-S", supervise.__file__, str(os.getpid()), "5"]
-        with log.open("wb") as output:
-            worker = subprocess.Popen(
-                [*supervised, *make("worker", store, addresses.prefect)],
-                cwd=REPOSITORY, env=environment, stdout=output, stderr=output, start_new_session=True,
-            )  # fmt: skip
-        try:
-            runs = []
-            for chosen in ({"methods": ["average"], "counts": [2], "track": False}, {}):
-                runs.append(started(addresses.prefect, "sweep", {"spec": str(spec), **chosen}))
-                state = waited(addresses.prefect, runs[-1])["state"]
-                assert state["name"] == "Completed", f"{state}\n{log.read_text()}"
-            yield Project(folder, addresses.prefect_page, addresses.mlflow, *runs)
-        finally:
-            worker.terminate()
-            worker.wait(30)
+    addresses = shared_servers
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    environment = {**kept, "MLFLOW_TRACKING_URI": addresses.mlflow, "PREFECT_WORKER_QUERY_SECONDS": "3"}
+    deployed = subprocess.run(
+        make("deploy", store, addresses.prefect), cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+    # Under the services' supervisor, so that the worker ends with this process however that ends.
+    supervised = [sys.executable, "-I", "-S", supervise.__file__, str(os.getpid()), "5"]
+    with log.open("wb") as output:
+        worker = subprocess.Popen(
+            [*supervised, *make("worker", store, addresses.prefect)],
+            cwd=REPOSITORY, env=environment, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+    try:
+        runs = []
+        for chosen in ({"methods": ["average"], "counts": [2], "track": False}, {}):
+            runs.append(started(addresses.prefect, "sweep", {"spec": str(spec), **chosen}))
+            state = waited(addresses.prefect, runs[-1])["state"]
+            assert state["name"] == "Completed", f"{state}\n{log.read_text()}"
+        yield Project(folder, addresses.prefect_page, addresses.mlflow, *runs)
+    finally:
+        worker.terminate()
+        worker.wait(30)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,12 @@ import torch
 import yaml
 from mlflow import MlflowClient
 
-from flows.services import servers as services
 from flows.services.servers import Addresses
 from mergecore.events import silent
 from mergecore.store.store import Store
 from tests.digits import DigitsTier, digits_tier
 from tests.digits_sweep import EXPERTS, contents, digits_spec, leftovers, opened, stamps
 from tests.processes import Started, kill_at, was_killed
-from tests.slow_sweep import patiently
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SPAN_SECONDS = 1.0
@@ -42,12 +40,9 @@ def tier(pytestconfig: pytest.Config) -> DigitsTier:
     return digits_tier(Path(pytestconfig.cache.mkdir("digits")))
 
 
-@pytest.fixture(scope="module")
-def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Addresses]:
-    """One Prefect and one MLflow for all sweeps here."""
-    patiently()
-    with services.servers(tmp_path_factory.mktemp("servers")) as addresses:
-        yield addresses
+@pytest.fixture
+def addresses(shared_servers: Addresses) -> Addresses:
+    return shared_servers
 
 
 def spec(tier: DigitsTier, store: Path, sweep_name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.services import servers as services
+from flows.services.servers import Addresses
 from mergecore.reporting.figure import draw
 from mergecore.reporting.summary import Summaries
 from tasks.tracking import project as track
@@ -35,18 +35,17 @@ PATIENCE = 30_000  # milliseconds; pages draw late on a busy machine
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackResult]:
+def shown(tmp_path_factory: pytest.TempPathFactory, shared_servers: Addresses) -> TrackResult:
     """A sweep with a refused cell and a registered one, projected into a real MLflow."""
     folder = tmp_path_factory.mktemp("pages")
     cells = [*example_sweep.baselines(), *example_sweep.merges(), example_sweep.refused()]
     best = next(cell for cell in cells if cell.name == "ties-n2")
-    sweep = example_sweep.sweep(cells, "pages", example_sweep.registration(best))
+    sweep = example_sweep.sweep(cells, "pages", {**example_sweep.registration(best), "name": "pages-model"})
     summaries = Summaries(sweep)
     figures = draw(summaries.on("test"), folder / "figure")
-    with services.mlflow_server(folder) as address:
-        artifacts = {f"figures/{path.name}": path for path in figures if path.suffix == ".png"}
-        links = {"Prefect flow run": "http://127.0.0.1:4200/runs/flow-run/1"}
-        yield track.project(summaries, address, artifacts, links, folder)
+    artifacts = {f"figures/{path.name}": path for path in figures if path.suffix == ".png"}
+    links = {"Prefect flow run": "http://127.0.0.1:4200/runs/flow-run/1"}
+    return track.project(summaries, shared_servers.mlflow, artifacts, links, folder)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +156,7 @@ def test_a_refused_cell_says_why(page: Page, shown: TrackResult) -> None:
 
 def test_the_registered_model_says_what_it_is(page: Page, shown: TrackResult) -> None:
     page.goto(shown.urls["model"])
-    sees(page, "demo-model", "Version 1")
-    page.goto(shown.urls["model"].replace("/models/demo-model", "/models/demo-model/versions/1"))
+    sees(page, "pages-model", "Version 1")
+    page.goto(shown.urls["model"].replace("/models/pages-model", "/models/pages-model/versions/1"))
     sees(page, "ties-n2", "weights.digest", "sha256-of-ties-n2")
     assert "champion" in page.inner_text("body")

@@ -7,14 +7,13 @@ import json
 import os
 import socketserver
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from flows.services import servers as services
+from flows.services.servers import Addresses
 from mergecore.errors import ServiceError
 from mergecore.reporting.scores import Sweep, Trajectory, Trial
 from mergecore.reporting.summary import Summaries
@@ -27,11 +26,10 @@ from tests.example_sweep import few
 Q = "workflowType=machine_learning"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@pytest.fixture
+def server(shared_servers: Addresses) -> str:
     """A real MLflow server."""
-    with services.mlflow_server(tmp_path_factory.mktemp("mlflow")) as address:
-        yield address
+    return shared_servers.mlflow
 
 
 @pytest.fixture
