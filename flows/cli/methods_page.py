@@ -19,13 +19,15 @@ from mergecore.registry import METHODS, product_of
 
 HEAD = """# The methods
 
-Made from the classes by `mergeloom methods --markdown` (`make docs`); a test holds it against them. Values are written in YAML beside `method:`, in
-a recipe or a spec; there any of them may be a grid. θ are weights, τ changes of the base, T the number of experts, λ and α factors.
+This page is made from the classes by `mergeloom methods --markdown` (`make docs`). A test compares the two. Values are
+written in YAML beside `method:`, in a recipe or in a spec. In a spec any of them may be a grid. θ are weights, τ are
+task vectors, T is the number of experts, λ and α are factors.
 
-**Readings** are what a method costs: how often base and experts are read from end to end, at most. The merge itself is one; what a method must know
-beforehand is worked out in readings of its own, is kept in the store, and is shared by all cells that need the same. Everything that can be done in one
-reading is, for many methods at once. Statistics of one expert (profile, threshold) are shared by all merges that expert takes part in. A threshold
-often follows from the profile, between bfloat16 checkpoints nearly always, and then costs no reading.
+**Readings** are the cost of a method: how often base and experts are read from end to end, at most. The merge itself is
+one reading. Statistics that a method needs beforehand take readings of their own. They are kept in the store and shared
+by all cells that need the same. One reading serves many methods at once. Statistics of one expert (profile, threshold)
+are shared by all merges of that expert. A threshold often follows from the profile, and then costs no reading; between
+bfloat16 checkpoints it nearly always does.
 
 """
 PIECES = {
@@ -52,7 +54,7 @@ def _summary(kind: type[Method]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text for a cell of a table."""
+    """Return text for a cell of a table."""
     return text.replace("|", "\\|")
 
 
@@ -71,7 +73,7 @@ def _section(name: str, kind: type[Method]) -> str:
 
 
 def description(kind: type[Method]) -> list[str]:
-    """What a method is, takes and costs, and which values do as which published code: lines of Markdown."""
+    """Return lines of Markdown: what a method does, takes and costs, and which values match which published code."""
     module = __import__(kind.__module__, fromlist=["__doc__"])
     method = built(kind)
     lines = [f"*{_paragraphs(module.__doc__)[0]}*", "", "\n\n".join(_paragraphs(kind.__doc__)), ""]
@@ -91,7 +93,7 @@ def description(kind: type[Method]) -> list[str]:
 
 @dataclass(frozen=True)
 class ParameterRow:
-    """One parameter as YAML has it, a part of another with a dot: which values it takes, its default, its meaning."""
+    """One parameter as YAML has it. name: a key inside another one has a dot, `drop.rate`."""
 
     name: str
     values: str
@@ -100,7 +102,7 @@ class ParameterRow:
 
 
 def parameters(kind: type[BaseModel], prefix: str = "") -> Iterator[ParameterRow]:
-    """The parameters of a method, each followed by those inside it."""
+    """Yield the parameters of a method, each followed by those inside it."""
     for field, info in kind.model_fields.items():
         if prefix and field == "kind":
             continue
@@ -111,7 +113,7 @@ def parameters(kind: type[BaseModel], prefix: str = "") -> Iterator[ParameterRow
 
 
 def _inner(annotation: Any) -> type[BaseModel] | None:
-    """The model that a parameter is made of, if it is one."""
+    """Return the pydantic model in a parameter's type, or None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((inner for part in get_args(annotation) if (inner := _inner(part)) is not None), None)
@@ -126,7 +128,7 @@ def _default(info: FieldInfo) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A value as YAML has it."""
+    """Return a value as YAML has it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""docs/methods.md is what the classes say, and what they say of published code can be written in a recipe."""
+"""docs/methods.md agrees with the classes, and the values that it names for published code are valid in a recipe."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def test_the_committed_page_is_up_to_date() -> None:
 
 @pytest.mark.parametrize("kind", METHODS.values(), ids=list(METHODS))
 def test_every_method_tells_its_source_and_its_parameters(kind: type[Method]) -> None:
-    found = section(kind.name)
-    assert kind.paper and f"Paper: {kind.paper}." in found
+    text = section(kind.name)
+    assert kind.paper and f"Paper: {kind.paper}." in text
     for field, info in kind.model_fields.items():
-        assert info.description and f"| `{field}` |" in found, f"{kind.name}.{field}"
-    for line in found.splitlines():
+        assert info.description and f"| `{field}` |" in text, f"{kind.name}.{field}"
+    for line in text.splitlines():
         if line.startswith("|"):
             assert line.replace("\\|", "").count("|") == 5 and not line.endswith("|  |"), line
 
@@ -64,7 +64,8 @@ def test_the_command_says_of_a_method_what_the_page_says(name: str) -> None:
     result = CliRunner().invoke(main, ["methods", name])
     assert result.exit_code == 0 and not re.search(r"object at|function|Annotated|\bNone\b", result.output)
     lines = result.output.splitlines()
-    for one in parameters(METHODS[name]):
-        line = next(line for line in lines if line.startswith(f"{one.name} "))
-        assert one.values.replace("`", "").split()[0] in line and one.default.strip("`[]").split(",")[0] in line
+    for parameter in parameters(METHODS[name]):
+        line = next(line for line in lines if line.startswith(f"{parameter.name} "))
+        assert parameter.values.replace("`", "").split()[0] in line
+        assert parameter.default.strip("`[]").split(",")[0] in line
     assert max(len(line) for line in lines[lines.index("") :] if line.startswith((" ", "-"))) <= sum(WIDTHS) + 6
