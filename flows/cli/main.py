@@ -18,22 +18,20 @@ from mergecore.tensors.dtypes import DTYPE_CHOICES, SAFETENSORS_DTYPE, Dtype
 
 FAILED_CELLS = 3
 """Exit code of a sweep that went through but has failed or refused cells."""
-
-
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 
 def nothing_kept() -> str:
-    """What a command that keeps nothing half done says after Ctrl-C."""
+    """Return the text after Ctrl-C of a command that keeps nothing half done."""
     return "run the same command again to start anew"
 
 
 @contextmanager
 def errors(after_interrupt: Callable[[], str] = nothing_kept) -> Iterator[None]:
-    """Show an error meant for a person as one, and Ctrl-C as a line; everything else keeps its traceback.
+    """Show a MergeloomError as an error message, and Ctrl-C as a line. Any other error keeps its traceback.
 
-    after_interrupt: says, once everything has been put away, what Ctrl-C has left.
+    after_interrupt: returns, after the clean-up, what an interrupted command has left.
     """
     try:
         yield
@@ -45,23 +43,23 @@ def errors(after_interrupt: Callable[[], str] = nothing_kept) -> Iterator[None]:
 
 
 def left_of(out: Path | None, store: Path | None = None, intermediates: Path | None = None) -> str:
-    """What an interrupted command that writes `out` has left: nothing, or whole results, or what a store keeps."""
+    """Return what an interrupted command that writes `out` has left: nothing, whole results, or steps in a store."""
     if out is None:
         return nothing_kept()
     whole = [str(folder) for folder in (out, intermediates) if folder is not None and folder.exists()]
-    told = [f"what was finished before lies in {' and '.join(whole)}"] if whole else [f"{out} was not written"]
+    texts = [f"what was finished before lies in {' and '.join(whole)}"] if whole else [f"{out} was not written"]
     if store is not None:
-        told.append(f"what was worked out for it is kept in {store}: run the same command again to go on")
-    return ", ".join(told)
+        texts.append(f"what was worked out for it is kept in {store}: run the same command again to go on")
+    return ", ".join(texts)
 
 
 def kept_in_the_store() -> str:
-    """What an interrupted sweep has left."""
+    """Return the text after Ctrl-C of a sweep."""
     return "what is finished is kept, run the same command again to go on"
 
 
 def process_start(otherwise: float) -> float:
-    """When this process began, in seconds since the epoch; `otherwise` where the system does not say."""
+    """Return when this process began, in seconds since the epoch; `otherwise` where the system does not say."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
@@ -76,14 +74,16 @@ def main() -> None:
     """Model merging as a pipeline: one spec, every method exact, every step cached.
 
     \b
-    mergeloom methods                 what can be merged how, and with which parameters
-    mergeloom merge RECIPE OUT        one model, in this process, in seconds
-    mergeloom extract-lora EXPERT OUT an adapter of a full checkpoint, and what it loses
-    mergeloom unpack PRODUCT TASK OUT the model of one task from a product of masks
-    mergeloom plan SPEC               what a sweep would do, cost and reuse
-    mergeloom sweep SPEC              do it; the same command resumes and extends it
-    mergeloom report SPEC             tables and figure of what is known so far
-    mergeloom serve                   Prefect and MLflow over the same data
+    mergeloom methods                 list the merge methods and their parameters
+    mergeloom inspect SOURCE          show what a checkpoint is
+    mergeloom merge RECIPE OUT        make one model, in this process
+    mergeloom extract-lora EXPERT OUT make an adapter of a full checkpoint
+    mergeloom unpack PRODUCT TASK OUT make the model of one task from a product of masks
+    mergeloom plan SPEC               show what a sweep will do, cost and reuse
+    mergeloom sweep SPEC              run a sweep; the same command resumes and extends it
+    mergeloom report SPEC             write tables and figures of the results so far
+    mergeloom track SPEC              show a sweep in MLflow
+    mergeloom serve                   run Prefect and MLflow over the data of a store
 
     A recipe is a few lines of YAML:
 
@@ -99,13 +99,13 @@ def main() -> None:
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path), required=False)
-@click.option("--show", is_flag=True, help="print the recipe in Mergeloom's form; nothing is made")
+@click.option("--show", is_flag=True, help="print the recipe in Mergeloom's form and make nothing")
 @click.option("--durable", is_flag=True, help="fsync every file before OUT appears")
 @click.option("--workers", type=click.IntRange(1), help="threads that merge; default: one a core")
-@click.option("--memory", help="bytes that the blocks in flight may take, 500MB say; default: half of what is free")
+@click.option("--memory", help="memory for the windows of all workers, as in 500MB; default: half of what is free")
 @click.option("--timings", type=click.Path(path_type=Path), help="write how long each stage took as JSON")
 @click.option(
-    "--store", type=click.Path(path_type=Path), help="folder that keeps what is worked out on the way, for later merges"
+    "--store", type=click.Path(path_type=Path), help="folder that keeps statistics and chains for later merges"
 )
 @click.option(
     "--intermediates",
@@ -125,10 +125,10 @@ def merge(
 ) -> None:
     """Make one model from RECIPE in the new folder OUT.
 
-    RECIPE is a few lines of YAML, or a recipe of mergekit's as it is (docs/mergekit.md). OUT holds what `transformers`
-    loads: weights (safetensors), config, generation config, tokenizer, chat template, a model card with recipe and
-    lineage. It is written as OUT.tmp and renamed, so it is there whole or not at all. With --store the chain of a
-    continual method (opcm) stays: the same recipe with one more expert costs one more step.
+    RECIPE is a few lines of YAML, or a recipe of mergekit's as it is (docs/mergekit.md). OUT is a folder that
+    `transformers` loads: weights (safetensors), config, generation config, tokenizer, chat template, and a model card
+    with recipe and lineage. It is written under another name and renamed, so it is there whole or not at all. With
+    --store the chain of a continual method (opcm) stays: the same recipe with one more expert costs one more step.
     """
     began = time.time()
     with errors(partial(left_of, out, store, intermediates)):
@@ -180,18 +180,19 @@ def merge(
 @click.option("--shard-size", default="5GB", show_default=True, help="at most so many bytes in a file")
 @click.option("--durable", is_flag=True, help="fsync every file before OUT appears")
 def unpack(product: Path, task: str, out: Path, dtype: str | None, shard_size: str, durable: bool) -> None:
-    """Make the model of TASK from PRODUCT, what `merge` writes by tall_masks or emr, in the new folder OUT.
+    """Make the model of one task from a product of masks, in the new folder OUT.
 
-    TASK is the name of an expert in the product's recipe. OUT holds what `transformers` loads.
+    PRODUCT is a folder that `merge` wrote with tall_masks or emr. TASK is the name of an expert in its recipe. OUT is a
+    folder that `transformers` loads.
     """
     with errors(partial(left_of, out)):
         from flows.cli.terminal import progress
         from mergecore.formats.unpack import unpack as write_model
         from mergecore.spec.sizes import size_in_bytes
 
-        kind = SAFETENSORS_DTYPE[dtype] if dtype else None
+        stored = SAFETENSORS_DTYPE[dtype] if dtype else None
         with progress() as report:
-            digest = write_model(product, task, out, size_in_bytes(shard_size), report, dtype=kind, durable=durable)
+            digest = write_model(product, task, out, size_in_bytes(shard_size), report, dtype=stored, durable=durable)
         click.echo(f"{out}  digest {digest[:16]}")
 
 
@@ -200,7 +201,12 @@ def unpack(product: Path, task: str, out: Path, dtype: str | None, shard_size: s
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", required=True, help="what the expert was trained from: a directory or hub id")
 @click.option("--rank", "-r", required=True, type=click.IntRange(1), help="rank of every layer's update, at most")
-@click.option("--modules", "-m", multiple=True, help="layers to take: a name, its last part or a shell pattern; default: all linear ones")  # fmt: skip
+@click.option(
+    "--modules",
+    "-m",
+    multiple=True,
+    help="layers to take: a name, its last part or a shell pattern; default: all linear layers",
+)
 @click.option("--dtype", type=click.Choice(DTYPE_CHOICES), default="float32", show_default=True)
 @click.option("--durable", is_flag=True, help="fsync every file before OUT appears")
 @click.option("--workers", type=click.IntRange(1), help="threads, each with one tensor in memory; default: one a core")
@@ -214,10 +220,11 @@ def extract_lora(
     durable: bool,
     workers: int | None,
 ) -> None:
-    """Turn the full checkpoint EXPERT into a LoRA adapter in the new folder OUT, and say what that loses.
+    """Turn the full checkpoint EXPERT into a LoRA adapter in the new folder OUT, and show the error of each layer.
 
-    In every linear layer the change from the base is replaced by the nearest matrix of the given rank. OUT is what PEFT
-    loads, with every tensor's error in extraction.json. Changes of embeddings, norms and biases are left out, and counted.
+    In every linear layer the change from the base is replaced by the nearest matrix of the chosen rank. OUT is a folder
+    that PEFT loads, with every tensor's error in extraction.json. Changes of embeddings, norms and biases are left out
+    and counted.
     """
     with errors(partial(left_of, Path(out))):
         from flows.cli.terminal import progress
@@ -247,10 +254,10 @@ def extract_lora(
 @click.argument("spec", type=click.Path(path_type=Path))
 @click.option("--cells", is_flag=True, help="list every cell")
 def plan(spec: Path, cells: bool) -> None:
-    """Show what SPEC asks for: cells, steps, what is done, what the rest costs. Nothing is written.
+    """Show the cells and steps of SPEC, how many are done, and what the rest costs. Nothing is written.
 
-    Everything that can be refused is refused here: keys and values, checkpoints that do not fit each other, tasks that
-    do not exist, memory and disk that do not suffice.
+    Mistakes are found here: keys and values that are not known, checkpoints that do not fit each other, tasks that do
+    not exist, memory and disk that do not suffice.
     """
     with errors():
         from flows.session.startup import quick_imports
@@ -271,16 +278,18 @@ def plan(spec: Path, cells: bool) -> None:
 @click.argument("spec", type=click.Path(path_type=Path))
 @click.option("--in-process", is_flag=True, help="do everything in this process: no Prefect, no Dask")
 @click.option(
-    "--workers", type=click.IntRange(1), help="worker processes (threads with --in-process); default: one a core"
+    "--workers",
+    type=click.IntRange(1),
+    help="worker processes (threads with --in-process); default: as the spec says, else one a core",
 )
 @click.option("--retry-failed", is_flag=True, help="try failed cells again")
 @click.option("--no-track", is_flag=True, help="do not write to MLflow")
 def sweep(spec: Path, in_process: bool, workers: int | None, retry_failed: bool, no_track: bool) -> None:
-    """Run SPEC, go on with it, or extend it: only what is missing is done.
+    """Run the sweep SPEC, resume it, or extend it: only what is missing is done.
 
-    Killed at any moment, the same command goes on where it was. Cells that are refused or fail are recorded with their
-    reason and do not stop the others; the exit code is then 3. Without addresses in the spec a local Prefect server,
-    MLflow and Dask cluster are started and stopped again.
+    After a kill the same command goes on where the sweep was. Cells that are refused or fail are recorded with their
+    reason and do not stop the others; the exit code is then 3. Where the spec has no addresses, local Prefect and
+    MLflow servers and a Dask cluster are started, and stopped at the end.
     """
     with errors(kept_in_the_store):
         from flows.session.startup import quick_imports
@@ -308,7 +317,7 @@ def sweep(spec: Path, in_process: bool, workers: int | None, retry_failed: bool,
     "--lm-eval", type=click.Path(path_type=Path), help="also write lm-eval's own results files into this folder"
 )
 def report(spec: Path, split: str, lm_eval: Path | None) -> None:
-    """Print the table of SPEC as it stands and write tables (Parquet, CSV), report.md and the figure beside the store."""
+    """Print the results of SPEC so far, and write tables (Parquet, CSV), report.md and figures into the store."""
     with errors():
         from flows.outcome import written_report
         from flows.session.session import open_session
@@ -328,12 +337,12 @@ def report(spec: Path, split: str, lm_eval: Path | None) -> None:
 
 @main.command()
 @click.argument("spec", type=click.Path(path_type=Path))
-@click.option("--rebuild", is_flag=True, help="delete the sweep's runs first and make them all anew")
+@click.option("--rebuild", is_flag=True, help="delete the sweep's runs first and write all of them again")
 @click.option(
     "--uri", help="MLflow tracking URI; default: the spec's, else MLFLOW_TRACKING_URI, else the store's database"
 )
 def track(spec: Path, rebuild: bool, uri: str | None) -> None:
-    """Project SPEC as the store holds it into MLflow. MLflow is a view: this can be done again at any time."""
+    """Show the results of SPEC in MLflow. MLflow is a view of the store: this can be done again at any time."""
     with errors():
         from flows.mlflow_view import projected
         from flows.session.session import open_session
@@ -355,7 +364,7 @@ def track(spec: Path, rebuild: bool, uri: str | None) -> None:
 
 @main.command()
 @click.argument("name", required=False)
-@click.option("--markdown", is_flag=True, help="all of them as docs/methods.md")
+@click.option("--markdown", is_flag=True, help="print the page docs/methods.md")
 def methods(name: str | None, markdown: bool) -> None:
     """List the merge methods, or one method's parameters with defaults and ranges."""
     with errors():
@@ -372,7 +381,7 @@ def methods(name: str | None, markdown: bool) -> None:
 @main.command()
 @click.argument("source")
 def inspect(source: str) -> None:
-    """Show what SOURCE (a directory or hub id) is: kind, tensors, dtypes, layers, digests. Reads headers only."""
+    """Show kind, tensors, dtypes, layers and digests of SOURCE, a directory or hub id. Only headers are read."""
     with errors():
         from flows.cli.texts import inspect_text
         from flows.session.session import resolver
@@ -385,20 +394,20 @@ def inspect(source: str) -> None:
 
 @main.command()
 @click.option(
-    "--store", type=click.Path(path_type=Path), default=Path(".mergeloom"), help="folder of the sweeps to show"
+    "--store", type=click.Path(path_type=Path), default=Path(".mergeloom"), help="folder with the results of sweeps"
 )
 @click.option("--prefect-port", type=int, default=4200, show_default=True)
 @click.option("--mlflow-port", type=int, default=5000, show_default=True)
 def serve(store: Path, prefect_port: int, mlflow_port: int) -> None:
-    """Start Prefect and MLflow over the data of a store, on fixed ports, until Ctrl-C.
+    """Run Prefect and MLflow over the data of a store, on fixed ports, until Ctrl-C.
 
-    A sweep started meanwhile over the same store joins in and can be watched.
+    A sweep over the same store that is started meanwhile uses these servers.
     """
     with errors():
         from flows.services.servers import Ports
-        from flows.services.servers import serve as hold
+        from flows.services.servers import serve as run_servers
 
-        hold(store, Ports(prefect=prefect_port, mlflow=mlflow_port), click.echo)
+        run_servers(store, Ports(prefect=prefect_port, mlflow=mlflow_port), click.echo)
 
 
 if __name__ == "__main__":
