@@ -5,6 +5,9 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
+pytest.register_assert_rewrite("mergeloom.testing")
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="mergeloom-prefect-")
 atexit.register(shutil.rmtree, os.environ["PREFECT_HOME"], ignore_errors=True)
 

@@ -75,8 +75,8 @@ class LayerSwap(WeightMethod[LayerSwapArguments]):
     def examples(cls) -> Examples:
         return Examples(
             golden=[
-                {"bottom": 1, "top": 0, "bottom_transition": 0, "norm": "middle", "share": 0.25},
                 {"bottom": 0, "top": 0, "bottom_transition": 0, "outer": "second", "head": "average"},
+                {"bottom": 1, "top": 0, "bottom_transition": 0, "norm": "middle", "share": 0.25},
             ],
             others=[
                 {"bottom": 1, "top": 0, "bottom_transition": 0, "top_transition": 0},

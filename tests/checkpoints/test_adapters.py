@@ -24,7 +24,7 @@ from mergecore.methods import Average
 from mergecore.planning.pool import Pool, resolve_pool
 from mergecore.registry import METHODS
 from mergecore.spec.sources import BaseSpec, ExpertSpec
-from tests.grids import set_grid
+from mergeloom.testing.grid import set_grid
 from tests.recipe_files import find, merge_into
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -34,80 +34,11 @@ from mergecore.statistics.products import Products
 from mergecore.tensors.memory import MemoryTensors
 from mergecore.tensors.source import TensorInfo
 from mergecore.tensors.torch_dtypes import DTYPE_NAMES
+from mergeloom.testing.variants import accepted
 
 STORED = Path(__file__).with_name("golden.json")
 TOLERANCE = 1e-4
 """Relative, for methods that are not element-wise."""
-
-L1 = {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 3}
-INVERSE = {"kind": "random", "rate": 0.75, "seed": 11}
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "average": [
-        {},
-        {"weights": [3, 1, 2]},
-        {"weights": [0.1, 0.2, 0.4]},
-        {"weights": [0.5, -0.25, 1.5], "aggregate": "sum"},
-        {"drop": L1},
-        {"drop": INVERSE},
-    ],
-    "task_arithmetic": [
-        {"scale": 0.7},
-        {"scale": 1.0, "weights": [0.5, -0.25, 1.5]},
-        {"scale": 0.7, "weights": [0.5, -0.25, 1.5], "aggregate": "mean"},
-        {"scale": -0.3},
-        {"scale": 0.5, "drop": INVERSE},
-        {"scale": 1.0, "drop": L1},
-    ],
-    "ties": [
-        {},
-        {"density": 0.5, "scale": 0.8, "scope": "tensor"},
-        {"density": 0.3, "aggregate": "sum", "count": "exact"},
-        {"density": 0.3, "aggregate": "max", "count": "published"},
-        {"density": 0.7, "zero_sign": "positive"},
-        {"density": [0.2, 0.5, 0.7], "weights": [0.5, -0.25, 1.5], "least": 1, "scope": "tensor", "count": "exact"},
-        {"density": 0.4, "zero_sign": "majority", "scope": "tensor", "count": "exact"},
-        {"density": 0.5, "drop": L1},
-        {"density": 0.5, "drop": INVERSE, "count": "exact"},
-        {"density": 0.5, "elect": "normmass", "zero_sign": "majority"},
-        {"density": 0.5, "elect": "normfrac", "scope": "tensor"},
-    ],
-    "fisher": [{}, {"weights": [1, 0, 2], "normalize": False, "floor": 0.0009765625}],
-    "breadcrumbs": [{"scale": 0.4}, {"scale": 0.4, "density": 0.5, "outliers": 0.25, "scope": "row"}],
-    "della": [{}, {"density": 0.5, "window": 0.5, "rescale": "l1", "elect": "none", "aggregate": "sum", "seed": 5}],
-    "pcb": [
-        {"form": form, "clip": clip} for form, clip in (("es", 0.05), ("vision", 0), ("nlp", 0.01), ("paper", None))
-    ],
-    "consensus": [
-        {"scale": 0.5},
-        {"scale": 1.0, "mask_scale": [0.2, 0.6, 0.4], "multi_task": "ties", "minimum_tasks": 1},
-        {"scale": 0.7, "multi_task": "ties_published", "density": 0.4},
-    ],
-    "lora_arithmetic": [{}, {"weights": [0.5, 1, -2], "rank": 3}],
-    "lora_lego": [{"rank": 4}, {"gauge": "canonical", "reweight": "max", "output": "none"}],
-    "opcm": [{}, {"share": 1.0, "projection": "strict", "order": [2, 0, 1]}],
-    "layer_swap": [
-        {"bottom": 1, "top": 0, "bottom_transition": 0, "norm": "middle", "share": 0.25},
-        {"bottom": 0, "top": 0, "bottom_transition": 0, "outer": "second", "head": "average"},
-    ],
-    "slerp": [{"t": 0.3}],
-    "nearswap": [{"t": 0.03125}],
-    "ram": [
-        {},
-        {"epsilon": 0.03125, "boost": {"scope": "tensor"}},
-        {"epsilon": 0.03125, "boost": {"most": 4, "rate": 0.5}},
-    ],
-    "nuslerp": [{"weights": [3, 1]}, {"weights": [1, 3], "of": "deltas", "along": "columns"}],
-    "tall_masks": [{}, {"multi_task": "ties", "density": 0.4, "mask_scale": [0.2, 0.6, 0.4]}],
-    "emr": [{}, {"rescale": "tensors", "zero_sign": "negative"}],
-    "multislerp": [{}, {"weights": [3, 1, 2], "of": "deltas"}],
-    "sce": [{}, {"density": 0.3}],
-    "iso_c": [{}, {"rank": "full", "convolutions": "flatten"}],
-    "iso_cts": [{"common": 0.5}],
-    "wudi": [{"steps": 20}, {"variant": "closed"}],
-}
-"""Per method the values it is tried with; a method without an entry here is tried with its defaults."""
-COUNTS = {"slerp": 2, "layer_swap": 2, "nuslerp": 2, "nearswap": 1, "arcee_fusion": 1}
-"""Methods that take so many experts and no more."""
 
 Golden = str | dict[str, list[float]]
 
@@ -159,7 +90,7 @@ def result(method: Method) -> dict[str, Tensor]:
             target: combined.up @ combined.down for target, combined in combined_modules(method, adapters(), selection)
         }
     base, experts = models()
-    experts = experts[: COUNTS.get(method.name, len(experts))]
+    experts = experts[: accepted(method)]
     given = {}
     for name, statistic in method.statistics().items():
         if isinstance(statistic, DataStatistic):
@@ -210,10 +141,10 @@ def label_of(method: Method, values: Mapping[str, Any]) -> str:
 
 
 def variants() -> dict[str, Method]:
-    """Every variant of every method, by its label."""
+    """Return every method of this repository with the values whose results are golden (`examples()`), by label."""
     found: dict[str, Method] = {}
-    for name, kind in METHODS.items():
-        for values in VARIANTS.get(name, [{}]):
+    for kind in map(METHODS.__getitem__, METHODS.own):
+        for values in kind.examples().golden:
             method = kind.model_validate(values)
             found[label_of(method, values)] = method
     return found

@@ -43,6 +43,14 @@ class Installed:
         assert done.returncode == 0, f"{' '.join(map(str, words))}: exit {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
 
+    def fails(self, *words: str | Path) -> str:
+        """What a program of the environment prints while it fails; raises AssertionError where it does not."""
+        done = subprocess.run(
+            self.command(*words), cwd=self.project, env=self.environment(), capture_output=True, text=True
+        )
+        assert done.returncode != 0, done.stdout
+        return done.stdout + done.stderr
+
     def install(self, wheel: Path) -> None:
         """Install a wheel, without looking for what it needs: that is there."""
         self.run("python", "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", wheel)

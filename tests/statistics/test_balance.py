@@ -23,7 +23,7 @@ from mergecore.statistics.balance_scores import balancing, scores
 from mergecore.statistics.magnitude_quantiles import MagnitudeQuantiles
 from mergecore.statistics.softmax_means import SoftmaxMeans, pairs
 from mergecore.tensors.memory import MemoryTensors
-from tests.grids import set_grid
+from mergeloom.testing.grid import set_grid
 
 COUNT = 12_011
 

@@ -18,7 +18,7 @@ from mergecore.native.library import Function, Library, library_in
 from mergecore.plugins.block import Per
 from mergecore.statistics.products import Products, gram_of
 from mergecore.tensors.memory import MemoryTensors
-from tests.grids import set_grid
+from mergeloom.testing.grid import set_grid
 
 SHAPES = {"matrix": (300, 7), "vector": (33,), "scalar": (), "none": (0, 4)}
 

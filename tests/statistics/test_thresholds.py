@@ -23,7 +23,7 @@ from mergecore.recipes.in_memory import find_statistics
 from mergecore.statistics.profile import Profile, fine_counts
 from mergecore.statistics.threshold import Threshold, threshold_of
 from mergecore.tensors.memory import MemoryTensors
-from tests.grids import set_grid
+from mergeloom.testing.grid import set_grid
 
 
 def result_of(statistic: Threshold, delta: dict[str, Tensor], workers: int = 1) -> Result:

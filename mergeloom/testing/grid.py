@@ -1,4 +1,4 @@
-"""Another size of the grid's blocks, wherever it is known by name."""
+"""Another size of the grid's blocks, in every module that names the constant."""
 
 from __future__ import annotations
 
