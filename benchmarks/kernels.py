@@ -63,7 +63,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "slerp": {"method": "slerp", "t": 0.5},
     "nearswap": {"method": "nearswap", "t": 0.0005},
 }
-"""Settings of element-wise methods; one of which nothing stands here is taken with its defaults."""
+"""Settings of element-wise methods; one of which nothing stands here is taken with the first of its examples."""
 HEADS = {"method": 26, "experts": 7, "where": 12, "copy GB/s": 9, "loop GB/s": 9, "share": 6, "eager GB/s": 10,
          "share ": 6, "ns": 6, "build": 6}  # fmt: skip
 
@@ -80,10 +80,10 @@ class Case:
 
 
 def settings() -> dict[str, dict[str, Any]]:
-    """Every element-wise method of the registry."""
+    """Return the settings of every element-wise method of this repository, by label."""
     told = {values["method"] for values in VALUES.values()}
-    others = {name: {"method": name} for name in METHODS if name not in told}
-    wanted = {name for name, kind in METHODS.items() if built(kind).per is Per.ELEMENT}
+    others = {name: {"method": name, **METHODS[name].examples().golden[0]} for name in METHODS.own if name not in told}
+    wanted = {name for name in METHODS.own if built(METHODS[name]).per is Per.ELEMENT}
     return {name: values for name, values in {**VALUES, **others}.items() if values["method"] in wanted}
 
 

@@ -302,8 +302,7 @@ def test_a_merge_planned_among_thousands_has_the_steps_it_has_alone(folder: Path
     for name, kind in METHODS.items():
         if issubclass(kind, AdapterMethod):
             continue  # the pool is one of full checkpoints
-        required = {field: 0.5 for field, info in kind.model_fields.items() if info.is_required()}
-        for values in trims.get(name, [required]):
+        for values in trims.get(name, kind.examples().golden[:1]):
             method = method_from(name, values, "test")
             for members in (experts[:2], experts[1:], experts[::-1]):
                 try:
