@@ -50,7 +50,7 @@ def models(
 
 
 def merged(method: Method, base: Model, experts: Sequence[Model]) -> Model:
-    count = accepted(method)
+    count = min(accepted(method), len(experts))
     statistics = data_statistics(method, experts[:count])
     return merge(method, base=base, experts=experts[:count], ids=IDS[:count], statistics=statistics)
 
