@@ -56,9 +56,9 @@ def merged(method: Method, base: Model, experts: Sequence[Model]) -> Model:
 
 
 def outcomes(method: Method, result: Model, base: Model) -> list[Model]:
-    """The merged model, or of a product every task's."""
-    if method.product == "model":
-        return [result]
+    """The merged model, or every task's where the product is masks; nothing of other products."""
+    if method.product != "masks":
+        return [result] if method.product == "model" else []
     source = MemoryTensors(result)
     infos = {name: source.tensors[name] for name in base}
     rows = range(next(value.shape[0] for name, value in result.items() if name.startswith("mask/")))

@@ -17,6 +17,7 @@ import mergecore.engine.windows as reading
 import mergecore.recipes.in_memory as merging
 from mergecore import merge
 from mergecore.engine import loops
+from mergecore.engine.executor import InProcess
 from mergecore.engine.kernels.run import Fused
 from mergecore.errors import NonFiniteError, SpecError
 from mergecore.native.library import library_in
@@ -24,8 +25,6 @@ from mergecore.plugins.block import Per
 from mergecore.plugins.method import Method
 from mergeloom.testing.grid import set_grid
 from mergeloom.testing.variants import IDS, Model, accepted, asked_for, data_statistics, methods_of, same, variants
-
-inprocess = merging.InProcess
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -134,7 +133,7 @@ def test_spans_and_workers_do_not_matter(method: Method, monkeypatch: pytest.Mon
     first = merged(method, base, experts)
     monkeypatch.setattr(merging, "plan_spans", lambda tensors, per: passes.plan_spans(tensors, per, size=1)[::-1])
     assert same(first, merged(method, base, experts))
-    monkeypatch.setattr(merging, "InProcess", lambda workers=2: inprocess(workers))
+    monkeypatch.setattr(merging, "InProcess", lambda workers=2: InProcess(workers))
     assert same(first, merged(method, base, experts))
 
 

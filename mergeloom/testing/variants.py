@@ -14,18 +14,17 @@ from torch import Tensor
 from mergecore.errors import PluginError, SpecError, nearest
 from mergecore.plugins.adapter_method import AdapterMethod
 from mergecore.plugins.method import Method
-from mergecore.plugins.plugin import Plugin
 from mergecore.plugins.shelf import Shelf
 from mergecore.plugins.statistic import DataStatistic
-from mergecore.registry import EVALUATORS, METHODS, SEARCHES, STATISTICS
+from mergecore.registry import EVALUATORS, METHODS, PRODUCTS, SEARCHES, STATISTICS
 
 Model = dict[str, Tensor]
-SHELVES: tuple[Shelf[Any], ...] = (METHODS, STATISTICS, SEARCHES, EVALUATORS)
+SHELVES: tuple[Shelf[Any], ...] = (METHODS, STATISTICS, PRODUCTS, SEARCHES, EVALUATORS)
 IDS = ("c", "a", "b")
 """Ids of three experts, not in ascending order."""
 
 
-def plugins(name: str) -> dict[str, type[Plugin]]:
+def plugins(name: str) -> dict[str, type[Any]]:
     """Return the plug-ins of that name by kind. Raises UsageError where there is none, or it does not work."""
     try:
         kinds = {shelf.kind: shelf[name] for shelf in SHELVES if name in shelf}

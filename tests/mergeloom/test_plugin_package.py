@@ -1,4 +1,4 @@
-"""Plug-ins of another package, built and installed beside the wheel: a method with its statistic, a search, an evaluator."""
+"""Plug-ins of another package, built and installed beside the wheel: one of each kind."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def package(environment: Installed, tmp_path_factory: pytest.TempPathFactory) ->
         "name": "plugins",
         "base": str(folder / "base"),
         "experts": [{"name": Path(path).name, "source": path, "tasks": ["rows"]} for path in experts],
-        "methods": [{"method": "median", "limit": {"grid": [0.25, 1.0]}}],
+        "methods": [{"method": "median", "limit": {"grid": [0.25, 1.0]}}, {"method": "noted_sum"}],
         "counts": [2, 3],
         "evaluate": {
             "evaluator": "nearest_row", "path": str(folder), "held_in": {"rows": ["rows"]}, "validation": {"limit": 2},
@@ -77,9 +77,18 @@ def test_a_recipe_names_the_method(package: Installed) -> None:
     assert torch.equal(merged, base + median.clamp(-2.0, 2.0)), "half of the largest change, which is 4"
 
 
+def test_a_recipe_makes_the_product_of_the_package(package: Installed) -> None:
+    recipe = yaml.safe_load((package.project / "plugins" / "recipe.yaml").read_text())
+    del recipe["limit"]
+    (package.project / "plugins" / "noted.yaml").write_text(yaml.safe_dump(recipe | {"method": "noted_sum"}))
+    package.run("mergeloom", "merge", "plugins/noted.yaml", "plugins/noted")
+    assert json.loads((package.project / "plugins" / "noted" / "note.json").read_text()) == {"tensors": 1}
+    assert "It has 1 tensors." in (package.project / "plugins" / "noted" / "README.md").read_text()
+
+
 def test_a_sweep_in_this_process_and_its_plan(package: Installed) -> None:
     said = package.run("mergeloom", "plan", "plugins/spec.yaml")
-    assert "merges by average, median" in said and "3 statistics" in said
+    assert "merges by average, median, noted_sum" in said and "3 statistics" in said
     assert "| median " in package.run("mergeloom", "sweep", "plugins/spec.yaml", "--in-process", "--no-track")
     (record,) = [
         json.loads(path.read_text())
@@ -101,7 +110,7 @@ def test_a_sweep_on_dask_workers_with_a_search_of_the_package(package: Installed
 
 def test_the_contract_tests_run_on_the_package(package: Installed) -> None:
     (package.project / "plugins" / "tests").mkdir()
-    names = ("median", "largest_change", "first_only", "nearest_row")
+    names = ("median", "noted_sum", "noted", "largest_change", "first_only", "nearest_row")
     options = [word for name in names for word in ("--mergeloom-plugin", name)]
     said = package.run("python", "-m", "pytest", "-p", "mergeloom.testing", "-p", "no:cacheprovider", "-q", *options)
     passed = re.search(r"(\d+) passed", said)
