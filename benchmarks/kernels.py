@@ -41,7 +41,7 @@ from benchmarks.loops import WatchedLibrary, watched_library
 from benchmarks.machine import Run, Table, add_common, cores, median, number, print_company, process_run, write_json
 from flows.cli.methods_page import accepts, built
 from mergecore.checkpoints.experts import FullExpert
-from mergecore.engine.kernels.run import Chunk, Fused, Given
+from mergecore.engine.kernels.run import BoundFunction, Fused, Window
 from mergecore.engine.windows import window_of
 from mergecore.events import silent
 from mergecore.plugins.block import Beside, Block, Per
@@ -70,12 +70,12 @@ HEADS = {"method": 26, "experts": 7, "where": 12, "copy GB/s": 9, "loop GB/s": 9
 
 @dataclass(frozen=True)
 class Case:
-    """A method over one chunk, with what it must know; `bytes` are those that it reads and writes."""
+    """A method over one window, with what it must know; `bytes` are those that it reads and writes."""
 
     name: str
-    chunk: Chunk
-    fused: Given
-    eager: Given
+    window: Window
+    fused: BoundFunction
+    eager: BoundFunction
     bytes: int
 
 
@@ -128,16 +128,16 @@ def case_of(
     ids = tuple(expert.id for expert in pool)
     arguments = method.arguments(Block(NAME, tuple(base.shape), 0, base.numel(), None, (), ids), known)
     base, *experts = [tensor.to(device).repeat(times) if times > 1 else tensor.to(device) for tensor in tensors]
-    chunk = Chunk(base if method.needs_base else None, tuple(experts), (False,) * len(experts), 0)
+    window = Window(base if method.needs_base else None, tuple(experts), (False,) * len(experts), 0)
     ways = [
-        Fused(method.merge_models, method.on, torch.bfloat16, kept, wait=True, with_base=method.needs_base).given(
+        Fused(method.merge_models, method.on, torch.bfloat16, kept, wait=True, with_base=method.needs_base).bind(
             arguments
         )  # type: ignore[arg-type]
         for kept in (library, None)
     ]
     beside = sum(Beside.dtype.itemsize for _ in ways[0].beside)
-    width = sum(tensor.element_size() for tensor in (*chunk.experts, *([] if chunk.base is None else [chunk.base])))
-    return Case(name, chunk, *ways, chunk.count * (width + beside + torch.bfloat16.itemsize))
+    width = sum(tensor.element_size() for tensor in (*window.experts, *([] if window.base is None else [window.base])))
+    return Case(name, window, *ways, window.count * (width + beside + torch.bfloat16.itemsize))
 
 
 def given_data(method: Method, count: int, experts: int, device: str) -> dict[str, list[dict[str, Tensor]]]:
@@ -169,7 +169,7 @@ def seconds_of(work: Callable[[int, int], Any], count: int, window: int, threads
 
 def on_processor(case: Case, threads: int, repeats: int) -> dict[str, list[Run]]:
     """Copy, loop and eager in turn."""
-    count, size = case.chunk.count, case.bytes // 2
+    count, size = case.window.count, case.bytes // 2
     target, source, copied = (torch.ones(n, dtype=kind) for n, kind in
                               ((count, torch.bfloat16), (size, torch.uint8), (size, torch.uint8)))  # fmt: skip
     per, window = size / count, window_of(case.bytes // count)
@@ -178,8 +178,8 @@ def on_processor(case: Case, threads: int, repeats: int) -> dict[str, list[Run]]
         part = slice(int(first * per), int(end * per))
         copied[part].copy_(source[part])
 
-    def timed(loop: Given) -> Callable[[int, int], Any]:
-        return lambda first, end: loop.store(case.chunk.part(first, end), target[first:end])
+    def timed(loop: BoundFunction) -> Callable[[int, int], Any]:
+        return lambda first, end: loop.store(case.window.part(first, end), target[first:end])
 
     ways = {"copy": copy, "loop": timed(case.fused), "eager": timed(case.eager)}
     runs: dict[str, list[Run]] = {name: [] for name in ways}
@@ -196,14 +196,14 @@ def on_processor(case: Case, threads: int, repeats: int) -> dict[str, list[Run]]
 
 
 def on_device(case: Case, repeats: int) -> dict[str, list[Run]]:
-    """The same on the current CUDA device, where the chunk lies: one launch over everything."""
-    device = case.chunk.experts[0].device
+    """The same on the current CUDA device, where the window lies: one launch over everything."""
+    device = case.window.experts[0].device
     source = torch.ones(case.bytes // 2, dtype=torch.uint8, device=device)
-    target, copied = torch.empty(case.chunk.count, dtype=torch.bfloat16, device=device), torch.empty_like(source)
+    target, copied = torch.empty(case.window.count, dtype=torch.bfloat16, device=device), torch.empty_like(source)
     ways: dict[str, Callable[[], Any]] = {
         "copy": lambda: copied.copy_(source),
-        "loop": lambda: case.fused.launch(case.chunk, target),
-        "eager": lambda: case.eager.launch(case.chunk, target),
+        "loop": lambda: case.fused.launch(case.window, target),
+        "eager": lambda: case.eager.launch(case.window, target),
     }
     runs: dict[str, list[Run]] = {name: [] for name in ways}
     with torch.inference_mode():
@@ -225,9 +225,9 @@ def row_of(case: Case, where: str, built: Sequence[float], runs: dict[str, list[
     seconds = {name: median(values)["seconds"] for name, values in runs.items()}
     speed = {name: case.bytes / taken for name, taken in seconds.items()}
     share = {name: speed[name] / speed["copy"] for name in ("loop", "eager")}
-    each = seconds["loop"] / case.chunk.count * 1e9
+    each = seconds["loop"] / case.window.count * 1e9
     return {
-        "method": case.name, "experts": len(case.chunk.experts), "where": where, "bytes": case.bytes, "speed": speed,
+        "method": case.name, "experts": len(case.window.experts), "where": where, "bytes": case.bytes, "speed": speed,
         "share": share, "nanoseconds": each, "fused": not case.fused.fused.problem, "build": sum(built), "runs": runs,
     }  # fmt: skip
 

@@ -1,9 +1,8 @@
 """Linear algebra that per-tensor methods share: pure functions of tensors, in float64 on the CPU.
 
-Float64, because float32's rounding is the noise floor of the inputs: deltas are some 1e-4 of the weights and formed in
-float32, so whether a direction exists (rank), how far two experts are apart (angle) and a polar factor of nearly
-parallel bases can only be decided well below it. On the CPU, where the engine keeps one thread: a factorisation done by
-two threads differs in its last bits from one done by one.
+Float64: deltas are some 1e-4 of the weights and formed in float32, so float32's rounding is the noise of the inputs.
+Ranks, angles between experts and polar factors of nearly parallel bases can only be decided well below it. On the CPU:
+the engine uses one thread there, and a factorisation by two threads differs in its last bits from one by one thread.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from pydantic import Field
 from torch import Tensor
 
 BLOCK = 1 << 15
-"""Elements of every tensor that are widened at once: their float64 copies stay in the processor's cache."""
+"""Elements of every tensor that are widened at a time: their float64 copies stay in the processor's cache."""
 ROUNDING = 2.0**-23
-"""Float32's spacing at 1: what forming a delta may change, relative to its Frobenius norm."""
+"""Float32's spacing at 1: the error of a delta, relative to its Frobenius norm."""
 
 Convolutions = Annotated[
     Literal["mean", "flatten"],
@@ -44,7 +43,7 @@ Matrix = tuple[int, int]
 
 
 def matrix_of(name: str, shape: Sequence[int], convolutions: Convolutions, excluded: Sequence[str]) -> Matrix | None:
-    """The matrix that a tensor is, None for vectors, scalars, empty tensors and whatever is treated like a vector."""
+    """Return the matrix that a tensor is; None for vectors, scalars, empty tensors, and what counts as a vector."""
     count = 1
     for size in shape:
         count *= size
@@ -56,12 +55,12 @@ def matrix_of(name: str, shape: Sequence[int], convolutions: Convolutions, exclu
 
 
 def wide(tensor: Tensor, matrix: Matrix) -> Tensor:
-    """The tensor as a float64 matrix on the CPU."""
+    """Return the tensor as a float64 matrix on the CPU."""
     return tensor.to("cpu", torch.float64).reshape(matrix)
 
 
 def blocks(tensors: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
-    """The flattened tensors in float64, block by block."""
+    """Yield the flattened tensors in float64, BLOCK elements at a time."""
     flat = [tensor.reshape(-1) for tensor in tensors]
     for start in range(0, flat[0].numel(), BLOCK):
         part = slice(start, start + BLOCK)
@@ -69,7 +68,7 @@ def blocks(tensors: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
 
 
 def squared_norm(tensor: Tensor) -> float:
-    """Σ v² in float64 over blocks, folded in order."""
+    """Return Σ v² in float64 over blocks, folded in order."""
     total = 0.0
     for _, (values,) in blocks([tensor]):
         total += float((values * values).sum())
@@ -84,7 +83,7 @@ class Shares:
 
 
 def combined(shares: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    """Σ c_i x_i, element by element: folded left in float64, rounded once to float32."""
+    """Return Σ c_i x_i, element by element: folded left in float64, rounded once to float32."""
     total = tensors[0].double() * shares[0]
     for tensor, share in zip(tensors[1:], shares[1:], strict=True):
         total = total + tensor.double() * share
@@ -92,7 +91,7 @@ def combined(shares: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
 
 
 def combination(coefficients: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    """`combined` of whole tensors, in their shape, block by block."""
+    """Return `combined` of whole tensors, in their shape."""
     result = torch.empty(tensors[0].numel(), dtype=torch.float32, device=tensors[0].device)
     for part, values in blocks(tensors):
         result[part] = combined(coefficients, values)
@@ -100,32 +99,32 @@ def combination(coefficients: Sequence[float], tensors: Sequence[Tensor]) -> Ten
 
 
 def row_combination(coefficients: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Row by row Σ c_i x_i along the last axis, in the tensors' shape; coefficients: (tensors, rows), float64."""
+    """Return Σ c_i x_i row by row, in the tensors' shape. coefficients: float64, (tensors, rows)."""
     rows = [tensor.reshape(coefficients.shape[1], -1) for tensor in tensors]
     result = torch.empty(rows[0].shape, dtype=torch.float32, device=rows[0].device)
     step = max(1, BLOCK // max(rows[0].shape[1], 1))
     for start in range(0, len(rows[0]), step):
         part = slice(start, start + step)
         total = torch.zeros(rows[0][part].shape, dtype=torch.float64, device=result.device)
-        for row, shares in zip(rows, coefficients.to(result.device), strict=True):
-            total = total + row[part].to(torch.float64) * shares[part, None]
+        for of_tensor, shares in zip(rows, coefficients.to(result.device), strict=True):
+            total = total + of_tensor[part].to(torch.float64) * shares[part, None]
         result[part] = total
     return result.reshape(tensors[0].shape)
 
 
 def base_and_mean(base: Tensor, deltas: Sequence[Tensor], scale: float) -> Tensor:
-    """θ_0 + scale · mean of the τ_t: what spectral methods do with everything that is not a matrix."""
+    """Return θ_0 + scale · mean of the τ_t: what spectral methods do with everything that is not a matrix."""
     return combination([1.0] + [scale / len(deltas)] * len(deltas), [base, *deltas])
 
 
 def base_and_matrix(base: Tensor, delta: Tensor, scale: float) -> Tensor:
-    """θ_0 + scale · delta for a float64 matrix, in the base's shape, rounded once to float32."""
+    """Return θ_0 + scale · delta for a float64 matrix, in the base's shape, rounded once to float32."""
     total = wide(base, (delta.shape[0], delta.shape[1])) + delta * scale
     return total.to(torch.float32).reshape(base.shape)
 
 
 def gram(tensors: Sequence[Tensor], rows: int = 1) -> Tensor:
-    """Inner products of every pair of the tensors, row by row: (rows, T, T), float64, summed in a fixed order."""
+    """Return the inner products of all pairs of tensors, row by row: float64, (rows, T, T), summed in a fixed order."""
     columns = tensors[0].numel() // max(rows, 1)
     views = [tensor.reshape(rows, columns) for tensor in tensors]
     total = torch.zeros(rows, len(views), len(views), dtype=torch.float64)
@@ -137,17 +136,17 @@ def gram(tensors: Sequence[Tensor], rows: int = 1) -> Tensor:
 
 
 def decomposition(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m×r), σ (r, descending) and Vᵀ (r×n) with matrix = U diag(σ) Vᵀ and r = min(m, n)."""
+    """Return U (m×r), σ (r, descending) and Vᵀ (r×n) with matrix = U diag(σ) Vᵀ and r = min(m, n)."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     return left, values, right
 
 
 def nearest_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(up m×rank, down rank×n) whose product is nearest to the matrix in the Frobenius norm, ‖up_i‖ = ‖down_i‖ = √σ_i.
+    """Return up (m×rank) and down (rank×n), the product nearest to the matrix (Frobenius), ‖up_i‖ = ‖down_i‖ = √σ_i.
 
-    From the eigenvectors of the Gram matrix of the shorter side, a tenth of a decomposition's time. The other factor is the
-    matrix itself in that basis, so the product is a projection of it whatever the eigenvectors' last bits: at full rank
-    nothing is lost, and a direction is missed for another only where both are below 1e-8 of the largest.
+    The eigenvectors of the shorter side's Gram matrix take a tenth of a decomposition's time. The other factor is the
+    matrix itself in their basis, so the product is a projection of it whatever their last bits are: at full rank
+    nothing is lost, and one direction is taken for another only where both are below 1e-8 of the largest.
     """
     if matrix.shape[0] > matrix.shape[1]:
         down, up = nearest_low_rank(matrix.mT, rank)
@@ -161,19 +160,19 @@ def nearest_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def rank_of(values: Tensor, size: float, rank: Rank) -> int:
-    """How many of the singular values to believe. size: the Frobenius norm of what the matrix was made of.
+    """Return how many singular values to believe. size: the Frobenius norm of what the matrix was made of.
 
     The error of a matrix of float32 entries has a Frobenius norm of at most rounding × size, and no singular value is
-    off by more than that: a bound that is relative and does not grow with the matrix.
+    wrong by more. The bound is relative and does not grow with the matrix.
     """
     return len(values) if rank == "full" else int((values > ROUNDING * size).sum())
 
 
 def polar_factor(matrix: Tensor, rank: Rank) -> Tensor:
-    """The orthonormal matrix nearest to `matrix`: U Vᵀ of its decomposition (Higham 1986).
+    """Return the orthonormal matrix nearest to `matrix`: U Vᵀ of its decomposition (Higham 1986).
 
-    Where columns depend on each other, rank 'numerical' gives the partial isometry: columns that point the same way
-    share one direction. 'full' completes it with directions that the library picks.
+    Where columns depend on each other, rank 'numerical' returns the partial isometry: columns that point the same way
+    share a direction. 'full' completes it with directions that the library picks.
     """
     left, values, right = decomposition(matrix)
     kept = rank_of(values, float(matrix.norm()), rank)

@@ -1,8 +1,8 @@
-"""exp and tanh of float32 tensors from + − × ÷ alone: the same bits on every device, for every chunk and torch version.
+"""exp and tanh of float32 tensors from + − × ÷ alone: the same bits on every device and with every torch version.
 
-A library's own exp and tanh are allowed to differ in their last bit from one processor to the next. Where a threshold
-is found in one place and compared with in another, that bit decides what is kept. tanh is the continued fraction of
-Lambert cut off at x⁶, exp a Taylor polynomial after Cody and Waite's reduction; measured bounds are in the tests.
+A library's exp and tanh may differ in their last bit from one processor to the next. Where one machine finds a
+threshold and another compares with it, that bit decides what is kept. tanh is Lambert's continued fraction cut off at
+x⁶, exp a Taylor polynomial after Cody and Waite's reduction; the tests have measured bounds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SMALLEST = -87.0
 
 
 def exponential(values: Tensor) -> Tensor:
-    """e^x, relative error below 2^-21; arguments beyond −87 … 88, where float32 ends, count as those."""
+    """Return e^x, relative error below 2^-21. Arguments beyond −87 … 88, where float32 ends, count as those."""
     bounded = values.clamp(SMALLEST, LARGEST)
     exponent = torch.round(bounded * LOG2_E)
     rest = bounded - exponent * LN2_HIGH - exponent * LN2_LOW
@@ -31,7 +31,7 @@ def exponential(values: Tensor) -> Tensor:
 
 
 def small_tanh(values: Tensor) -> Tensor:
-    """tanh x for |x| ≤ 1.25, relative error below 2^-21."""
+    """Return tanh x for |x| ≤ 1.25, relative error below 2^-21."""
     square = values * values
     above = (((square + 378.0) * square + 17325.0) * square + 135135.0) * values
     below = ((square * 28.0 + 3150.0) * square + 62370.0) * square + 135135.0
@@ -39,7 +39,7 @@ def small_tanh(values: Tensor) -> Tensor:
 
 
 def tanh(values: Tensor) -> Tensor:
-    """tanh x for any x, relative error below 2^-20: of x/8, then three times tanh 2y = 2 tanh y / (1 + tanh² y)."""
+    """Return tanh x, relative error below 2^-20: that of x/8, then three times tanh 2y = 2 tanh y / (1 + tanh² y)."""
     result = small_tanh((values * 0.125).clamp(-1.25, 1.25))
     for _ in range(3):
         result = (result + result) / (result * result + 1.0)

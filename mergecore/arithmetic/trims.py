@@ -1,4 +1,4 @@
-"""Pure delta → delta: the trims that methods share. Nothing here reads a model or keeps state."""
+"""Trims, sign elections and means that methods share: pure functions of deltas."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True)
 class Drawn:
-    """What `dropped` needs for one block of T experts: the flat index of each element, and per expert the two words of its
-    key, the limit below which an element goes, and the factor of those that stay."""
+    """What `dropped` needs for one block of T experts.
+
+    index: the flat index of each element. keys, limits, factors: per expert the two words of its key, the limit below
+    which an element goes, and the factor of the others.
+    """
 
     index: Tensor
     keys: Sequence[tuple[int, int]]
@@ -38,8 +41,8 @@ class Drawn:
 class RandomDrop(BaseModel):
     """Drops each element with probability `rate` and rescales what is left (DARE, Yu et al. 2024, §3.1).
 
-    An element is dropped by a hash of (seed, expert id, tensor name, flat index): independent masks for the experts,
-    the same for any chunk, worker or device.
+    An element is dropped by a hash of (seed, expert id, tensor name, flat index): experts have independent masks, which
+    are the same for any window, worker or device.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
@@ -52,17 +55,18 @@ class RandomDrop(BaseModel):
     rescale: Annotated[
         Literal["inverse", "l1", "none"],
         Field(
-            description="'inverse': by 1/(1−rate), the paper's; 'l1': so that each tensor keeps its l1 norm; 'none': as it is"
+            description="'inverse': by 1/(1−rate), the paper's; 'l1': so that each tensor keeps its l1 norm; "
+            "'none': as it is"
         ),
     ] = "inverse"
     seed: Annotated[int, Field(ge=0, description="seed of the masks")] = 0
 
     def of_expert(self, position: int) -> RandomDrop:
-        """The drop of the expert at this place."""
+        """Return the drop of one expert."""
         return self.model_copy(update={"rate": self.rate[position]}) if isinstance(self.rate, tuple) else self
 
     def bound(self, order: Sequence[int]) -> RandomDrop:
-        """The same drop with rates moved along with their experts."""
+        """Return the drop with its rates in the new order of the experts."""
         return self.model_copy(update={"rate": moved(self.rate, order)})
 
     def drawn(self, block: Block, factors: Sequence[float] | None) -> Drawn:
@@ -84,7 +88,10 @@ def dropped(deltas: Sequence[Tensor], drawn: Drawn | None) -> list[Tensor]:
 
 
 def trimmed(delta: Tensor, least: float | None, last: int | None = None, index: Tensor | None = None) -> Tensor:
-    """The delta where |τ| ≥ least, else 0; with a `last` those exactly at it only up to that flat index. None: as it is."""
+    """Return the delta where |τ| ≥ least, else 0. last: of elements at `least`, keep those up to this flat index.
+
+    least None: nothing is cut. index: the flat index of each element.
+    """
     if least is None:
         return delta
     magnitude = delta.abs()
@@ -94,7 +101,7 @@ def trimmed(delta: Tensor, least: float | None, last: int | None = None, index: 
 
 
 def folded_sum(values: Sequence[Tensor]) -> Tensor:
-    """((v1 + v2) + v3) + …: the one order in which sums over experts are formed."""
+    """Return ((v1 + v2) + v3) + …: the order in which all sums over experts are formed."""
     total = values[0]
     for value in values[1:]:
         total = total + value
@@ -102,7 +109,7 @@ def folded_sum(values: Sequence[Tensor]) -> Tensor:
 
 
 def divided(values: Tensor, by: float) -> Tensor:
-    """values / by, correctly rounded: by a number from Python, torch would multiply with its reciprocal on a GPU."""
+    """Return values / by, correctly rounded. On a GPU torch multiplies with the reciprocal of a Python number."""
     return values / (values.new_full((), by) if isinstance(by, float | int) else by)
 
 
@@ -112,7 +119,7 @@ def elected_sign(
     elect: Elect = "mass",
     shares: Sequence[float] | None = None,
 ) -> Tensor:
-    """The sign per coordinate (TIES, Yadav et al. 2023, §3.2) that has more mass; `zero` (−1 or 1) where it cancels exactly.
+    """Return per coordinate the sign with more mass (TIES, Yadav et al. 2023, §3.2); `zero` (−1 or 1) where it cancels.
 
     shares: 1/‖τ_t‖² of every delta, for the other rules of the authors' code, which count τ²/‖τ_t‖², in float64.
     """
@@ -132,25 +139,25 @@ def elected_sign(
 
 
 def agreeing(deltas: Sequence[Tensor], sign: Tensor) -> list[Tensor]:
-    """The deltas where they have the elected sign, else 0."""
+    """Return the deltas where they have the elected sign, else 0."""
     return [torch.where(delta * sign > 0, delta, 0.0) for delta in deltas]
 
 
 def disjoint_mean(deltas: Sequence[Tensor]) -> Tensor:
-    """Per coordinate the mean of the deltas that are not 0 there (TIES, §3.3)."""
+    """Return per coordinate the mean of the deltas that are not 0 there (TIES, §3.3)."""
     count = folded_sum([torch.where(delta != 0, 1.0, 0.0) for delta in deltas])
     return folded_sum(deltas) / count.clamp(min=1.0)
 
 
 def weighted(deltas: Sequence[Tensor], weights: Sequence[float] | None) -> list[Tensor]:
-    """The deltas times their weights; as they are where there are none."""
+    """Return the deltas times their weights; the deltas themselves without weights."""
     return list(deltas) if weights is None else [delta * weight for delta, weight in zip(deltas, weights, strict=True)]
 
 
 def weighted_mean(deltas: Sequence[Tensor], weights: Sequence[float] | None) -> Tensor:
-    """Per coordinate the sum of deltas that are weighted already, by the weights of those that are not 0 there.
+    """Return per coordinate the sum of weighted deltas, divided by the weights of those that are not 0 there.
 
-    Where these weights cancel (some are negative) the sum stands undivided, as in mergekit.
+    Where these weights cancel (some are negative) the sum is not divided, as in mergekit.
     """
     if weights is None:
         return disjoint_mean(deltas)
@@ -159,7 +166,7 @@ def weighted_mean(deltas: Sequence[Tensor], weights: Sequence[float] | None) -> 
 
 
 def sum_of_weights(weights: Sequence[float] | None, count: int) -> float:
-    """What a weighted sum is divided by; 1 where the weights cancel."""
+    """Return the divisor of a weighted sum; 1 where the weights cancel."""
     total = float(count) if weights is None else fsum(weights)
     return total if abs(total) >= 1e-8 else 1.0
 
@@ -170,7 +177,7 @@ def joined(
     elect: Literal["none", "mass"],
     aggregate: Literal["sum", "mean"],
 ) -> Tensor:
-    """Deltas, weighted already, as one: all of them or those of the elected sign; their sum, or that by their weights."""
+    """Join weighted deltas, all or those of the elected sign: return their sum, or that divided by their weights."""
     if elect == "mass":
         agreed = agreeing(deltas, elected_sign(deltas, 1.0))
         return folded_sum(agreed) if aggregate == "sum" else weighted_mean(agreed, weights)
@@ -179,7 +186,7 @@ def joined(
 
 
 def absolute_sum(values: Tensor) -> float:
-    """Σ |v| in float64 over the fixed grid of blocks, folded in order."""
+    """Return Σ |v| in float64 over grid blocks, folded in order."""
     flat = values.reshape(-1)
     total = 0.0
     for start in range(0, flat.numel(), GRID):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergecore.engine.kernels.run import Chunk, Given
+from mergecore.engine.kernels.run import BoundFunction, Window
 from mergecore.errors import CapacityError
 
 SPARE = 1 << 30
@@ -53,7 +53,7 @@ class Stage:
         self._working: Any = torch.cuda.Stream(self.device) if cuda else None  # type: ignore[no-untyped-call]
 
     def window(self, key: Any, count: int, read: Callable[[], Tensor]) -> Tensor:
-        """Return a window on the device: the one kept under `key` (None: never kept), else a copy of what `read` returns."""
+        """Return a window on the device: the one kept under `key` (None: none is), or a copy of what `read` returns."""
         kept = self.kept.get(key) if key is not None else None
         if kept is not None and kept.numel() == count:
             return kept
@@ -72,15 +72,15 @@ class Stage:
     def _room(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else self.room
 
-    def launch(self, given: Given, chunk: Chunk, dtype: torch.dtype, host: Tensor) -> Launched:
+    def launch(self, function: BoundFunction, window: Window, dtype: torch.dtype, host: Tensor) -> Launched:
         """Start the function on a window that is on the device. The result goes to `host`, which is pinned."""
         if self._working is None:
-            target = torch.empty(chunk.count, dtype=dtype, device=self.device)
-            flags = given.launch(chunk, target)
+            target = torch.empty(window.count, dtype=dtype, device=self.device)
+            flags = function.launch(window, target)
             return Launched(host.copy_(target), flags, None)
         with torch.cuda.stream(self._working):
-            target = torch.empty(chunk.count, dtype=dtype, device=self.device)
-            flags = given.launch(chunk, target).to("cpu", non_blocking=True)
+            target = torch.empty(window.count, dtype=dtype, device=self.device)
+            flags = function.launch(window, target).to("cpu", non_blocking=True)
             host.copy_(target, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._working)

@@ -18,13 +18,13 @@ class Loops:
     def __init__(self, reading: PassReading) -> None:
         self._plan, self._known = reading.plan, reading.fused
 
-    def fused(self, key: tuple[Any, ...], function: Any, on: Any, out: Out, with_base: bool, windows: int = 0) -> Fused:
-        """Return the loop that is known under `key` and `windows`, or a new one for `function` (see `Fused`)."""
-        key = (*key, windows)
+    def fused(self, key: tuple[Any, ...], function: Any, on: Any, out: Out, with_base: bool, slots: int = 0) -> Fused:
+        """Return the loop that is known under `key` and `slots`, or a new one for `function` (see `Fused`)."""
+        key = (*key, slots)
         loop: Fused | None = self._known.get(key)
         if loop is None:
             build = self._plan.elements >= WORTH_BUILDING
             library = self._plan.library
-            loop = Fused(function, on, out, library, build, windows=windows, with_base=with_base)
+            loop = Fused(function, on, out, library, build, slots=slots, with_base=with_base)
             self._known[key] = loop
         return loop

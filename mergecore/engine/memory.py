@@ -83,7 +83,7 @@ def _scanned(statistics: Sequence[Statistic], block: int, count: int) -> int:
     """Return the bytes that statistics take beside the models: bins of counts, and blocks that they are handed.
 
     Bins: as many results as experts at least, and three times more while the first elements are counted both ways
-    (`Given.count`). Blocks: one at a time, and not while the same statistic counts.
+    (`BoundFunction.count`). Blocks: one at a time, and not while the same statistic counts.
     """
     bins = FLOAT * (4 * COPIES * stride(1) + BINS)
     total = most_beyond = 0
@@ -114,8 +114,8 @@ def at_once(plan: PassPlan, workers: int, memory: int | None) -> int:
     if needed > memory:
         names = ", ".join(sorted({method.name for method in methods})) or "its scan"
         raise CapacityError(
-            f"one block of {names} over {len(plan.experts)} experts takes {needed:,} bytes of memory and {memory:,} may be "
-            f"used ({needed - memory:,} too few); allow more, or merge fewer experts at a time"
+            f"one block of {names} over {len(plan.experts)} experts takes {needed:,} bytes of memory and {memory:,} "
+            f"may be used ({needed - memory:,} too few); allow more, or merge fewer experts at a time"
         )
     return blocks_in_flight(needed, workers, memory)
 
@@ -126,7 +126,10 @@ def blocks_in_flight(block: int, workers: int, memory: int) -> int:
 
 
 def read_bytes(models: Models, names: Iterable[str], adapters: int = 0) -> int:
-    """Return the bytes of one reading of these tensors in every full checkpoint. adapters: bytes of the adapters' files."""
+    """Return the bytes of one reading of these tensors in every full checkpoint.
+
+    adapters: bytes of the adapters' files.
+    """
     wanted = set(names)
     return adapters + sum(info.size for tensors in models.full for name, info in tensors.items() if name in wanted)
 

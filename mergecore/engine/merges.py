@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergecore.engine.device_windows import Launched, Stage, in_smaller_windows
-from mergecore.engine.kernels.run import Chunk, Given
+from mergecore.engine.kernels.run import BoundFunction, Window
 from mergecore.engine.loops import Loops
 from mergecore.engine.pass_plan import MergeJob, PassPlan
 from mergecore.engine.windows import Reading, Space, cut, space
@@ -25,7 +25,10 @@ ON_DEVICE = 1 << 20
 
 
 class Merges:
-    """The merges of one span that no journal holds yet. digests: per merge, tensor and first element of a grid block."""
+    """The merges of one span that no journal holds yet.
+
+    digests: per merge, tensor and first element of a grid block.
+    """
 
     def __init__(
         self,
@@ -86,8 +89,8 @@ class ByElement:
         for start, stop in reading.windows():
             for job in jobs:
                 target = _target(job, reading.name, stop - start)
-                chunk = reading.chunk(job.experts, job.method.needs_base)
-                _check(job, reading, *loops[job.key].store(chunk, target.values), target.values)
+                window = reading.stored(job.experts, job.method.needs_base)
+                _check(job, reading, *loops[job.key].store(window, target.values), target.values)
                 _write(job, reading.name, start, target, digests[job.key])
 
 
@@ -117,7 +120,7 @@ class ByElementOnDevice:
         self,
         jobs: Sequence[MergeJob],
         reading: Reading,
-        loops: Mapping[str, Given],
+        loops: Mapping[str, BoundFunction],
         digests: dict[str, BlockDigests],
         stage: Stage,
         size: int,
@@ -130,16 +133,16 @@ class ByElementOnDevice:
             reading.window(start, stop, slot)
             begun = []
             for job_index, job in enumerate(jobs):
-                chunk = self._on_device(job, reading, stage, start, stop)
+                window = self._on_device(job, reading, stage, start, stop)
                 dtype = DTYPES[job.outputs[reading.name].dtype]
                 host = space(("write", job_index, slot), stop - start, dtype, stage.device.type == "cuda")
-                launched = stage.launch(loops[job.key], chunk, dtype, host.values)
+                launched = stage.launch(loops[job.key], window, dtype, host.values)
                 begun.append(UnderWay(job, start, stop, launched, host))
             self._land(under_way, reading, digests)
             under_way = begun
         self._land(under_way, reading, digests)
 
-    def _on_device(self, job: MergeJob, reading: Reading, stage: Stage, start: int, stop: int) -> Chunk:
+    def _on_device(self, job: MergeJob, reading: Reading, stage: Stage, start: int, stop: int) -> Window:
         keep, experts = self._plan.base_id, self._plan.experts
 
         def moved(model: str, read: Callable[[], Tensor]) -> Tensor:
@@ -149,7 +152,7 @@ class ByElementOnDevice:
         needed = job.method.needs_base or any(deltas)
         base = moved("base", reading.raw_base) if needed else None
         stored = [moved(experts[at].id, lambda at=at: reading.raw_expert(at)) for at in job.experts]  # type: ignore[misc]
-        return Chunk(base, tuple(stored), deltas, start)
+        return Window(base, tuple(stored), deltas, start)
 
     def _land(self, under_way: Sequence[UnderWay], reading: Reading, digests: Mapping[str, BlockDigests]) -> None:
         for job, start, stop, launched, host in under_way:
@@ -172,12 +175,12 @@ def _stage(device: str) -> Stage:
     return stages[name]
 
 
-def _loop_of(loops: Loops, job: MergeJob, reading: Reading) -> Given:
+def _loop_of(loops: Loops, job: MergeJob, reading: Reading) -> BoundFunction:
     """The method's loop with its arguments for the reading."""
     method, dtype = job.method, DTYPES[job.outputs[reading.name].dtype]
     assert isinstance(method, Method)  # a link sees whole tensors
     fused = loops.fused(("merge", job.key, dtype), method.merge_models, method.on, dtype, method.needs_base)
-    return fused.given(method.arguments(reading.place(job.experts), job.statistics))
+    return fused.bind(method.arguments(reading.without_values(job.experts), job.statistics))
 
 
 def _check(job: MergeJob, reading: Reading, input_lost: bool, result_lost: bool, values: Tensor) -> None:

@@ -66,7 +66,8 @@ def _read(
 ) -> SpanOutcome:
     """Return the digests and states of all spans together. States are combined as they come: only one is kept of each.
 
-    Whole tensors differ in size a thousandfold, and everybody waits for what is begun last: the largest are begun first.
+    Whole tensors differ in size a thousandfold, and everybody waits for what is begun last: the largest are begun
+    first.
     """
     together = SpanOutcome()
     statistics = {job.key: job.statistic for job in reading.plan.statistics}

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergecore.engine.kernels.run import HALF, Fused, Given, counts_of, empty_bins, total_of
+from mergecore.engine.kernels.run import HALF, BoundFunction, Fused, counts_of, empty_bins, total_of
 from mergecore.engine.kernels.source import LANES, Out
 from mergecore.engine.loops import Loops
 from mergecore.engine.pass_plan import StatisticJob
@@ -62,7 +62,7 @@ class Scans:
         self._counting.finish()
 
     def _look(self, job: StatisticJob, reading: Reading) -> Look | None:
-        look = job.statistic.look(self._states[job.key], reading.place(job.experts), job.statistics)
+        look = job.statistic.look(self._states[job.key], reading.without_values(job.experts), job.statistics)
         if look is not None and type(look) not in job.statistic.looks:
             kind, name = type(job.statistic).__name__, type(look).__name__
             raise TypeError(f"{kind}.look returned {name} for tensor '{reading.name}': add {name} to {kind}.looks")
@@ -77,8 +77,8 @@ class Scans:
             except NonFiniteError:
                 if not job.statistic.whole:
                     raise
-                # It looks beyond the selection: values there must not stop a merge that leaves the tensor out. Where the
-                # tensor is selected, the merge itself reads it and refuses it.
+                # It looks beyond the selection: values there must not stop a merge that leaves the tensor out. Where
+                # the tensor is selected, the merge itself reads it and refuses it.
                 continue
             self._states[job.key] = job.statistic.add(self._states[job.key], block, job.statistics)
 
@@ -117,7 +117,7 @@ class AddingScans:
         reading: Reading,
         positions: Sequence[int],
         with_base: bool,
-        loop: Given,
+        loop: BoundFunction,
         blocks: Sequence[tuple[int, int]],
         results: int,
     ) -> tuple[NDArray[np.float64], list[bool]]:
@@ -128,7 +128,7 @@ class AddingScans:
         for start, stop in cut(first, end, at_hand // window * window or window):
             for low, high in cut(start, stop, at_hand):
                 reading.window(low, high)
-                for offset, _, part in reading.chunk(positions, with_base).parts(window):
+                for offset, _, part in reading.stored(positions, with_base).parts(window):
                     number = (low + offset - first) // window
                     lost[number] |= loop.sum(part, lanes[number])
         return lanes, lost
@@ -160,7 +160,7 @@ class CountingScans:
         wanted = [high for _, counts in scans for bins in counts.bins or () for high in bins]
         for start, stop in reading.windows():
             bins = self._bins(reading.name, key, scans, per_result)
-            if loop.count(reading.chunk(positions, with_base=True), wanted, bins):
+            if loop.count(reading.stored(positions, with_base=True), wanted, bins):
                 if not whole:
                     reading.block("deltas", True, positions, flat=True)  # which says what is not finite, and where
                 for low, high in cut(start, stop, LEFT_OUT):
@@ -181,11 +181,11 @@ class CountingScans:
         """
         job, counts = scan
         function = _together([(counts.patterns, list(range(len(job.experts))))], with_base=False)
-        fused = Fused(function, "deltas", "counts", None, windows=per_result, with_base=False)
-        loop = fused.given([counts.arguments])
+        fused = Fused(function, "deltas", "counts", None, slots=per_result, with_base=False)
+        loop = fused.bind([counts.arguments])
         bins = empty_bins(counts.results, per_result)
         wanted = [high for bins_of_result in counts.bins or () for high in bins_of_result]
-        loop.count(reading.chunk(job.experts, with_base=True), wanted, bins)
+        loop.count(reading.stored(job.experts, with_base=True), wanted, bins)
         self._hand_over(TensorCounts(reading.name, [(job, counts.results)], per_result, bins))
 
     def _bins(
@@ -220,7 +220,7 @@ Scan = tuple[StatisticJob, Callable[..., Sequence[Tensor]], Mapping[str, Any]]
 
 def _loop_of(
     loops: Loops, scans: Sequence[Scan], out: Out, bins: int = 0, with_base: bool = False
-) -> tuple[list[int], Given]:
+) -> tuple[list[int], BoundFunction]:
     """Scans in one loop: the experts that it reads, and the loop."""
     positions = sorted({position for job, _, _ in scans for position in job.experts})
     function = _together(
@@ -228,7 +228,7 @@ def _loop_of(
     )
     key = (out, tuple(job.key for job, _, _ in scans))
     fused = loops.fused(key, function, scans[0][0].statistic.on, out, with_base, bins)
-    return positions, fused.given([arguments for _, _, arguments in scans])
+    return positions, fused.bind([arguments for _, _, arguments in scans])
 
 
 def _together(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergecore.checkpoints.experts import FullExpert
-from mergecore.engine.kernels.run import Chunk
+from mergecore.engine.kernels.run import Window
 from mergecore.engine.pass_plan import BlockGroup, PassPlan
 from mergecore.identity.content import GRID, bytes_of
 from mergecore.plugins.block import Block
@@ -99,7 +99,7 @@ class Readers:
         return self.plan.base if position < 0 else self.plan.experts[position].sources()[0]
 
     def lane(self, position: int, name: str) -> tuple[torch.dtype, Filler | None]:
-        """Return the dtype of a tensor in the base (−1) or in an expert's checkpoint, and its filler where it has one."""
+        """Return the dtype of a tensor in the base (−1) or an expert's checkpoint, and its filler where it has one."""
         if name != self._name:
             self._lanes.clear()
             self._name = name
@@ -126,7 +126,10 @@ class Reading:
         self._deltas: dict[int, tuple[int, Tensor]] = {}
 
     def window(self, start: int, stop: int, slot: int = 0) -> None:
-        """Make elements start … stop−1 the window. slot: which set of buffers to use, where others are still copied from."""
+        """Make elements start … stop−1 the window.
+
+        slot: which set of buffers to use, where others are still copied from.
+        """
         if (start, stop, slot) != (self._low, self._high, self._slot):
             self._low, self._high, self._slot = start, stop, slot
             self._raw.clear()
@@ -172,12 +175,12 @@ class Reading:
         self._raw[position] = delta[self._low - start : self._high - start]
         return self._raw[position]
 
-    def chunk(self, positions: Sequence[int], with_base: bool) -> Chunk:
+    def stored(self, positions: Sequence[int], with_base: bool) -> Window:
         """Return the window as it is stored, for a fused loop. with_base: whether the base must be there."""
         complete = self.readers.complete
         deltas = tuple([not complete[position] for position in positions])
         base = self.raw_base() if with_base or True in deltas else None
-        return Chunk(base, tuple([self.raw_expert(position) for position in positions]), deltas, self._low)
+        return Window(base, tuple([self.raw_expert(position) for position in positions]), deltas, self._low)
 
     # --- in float32, for what is not fused ------------------------------------------------------------------------
 
@@ -216,7 +219,7 @@ class Reading:
             experts = tuple(values.view(self.shape) for values in experts)
         return Block(self.name, self.shape, self._low, self._high, base, experts, self._ids(positions))
 
-    def place(self, positions: Sequence[int]) -> Block:
+    def without_values(self, positions: Sequence[int]) -> Block:
         """Return the window without its values."""
         return Block(self.name, self.shape, self._low, self._high, None, (), self._ids(positions))
 

@@ -40,16 +40,16 @@ class Found:
 
 
 Statistics = Mapping[str, Sequence[Found]]
-"""By the name the method gave it: one `Found` per expert (scope EXPERT, in the experts' order) or a single one (POOL)."""
+"""Results by the names that their owner has for them: one per expert, in order (scope EXPERT), or one (POOL)."""
 
 
 @dataclass(frozen=True)
 class Counts:
     """Have the bit patterns of a block counted; the counts come back in `Statistic.counted`.
 
-    patterns(experts, **arguments) returns `results` int32 tensors, one value per element, in plain torch on flat float32
-    deltas. bins: None counts the high half-words; else, per result, the high half-words inside which the low half-words
-    are counted (as many for every result).
+    patterns(experts, **arguments) returns `results` int32 tensors, one value per element, in plain torch on flat
+    float32 deltas. bins: None counts the high half-words; else, per result, the high half-words inside which the low
+    half-words are counted (as many for every result).
     """
 
     patterns: Callable[..., Sequence[Tensor]]
@@ -90,10 +90,11 @@ SparseCounts = tuple[NDArray[np.int64], NDArray[np.int64]]
 class Statistic(AnyStatistic, ABC):
     """Looks at models and writes a few tensors: begin, look at every block, combine, finish.
 
-    For each block `look` says how: the engine counts, adds up or hands over, and gives the outcome to `counted`, `summed`
-    or `add`, which return the new state. Blocks come in any order, and `combine` joins states of different workers: a
-    reduction keeps one float64 value per grid block and folds them in order in `finish`. `finish` may return `Rescan`:
-    the pass then reads again, only what is named, and every span starts from that state. States are plain picklable data.
+    For each block `look` says how: the engine counts, adds up or hands over, and gives the outcome to `counted`,
+    `summed` or `add`, which return the new state. Blocks come in any order, and `combine` joins states of different
+    workers: a reduction keeps one float64 value per grid block and folds them in order in `finish`. `finish` may
+    return `Rescan`: the pass then reads again, only what is named, and every span starts from that state. States are
+    plain picklable data.
     """
 
     scope: ClassVar[Scope]
@@ -128,7 +129,7 @@ class Statistic(AnyStatistic, ABC):
 
     @abstractmethod
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Any:
-        """Return the state before any block; `Rescan` to read only some blocks; `Result` where nothing is to be read."""
+        """Return the state before any block; `Rescan` to read only some blocks; `Result` where nothing need be read."""
 
     @abstractmethod
     def look(self, state: Any, block: Block, statistics: Statistics) -> Look | None:
@@ -143,7 +144,7 @@ class Statistic(AnyStatistic, ABC):
         raise NotImplementedError
 
     def add(self, state: Any, block: Block, statistics: Statistics) -> Any:
-        """Return the state after `Blocks`: `block.experts` are flat float32 deltas, one for scope EXPERT, all for POOL."""
+        """Return the state after `Blocks`: `block.experts` are flat float32 deltas, one (EXPERT) or all (POOL)."""
         raise NotImplementedError
 
     @abstractmethod

@@ -1,4 +1,7 @@
-"""Statistics: something about models that is worked out once and shared by many merges. A file and a line here for each."""
+"""Statistics: something about models that is worked out once and shared by many merges.
+
+A file and a line here for each.
+"""
 
 # isort: skip_file
 from mergecore.statistics.dropped_norms import DroppedNorms as DroppedNorms

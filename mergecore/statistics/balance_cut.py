@@ -1,7 +1,7 @@
 """Per expert the largest balancing score β and the smallest that survives the drop (PCB-Merging, Du et al. 2024, §3.2).
 
-The quantile of β is taken over all coordinates of the model: two scans, as β is worked out anew from the same coordinate
-of every task vector. The statistic and the merge work it out by the same correctly rounded operations, to the same bit.
+The quantile of β is taken over all coordinates of the model, in two readings. Each reading works β out again from the
+task vectors. The statistic and the merge use the same correctly rounded operations, so that β is the same to the bit.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from mergecore.tensors.source import TensorInfo
 
 @dataclass
 class CutState:
-    """Per expert the counts of β's high half-words; then the two order statistics wanted: the largest β and the cut."""
+    """high: per expert the counts of β's high half-words. wanted, in the second reading: the largest β and the cut."""
 
     high: list[SparseCounts | None]
     wanted: list[tuple[OrderStatistic, OrderStatistic]] = field(default_factory=list)
 
 
 class BalanceCut(Statistic):
-    """'high': each expert's largest β; 'low': its sorted(β)[⌊d(1−density)⌋], d elements of the selection."""
+    """Finds each expert's largest β, 'high', and its sorted(β)[⌊d(1−density)⌋], 'low'; d elements of the selection."""
 
     name: ClassVar[str] = "balance_cut"
     scope: ClassVar[Scope] = Scope.POOL
@@ -44,29 +44,29 @@ class BalanceCut(Statistic):
     clip: Annotated[float, Field(ge=0, lt=0.5)]
 
     def statistics(self) -> dict[str, Statistic]:
-        """What the scores are normalised by."""
+        """Return what the scores are normalised by."""
         if self.form == "paper":
             return {"softmax": SoftmaxMeans()}
         return {"quantiles": MagnitudeQuantiles(tail=self.clip)}
 
     @property
     def readings(self) -> int:
-        """High half-words, then low ones."""
+        """Two: high half-words, then low ones."""
         return 2
 
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> CutState:
-        """Nothing counted."""
+        """Return the state without counts."""
         return CutState([])
 
     def look(self, state: CutState, block: Block, statistics: Statistics) -> Counts:
-        """Of every expert's score the high half-words in the first scan, low ones inside the wanted bins in the second."""
+        """Count the high half-words of every expert's score; in the second reading the low ones in the wanted bins."""
         count = len(block.ids)
         arguments = {"balancing": balancing(self.form, count, statistics)}
         bins = tuple((high.bin, low.bin) for high, low in state.wanted) if state.wanted else None
         return Counts(_patterns, arguments, count, bins)
 
     def counted(self, state: CutState, tensor: str, counts: Sequence[SparseCounts]) -> CutState:
-        """Counts added; both values may lie in one bin, whose counts then come first."""
+        """Add the counts. Both values may lie in one bin, whose counts then come first."""
         for position, (high, low) in enumerate(state.wanted):
             high.counted(counts[2 * position])
             low.counted(counts[2 * position if low.bin == high.bin else 2 * position + 1])
@@ -75,7 +75,7 @@ class BalanceCut(Statistic):
         return state
 
     def combine(self, left: CutState, right: CutState) -> CutState:
-        """Counts added."""
+        """Add the counts of both."""
         if not left.high or not right.high:
             left.high = left.high or right.high
         else:
@@ -86,7 +86,7 @@ class BalanceCut(Statistic):
         return left
 
     def finish(self, state: CutState, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result | Rescan:
-        """After the first scan the bins and the wish for the second, then {'low', 'high'}."""
+        """Return the wish to read again with the bins after the first reading, then {'low', 'high'}."""
         if state.high:
             total = sum(info.count for info in selection.values())
             rank = total - floor(total * (1 - Fraction(str(self.density))))
@@ -95,10 +95,10 @@ class BalanceCut(Statistic):
                 for order in wanted:
                     order.locate([counts] if counts else [])
             return Rescan(again)
-        high, low = ([value_of(wanted[place].value) for wanted in state.wanted] for place in (0, 1))
+        high, low = ([value_of(wanted[which].value) for wanted in state.wanted] for which in (0, 1))
         return Result({}, {"low": low, "high": high})
 
 
 def _patterns(experts: Sequence[Tensor], balancing: Balancing) -> list[Tensor]:
-    """Every expert's score as an int32 that grows with it."""
+    """Return every expert's score as an int32 that grows with it."""
     return [signed_bits(score) for score in scores(experts, balancing)]

@@ -1,4 +1,4 @@
-"""The scores β of parameter competition balancing: how much each expert's change of a coordinate counts (PCB-Merging 2024).
+"""The scores β of parameter competition balancing: how much an expert's change of a coordinate counts (PCB, 2024).
 
 β_i = intra_i ⊙ inter_i. The paper and the three forms in the authors' repository differ in both factors:
 
@@ -41,8 +41,8 @@ class Ends:
 class Balancing:
     """What `scores` needs to know of the whole model.
 
-    ends: per expert, of the authors' forms. Of form 'paper': per pair of experts its scaling and the mean that is `inter`'s
-    divisor, per expert the mean that is `intra`'s, and 1 where its task vector is not all zeros, else 0.
+    ends: per expert, of the authors' forms. Of form 'paper': per pair of experts its scaling and the mean that is
+    `inter`'s divisor, per expert the mean that is `intra`'s, and 1 where its task vector is not all zeros, else 0.
     """
 
     form: Form
@@ -56,7 +56,7 @@ class Balancing:
 def balancing(form: Form, count: int, statistics: Statistics) -> Balancing:
     """Return what `scores` needs to know of the whole model, for `count` experts."""
     if form != "paper":
-        quantiles = [found.numbers for found in statistics["quantiles"]]
+        quantiles = [result.numbers for result in statistics["quantiles"]]
         return Balancing(form, [Ends(q["low"], q["high"], scaling(q["low"], q["high"])) for q in quantiles])
     numbers = statistics["softmax"][0].numbers
     extremes = zip(numbers["low"], numbers["high"], strict=True)
@@ -71,9 +71,9 @@ def balancing(form: Form, count: int, statistics: Statistics) -> Balancing:
 
 
 def scores(deltas: Sequence[Tensor], balancing: Balancing) -> list[Tensor]:
-    """β_i = intra_i ⊙ inter_i of flat pieces of the task vectors (float32, of one length).
+    """Return β_i = intra_i ⊙ inter_i. deltas: T flat float32 tensors of one length, parts of the task vectors.
 
-    intra is divided by e^T (T experts) so that it cannot overflow; every form takes common factors of β out again.
+    intra is divided by e^T so that it cannot overflow; every form takes common factors of β out again.
     """
     if balancing.form == "paper":
         return _softmax_scores(deltas, balancing)
@@ -96,22 +96,22 @@ def scores(deltas: Sequence[Tensor], balancing: Balancing) -> list[Tensor]:
 def _softmax_scores(deltas: Sequence[Tensor], balancing: Balancing) -> list[Tensor]:
     """d² · Softmax(T · Norm(τ_i ⊙ τ_i)) ⊙ Σ_j Softmax(Norm(τ_i ⊙ τ_j)); 0 for a task vector that is all zeros."""
     count = len(deltas)
-    place = {pair: position for position, pair in enumerate(pairs(count))}
+    numbers = {pair: number for number, pair in enumerate(pairs(count))}
 
     def share(i: int, j: int) -> Tensor:
-        return normalized(deltas[i] * deltas[j], balancing.pairs[place[i, j]])
+        return normalized(deltas[i] * deltas[j], balancing.pairs[numbers[i, j]])
 
-    inter = _summed(count, lambda i, j: divided(exponential(share(i, j)), balancing.inter[place[i, j]]))
+    inter = _summed(count, lambda i, j: divided(exponential(share(i, j)), balancing.inter[numbers[i, j]]))
     intra = [divided(exponential(share(i, i) * count - count), balancing.intra[i]) for i in range(count)]
-    return [within * between * here for within, between, here in zip(intra, inter, balancing.alive, strict=True)]
+    return [within * between * alive for within, between, alive in zip(intra, inter, balancing.alive, strict=True)]
 
 
 def _summed(count: int, term: Callable[[int, int], Tensor]) -> list[Tensor]:
-    """Per expert i the sum of term(i, j) over all j in ascending order; a pair's term is the same both ways."""
+    """Return for each expert i the sum of term(i, j) over all j in ascending order; term(i, j) is term(j, i)."""
     totals: list[Tensor | None] = [None] * count
     for i, j in pairs(count):
         value = term(i, j)
-        for one in {i, j}:
-            held = totals[one]
-            totals[one] = value if held is None else held + value
+        for expert in {i, j}:
+            total = totals[expert]
+            totals[expert] = value if total is None else total + value
     return [total for total in totals if total is not None]

@@ -1,4 +1,4 @@
-"""Per tensor the factor that gives a randomly dropped delta its l1 norm back (mergekit's DARE rescale)."""
+"""The factor per tensor that gives a randomly dropped delta its l1 norm back (mergekit's DARE rescale)."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class DroppedNorms(BlockSums):
     drop: RandomDrop
 
     def of_expert(self, position: int) -> DroppedNorms:
-        """With the expert's own rate."""
+        """Return the statistic with the expert's own rate."""
         own = self.drop.of_expert(position)
         return self if own is self.drop else self.model_copy(update={"drop": own})
 
     def look(self, state: Any, block: Block, statistics: Statistics) -> Sums:
-        """Both l1 norms."""
+        """Add up both l1 norms."""
         return Sums(_magnitudes, {"drawn": self.drop.drawn(block, [1.0])}, 2)
 
     def finish(self, state: State, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
-        """{'factor': {tensor: ratio}} as numbers, blocks folded in order."""
+        """Return the numbers {'factor': {tensor: ratio}}."""
         factor: dict[str, Any] = {name: whole / left if left else 1.0 for name, (whole, left) in folded(state).items()}
         return Result({}, {"factor": factor})
 
@@ -45,14 +45,14 @@ def _magnitudes(experts: Sequence[Tensor], drawn: Drawn) -> list[Tensor]:
 
 
 def drawn_for(drop: RandomDrop | None, block: Block, statistics: Statistics) -> Drawn | None:
-    """What `trims.dropped` needs for a block, with the l1 factors where the drop rescales by them; None without a drop."""
+    """Return what `trims.dropped` needs for a block, with l1 factors where the drop rescales by them; None: no drop."""
     if drop is None:
         return None
     if drop.rescale != "l1":
         return drop.drawn(block, None)
-    return drop.drawn(block, [float(found.numbers["factor"].get(block.name, 1.0)) for found in statistics["drop"]])
+    return drop.drawn(block, [float(norms.numbers["factor"].get(block.name, 1.0)) for norms in statistics["drop"]])
 
 
 def drop_statistics(drop: RandomDrop | None) -> dict[str, Statistic]:
-    """What a drop must know beforehand."""
+    """Return what a drop must know beforehand."""
     return {"drop": DroppedNorms(drop=drop)} if drop is not None and drop.rescale == "l1" else {}

@@ -18,7 +18,7 @@ from mergecore.plugins.statistic import Calibration, DataStatistic, Result
 from mergecore.tensors.source import TensorInfo
 
 _MOST_CLASSES = 4096
-"""An exact expectation takes one backward pass per class and position; a vocabulary would take days."""
+"""An exact expectation takes a backward pass for every class and position: for a vocabulary this would take days."""
 
 
 class DiagonalFisher(DataStatistic):
@@ -53,8 +53,8 @@ class DiagonalFisher(DataStatistic):
     def _unbiased(self) -> DiagonalFisher:
         if self.batch == "batch" and self.estimator != "sampled":
             raise ValueError(
-                f"batch: 'batch' is unbiased for labels drawn from the model alone, not for estimator '{self.estimator}'; "
-                "use batch: item"
+                "batch: 'batch' is unbiased for labels drawn from the model alone, not for estimator "
+                f"'{self.estimator}'; use batch: item"
             )
         return self
 
@@ -69,62 +69,62 @@ class DiagonalFisher(DataStatistic):
     def compute(
         self, model: nn.Module, data: Calibration, selection: Mapping[str, TensorInfo], report: Report
     ) -> Result:
-        """F, float32, for every tensor of the selection, in its shape; buffers have no gradient and get zeros.
+        """Return F, float32, for every tensor of the selection, in its shape. Buffers have no gradient and get zeros.
 
         numbers: items, positions, squared_norm {name: Σ F², float64}, without_gradient [names]. Raises MismatchError
-        for a tensor the model does not have, NonFiniteError naming the tensor, CapacityError for too many classes.
+        for a tensor that the model lacks, NonFiniteError naming the tensor, CapacityError for too many classes.
         """
-        places = _places(model, selection)
-        sums = {name: torch.zeros_like(tensor) for name, tensor in places.items()}
+        parameters = _selected_parameters(model, selection)
+        sums = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
         count, positions = min(self.samples, len(data)), 0
         size = self.batch_size if self.batch == "batch" else 1
-        with _differentiated(model, places.values()):
+        with _differentiated(model, parameters.values()):
             for start in range(0, count, size):
                 items = range(start, min(start + size, count))
                 logits = data.logits(model, items)
-                positions += sum(len(one) for one in logits)
+                positions += sum(len(rows) for rows in logits)
                 for weight, objective in self._objectives(logits, data, items):
-                    self._add(sums, places, weight, objective)
+                    self._add(sums, parameters, weight, objective)
                 report(Event("Fisher information", items.stop, count, "items"))
-        tensors = {name: sums[name].div_(max(positions, 1)).cpu() for name in places}
+        tensors = {name: sums[name].div_(max(positions, 1)).cpu() for name in parameters}
         return self._result(tensors, selection, count, positions)
 
     def _objectives(
         self, logits: Sequence[Tensor], data: Calibration, items: Sequence[int]
     ) -> Iterator[tuple[float, Tensor]]:
-        """(weight, scalar): weight times the squared gradient of the scalar is what is summed."""
-        scores = [one.log_softmax(-1) for one in logits]
+        """Yield (weight, scalar): weight times the squared gradient of the scalar is added to the sum."""
+        scores = [rows.log_softmax(-1) for rows in logits]
         if self.estimator == "sampled":
-            drawn = (self._drawn(one.detach(), item) for one, item in zip(scores, items, strict=True))
-            yield 1.0, torch.stack([_at(one, labels) for one, labels in zip(scores, drawn, strict=True)]).sum()
+            drawn = (self._drawn(rows.detach(), item) for rows, item in zip(scores, items, strict=True))
+            yield 1.0, torch.stack([_at(rows, labels) for rows, labels in zip(scores, drawn, strict=True)]).sum()
         elif self.estimator == "empirical":
-            for one, labels in zip(scores, data.labels(items), strict=True):
+            for rows, labels in zip(scores, data.labels(items), strict=True):
                 for position, label in enumerate(labels.tolist()):
-                    yield 1.0, one[position, label]
+                    yield 1.0, rows[position, label]
         else:
-            for one in scores:
-                if one.shape[-1] > _MOST_CLASSES:
+            for rows in scores:
+                if rows.shape[-1] > _MOST_CLASSES:
                     raise CapacityError(
-                        f"the exact Fisher over {one.shape[-1]} classes takes as many backward passes for every position; "
-                        "use estimator: sampled"
+                        f"the exact Fisher over {rows.shape[-1]} classes takes as many backward passes for every "
+                        "position; use estimator: sampled"
                     )
-                for position, chances in enumerate(one.detach().exp().tolist()):
+                for position, chances in enumerate(rows.detach().exp().tolist()):
                     for label, chance in enumerate(chances):
-                        yield chance, one[position, label]
+                        yield chance, rows[position, label]
 
     def _drawn(self, scores: Tensor, item: int) -> Tensor:
-        """One label per position from p = exp(scores), (positions,): a function of (seed, item, position) and p alone."""
+        """Return one label per position, shape (positions,), drawn from p = exp(scores) by (seed, item, position)."""
         words = random_words(random_key(self.seed, "fisher", f"item {item}"), 0, len(scores), scores.device)
         uniform = (words.double() + 2**31 + 0.5) / 2**32
         cumulated = scores.double().exp().cumsum(-1)
-        found = torch.searchsorted(cumulated, (uniform * cumulated[:, -1])[:, None])
-        return found[:, 0].clamp(max=scores.shape[-1] - 1)
+        classes = torch.searchsorted(cumulated, (uniform * cumulated[:, -1])[:, None])
+        return classes[:, 0].clamp(max=scores.shape[-1] - 1)
 
-    def _add(self, sums: dict[str, Tensor], places: Mapping[str, Tensor], weight: float, objective: Tensor) -> None:
+    def _add(self, sums: dict[str, Tensor], parameters: Mapping[str, Tensor], weight: float, objective: Tensor) -> None:
         gradients = torch.autograd.grad(
-            objective, list(places.values()), retain_graph=self.estimator != "sampled", allow_unused=True
+            objective, list(parameters.values()), retain_graph=self.estimator != "sampled", allow_unused=True
         )
-        for name, gradient in zip(places, gradients, strict=True):
+        for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 sums[name].addcmul_(gradient, gradient, value=weight)
 
@@ -144,12 +144,12 @@ class DiagonalFisher(DataStatistic):
 
 
 def _at(scores: Tensor, labels: Tensor) -> Tensor:
-    """Sum over positions of the label's log-probability."""
+    """Return the sum over positions of the label's log-probability."""
     return scores.gather(-1, labels.to(scores.device)[:, None]).sum()
 
 
-def _places(model: nn.Module, selection: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
-    """The model's parameters that are selected; buffers are left out. Raises MismatchError for what it does not have."""
+def _selected_parameters(model: nn.Module, selection: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    """Return the selected parameters of the model, without buffers. Raises MismatchError for what the model lacks."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     known = set(parameters) | {name for name, _ in model.named_buffers()}
     for name, info in selection.items():
@@ -166,7 +166,7 @@ def _places(model: nn.Module, selection: Mapping[str, TensorInfo]) -> dict[str, 
 
 @contextmanager
 def _differentiated(model: nn.Module, wanted: Iterable[Tensor]) -> Iterator[None]:
-    """Gradients for the wanted parameters alone, then as before."""
+    """Require gradients for the wanted parameters only; afterwards as before."""
     chosen = {id(tensor) for tensor in wanted}
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in before:

@@ -1,6 +1,6 @@
-"""The magnitudes between which a task vector is clipped: |τ| at index quantiles of both ends (PCB-Merging's code, 2024).
+"""The magnitudes between which a task vector is clipped: |τ| at quantiles of both ends (PCB-Merging's code, 2024).
 
-Exact, by radix selection: the profile is the first scan, a second finds both values.
+Exact, by radix selection: the profile is the first reading, and a second one finds both values.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class MagnitudeQuantiles(Statistic):
     tail: Annotated[float, Field(ge=0, lt=0.5, description="share beyond each of the two; 0: smallest and largest")]
 
     def statistics(self) -> dict[str, Statistic]:
-        """The profile."""
+        """Return the profile."""
         return {"profile": Profile()}
 
     def ranks(self, total: int) -> tuple[int, int]:
-        """Ranks, counted from the largest, of the upper and the lower of the two."""
+        """Return the ranks of the upper and the lower value among `total`, counted from the largest."""
         share = Fraction(str(self.tail))
         low = floor(total * share)
         high = max(int(total * (1 - share) - 1), low)
@@ -55,18 +55,18 @@ class MagnitudeQuantiles(Statistic):
         return Counts(magnitudes, {"drawn": None}, 1, (tuple(wanted.bin for wanted in state),))
 
     def counted(self, state: State, tensor: str, counts: Sequence[SparseCounts]) -> State:
-        """Counts added; both values may lie in one bin."""
+        """Add the counts. Both values may lie in one bin."""
         for wanted in state:
             wanted.counted(counts[0] if wanted.bin == state[0].bin else counts[1])
         return state
 
     def combine(self, left: State, right: State) -> State:
-        """Counts added."""
+        """Add the counts of both."""
         for ours, theirs in zip(left, right, strict=True):
             ours.join(theirs)
         return left
 
     def finish(self, state: State, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
-        """{'low', 'high'}: float32 values as numbers; 0 where the selection is empty."""
+        """Return the numbers {'low', 'high'}, float32 values; 0 where the selection is empty."""
         high, low = [value_of(wanted.value) for wanted in state] or [0.0, 0.0]
         return Result({}, {"low": low, "high": high})

@@ -38,7 +38,8 @@ MaskScale = Annotated[
 class MultiTaskArguments:
     """What `multi_task_vector` needs for one block.
 
-    trims: for TIES, where each expert is cut; None: τ_m is the sum. zero: the sign where the trimmed values cancel exactly.
+    trims: for TIES, where each expert is cut; None: τ_m is the sum. zero: the sign where the trimmed values cancel
+    exactly.
     """
 
     trims: Trims | None = None
@@ -64,7 +65,7 @@ class MultiTaskRule:
         return Threshold(density=kept, count="published" if self.kind == "ties_published" else "at_least")
 
     def statistics(self) -> dict[str, Statistic]:
-        """Return nothing for the sum; for TIES each expert's threshold, and the majority sign where it decides something."""
+        """Return nothing for the sum; for TIES each expert's threshold, and the majority sign where it decides."""
         if self.kind == "sum":
             return {}
         majority = {"majority": SignMajority(threshold=self.threshold)} if self.kind == "ties_published" else {}

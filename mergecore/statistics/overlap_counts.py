@@ -21,8 +21,11 @@ State = dict[str, Tensor]
 
 
 class OverlapCounts(Statistic):
-    """Per tensor an int64 (2, T): each expert's coordinates with |τ| > epsilon that others change too, and those that none
-    does. The numbers 'shared' and 'unique' are their sums over all tensors."""
+    """Per tensor an int64 (2, T): how many coordinates each expert changes, |τ| > epsilon.
+
+    First those that others change too, then those that none else does. The numbers 'shared' and 'unique' are the sums
+    over all tensors.
+    """
 
     name: ClassVar[str] = "overlap_counts"
     scope: ClassVar[Scope] = Scope.POOL
@@ -31,24 +34,24 @@ class OverlapCounts(Statistic):
     epsilon: Annotated[float, Field(ge=0, description="changes of at most this size count as none")]
 
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> State:
-        """Nothing counted."""
+        """Return the state without counts."""
         return {}
 
     def look(self, state: Any, block: Block, statistics: Statistics) -> Sums:
-        """Per expert what it changes, and what it alone changes."""
+        """Count for each expert what it changes, and what it alone changes."""
         return Sums(_changes, {"epsilon": self.epsilon}, 2 * len(block.ids))
 
     def summed(self, state: State, tensor: str, start: int, sums: Sequence[float]) -> State:
-        """The counts of one more block."""
-        every, unique = (torch.tensor([int(one) for one in sums[place::2]]) for place in (0, 1))
+        """Add the counts of a block."""
+        every, unique = (torch.tensor([int(count) for count in sums[first::2]]) for first in (0, 1))
         return _added(state, {tensor: torch.stack([every - unique, unique])})
 
     def combine(self, left: State, right: State) -> State:
-        """Sums."""
+        """Add the counts of both."""
         return _added(left, right)
 
     def finish(self, state: State, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
-        """Counts by tensor, and their sums."""
+        """Return counts by tensor, and their sums as numbers."""
         total = sum((state[name] for name in sorted(state)), torch.zeros(2, 1, dtype=torch.int64))
         return Result(state, {"shared": total[SHARED].tolist(), "unique": total[UNIQUE].tolist()})
 
@@ -56,7 +59,7 @@ class OverlapCounts(Statistic):
 def _changes(experts: Sequence[Tensor], epsilon: float) -> list[Tensor]:
     changed = [torch.where(delta.abs() > epsilon, 1.0, 0.0) for delta in experts]
     together = folded_sum(changed)
-    return [one for own in changed for one in (own, torch.where(together == 1.0, own, 0.0))]
+    return [result for own in changed for result in (own, torch.where(together == 1.0, own, 0.0))]
 
 
 def _added(left: State, right: State) -> State:

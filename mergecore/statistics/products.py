@@ -28,29 +28,29 @@ class Products(BlockSums):
 
     @property
     def on(self) -> Literal["weights", "deltas"]:
-        """What the vectors are."""
+        """What the vectors are made of."""
         return "deltas" if self.of == "deltas" else "weights"
 
     def look(self, state: Any, block: Block, statistics: Statistics) -> Sums:
-        """One product for every pair, a vector with itself included."""
+        """Add up a product for every pair, that of a vector with itself included."""
         with_base = self.of == "base and weights"
         count = len(block.ids) + with_base
         return Sums(_multiplied, {}, count * (count + 1) // 2, with_base)
 
     def finish(self, state: State, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
-        """{'products': {tensor: the upper triangle, row by row}} as numbers, blocks folded in order."""
+        """Return the numbers {'products': {tensor: the upper triangle, row by row}}."""
         return Result({}, {"products": folded(state)})
 
 
 def _multiplied(experts: Sequence[Tensor]) -> list[Tensor]:
-    wide = [one.double() for one in experts]
-    return [one * other for place, one in enumerate(wide) for other in wide[place:]]
+    wide = [values.double() for values in experts]
+    return [left * right for number, left in enumerate(wide) for right in wide[number:]]
 
 
 def gram_of(tensor: str, count: int, statistics: Statistics) -> Tensor:
-    """(count, count) float64: the inner products of a tensor in every pair of `count` models, 0 where it has no elements."""
-    held = statistics["products"][0].numbers["products"].get(tensor, [0.0] * (count * (count + 1) // 2))
-    found = torch.zeros(count, count, dtype=torch.float64)
+    """Return a tensor's inner products in all pairs of models, float64, (count, count); 0 where it has no elements."""
+    triangle = statistics["products"][0].numbers["products"].get(tensor, [0.0] * (count * (count + 1) // 2))
+    gram = torch.zeros(count, count, dtype=torch.float64)
     rows, columns = torch.triu_indices(count, count)
-    found[rows, columns] = found[columns, rows] = torch.tensor(held, dtype=torch.float64)
-    return found
+    gram[rows, columns] = gram[columns, rows] = torch.tensor(triangle, dtype=torch.float64)
+    return gram

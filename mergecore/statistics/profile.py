@@ -1,8 +1,8 @@
 """The profile of a task vector: per tensor how many |τ| fall into each of 2^16 bins of the bit pattern.
 
-The bit pattern of a non-negative float32 grows with its value, so the high half-word is a bin number and one scan is
-enough to know in which bin any order statistic lies (specs §0.3, radix selection). Each is two bins here: its smallest
-value, and all others.
+The bit pattern of a non-negative float32 grows with its value. So the high half-word is a bin number, and one reading
+tells the bin of any order statistic (specs §0.3, radix selection). Each bin is two bins here: its smallest value, and
+all others.
 """
 
 from __future__ import annotations
@@ -39,30 +39,30 @@ class Profile(Statistic):
     drop: RandomDrop | None = None
 
     def statistics(self) -> dict[str, Statistic]:
-        """The l1 factors of the drop, where it has them."""
+        """Return the l1 factors of the drop, where it has them."""
         return drop_statistics(self.drop)
 
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> State:
-        """Nothing counted."""
+        """Return the state without counts."""
         return {}
 
     def look(self, state: State, block: Block, statistics: Statistics) -> Counts:
-        """The finer bin of every magnitude."""
+        """Count the finer bin of every magnitude."""
         return Counts(_fine, {"drawn": drawn_for(self.drop, block, statistics)})
 
     def counted(self, state: State, tensor: str, counts: Sequence[SparseCounts]) -> State:
-        """Counts added."""
+        """Add the counts."""
         state[tensor] = joined(state.get(tensor), counts[0])
         return state
 
     def combine(self, left: State, right: State) -> State:
-        """Counts added."""
+        """Add the counts of both."""
         for name, counts in right.items():
             left[name] = joined(left.get(name), counts)
         return left
 
     def finish(self, state: State, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
-        """bins, counts (int64), offset (int64, tensors+1); 'tensors': their names."""
+        """Return bins, counts, and offset (tensors + 1), all int64; and the numbers {'tensors': their names}."""
         names = sorted(state)
         sizes = [len(state[name][0]) for name in names]
         tensors = {
@@ -74,7 +74,7 @@ class Profile(Statistic):
 
 
 def magnitudes(experts: Sequence[Tensor], drawn: Drawn | None) -> list[Tensor]:
-    """The bit patterns of |τ|, after the drop."""
+    """Return the bit patterns of |τ|, after the drop."""
     return [bits(delta.abs()) for delta in dropped(experts, drawn)]
 
 
@@ -87,17 +87,20 @@ def _concatenated(parts: list[NDArray[np.int64]]) -> Tensor:
 
 
 def fine_counts(profile: Found, selection: Mapping[str, TensorInfo]) -> dict[str, SparseCounts]:
-    """Per tensor of the selection the counts of the finer bins. What was not counted is 0: a tensor that the expert does not
-    carry, and pieces with values that are not finite, which the merge itself will refuse."""
+    """Return the counts of the finer bins for each tensor of the selection.
+
+    What was not counted is 0: tensors that the expert does not carry, and values beside one that is not finite, which
+    the merge itself will refuse.
+    """
     names = list(profile.numbers["tensors"])
-    held = {name: profile.tensors.read(name).numpy() for name in ("bins", "counts", "offset")}
-    place = {name: position for position, name in enumerate(names)}
-    found: dict[str, SparseCounts] = {}
+    bins, all_counts, offset = (profile.tensors.read(name).numpy() for name in ("bins", "counts", "offset"))
+    numbers = {name: number for number, name in enumerate(names)}
+    by_tensor: dict[str, SparseCounts] = {}
     for name, info in selection.items():
         counts = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        if name in place:
-            start, stop = held["offset"][place[name]], held["offset"][place[name] + 1]
-            counts = held["bins"][start:stop], held["counts"][start:stop]
+        if name in numbers:
+            start, stop = offset[numbers[name]], offset[numbers[name] + 1]
+            counts = bins[start:stop], all_counts[start:stop]
         rest = info.count - int(counts[1].sum())
-        found[name] = joined(counts, (np.zeros(1, dtype=np.int64), np.array([rest]))) if rest else counts
-    return found
+        by_tensor[name] = joined(counts, (np.zeros(1, dtype=np.int64), np.array([rest]))) if rest else counts
+    return by_tensor

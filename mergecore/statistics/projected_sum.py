@@ -1,7 +1,7 @@
 """The sum of task vectors, each freed of what the sum before it already holds: OPCM's state (Tang et al. 2025).
 
-The un-normalised form: singular vectors and the shares of singular values do not change when all are scaled, so the
-factor λ_t of every arrival needs to be known only where a model is made (specs §8a, "lazy").
+The sum is not normalised: scaling all of it changes neither singular vectors nor the shares of singular values, so the
+factor λ_t is needed only where a model is made (specs §8a, "lazy").
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ Share = Annotated[
     Field(
         ge=0,
         le=1,
-        description="α: the leading singular directions whose values make up at most this share of their sum are closed "
-        "to later experts; 1 closes all of them",
+        description="α: the leading singular directions whose values make up at most this share of their sum are "
+        "closed to later experts; 1 closes all of them",
     ),
 ]
 Projection = Annotated[
     Literal["block", "strict"],
     Field(
         description="what is taken out of a task vector besides its diagonal, in the singular bases of the sum so far: "
-        "'block' the leading rows' leading columns (the authors' code), 'strict' all of the leading rows and columns (the "
-        "paper's printed sum)"
+        "'block' the leading rows' leading columns (the authors' code), 'strict' all of the leading rows and columns "
+        "(the paper's printed sum)"
     ),
 ]
 NORMS = "/norms"
-"""Behind a tensor's name: its ‖τ‖² and ‖S‖², float64."""
+"""Suffix of a tensor's name: its ‖τ‖² and ‖S‖², float64."""
 
 
 class ProjectedSum(Link):
-    """S_t = S_{t−1} + P(τ_t) in float32 with P onto what S_{t−1} leaves free; whatever is no matrix is added as it is."""
+    """S_t = S_{t−1} + P(τ_t) in float32, P onto what S_{t−1} leaves free. Whatever is no matrix is added as it is."""
 
     name: ClassVar[str] = "projected_sum"
 
@@ -52,30 +52,30 @@ class ProjectedSum(Link):
     excluded: Excluded = EMBEDDINGS
 
     def outputs(self, selection: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
-        """Per tensor the sum in float32, and two squared norms."""
+        """Return the sum, float32, and two squared norms for each tensor."""
         sums = {name: TensorInfo("F32", info.shape) for name, info in selection.items()}
         return {**sums, **{name + NORMS: TensorInfo("F64", (2,)) for name in selection}}
 
     def merge_block(self, block: Block, statistics: Statistics) -> dict[str, Tensor]:
-        """The sum with one more expert, and the squared norms of what came and of what there is now."""
+        """Return the sum with one more expert, and the squared norms of its delta and of the sum."""
         delta = block.experts[0].cpu()
         earlier = next(iter(statistics[BEFORE]), None)
         total = delta
         if earlier is not None and block.name in earlier.tensors.tensors:
-            held = earlier.tensors.read(block.name).reshape(block.shape)
+            before = earlier.tensors.read(block.name).reshape(block.shape)
             matrix = matrix_of(block.name, block.shape, "mean", self.excluded)
             if matrix is None:
-                total = (held.to(torch.float64) + delta).to(torch.float32)
+                total = (before.to(torch.float64) + delta).to(torch.float32)
             else:
-                free = projected(wide(delta, matrix), wide(held, matrix), self.share, self.projection)
-                total = (wide(held, matrix) + free).to(torch.float32).reshape(block.shape)
+                free = projected(wide(delta, matrix), wide(before, matrix), self.share, self.projection)
+                total = (wide(before, matrix) + free).to(torch.float32).reshape(block.shape)
         norms = torch.tensor([squared_norm(delta), squared_norm(total)], dtype=torch.float64)
         return {block.name: total, block.name + NORMS: norms}
 
     def numbers(
         self, written: TensorSource, selection: Mapping[str, TensorInfo], statistics: Statistics
     ) -> dict[str, Any]:
-        """count t, norm_sum Σ‖τ_i‖, norm ‖S_t‖ and λ_t = ‖S_t‖ / mean ‖τ_i‖, norms over the selected tensors."""
+        """Return count t, norm_sum Σ‖τ_i‖, norm ‖S_t‖ and λ_t = ‖S_t‖ / mean ‖τ_i‖, over the selected tensors."""
         arrived = total = 0.0
         for name in sorted(selection):
             came, now = written.read(name + NORMS).tolist()
@@ -88,11 +88,11 @@ class ProjectedSum(Link):
 
 
 def projected(delta: Tensor, before: Tensor, share: float, projection: Projection) -> Tensor:
-    """P(τ), orthogonal to `before`: τ without its diagonal and its leading part in the singular bases of `before`.
+    """Return P(τ): τ without its diagonal and its leading part in the singular bases of `before`.
 
-    The thin decomposition is enough, and exact: outside of the bases nothing is taken out (block), or what is taken out
-    follows from the leading vectors alone (strict). Directions whose singular value is no more than rounding are no
-    directions of `before`: the library picks them, and nothing is taken out along them.
+    The thin decomposition is exact. With 'block' nothing outside the bases is taken out; with 'strict' the leading
+    vectors alone say what is. Directions whose singular value is not above rounding do not belong to `before`: the
+    library picks them, and nothing is taken out along them.
     """
     left, values, right = decomposition(before)
     kept = rank_of(values, float(before.norm()), "numerical")
@@ -109,13 +109,13 @@ def projected(delta: Tensor, before: Tensor, share: float, projection: Projectio
 
 
 def closed(values: Tensor, share: float) -> int:
-    """How many leading singular values (descending) make up at most `share` of their sum; all of them for 1."""
+    """Return how many leading values (descending) make up at most `share` of their sum; all of them for 1."""
     if share >= 1 or len(values) == 0:
         return len(values)
     return int((values.cumsum(0) / values.sum() <= share).sum())
 
 
-def merged_factor(found: Found) -> float:
-    """mean ‖τ_i‖ / ‖S_t‖, which makes the sum the merged task vector."""
-    numbers = found.numbers
+def merged_factor(link: Found) -> float:
+    """Return mean ‖τ_i‖ / ‖S_t‖: times this factor, the sum is the merged task vector."""
+    numbers = link.numbers
     return float(numbers["norm_sum"] / numbers["count"] / numbers["norm"]) if numbers["norm"] else 1.0

@@ -1,12 +1,12 @@
-"""Radix selection: exact order statistics of many float32 values from two scans of counts, without sorting (specs §0.3).
+"""Radix selection: exact order statistics of many float32 values from two readings, without sorting (specs §0.3).
 
-A value's pattern is an int32 that grows with it. The first scan counts the high half-words, which tells in which bin
-the wanted rank lies; the second counts the low half-words inside that bin, which gives the value to its last bit and
-how many lie above and at it.
+A value's pattern is an int32 that grows with it. The first reading counts the high half-words: it tells in which bin
+the wanted rank lies. The second counts the low half-words inside that bin: it gives the value to its last bit, and how
+many values lie above and at it.
 
-Of magnitudes the first scan counts finer: 2h are those whose pattern is exactly h·2^16, 2h + 1 those between it and the
-next. Differences of bfloat16 numbers have few bits, so the wanted one is nearly always of the first kind, and then
-there is nothing to count any more.
+Magnitudes are counted finer in the first reading: bin 2h has those whose pattern is exactly h·2^16, bin 2h + 1 those
+between it and the next. Differences of bfloat16 numbers have few bits: the wanted one is nearly always of the first
+kind, and then nothing is left to count.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from mergecore.plugins.statistic import SparseCounts
 
 
 def bits(magnitude: Tensor) -> Tensor:
-    """The pattern of non-negative float32 values: their bits as int32, 0 … 2^31−1."""
+    """Return the pattern of non-negative float32 values: their bits as int32, 0 … 2^31−1."""
     return magnitude.view(torch.int32)
 
 
 def signed_bits(values: Tensor) -> Tensor:
-    """The pattern of any float32 values: for negative ones the bits below the sign are turned over; −0 counts as 0."""
+    """Return the pattern of any float32 values: negative ones have the bits below the sign inverted; −0 counts as 0."""
     pattern = bits(values + 0.0)
     return pattern ^ ((pattern >> 31) & 0x7FFFFFFF)
 
 
 def value_of(pattern: int) -> float:
-    """The float32 value whose pattern (signed or of a magnitude) this is."""
-    held = pattern if pattern >= 0 else pattern ^ 0x7FFFFFFF
-    return float(struct.unpack("f", struct.pack("i", held))[0])
+    """Return the float32 value that has this pattern, signed or of a magnitude."""
+    float_bits = pattern if pattern >= 0 else pattern ^ 0x7FFFFFFF
+    return float(struct.unpack("f", struct.pack("i", float_bits))[0])
 
 
 def joined(left: SparseCounts | None, right: SparseCounts) -> SparseCounts:
-    """The sum of two sparse counts."""
+    """Return the sum of two sparse counts."""
     if left is None:
         return right
     bins, positions = np.unique(np.concatenate([left[0], right[0]]), return_inverse=True)
@@ -51,36 +51,35 @@ def joined(left: SparseCounts | None, right: SparseCounts) -> SparseCounts:
 
 
 def fine(magnitudes: Tensor) -> Tensor:
-    """A pattern whose high half-word is the finer bin of a magnitude, less 2^15."""
+    """Return a pattern whose high half-word is the finer bin of a magnitude, less 2^15."""
     pattern = bits(magnitudes)
     between = torch.where((pattern & 0xFFFF) != 0, 1 << 16, 0).to(torch.int32)
     return (((pattern >> 16) - (1 << 14)) << 17) | between
 
 
 def coarse(counts: SparseCounts) -> SparseCounts:
-    """Counts of the high half-words, from those of the finer bins."""
+    """Return the counts of the high half-words, from those of the finer bins."""
     return joined((counts[0] >> 1, counts[1]), (counts[0][:0], counts[1][:0]))
 
 
 def bin_of_rank(counts: Iterable[SparseCounts], rank: int) -> tuple[int, int, int]:
-    """The bin that holds the rank-th largest element, how many lie in higher bins, and how many in it."""
+    """Return the bin of the rank-th largest element, how many elements lie in higher bins, and how many in it."""
     total: SparseCounts | None = None
     for part in counts:
         total = joined(total, part)
     assert total is not None
-    bins, held = total
-    above: NDArray[np.int64] = held[::-1].cumsum() - held[::-1]
+    bins, inside = total
+    above: NDArray[np.int64] = inside[::-1].cumsum() - inside[::-1]
     position = int(np.searchsorted(above, rank, side="left")) - 1
-    return int(bins[::-1][position]), int(above[position]), int(held[::-1][position])
+    return int(bins[::-1][position]), int(above[position]), int(inside[::-1][position])
 
 
 @dataclass
 class OrderStatistic:
-    """The rank-th largest value (rank ≥ 1): `locate` after the first scan, `counted` in the second; it is found as soon as
-    everything inside the bin has been counted.
+    """Finds the rank-th largest value, rank ≥ 1: `locate` after the first reading, `counted` in the second.
 
-    low: counts of the low half-words inside the bin. above, equal: how many values are larger, and how many are the one
-    that was found.
+    It is found when everything inside the bin has been counted. low: counts of the low half-words inside the bin.
+    above, equal: how many values are larger than the one found, and how many are equal to it.
     """
 
     rank: int
@@ -90,7 +89,7 @@ class OrderStatistic:
     left: int = 0
     """How many values inside the bin are still to be counted."""
     value: int = -1
-    """The pattern of the value found; −1, which no value has, before."""
+    """The pattern of the value; −1, which no value has, until it is found."""
     equal: int = 0
 
     def locate(self, counts: Iterable[SparseCounts]) -> None:
@@ -99,14 +98,14 @@ class OrderStatistic:
 
     def locate_fine(self, counts: Sequence[SparseCounts]) -> None:
         """Find the value from counts of the finer bins, or the bin where it lies between two of those."""
-        place, above, inside = bin_of_rank(counts, self.rank)
-        if place & 1:
+        finer, above, inside = bin_of_rank(counts, self.rank)
+        if finer & 1:
             self.locate(coarse(part) for part in counts)
         else:
-            self.bin, self.above, self.value, self.equal = place >> 1, above, place >> 1 << 16, inside
+            self.bin, self.above, self.value, self.equal = finer >> 1, above, finer >> 1 << 16, inside
 
     def counted(self, counts: SparseCounts) -> None:
-        """Take in counts of the low half-words inside the bin; once the value is found there is nothing to take."""
+        """Add counts of the low half-words inside the bin. Once the value is found there is nothing to add."""
         if self.left and len(counts[0]):
             self.low = joined(self.low, counts)
             self.left -= int(counts[1].sum())

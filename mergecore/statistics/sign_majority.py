@@ -26,30 +26,30 @@ class SignMajority(Statistic):
     elect: Elect = "mass"
 
     def statistics(self) -> dict[str, Statistic]:
-        """Each expert's threshold, the l1 factors of the drop where it has them, and norms where signs are elected by them."""
+        """Return what the trims need, and the norms where signs are elected by them."""
         norms: dict[str, Statistic] = {} if self.elect == "mass" else {"norms": TrimmedNorms(threshold=self.threshold)}
         return {**trim_statistics(self.threshold), **norms}
 
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> int:
-        """Zero."""
+        """Return no elections."""
         return 0
 
     def look(self, state: Any, block: Block, statistics: Statistics) -> Sums:
-        """Positive minus negative elections."""
+        """Add up positive minus negative elections."""
         shares = None if self.elect == "mass" else shares_of(statistics, len(block.ids))
-        given = {"trims": trims(self.threshold, block, statistics), "elect": self.elect, "shares": shares}
-        return Sums(_elected, given)
+        arguments = {"trims": trims(self.threshold, block, statistics), "elect": self.elect, "shares": shares}
+        return Sums(_elected, arguments)
 
     def summed(self, state: int, tensor: str, start: int, sums: Sequence[float]) -> int:
-        """Those of one more block."""
+        """Add the elections of a block."""
         return state + int(sums[0])
 
     def combine(self, left: int, right: int) -> int:
-        """The sum."""
+        """Add both."""
         return left + right
 
     def finish(self, state: int, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
-        """{'sum': elections, 'sign': −1, 0 or 1}."""
+        """Return the numbers {'sum': elections, 'sign': −1, 0 or 1}."""
         return Result({}, {"sum": state, "sign": (state > 0) - (state < 0)})
 
 

@@ -1,6 +1,6 @@
 """What turns e^x into a softmax over a whole model: Σ_p e^(Norm(τ_i ⊙ τ_j)_p) / d per pair (PCB-Merging 2024, §3.2).
 
-Norm is min–max over all coordinates, so a first scan finds the smallest and largest product of every pair and a second
+Norm is min–max over all coordinates: a first reading finds the smallest and largest product of every pair, a second one
 forms the means, in float64 over the fixed grid.
 """
 
@@ -21,12 +21,15 @@ from mergecore.plugins.statistic import Blocks, Look, Rescan, Result, Scope, Sta
 from mergecore.tensors.source import TensorInfo
 
 PIECE = 1 << 16
-"""Elements that are worked on at once, to stay in the processor's cache; sums are per block of the grid."""
+"""Elements that are worked on at once, to stay in the processor's cache; sums are per grid block."""
 
 
 @dataclass
 class SoftmaxState:
-    """Per pair i ≤ j the extremes of τ_i ⊙ τ_j; once `ready`, per block the sums of e^Norm of pairs and of experts."""
+    """extremes: of τ_i ⊙ τ_j, per pair i ≤ j.
+
+    sums: once `ready`, of e^Norm, per grid block, of pairs and of experts.
+    """
 
     extremes: list[tuple[float, float]]
     ready: bool = False
@@ -45,30 +48,30 @@ class SoftmaxMeans(Statistic):
 
     @property
     def readings(self) -> int:
-        """Extremes, then means."""
+        """Two: extremes, then means."""
         return 2
 
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> SoftmaxState:
-        """Nothing seen."""
+        """Return the state before any block."""
         return SoftmaxState([])
 
     def look(self, state: SoftmaxState, block: Block, statistics: Statistics) -> Blocks:
-        """Get every block: sums in the order of `_sum`, which is no order of the engine's."""
+        """Ask for the blocks: the sums are in the order of `_sum`, which the engine does not have."""
         return Blocks()
 
     def add(self, state: SoftmaxState, block: Block, statistics: Statistics) -> SoftmaxState:
-        """Extremes in the first scan, sums in the second."""
+        """Widen the extremes in the first reading; add the sums of the block in the second."""
         deltas = [delta.reshape(-1) for delta in block.experts]
         if not state.ready:
-            found = [_extremes(deltas[i] * deltas[j]) for i, j in pairs(len(deltas))]
-            state.extremes = _wider(state.extremes, found)
+            extremes = [_extremes(deltas[i] * deltas[j]) for i, j in pairs(len(deltas))]
+            state.extremes = _wider(state.extremes, extremes)
             return state
         count = len(deltas)
         sums = [0.0] * (len(state.extremes) + count)
         for start in range(0, deltas[0].numel(), PIECE):
-            pieces = [delta[start : start + PIECE] for delta in deltas]
+            parts = [delta[start : start + PIECE] for delta in deltas]
             for position, (i, j) in enumerate(pairs(count)):
-                share = normalized(pieces[i] * pieces[j], scaling(*state.extremes[position]))
+                share = normalized(parts[i] * parts[j], scaling(*state.extremes[position]))
                 sums[position] += _sum(exponential(share))
                 if i == j:
                     sums[len(state.extremes) + i] += _sum(exponential(share * count - count))
@@ -76,7 +79,7 @@ class SoftmaxMeans(Statistic):
         return state
 
     def combine(self, left: SoftmaxState, right: SoftmaxState) -> SoftmaxState:
-        """The wider extremes, blocks side by side."""
+        """Take the wider extremes and the sums of both."""
         left.extremes = _wider(left.extremes, right.extremes)
         left.sums.extend(right.sums)
         return left
@@ -84,20 +87,20 @@ class SoftmaxMeans(Statistic):
     def finish(
         self, state: SoftmaxState, selection: Mapping[str, TensorInfo], statistics: Statistics
     ) -> Result | Rescan:
-        """After the first scan the wish for the second, then the means, blocks folded in order."""
+        """Return the wish to read again after the first reading, then the means."""
         if not state.ready and state.extremes:
             return Rescan(SoftmaxState(state.extremes, ready=True))
         total = sum(info.count for info in selection.values())
         sums = [0.0] * (len(state.sums[0][2]) if state.sums else 0)
-        for _, _, held in sorted(state.sums):
-            sums = [sum_ + value for sum_, value in zip(sums, held, strict=True)]
+        for _, _, of_block in sorted(state.sums):
+            sums = [total_so_far + value for total_so_far, value in zip(sums, of_block, strict=True)]
         means, split = [value / total for value in sums], len(state.extremes)
         low, high = [low for low, _ in state.extremes], [high for _, high in state.extremes]
         return Result({}, {"low": low, "high": high, "inter": means[:split], "intra": means[split:]})
 
 
 def pairs(count: int) -> list[tuple[int, int]]:
-    """(0,0), (0,1) … (0,T−1), (1,1) …: every pair once; each expert meets its partners in ascending order."""
+    """Return (0,0), (0,1) … (0,T−1), (1,1) …: every pair once, the partners of each expert in ascending order."""
     return [(i, j) for i in range(count) for j in range(i, count)]
 
 
@@ -126,7 +129,7 @@ def _extremes(values: Tensor) -> tuple[float, float]:
 
 
 def _sum(values: Tensor) -> float:
-    """In float64, halves onto halves: additions of which a library cannot choose the order."""
+    """Return the sum in float64, halves added to halves: no library can choose another order."""
     wide = values.double()
     while wide.numel() > 1:
         half = wide.numel() // 2

@@ -1,8 +1,8 @@
 """The exact magnitude threshold of a task vector at a density, without sorting: radix selection in two scans.
 
-TIES (Yadav et al. 2023, §3.1 trim). The profile is the first scan; where it does not tell the value a second counts the
-low half-words inside the bin that holds the wanted rank, which gives the r-th largest |τ| to the last bit and how many
-are above and at it.
+TIES (Yadav et al. 2023, §3.1 trim). The profile is the first reading. Where it does not tell the value, a second
+reading counts the low half-words inside the bin of the wanted rank: this gives the r-th largest |τ| to the last bit,
+and how many are above and at it.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from mergecore.statistics.radix import OrderStatistic, value_of
 from mergecore.tensors.source import TensorInfo
 
 Count = Literal["at_least", "exact", "published"]
-GRAIN = 1 << 16
-"""Elements of which it is counted how many are exactly at the threshold, before one is looked for."""
+WINDOW = 1 << 16
+"""Elements of a window: count 'exact' counts those at the threshold per window, then looks into one window."""
 ANY = 1 << 62
-"""A flat index that no tensor has: everything comes before it."""
+"""A flat index above that of any element."""
 
 
 @dataclass
@@ -56,28 +56,27 @@ class Group:
     total: int
     order: OrderStatistic
     equal: dict[str, array[int]] = field(default_factory=dict)
-    """Per tensor first elements of grains, and how many elements exactly at the threshold each has (count exact, where not
-    all of them are kept)."""
+    """Per tensor, for count 'exact': the first element of each window, followed by how many are at the threshold."""
     needed: int = 0
-    """How many of them are still to be kept in `grain`."""
-    grain: tuple[str, int] | None = None
-    """Tensor and first element of the grain in which the last of them lies that is kept."""
+    """How many of them are to be kept in `window`."""
+    window: tuple[str, int] | None = None
+    """Tensor and first element of the window that has the last one to be kept."""
     cut: int = -1
-    """Its flat index, once it is found."""
+    """The flat index of the last one to be kept, once it is found."""
 
     @property
     def divided(self) -> bool:
-        """Whether some of the elements at the threshold are to be kept, and others not."""
+        """Whether some of the elements at the threshold are kept, and others are not."""
         return 0 < self.order.rank - self.order.above < self.order.equal
 
     def locate(self) -> None:
-        """Find the grain in which the last one kept lies, from how many each has."""
+        """Find the window of the last one to be kept, from how many each window has."""
         self.needed = self.order.rank - self.order.above
         for tensor in sorted(self.equal):
-            held = self.equal[tensor]
-            for start, here in sorted(zip(held[::2], held[1::2], strict=True)):
+            equal = self.equal[tensor]
+            for start, here in sorted(zip(equal[::2], equal[1::2], strict=True)):
                 if self.needed <= here:
-                    self.grain = tensor, start
+                    self.window = tensor, start
                     self.equal.clear()
                     return
                 self.needed -= here
@@ -85,20 +84,22 @@ class Group:
 
 @dataclass
 class ThresholdState:
-    """What of which groups is looked for, and all other groups, pickled: every span is sent the state, and needs the first
-    alone. It goes through up to three readings: 'bin' counts what lies in a group's bin, 'equal' how many elements of each
-    grain are exactly at its threshold, 'cut' looks into the grain where the last one lies that is kept."""
+    """What is looked for in which groups. others: all other groups, pickled, for no span needs them.
+
+    There are up to three readings: 'bin' counts what lies in a group's bin, 'equal' how many elements of each window
+    are exactly at its threshold, 'cut' looks into the window of the last element that is kept.
+    """
 
     wanted: Literal["bin", "equal", "cut"]
     groups: list[Group]
     others: bytes
 
     def every(self) -> list[Group]:
-        """All groups, in the order of their tensors."""
+        """Return all groups, in the order of their tensors."""
         return sorted([*self.groups, *pickle.loads(self.others)], key=lambda group: min(group.tensors))
 
     def group_of(self, tensor: str) -> Group | None:
-        """The group that ranks this tensor, where something of it is looked for."""
+        """Return the group of a tensor, where something of it is looked for."""
         return self._by_tensor.get(tensor)
 
     @cached_property
@@ -117,7 +118,7 @@ class Threshold(Statistic):
     name: ClassVar[str] = "threshold"
     scope: ClassVar[Scope] = Scope.EXPERT
     looks: ClassVar[frozenset[type[Look]]] = frozenset({Counts, Sums, Blocks})
-    largest_block: ClassVar[int] = GRAIN
+    largest_block: ClassVar[int] = WINDOW
 
     density: Shares
     ranked: Literal["global", "tensor"] = "global"
@@ -131,14 +132,14 @@ class Threshold(Statistic):
         return {"kept_density": float(numbers["density"])}
 
     def of_expert(self, position: int) -> Threshold:
-        """With the expert's own density and rate."""
+        """Return the threshold with the expert's own density and rate."""
         if not isinstance(self.density, tuple) and (self.drop is None or self.drop.of_expert(position) is self.drop):
             return self
         density = self.density[position] if isinstance(self.density, tuple) else self.density
         return self.model_copy(update={"density": density, "drop": self.drop and self.drop.of_expert(position)})
 
     def statistics(self) -> dict[str, Statistic]:
-        """The profile of the same delta; nothing where everything is kept."""
+        """Return the profile of the same delta; nothing where everything is kept."""
         return {} if self.keeps_all else {"profile": Profile(drop=self.drop), **drop_statistics(self.drop)}
 
     @property
@@ -147,7 +148,7 @@ class Threshold(Statistic):
         return self.density == 1 or (isinstance(self.density, tuple) and all(share == 1 for share in self.density))
 
     def rank(self, total: int) -> int:
-        """How many of `total` elements are wanted."""
+        """Return how many of `total` elements are wanted."""
         assert not isinstance(self.density, tuple)
         if self.count == "published":
             return min(int(total * self.density) + 1, total)
@@ -167,24 +168,24 @@ class Threshold(Statistic):
         return self._onward(groups, selection)
 
     def _onward(self, groups: Sequence[Group], selection: Mapping[str, TensorInfo]) -> Rescan | Result:
-        """What is to be looked for next, or the result."""
+        """Return what to look for next, or the result."""
         wanted: Literal["bin", "equal", "cut"] = "bin"
-        open_ones = [group for group in groups if group.order.left]
-        if not open_ones and self.count == "exact":
-            wanted, open_ones = "equal", [group for group in groups if group.divided and group.cut < 0]
-            if any(group.equal for group in open_ones):
+        unfinished = [group for group in groups if group.order.left]
+        if not unfinished and self.count == "exact":
+            wanted, unfinished = "equal", [group for group in groups if group.divided and group.cut < 0]
+            if any(group.equal for group in unfinished):
                 wanted = "cut"
-                for group in open_ones:
+                for group in unfinished:
                     group.locate()
-        if not open_ones:
+        if not unfinished:
             return Result({}, self._numbers(groups))
-        parts = [(name, 0, selection[name].count) for group in open_ones for name in sorted(group.tensors)]
+        parts = [(name, 0, selection[name].count) for group in unfinished for name in sorted(group.tensors)]
         if wanted == "cut":
-            grains = [group.grain for group in open_ones if group.grain]
-            parts = [(name, start, min(start + GRAIN, selection[name].count)) for name, start in grains]
-        chosen = {id(group) for group in open_ones}
+            windows = [group.window for group in unfinished if group.window]
+            parts = [(name, start, min(start + WINDOW, selection[name].count)) for name, start in windows]
+        chosen = {id(group) for group in unfinished}
         others = pickle.dumps([group for group in groups if id(group) not in chosen], pickle.HIGHEST_PROTOCOL)
-        return Rescan(ThresholdState(wanted, open_ones, others), tuple(parts))
+        return Rescan(ThresholdState(wanted, unfinished, others), tuple(parts))
 
     def _group(self, tensors: frozenset[str], total: int) -> Group:
         if self.keeps_all:  # whatever is at least 0
@@ -197,28 +198,28 @@ class Threshold(Statistic):
         if group is None:
             return None
         if state.wanted == "cut":
-            return Blocks() if group.grain == (block.name, block.start) else None
+            return Blocks() if group.window == (block.name, block.start) else None
         drawn = drawn_for(self.drop, block, statistics)
         if state.wanted == "equal":
-            return Sums(_equal, {"drawn": drawn, "value": group.order.value}, window=GRAIN)
+            return Sums(_equal, {"drawn": drawn, "value": group.order.value}, window=WINDOW)
         return Counts(magnitudes, {"drawn": drawn}, 1, ((group.order.bin,),))
 
     def counted(self, state: ThresholdState, tensor: str, counts: Sequence[SparseCounts]) -> ThresholdState:
-        """The group's counts."""
+        """Add the counts to the group's."""
         group = state.group_of(tensor)
         assert group is not None
         group.order.counted(counts[0])
         return state
 
     def summed(self, state: ThresholdState, tensor: str, start: int, sums: Sequence[float]) -> ThresholdState:
-        """Of one more block."""
+        """Note how many elements of a window are at the threshold."""
         group = state.group_of(tensor)
         assert group is not None
         group.equal.setdefault(tensor, array("q")).extend((start, int(sums[0])))
         return state
 
     def add(self, state: ThresholdState, block: Block, statistics: Statistics) -> ThresholdState:
-        """For count exact: where in its grain the last one kept lies."""
+        """Find the last element that is kept, for count 'exact'."""
         group = state.group_of(block.name)
         assert group is not None
         deltas = [delta.reshape(-1) for delta in block.experts]
@@ -228,49 +229,50 @@ class Threshold(Statistic):
         return state
 
     def combine(self, left: ThresholdState, right: ThresholdState) -> ThresholdState:
-        """Join what two workers counted or found."""
+        """Join what two workers have counted or found."""
         for ours, theirs in zip(left.groups, right.groups, strict=True):
             ours.order.join(theirs.order)
-            for tensor, held in theirs.equal.items():
-                ours.equal.setdefault(tensor, array("q")).extend(held)
+            for tensor, equal in theirs.equal.items():
+                ours.equal.setdefault(tensor, array("q")).extend(equal)
             ours.cut = max(ours.cut, theirs.cut)
         return left
 
     def finish(
         self, state: ThresholdState, selection: Mapping[str, TensorInfo], statistics: Statistics
     ) -> Result | Rescan:
-        """The thresholds, or what is still looked for."""
+        """Return the thresholds, or what to look for next."""
         return self._onward(state.every(), selection)
 
-    def _numbers(self, held: Sequence[Group]) -> dict[str, Any]:
-        orders = [group.order for group in held]
+    def _numbers(self, groups: Sequence[Group]) -> dict[str, Any]:
+        orders = [group.order for group in groups]
         kept = [order.rank if self.count == "exact" else order.above + order.equal for order in orders]
-        groups = [
+        as_numbers = [
             {
                 "bits": group.order.value,
                 "above": group.order.above,
                 "equal": group.order.equal,
-                "cut": [group.grain[0], group.cut] if group.grain else None,
+                "cut": [group.window[0], group.cut] if group.window else None,
                 "kept": here,
             }
-            for group, here in zip(held, kept, strict=True)
+            for group, here in zip(groups, kept, strict=True)
         ]
-        of = sum(group.total for group in held)
-        names = None if self.ranked == "global" else [next(iter(group.tensors)) for group in held]
+        of = sum(group.total for group in groups)
+        names = None if self.ranked == "global" else [next(iter(group.tensors)) for group in groups]
         share = sum(kept) / of if of else 0.0
-        return {"groups": groups, "tensors": names, "kept": sum(kept), "of": of, "density": share}
+        return {"groups": as_numbers, "tensors": names, "kept": sum(kept), "of": of, "density": share}
 
 
 def _equal(experts: Sequence[Tensor], drawn: Drawn | None, value: int) -> list[Tensor]:
     return [torch.where(pattern == value, 1.0, 0.0) for pattern in magnitudes(experts, drawn)]
 
 
-def threshold_of(found: Found, tensor: str) -> tuple[float, int]:
-    """(threshold, last) for one tensor: keep |τ| > threshold, and at it up to flat index `last` (ANY: all of them).
+def threshold_of(result: Found, tensor: str) -> tuple[float, int]:
+    """Return (threshold, last) of a tensor: keep |τ| > threshold, and |τ| = threshold up to flat index `last`.
 
-    The threshold is a float32 number, infinite where nothing is kept.
+    result: that of a `Threshold`. The threshold is a float32 number, infinite where nothing is kept. last: ANY keeps
+    all.
     """
-    groups, names = found.numbers["groups"], found.numbers["tensors"]
+    groups, names = result.numbers["groups"], result.numbers["tensors"]
     group = groups[0] if names is None else groups[names.index(tensor)]
     if group["bits"] < 0:
         return float("inf"), ANY
@@ -282,7 +284,7 @@ def threshold_of(found: Found, tensor: str) -> tuple[float, int]:
 
 
 def trim_statistics(threshold: Threshold) -> dict[str, Statistic]:
-    """What `trims` is worked out from: each expert's threshold, and the l1 factors of the drop where it has them."""
+    """Return what `trims` needs: each expert's threshold, and the l1 factors of the drop where it has them."""
     return {"threshold": threshold, **drop_statistics(threshold.drop)}
 
 
@@ -290,8 +292,9 @@ def trim_statistics(threshold: Threshold) -> dict[str, Statistic]:
 class Trims:
     """What `trimmed_deltas` needs for one block of T experts.
 
-    least: per expert the smallest magnitude that is kept; None: all are. drawn: what its drop draws. last: per expert the
-    flat index up to which elements exactly at the threshold are kept, and `index`, of each element; None: all are kept.
+    least: per expert the smallest magnitude that is kept; None: all are. drawn: what its drop draws. last: per expert
+    the flat index up to which elements exactly at the threshold are kept, and `index`, of each element; None: all are
+    kept.
     """
 
     least: Sequence[float | None]
@@ -302,7 +305,7 @@ class Trims:
 
 def trims(threshold: Threshold, block: Block, statistics: Statistics) -> Trims:
     """Return what `trimmed_deltas` needs for a block."""
-    cuts = [threshold_of(found, block.name) for found in statistics["threshold"]]
+    cuts = [threshold_of(result, block.name) for result in statistics["threshold"]]
     least = [None if threshold.keeps_all else value for value, _ in cuts]
     drawn = drawn_for(threshold.drop, block, statistics)
     if threshold.count != "exact":

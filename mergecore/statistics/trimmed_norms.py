@@ -1,4 +1,4 @@
-"""Σ τ̂² of every expert's trimmed task vector: what its changes are divided by where signs are elected by shares (TIES' code)."""
+"""Σ τ̂² of every expert's trimmed task vector, by which its changes are divided in two of TIES' sign elections."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ class TrimmedNorms(BlockSums):
     threshold: Threshold
 
     def statistics(self) -> dict[str, Statistic]:
-        """Each expert's threshold, and the l1 factors of the drop where it has them."""
+        """Return what the trims need."""
         return trim_statistics(self.threshold)
 
     def look(self, state: Any, block: Block, statistics: Statistics) -> Sums:
-        """One square per expert."""
+        """Add up the square of every expert."""
         return Sums(_squares, {"trims": trims(self.threshold, block, statistics)}, len(block.ids))
 
     def finish(self, state: State, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
-        """{'squares': one per expert}, blocks folded in order."""
+        """Return the numbers {'squares': one per expert}."""
         return Result({}, {"squares": folded(state, lambda name: "").get("", [])})
 
 
 def _squares(experts: Sequence[Tensor], trims: Trims) -> list[Tensor]:
     wide = [delta.double() for delta in trimmed_deltas(experts, trims)]
-    return [one * one for one in wide]
+    return [values * values for values in wide]
 
 
 def shares_of(statistics: Statistics, count: int) -> list[float]:
-    """1/‖τ̂_t‖² of every expert, 0 where nothing of it is left."""
+    """Return 1/‖τ̂_t‖² of every expert, 0 where nothing of it is left."""
     squares = statistics["norms"][0].numbers["squares"] or [0.0] * count
-    return [1.0 / one if one > 0 else 0.0 for one in squares]
+    return [1.0 / square if square > 0 else 0.0 for square in squares]

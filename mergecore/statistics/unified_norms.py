@@ -1,4 +1,4 @@
-"""By what a task's share of the unified vector must be multiplied to change as much as the task did (EMR, 2024, §4.1)."""
+"""Factors by which a task's share of the unified vector changes as much as the task did (EMR, 2024, §4.1)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ ZeroSign = Annotated[
 
 
 class UnifiedNorms(BlockSums):
-    """'elements': per expert Σ|τ_t| / Σ|M_t ⊙ τ_uni| over the whole selection; 'tensors': of the means of each tensor, summed,
-    so that every tensor weighs the same. Float64 sums over the fixed grid; 1 where a task has no share in the vector."""
+    """'elements': per expert Σ|τ_t| / Σ|M_t ⊙ τ_uni| over the whole selection; 1 where a task has no share.
+
+    'tensors': the same of the means of each tensor, summed, so that every tensor weighs the same. Float64 sums over the
+    fixed grid.
+    """
 
     name: ClassVar[str] = "unified_norms"
     scope: ClassVar[Scope] = Scope.POOL
@@ -33,13 +36,13 @@ class UnifiedNorms(BlockSums):
     zero_sign: ZeroSign = "drop"
 
     def look(self, state: Any, block: Block, statistics: Statistics) -> Sums:
-        """Both l1 norms of every expert."""
+        """Add up both l1 norms of every expert."""
         return Sums(_shares, {"zero_sign": self.zero_sign}, 2 * len(block.ids))
 
     def finish(self, state: State, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Result:
-        """The factors, blocks folded in order."""
+        """Return the factors as numbers."""
         sums = folded(state)
-        whole, kept = ({name: held[first::2] for name, held in sums.items()} for first in (0, 1))
+        whole, kept = ({name: both[first::2] for name, both in sums.items()} for first in (0, 1))
         counts = {name: max(selection[name].count, 1) for name in whole}
         return Result(
             {},
@@ -51,7 +54,7 @@ class UnifiedNorms(BlockSums):
 
 
 def unified(deltas: Sequence[Tensor], zero_sign: str) -> tuple[Tensor, list[Tensor]]:
-    """The largest |τ_t| among those with the sign of Σ τ_t, with that sign; and per task where it has that sign."""
+    """Return the largest |τ_t| of those with the sign of Σ τ_t, with that sign; and per task where it has that sign."""
     sign = elected_sign(deltas, -1.0 if zero_sign == "negative" else None)
     alike = agreeing(deltas, sign)
     largest = alike[0].abs()
@@ -61,10 +64,10 @@ def unified(deltas: Sequence[Tensor], zero_sign: str) -> tuple[Tensor, list[Tens
 
 
 def _shares(experts: Sequence[Tensor], zero_sign: str) -> list[Tensor]:
-    """Per expert |τ_t| and |M_t ⊙ τ_uni|."""
+    """Return |τ_t| and |M_t ⊙ τ_uni| of every expert."""
     shared, masks = unified(experts, zero_sign)
     pairs = [(delta.abs(), torch.where(mask, shared, 0.0).abs()) for delta, mask in zip(experts, masks, strict=True)]
-    return [one for pair in pairs for one in pair]
+    return [values for pair in pairs for values in pair]
 
 
 def _ratios(
@@ -72,9 +75,9 @@ def _ratios(
 ) -> list[float]:
     totals = [
         [
-            sum(held[name][expert] / counts[name] for name in sorted(held))
-            for expert in range(len(next(iter(held.values()))))
+            sum(by_tensor[name][expert] / counts[name] for name in sorted(by_tensor))
+            for expert in range(len(next(iter(by_tensor.values()))))
         ]
-        for held in (whole, kept)
+        for by_tensor in (whole, kept)
     ]
     return [above / below if below > 0 else 1.0 for above, below in zip(*totals, strict=True)]

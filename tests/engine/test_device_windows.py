@@ -12,7 +12,7 @@ import mergecore.engine.merges as merges
 from mergecore.checkpoints.experts import FullExpert
 from mergecore.engine.executor import InProcess
 from mergecore.engine.kernels.device import device_function
-from mergecore.engine.kernels.run import Chunk, Fused
+from mergecore.engine.kernels.run import Fused, Window
 from mergecore.engine.pass_plan import MergeJob, PassPlan, plan_spans
 from mergecore.engine.run_pass import run_pass
 from mergecore.errors import CapacityError, NonFiniteError
@@ -112,11 +112,11 @@ def test_a_merge_that_ran_out_of_memory_in_the_middle_is_right_in_the_end(
     launch, failures = staging.Stage.launch, [0]
     monkeypatch.setattr(staging, "SMALLEST", 8)
 
-    def failing(self: staging.Stage, loop: Any, chunk: Chunk, dtype: torch.dtype, host: torch.Tensor) -> Any:
+    def failing(self: staging.Stage, loop: Any, window: Window, dtype: torch.dtype, host: torch.Tensor) -> Any:
         failures[0] += 1
         if failures[0] == 4:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return launch(self, loop, chunk, dtype, host)
+        return launch(self, loop, window, dtype, host)
 
     monkeypatch.setattr(staging.Stage, "launch", failing)
     assert torch.equal(merged(method, device), merged(method, "cpu")) and failures[0] > 8
@@ -131,15 +131,15 @@ def test_values_that_are_not_finite_are_refused_by_name(device: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_loop_on_a_device_gives_the_processors_bytes(tmp_path: Any) -> None:
     base, experts = models(1 << 16)
-    here = Chunk(base.read("w"), tuple(expert.held.read("w") for expert in experts), (False,) * 3, 0)
+    here = Window(base.read("w"), tuple(expert.held.read("w") for expert in experts), (False,) * 3, 0)
     for name, values in METHODS_TRIED[:2]:
         method = METHODS[name].model_validate(values)
         fused = Fused(method.merge_models, "deltas", torch.bfloat16, library_in(tmp_path), wait=True)
         block = Block("w", (1 << 16,), 0, 1 << 16, None, (), ("a", "b", "c"))
-        loop = fused.given(method.arguments(block, {}))
+        loop = fused.bind(method.arguments(block, {}))
         wanted = torch.empty(1 << 16, dtype=torch.bfloat16)
         loop.store(here, wanted)
-        there = Chunk(here.base.cuda(), tuple(expert.cuda() for expert in here.experts), here.deltas, 0)  # type: ignore[union-attr]
+        there = Window(here.base.cuda(), tuple(expert.cuda() for expert in here.experts), here.deltas, 0)  # type: ignore[union-attr]
         target = torch.empty(1 << 16, dtype=torch.bfloat16, device="cuda")
         assert loop.launch(there, target).tolist() == [0, 0] and torch.equal(target.cpu(), wanted)
         assert device_function(fused.loop(there, loop).text) is not None  # type: ignore[union-attr]

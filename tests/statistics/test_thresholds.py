@@ -59,7 +59,7 @@ def deltas(kind: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("ranked", ["global", "tensor"])
 def test_equals_a_full_sort(kind: str, density: float, ranked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     set_grid(monkeypatch, 1024)
-    monkeypatch.setattr("mergecore.statistics.threshold.GRAIN", 256)
+    monkeypatch.setattr("mergecore.statistics.threshold.WINDOW", 256)
     delta = deltas(kind)
     for count in ("at_least", "exact"):
         statistic = Threshold.model_validate({"density": density, "ranked": ranked, "count": count})

@@ -1,8 +1,9 @@
 """Fused loops: an element-wise method's plain torch function, compiled for this machine and kept.
 
-trace.py    the function as a list of typed operations on one element
-source.py   the operations as one loop in C++, for the processor, or as a CUDA kernel
-library.py  built, kept in a folder, loaded
-device.py   built for a CUDA device
-run.py      called on chunks, fused or eagerly, with the same bytes
+trace.py    a function becomes a list of typed operations on one element
+source.py   the operations become a loop in C++, for the processor, or a CUDA kernel
+device.py   builds the kernel for a CUDA device
+run.py      runs the function on windows, as a loop or operation by operation, with the same bytes
+
+`mergecore.native.library` builds, keeps and loads the loops.
 """

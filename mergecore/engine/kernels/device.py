@@ -10,13 +10,17 @@ import torch
 
 @functools.cache
 def device_function(text: str) -> Callable[..., None] | None:
-    """The same source for the current CUDA device, built by NVRTC: no fused multiply-add, correctly rounded division, subnormal
-    numbers kept. None where this torch cannot build it."""
+    """Return the loop of a source for the current CUDA device; None where this torch cannot build it.
+
+    It has no fused multiply-add, divides with correct rounding and keeps subnormal numbers.
+    """
     build = getattr(torch.cuda, "_compile_kernel", None)
     if build is None:
         return None
     try:
-        found: Callable[..., None] = build(text, "run", nvcc_options=["--fmad=false", "--prec-div=true", "--ftz=false"])
+        function: Callable[..., None] = build(
+            text, "run", nvcc_options=["--fmad=false", "--prec-div=true", "--ftz=false"]
+        )
     except (RuntimeError, OSError, ImportError, AttributeError):
         return None
-    return found
+    return function

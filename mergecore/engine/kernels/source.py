@@ -1,8 +1,8 @@
-"""A trace as one loop in C++: every value as torch has it, one rounding per operation, nothing fused or reordered.
+"""A trace as a loop in C++: it has torch's own values, one rounding per operation, and nothing fused or reordered.
 
-The same text serves the processor (a shared library, its loop vectorised by the compiler) and a CUDA device (one
-element a thread). Three loops are written: one gives a number per element, in the dtype of the file; one counts bit
-patterns into bins; one adds numbers up, in float64 and in one order.
+The same text serves the processor (a shared library, the compiler vectorises its loop) and a CUDA device (a thread for
+each element). There are three kinds of loops: the first stores a number per element in the dtype of the file, the
+second counts bit patterns into bins, the third adds numbers up in float64, in one order.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ C_TYPES = {
     torch.bool: "bool",
 }
 STORED = {torch.bfloat16: "uint16_t", torch.float16: "uint16_t", torch.float32: "float", torch.float64: "double"}
-"""Dtypes of files that can be read and written, and as what."""
+"""Dtypes of files that a loop reads and writes, and their C++ types."""
 SHORT = {dtype: DTYPE_NAMES[dtype].lower() for dtype in STORED}
 COUNT_BLOCK = 1024
-"""Patterns that are worked out at once before they are counted one by one."""
+"""Patterns that are worked out together before they are counted one by one."""
 BINS = 1 << 16
 GROUP = 16
-"""Elements of a count that are passed over together."""
+"""Elements that a count skips together."""
 LANES = 256
-"""Sums that are formed beside each other: element i of a block of the grid is added to that of i modulo LANES."""
+"""Sums that are formed beside each other: element i of a grid block is added to sum number i modulo LANES."""
 COPIES = 2
-"""Bins that are counted into in turn; the counts are their sum."""
+"""Copies of the bins, counted into in turn; the counts are their sum."""
 
 HEADER = r"""
 #ifdef __CUDACC_RTC__
@@ -83,12 +83,12 @@ HERE bool lost_f16(uint16_t h) { return (h & 0x7c00u) == 0x7c00u; }
 
 
 Out = torch.dtype | Literal["counts", "sums"]
-"""What becomes of a function's results: values are stored in a dtype or summed, int32 patterns are counted."""
+"""What becomes of the results: values are stored in a dtype or summed, int32 patterns are counted."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """An array that is read: the base, an expert or what lies beside. delta: it holds a delta already (an adapter)."""
+    """An array that a loop reads: the base, an expert or what lies beside. delta: it is a delta, not weights."""
 
     dtype: torch.dtype
     delta: bool = False
@@ -96,15 +96,15 @@ class Stored:
 
 @dataclass(frozen=True)
 class Loop:
-    """One loop: `inputs` are base (where there is one), experts and what lies beside, as they are stored."""
+    """A loop over elements. inputs: the base, where there is one, the experts, and what lies beside, as stored."""
 
     trace: Trace
     inputs: tuple[Stored, ...]
     base: bool
     on: Literal["weights", "deltas"]
     out: Out
-    windows: int = 0
-    """Of a count, per result: 0 counts high half-words, else low ones inside so many windows."""
+    slots: int = 0
+    """Of a count, per result: the high half-words inside which low ones are counted; 0: high ones are counted."""
 
     @cached_property
     def text(self) -> str:
@@ -141,7 +141,7 @@ def _as(value: Value, dtype: torch.dtype) -> str:
 
 
 def _wrapped(sign: str, left: str, right: str, dtype: torch.dtype) -> str:
-    """Integer arithmetic wraps around, as torch's does; in C++ only that of unsigned numbers may."""
+    """Integers wrap around, as in torch. In C++ only unsigned ones may, so the operation is done on those."""
     unsigned = {torch.int32: "uint32_t", torch.int64: "uint64_t"}.get(dtype)
     if unsigned is None:
         return f"{left} {sign} {right}"
@@ -153,60 +153,67 @@ _ARITHMETIC = {"add": "+", "sub": "-", "mul": "*"}
 _BITWISE = {"and": "&", "or": "|", "xor": "^"}
 
 
-def _expression(one: Operation) -> str:
-    """The C++ expression of one operation, with torch's own choice at every edge (signed zeros, −0, equal numbers)."""
-    held = [_as(value, one.common) for value in one.operands]
-    if one.name in _COMPARED:
-        return f"{held[0]} {_COMPARED[one.name]} {held[1]}"
-    if one.name in _ARITHMETIC:
-        return _wrapped(_ARITHMETIC[one.name], held[0], held[1], one.dtype)
-    if one.name in _BITWISE:
-        return f"{held[0]} {_BITWISE[one.name]} {held[1]}"
-    if one.name == "where":
-        chosen = [_as(value, one.dtype) for value in one.operands[1:]]
-        return f"{_as(one.operands[0], torch.bool)} ? {chosen[0]} : {chosen[1]}"
-    if one.name == "bits":
-        return {torch.int32: f"(int32_t)bits_of({held[0]})", torch.float32: f"float_of((uint32_t){held[0]})"}[one.dtype]
-    if one.name == "div" and one.operands[0].kind != "element":
-        return f"(1.0f / {held[1]}) * {held[0]}"  # a number over a tensor is its reciprocal times the number, in torch
-    return _UNCOMMON[one.name](held, one.dtype)
+def _expression(operation: Operation) -> str:
+    """Return the C++ expression of an operation. It does what torch does at every edge: −0, equal numbers."""
+    operands = [_as(value, operation.common) for value in operation.operands]
+    if operation.name in _COMPARED:
+        return f"{operands[0]} {_COMPARED[operation.name]} {operands[1]}"
+    if operation.name in _ARITHMETIC:
+        return _wrapped(_ARITHMETIC[operation.name], operands[0], operands[1], operation.dtype)
+    if operation.name in _BITWISE:
+        return f"{operands[0]} {_BITWISE[operation.name]} {operands[1]}"
+    if operation.name == "where":
+        chosen = [_as(value, operation.dtype) for value in operation.operands[1:]]
+        return f"{_as(operation.operands[0], torch.bool)} ? {chosen[0]} : {chosen[1]}"
+    if operation.name == "bits":
+        return {torch.int32: f"(int32_t)bits_of({operands[0]})", torch.float32: f"float_of((uint32_t){operands[0]})"}[
+            operation.dtype
+        ]
+    if operation.name == "div" and operation.operands[0].kind != "element":
+        # In torch a number over a tensor is the tensor's reciprocal times the number.
+        return f"(1.0f / {operands[1]}) * {operands[0]}"
+    return _UNCOMMON[operation.name](operands, operation.dtype)
 
 
-def _sign(held: Sequence[str], dtype: torch.dtype) -> str:
-    return f"({C_TYPES[dtype]})(({held[0]} > 0) - ({held[0]} < 0))"
+def _sign(operands: Sequence[str], dtype: torch.dtype) -> str:
+    return f"({C_TYPES[dtype]})(({operands[0]} > 0) - ({operands[0]} < 0))"
 
 
 _UNCOMMON: dict[str, Callable[[Sequence[str], torch.dtype], str]] = {
-    "div": lambda held, dtype: f"{held[0]} / {held[1]}",
-    "neg": lambda held, dtype: f"-{held[0]}" if dtype.is_floating_point else _wrapped("-", "0", held[0], dtype),
-    "abs": lambda held, dtype: (
-        f"float_of(bits_of({held[0]}) & 0x7fffffffu)"
+    "div": lambda operands, dtype: f"{operands[0]} / {operands[1]}",
+    "neg": lambda operands, dtype: (
+        f"-{operands[0]}" if dtype.is_floating_point else _wrapped("-", "0", operands[0], dtype)
+    ),
+    "abs": lambda operands, dtype: (
+        f"float_of(bits_of({operands[0]}) & 0x7fffffffu)"
         if dtype == torch.float32
-        else f"{held[0]} < 0 ? -{held[0]} : {held[0]}"
+        else f"{operands[0]} < 0 ? -{operands[0]} : {operands[0]}"
     ),
     "sign": _sign,
-    "round": lambda held, dtype: f"rintf({held[0]})",
-    "floor": lambda held, dtype: f"floorf({held[0]})",
-    "square": lambda held, dtype: f"{held[0]} * {held[0]}",
-    "reciprocal": lambda held, dtype: f"1.0f / {held[0]}",
-    "isfinite": lambda held, dtype: f"!not_finite({held[0]})",
-    "invert": lambda held, dtype: f"!{held[0]}" if dtype == torch.bool else f"~{held[0]}",
-    "cast": lambda held, dtype: f"{held[0]} != 0" if dtype == torch.bool else f"({C_TYPES[dtype]}){held[0]}",
-    "maximum": lambda held, dtype: f"{held[0]} > {held[1]} ? {held[0]} : {held[1]}",
-    "minimum": lambda held, dtype: f"{held[0]} < {held[1]} ? {held[0]} : {held[1]}",
-    "clamp": lambda held, dtype: (
-        f"({held[0]} < {held[1]} ? {held[1]} : {held[0]}) > {held[2]} ? {held[2]} : "
-        f"({held[0]} < {held[1]} ? {held[1]} : {held[0]})"
+    "round": lambda operands, dtype: f"rintf({operands[0]})",
+    "floor": lambda operands, dtype: f"floorf({operands[0]})",
+    "square": lambda operands, dtype: f"{operands[0]} * {operands[0]}",
+    "reciprocal": lambda operands, dtype: f"1.0f / {operands[0]}",
+    "isfinite": lambda operands, dtype: f"!not_finite({operands[0]})",
+    "invert": lambda operands, dtype: f"!{operands[0]}" if dtype == torch.bool else f"~{operands[0]}",
+    "cast": lambda operands, dtype: (
+        f"{operands[0]} != 0" if dtype == torch.bool else f"({C_TYPES[dtype]}){operands[0]}"
     ),
-    "clamp_min": lambda held, dtype: f"{held[0]} < {held[1]} ? {held[1]} : {held[0]}",
-    "clamp_max": lambda held, dtype: f"{held[0]} > {held[1]} ? {held[1]} : {held[0]}",
-    "rshift": lambda held, dtype: f"{held[0]} >> {held[1]}",
-    "lshift": lambda held, dtype: _wrapped("<<", held[0], held[1], dtype),
+    "maximum": lambda operands, dtype: f"{operands[0]} > {operands[1]} ? {operands[0]} : {operands[1]}",
+    "minimum": lambda operands, dtype: f"{operands[0]} < {operands[1]} ? {operands[0]} : {operands[1]}",
+    "clamp": lambda operands, dtype: (
+        f"({operands[0]} < {operands[1]} ? {operands[1]} : {operands[0]}) > {operands[2]} ? {operands[2]} : "
+        f"({operands[0]} < {operands[1]} ? {operands[1]} : {operands[0]})"
+    ),
+    "clamp_min": lambda operands, dtype: f"{operands[0]} < {operands[1]} ? {operands[1]} : {operands[0]}",
+    "clamp_max": lambda operands, dtype: f"{operands[0]} > {operands[1]} ? {operands[1]} : {operands[0]}",
+    "rshift": lambda operands, dtype: f"{operands[0]} >> {operands[1]}",
+    "lshift": lambda operands, dtype: _wrapped("<<", operands[0], operands[1], dtype),
 }
 
 
 def _body(loop: Loop) -> str:
-    """Statements for element i: inputs widened and checked, forms taken, operations done; results are y0, y1 …"""
+    """Return the statements for element i: they widen and check the inputs and do the operations; results: y0, y1 …"""
     trace, lines = loop.trace, ["bool lost = false;"]
     models = len(loop.inputs) - trace.beside
     for position, stored in enumerate(loop.inputs, start=1):
@@ -221,13 +228,13 @@ def _body(loop: Loop) -> str:
                 form = f"a1 + a{position}"
         lines.append(f"const float x{position} = {form};")
         # A delta of finite models can overflow, and that of a base that is not finite never is: it says all.
-        covered = ground and loop.on == "deltas" and any(not one.delta for one in loop.inputs[1:models])
+        covered = ground and loop.on == "deltas" and any(not stored.delta for stored in loop.inputs[1:models])
         if position <= models and not covered:
             lines.append(f"lost |= not_finite(x{position});")
     if trace.indexed:
         lines.append(f"const int64_t x{trace.inputs + 1} = start + i;")
-    for number, one in enumerate(trace.operations, start=1):
-        lines.append(f"const {C_TYPES[one.dtype]} v{number} = {_expression(one)};")
+    for number, operation in enumerate(trace.operations, start=1):
+        lines.append(f"const {C_TYPES[operation.dtype]} v{number} = {_expression(operation)};")
     for number, value in enumerate(trace.results):
         exact = loop.out == "sums" and value.dtype == torch.float64
         kind = torch.int32 if loop.out == "counts" else torch.float64 if exact else torch.float32
@@ -236,8 +243,8 @@ def _body(loop: Loop) -> str:
 
 
 def _unpacked(loop: Loop) -> str:
-    """The arguments of the loop as constants."""
-    numbers = [value for one in loop.trace.operations for value in one.operands] + list(loop.trace.results)
+    """Return the declarations of the loop's arguments as constants."""
+    numbers = [value for operation in loop.trace.operations for value in operation.operands] + list(loop.trace.results)
     real = sorted({value.position for value in numbers if value.kind == "real"})
     whole = sorted({value.position for value in numbers if value.kind == "whole"})
     lines = [f"const double d{at} = reals[{at}]; const float r{at} = (float)d{at};" for at in real]
@@ -252,7 +259,7 @@ def _arrays(loop: Loop) -> str:
 
 
 def _store(loop: Loop, body: str) -> str:
-    """A chunk has fewer than 2^31 elements: counted in 32 bits, random words for its indices take a tenth less time."""
+    """A window has fewer than 2^31 elements: with a 32 bit counter, random words for indices take a tenth less time."""
     assert isinstance(loop.out, torch.dtype)
     kind, short = STORED[loop.out], SHORT[loop.out]
     work = f"{body}\nconst {kind} held = narrow_{short}(y0);"
@@ -293,7 +300,7 @@ return inputs | (results << 1);
 
 
 def _sum(loop: Loop, body: str) -> str:
-    """Lane by lane: `start` is a multiple of LANES, and no sum waits for another, so the compiler may do several at once."""
+    """`start` is a multiple of LANES. No lane waits for another one, so the compiler may add several at once."""
     added = [f"lanes[{result * LANES} + j] += (double)y{result};" for result in range(len(loop.trace.results))]
     return f"""
 extern "C" int32_t run(const void* const* in, double* __restrict lanes, const double* reals, const int64_t* wholes,
@@ -316,25 +323,26 @@ return inputs;
 
 
 def _count(loop: Loop, body: str) -> str:
-    """The bin of every element first, vectorised, then one element after another counted: into copies of the bins in turn,
-    for counts of the same bin that follow each other would wait for each other. What lies in no window has a bin of its own;
-    groups of elements that all lie in none are passed over.
+    """First the bins of many elements, vectorised; then the elements are counted one after another.
+
+    Counts of the same bin that follow each other would wait for each other: they go into copies of the bins in turn.
+    What lies in no slot has a bin of its own, and a group of elements that all lie in none is skipped.
     """
-    kind = "uint32_t" if loop.windows else "uint16_t"
+    kind = "uint32_t" if loop.slots else "uint16_t"
     constants, places, chosen, counting = [], [], [], []
     for result in range(len(loop.trace.results)):
         number = f"(uint16_t)((y{result} >> 16) + {BINS // 2})"
-        if loop.windows:
-            number = str(_nowhere(loop.windows))
-        for slot in reversed(range(loop.windows)):
+        if loop.slots:
+            number = str(_nowhere(loop.slots))
+        for slot in reversed(range(loop.slots)):
             window = f"w{result}_{slot}"
-            constants.append(f"const int32_t {window} = (int32_t)windows[{result * loop.windows + slot}];")
+            constants.append(f"const int32_t {window} = (int32_t)windows[{result * loop.slots + slot}];")
             number = (
                 f"(y{result} >> 16) == {window} ? (uint32_t)({slot * BINS} + (y{result} & {BINS - 1})) : ({number})"
             )
         places.append(f"alignas(64) {kind} n{result}[{COUNT_BLOCK}];")
         chosen.append(f"n{result}[j] = {number};")
-        counting.append(_counted(loop.windows, result))
+        counting.append(_counted(loop.slots, result))
     return f"""
 extern "C" int32_t run(const void* const* in, uint32_t* bins, const double* reals, const int64_t* wholes,
                        int64_t start, int64_t count, const int64_t* windows) {{
@@ -358,35 +366,35 @@ return inputs;
 """
 
 
-def _counted(windows: int, result: int) -> str:
-    """The statements that count one block of one result."""
-    size = stride(windows)
-    held = _lines(
+def _counted(slots: int, result: int) -> str:
+    """Return the statements that count COUNT_BLOCK elements of one result."""
+    size = stride(slots)
+    copies = _lines(
         [f"uint32_t* const c{copy} = bins + {result * COPIES + copy} * (int64_t){size};" for copy in range(COPIES)]
     )
     steps = " ".join(f"c{copy}[n{result}[k + {copy}]]++;" for copy in range(COPIES))
     skip = ""
-    if windows:
+    if slots:
         pairs = " & ".join(f"q[{pair}]" for pair in range(GROUP // 2))
-        both = _nowhere(windows) * ((1 << 32) + 1)
+        both = _nowhere(slots) * ((1 << 32) + 1)
         skip = f"""uint64_t q[{GROUP // 2}]; memcpy(q, n{result} + j, sizeof q);
 if ((({pairs}) & {both}ull) == {both}ull) continue;"""
-    return f"""{{ {held}
+    return f"""{{ {copies}
 int64_t j = 0;
 for (; j + {GROUP} <= size; j += {GROUP}) {{ {skip}
 for (int64_t k = j; k < j + {GROUP}; k += {COPIES}) {{ {steps} }} }}
 for (; j < size; j++) c0[n{result}[j]]++; }}"""
 
 
-def _nowhere(windows: int) -> int:
-    """The bin of what lies in no window: a bit that no other bin has."""
-    return BINS << (windows - 1).bit_length()
+def _nowhere(slots: int) -> int:
+    """Return the bin of what lies in no slot: a bit that no other bin has."""
+    return BINS << (slots - 1).bit_length()
 
 
 def _lines(texts: Sequence[str]) -> str:
     return "\n".join(texts)
 
 
-def stride(windows: int) -> int:
-    """Bins of one copy: those of the windows (or of the high half-words) and the one for the rest."""
-    return (_nowhere(windows) if windows else BINS) + 16
+def stride(slots: int) -> int:
+    """Return the bins of one copy: those of the slots (or of the high half-words) and the one for the rest."""
+    return (_nowhere(slots) if slots else BINS) + 16

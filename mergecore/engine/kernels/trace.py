@@ -1,14 +1,14 @@
-"""A plain torch function of flat chunks as a list of typed operations on one element.
+"""Traces a plain torch function of flat tensors: a list of typed operations on one element.
 
-The function is called once with stand-ins (torch.fx proxies) that write down what is done to them; each operation is
-also done on a few sample numbers, so that its dtype is torch's own answer. Numbers of the method (its scale, say) become
-arguments of the loop: methods that differ in them alone share one loop.
+The function is called once with stand-ins (torch.fx proxies), which write down what is done to them. Each operation is
+also done on a few sample numbers: so its dtype is torch's own. Numbers of the method, its scale for example, become
+arguments of the loop: methods that differ only in them share one loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -18,17 +18,20 @@ from mergecore.plugins.block import Beside, Index
 
 SAMPLES = 3
 BAKED = (0.0, 1.0)
-"""Numbers written into the loop, where they make operations cheaper; every other one is an argument."""
+"""Numbers that are written into the loop, where they make operations cheaper. Every other one is an argument."""
 
 
 class NotTraceableError(Exception):
-    """The function does something that cannot be one loop over elements; it then runs as it is, operation by operation."""
+    """The function cannot be a loop over elements; it then runs operation by operation."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """Something an operation takes or gives. kind: 'element' (one per element), 'real', 'whole' (a number, the position-th
-    argument of its kind), 'baked' (the number itself)."""
+    """An operand or result of an operation.
+
+    kind: 'element' (one per element), 'real' or 'whole' (the position-th argument that is a float, an int), 'baked'
+    (the number itself).
+    """
 
     kind: str
     dtype: torch.dtype
@@ -38,8 +41,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Operation:
-    """`name` done to `operands`, each as `common`, gives a `dtype`: the element value numbered by its place in the list,
-    from 1."""
+    """Does `name` to `operands`, each converted to `common`; the result has `dtype`.
+
+    The result is the element value whose number is the operation's place in the list, from 1.
+    """
 
     name: str
     operands: tuple[Value, ...]
@@ -51,7 +56,7 @@ class Operation:
 class Trace:
     """What is done to each element. Inputs are element values −1, −2, … in order: base, experts, then what lies beside.
 
-    literals: numbers of the function itself, the first 'real' arguments; those handed in come after them.
+    literals: numbers in the function itself. They are the first 'real' arguments of the loop.
     """
 
     inputs: int
@@ -60,14 +65,15 @@ class Trace:
     results: tuple[Value, ...]
     literals: tuple[float, ...]
     indexed: bool
-    """Whether the flat index is asked for; it then is the last input."""
+    """Whether the flat index is used; it is the last input then."""
 
 
 def leaves_and_form(arguments: Any) -> tuple[list[Any], Any]:
     """Return the leaves of nested arguments, and their form.
 
-    Arguments are dataclasses, mappings, lists and tuples, of anything. The leaves are the numbers, `Index` and `Beside` in
-    it, in order. The form is all the rest: types, names of keys, texts, bools and None. It decides the loop.
+    Arguments are dataclasses, mappings, lists and tuples, of anything. The leaves are the numbers, `Index` and
+    `Beside` in it, in order. The form is all the rest: types, names of keys, texts, bools and None. It decides the
+    loop.
     """
     leaves: list[Any] = []
     return leaves, _walked(arguments, leaves)
@@ -75,7 +81,7 @@ def leaves_and_form(arguments: Any) -> tuple[list[Any], Any]:
 
 def _walked(arguments: Any, leaves: list[Any]) -> Any:
     kind = type(arguments)
-    if kind is float or kind is int:  # nearly all are: and this is done for every piece of every tensor
+    if kind is float or kind is int:  # nearly all are, and this is done for all grid blocks
         leaves.append(arguments)
         return kind
     if kind is list or kind is tuple:
@@ -121,18 +127,18 @@ def trace(
     unseen: how many of the first `models` are read, but not handed to the function. Raises NotTraceableError.
     """
     tracer = _Tracer()
-    chunks: Any = [tracer.element(torch.float32) for _ in range(models)][unseen:]
+    inputs: Any = [tracer.element(torch.float32) for _ in range(models)][unseen:]
     stand_ins = mapped(arguments, tracer.stand_in)
     try:
-        found = function(chunks, stand_ins)
+        traced = function(inputs, stand_ins)
     except NotTraceableError:
         raise
     except Exception as error:  # torch.fx and torch raise what they like; the function itself is tried eagerly anyway
         raise NotTraceableError(f"{type(error).__name__}: {error}") from error
-    results: list[Any] = list(found) if isinstance(found, list | tuple) else [found]
-    if not all(isinstance(one, fx.Proxy) for one in results):
+    results: list[Any] = list(traced) if isinstance(traced, list | tuple) else [traced]
+    if not all(isinstance(result, fx.Proxy) for result in results):
         raise NotTraceableError(f"its result is {type(results[0]).__name__}, no value of an element")
-    return tracer.finished([one.node for one in results])
+    return tracer.finished([result.node for result in results])
 
 
 class _Tracer:
@@ -148,13 +154,13 @@ class _Tracer:
         self.literals: list[float] = []
 
     def element(self, dtype: torch.dtype) -> fx.Proxy:
-        """A stand-in for one more input."""
+        """Return a stand-in for the next input."""
         self.inputs += 1
         sample = torch.tensor([0.5, -1.25, 3.0]).to(dtype)
         return self._placeholder(Value("element", dtype, -self.inputs), sample)
 
     def stand_in(self, leaf: Any) -> fx.Proxy:
-        """A stand-in for a leaf of the arguments."""
+        """Return a stand-in for a leaf of the arguments."""
         if isinstance(leaf, Index):
             if self.index is None:
                 self.index = self._placeholder(Value("element", torch.int64, 0), torch.arange(SAMPLES))
@@ -176,7 +182,7 @@ class _Tracer:
         return fx.Proxy(node, self.tracer)
 
     def finished(self, results: Sequence[fx.Node]) -> Trace:
-        """The operations that the results need, in order."""
+        """Return the operations that the results need, in order."""
         needed = _ancestors(results)
         if self.index is not None:
             self.values[self.index.node] = Value("element", torch.int64, -self.inputs - 1)
@@ -187,18 +193,20 @@ class _Tracer:
         # Reals handed in come behind the literals, of which there now are as many as there will be.
         shift = len(self.literals)
         shifted = tuple(
-            Operation(one.name, tuple(_shifted(operand, shift) for operand in one.operands), one.common, one.dtype)
-            for one in operations
+            replace(operation, operands=tuple(_shifted(operand, shift) for operand in operation.operands))
+            for operation in operations
         )
         indexed = self.index is not None and self.index.node in needed
-        values = tuple(_shifted(self.values[one], shift) for one in results)
+        values = tuple(_shifted(self.values[result], shift) for result in results)
         return Trace(self.inputs, self.besides, shifted, values, tuple(self.literals), indexed)
 
     def _take(self, node: fx.Node, operations: list[Operation]) -> None:
-        name, given, options = _called(node)
-        sample_of = lambda one: self.samples[one] if isinstance(one, fx.Node) else one  # noqa: E731
+        name, operands, options = _called(node)
+        sample_of = lambda value: self.samples[value] if isinstance(value, fx.Node) else value  # noqa: E731
         try:
-            sample = _done(node, [fx.map_arg(one, sample_of) for one in given], fx.map_arg(options, sample_of))
+            sample = _done(
+                node, [fx.map_arg(operand, sample_of) for operand in operands], fx.map_arg(options, sample_of)
+            )
         except NotTraceableError:
             raise
         except Exception as error:
@@ -207,22 +215,22 @@ class _Tracer:
         if not isinstance(sample, Tensor):
             return  # a dtype, a device: used by an operation, no value of its own
         if name in IDENTITIES:
-            self.values[node] = self._value(given[0])
+            self.values[node] = self._value(operands[0])
             return
         if name in FILLED:
-            number = FILLED[name] if FILLED[name] is not None else given[2] if name == "new_full" else given[1]
+            number = FILLED[name] if FILLED[name] is not None else operands[2] if name == "new_full" else operands[1]
             self.values[node] = self._number(number, sample.dtype)
             return
-        meant, wanted = _meant(name, list(given), dict(options))
-        operands = tuple(self._value(one) for one in wanted)
-        if all(value.kind != "element" for value in operands):
+        meant, wanted = _meant(name, list(operands), dict(options))
+        values = tuple(self._value(operand) for operand in wanted)
+        if all(value.kind != "element" for value in values):
             raise NotTraceableError(f"{name} of numbers alone; work it out in `arguments`, where it is done in float64")
         common = sample.dtype
         if meant in COMPARISONS:
-            common = torch.result_type(*(fx.map_arg(one, sample_of) for one in wanted))
+            common = torch.result_type(*(fx.map_arg(operand, sample_of) for operand in wanted))
         elif meant in ("cast", "bits", "isfinite", "invert"):
-            common = operands[0].dtype
-        operations.append(Operation(meant, operands, common, sample.dtype))
+            common = values[0].dtype
+        operations.append(Operation(meant, values, common, sample.dtype))
         self.values[node] = Value("element", sample.dtype, len(operations))
 
     def _value(self, operand: Any) -> Value:
@@ -248,7 +256,7 @@ class _Tracer:
 
 
 def _shifted(value: Value, by: int) -> Value:
-    """Literals (negative until now) are the first reals."""
+    """Number the reals: literals, which are negative until now, come first."""
     if value.kind != "real":
         return value
     return Value("real", value.dtype, -value.position - 1 if value.position < 0 else value.position + by)
@@ -256,15 +264,16 @@ def _shifted(value: Value, by: int) -> Value:
 
 IDENTITIES = {"contiguous", "clone", "detach", "reshape"}
 FILLED: dict[str, float | None] = {"zeros_like": 0.0, "ones_like": 1.0, "new_full": None, "full_like": None}
-"""What makes a tensor of one number, and which."""
+"""Operations that make a tensor of one number, and the number (None: an operand)."""
 BINARY = {
-    "add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "div": "div", "maximum": "maximum", "minimum": "minimum",
+    "add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "div": "div",
+    "maximum": "maximum", "minimum": "minimum",
     "lt": "lt", "le": "le", "gt": "gt", "ge": "ge", "eq": "eq", "ne": "ne", "and": "and", "or": "or", "xor": "xor",
     "logical_and": "and", "logical_or": "or", "rshift": "rshift", "lshift": "lshift",
 }  # fmt: skip
 COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}
-# No square root: torch's own is not correctly rounded on processors where it comes from MKL (a sixth of the results are off
-# by one bit), so it has no bytes that all devices share.
+# No square root: torch's own is not correctly rounded on processors where it comes from MKL (a sixth of the results
+# are off by one bit), so it has no bytes that all devices share.
 UNARY = {
     "neg": "neg", "abs": "abs", "sign": "sign", "round": "round", "floor": "floor", "invert": "invert",
     "logical_not": "invert", "square": "square", "reciprocal": "reciprocal", "isfinite": "isfinite",
@@ -276,39 +285,43 @@ def _called(node: fx.Node) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
     return str(name).strip("_"), node.args, dict(node.kwargs)
 
 
-def _done(node: fx.Node, given: Sequence[Any], options: Mapping[str, Any]) -> Any:
+def _done(node: fx.Node, operands: Sequence[Any], options: Mapping[str, Any]) -> Any:
     if node.op == "call_method":
         if str(node.target).endswith("_") and not str(node.target).startswith("_"):
             raise NotTraceableError(f"{node.target} writes in place")
-        return getattr(given[0], str(node.target))(*given[1:], **options)
+        return getattr(operands[0], str(node.target))(*operands[1:], **options)
     assert callable(node.target)
-    return node.target(*given, **options)
+    return node.target(*operands, **options)
 
 
-def _meant(name: str, given: list[Any], options: dict[str, Any]) -> tuple[str, list[Any]]:
-    """The operation in one of the words that a loop knows, and what it is done to."""
-    if name in ("to", "float", "double", "int") or (name == "view" and given[1:] and isinstance(given[1], torch.dtype)):
-        return ("bits" if name == "view" else "cast"), given[:1]
+def _meant(name: str, operands: list[Any], options: dict[str, Any]) -> tuple[str, list[Any]]:
+    """Return the operation in a word that a loop knows, and its operands."""
+    if name in ("to", "float", "double", "int") or (
+        name == "view" and operands[1:] and isinstance(operands[1], torch.dtype)
+    ):
+        return ("bits" if name == "view" else "cast"), operands[:1]
     if name in ("clamp", "clip"):
-        low, high = (options.get(key, given[at] if len(given) > at else None) for key, at in (("min", 1), ("max", 2)))
+        low, high = (
+            options.get(key, operands[at] if len(operands) > at else None) for key, at in (("min", 1), ("max", 2))
+        )
         if low is not None and high is not None:
-            return "clamp", [given[0], low, high]
-        return ("clamp_max", [given[0], high]) if low is None else ("clamp_min", [given[0], low])
+            return "clamp", [operands[0], low, high]
+        return ("clamp_max", [operands[0], high]) if low is None else ("clamp_min", [operands[0], low])
     if options:
         raise NotTraceableError(f"{name} with {', '.join(options)}")
     if name in ("where", "clamp_min", "clamp_max"):
-        return name, given
-    if (name in BINARY and len(given) == 2) or (name in UNARY and len(given) == 1):
-        return BINARY.get(name) or UNARY[name], given
+        return name, operands
+    if (name in BINARY and len(operands) == 2) or (name in UNARY and len(operands) == 1):
+        return BINARY.get(name) or UNARY[name], operands
     raise NotTraceableError(f"'{name}' is not known as an operation on one element")
 
 
 def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
+    ancestors: set[fx.Node] = set()
     waiting = list(nodes)
     while waiting:
-        one = waiting.pop()
-        if one not in found:
-            found.add(one)
-            waiting.extend(one.all_input_nodes)
-    return found
+        node = waiting.pop()
+        if node not in ancestors:
+            ancestors.add(node)
+            waiting.extend(node.all_input_nodes)
+    return ancestors
