@@ -1,4 +1,5 @@
-"""The merge methods: a file and a line here for each. The registry, tests and pages take them from these lines, in this order."""
+"""The merge methods: a file and a line here for each. The registry, tests and pages take them from these lines, in this
+order."""
 
 # isort: skip_file
 from mergecore.methods.average import Average as Average

@@ -23,7 +23,8 @@ class ArceeFusion(WeightMethod[NoArguments]):
 
     A row runs along the last axis. An outlier scores at least median + fence × (third − first quartile), of quartiles
     that are elements of the tensor, at ⌊q(n − 1)⌋ in ascending order: found exactly, of any number of elements, where
-    mergekit draws a million. Softmax and divergence are in float64: in float32 the divergence of a small change is noise.
+    mergekit draws a million. Softmax and divergence are in float64: in float32 the divergence of a small change is
+    noise.
     """
 
     name: ClassVar[str] = "arcee_fusion"

@@ -1,4 +1,5 @@
-"""Model Breadcrumbs: task vectors without their largest and their smallest changes, summed (Davari & Belilovsky 2024)."""
+"""Model Breadcrumbs: task vectors without their largest and their smallest changes, summed (Davari & Belilovsky
+2024)."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ from mergecore.plugins.per_expert import check_each, each, moved
 class Breadcrumbs(DeltaMethod[NoArguments]):
     """θ_0 + α Σ_t of the masked τ_t: of n magnitudes the ⌊γn⌋ largest go, the ⌊βn⌋ next ones stay, the rest go.
 
-    Counts are exact; of equal magnitudes the one that comes first ranks higher. A tensor so small that ⌊γn⌋ = 0 loses no
-    outlier and keeps ⌊βn⌋ elements; a tensor without axes has nothing to rank and is kept, as in the authors' code.
+    Counts are exact; of equal magnitudes the one that comes first ranks higher. A tensor so small that ⌊γn⌋ = 0 loses
+    no outlier and keeps ⌊βn⌋ elements; a tensor without axes has nothing to rank and is kept, as in the authors' code.
     """
 
     name: ClassVar[str] = "breadcrumbs"

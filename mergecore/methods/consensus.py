@@ -30,7 +30,8 @@ class Consensus(DeltaMethod[MultiTaskArguments]):
     """θ_0 + α · [Σ_t M_t ≥ k] ⊙ τ_m with TALL masks M_t = |τ_t| > λ_t |τ_m − τ_t|, worked out where they are needed.
 
     With k = 2 what no task wants (catastrophic) and what one alone wants (selfish) goes, with k = 1 the former; k = 0
-    leaves τ_m as it is, k above the number of experts leaves the base. The comparison is strict, as in the authors' code.
+    leaves τ_m as it is, k above the number of experts leaves the base. The comparison is strict, as in the authors'
+    code.
     """
 
     name: ClassVar[str] = "consensus"

@@ -1,4 +1,5 @@
-"""DELLA: random drop that spares the larger changes of a row, then sign election and disjoint mean (Deep et al. 2024)."""
+"""DELLA: random drop that spares the larger changes of a row, then sign election and disjoint mean (Deep et al.
+2024)."""
 
 from __future__ import annotations
 

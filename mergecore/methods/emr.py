@@ -22,7 +22,8 @@ class Emr(DeltaMethod[NoArguments]):
     """Keeps of every expert one bit a weight and one number: the model of task t is θ_0 + ρ_t M_t ⊙ τ_uni.
 
     τ_uni has the sign of Σ τ_t and the largest magnitude among the experts with that sign; M_t is where τ_t has it too,
-    and ρ_t gives the task back as much change as it had. What is written is a product of masks (mergecore/tensors/masked.py).
+    and ρ_t gives the task back as much change as it had. What is written is a product of masks
+    (mergecore/tensors/masked.py).
     """
 
     name: ClassVar[str] = "emr"
@@ -36,8 +37,8 @@ class Emr(DeltaMethod[NoArguments]):
     rescale: Annotated[
         Literal["elements", "tensors"],
         Field(
-            description="ρ_t = Σ|τ_t| / Σ|M_t ⊙ τ_uni| over all elements (the paper), or of each tensor's means, so that "
-            "every tensor weighs the same (the authors' code)"
+            description="ρ_t = Σ|τ_t| / Σ|M_t ⊙ τ_uni| over all elements (the paper), or of each tensor's means, so "
+            "that every tensor weighs the same (the authors' code)"
         ),
     ] = "elements"
     zero_sign: ZeroSign = "drop"

@@ -1,4 +1,5 @@
-"""Iso-C: gives all singular directions of the summed task vectors the same strength (Marczak et al. 2025, Algorithm 1)."""
+"""Iso-C: gives all singular directions of the summed task vectors the same strength (Marczak et al. 2025, Algorithm
+1)."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class IsoC(DeltaMethod[MatrixArguments]):
     scale: Annotated[
         float,
         Field(
-            description="α, the factor of the merged task vector; the authors choose it out of 0.1 … 3.0 on validation data"
+            description="α, the factor of the merged task vector; the authors choose it out of 0.1 … 3.0 on validation "
+            "data"
         ),
     ] = 1.0
     rank: Rank = "numerical"
@@ -57,7 +59,8 @@ class IsoC(DeltaMethod[MatrixArguments]):
         return matrix_arguments(block, self.convolutions, self.excluded)
 
     def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: MatrixArguments) -> Tensor:
-        """Return θ_0 + α σ̄ U Vᵀ with U Σ Vᵀ = Σ τ_t; σ̄ is the mean of all min(m, n) singular values, zeros included."""
+        """Return θ_0 + α σ̄ U Vᵀ with U Σ Vᵀ = Σ τ_t; σ̄ is the mean of all min(m, n) singular values, zeros
+        included."""
         if arguments.matrix is None:
             return base_and_mean(base, deltas, self.scale)
         matrices = [wide(delta, arguments.matrix) for delta in deltas]

@@ -34,7 +34,8 @@ class IsoCts(DeltaMethod[MatrixArguments]):
     scale: Annotated[
         float,
         Field(
-            description="α, the factor of the merged task vector; the authors choose it out of 0.1 … 3.0 on validation data"
+            description="α, the factor of the merged task vector; the authors choose it out of 0.1 … 3.0 on validation "
+            "data"
         ),
     ] = 1.0
     common: Annotated[
@@ -74,7 +75,8 @@ class IsoCts(DeltaMethod[MatrixArguments]):
         return directions - own * tasks, own
 
     def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: MatrixArguments) -> Tensor:
-        """Return θ_0 + α σ̄ P(U) P(V)ᵀ: U and V are the tasks' own directions, then the common ones; P is the polar factor."""
+        """Return θ_0 + α σ̄ P(U) P(V)ᵀ: U and V are the tasks' own directions, then the common ones; P is the polar
+        factor."""
         if arguments.matrix is None:
             return base_and_mean(base, deltas, self.scale)
         matrices = [wide(delta, arguments.matrix) for delta in deltas]

@@ -1,4 +1,5 @@
-"""Karcher mean: the centre of the experts' directions on the sphere, per tensor (Karcher 1977; as mergekit's `karcher`)."""
+"""Karcher mean: the centre of the experts' directions on the sphere, per tensor (Karcher 1977; as mergekit's
+`karcher`)."""
 
 from __future__ import annotations
 

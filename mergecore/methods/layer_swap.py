@@ -41,11 +41,12 @@ class LayerSwapArguments:
 
 
 class LayerSwap(WeightMethod[LayerSwapArguments]):
-    """Takes the first and last layers from one of two experts (the language) and those between from the other (the skill).
+    """Takes the first and last layers from one of two experts (the language) and those between from the other (the
+    skill).
 
-    Between the two lie transition layers, tensor by tensor a weighted mean of both experts. Layers move whole, with their
-    norms. A model with several stacks, an encoder and a decoder say, has all zones in each of them. Buffers and integers
-    are the base's. What is taken from one expert has that expert's bytes, where its dtype is the result's.
+    Between the two lie transition layers, tensor by tensor a weighted mean of both experts. Layers move whole, with
+    their norms. A model with several stacks, an encoder and a decoder say, has all zones in each of them. Buffers and
+    integers are the base's. What is taken from one expert has that expert's bytes, where its dtype is the result's.
     """
 
     name: ClassVar[str] = "layer_swap"

@@ -1,4 +1,5 @@
-"""LoRA-LEGO: rank-one units of all adapters, clustered, one unit for each cluster (Zhao et al. 2024, arXiv 2409.16167)."""
+"""LoRA-LEGO: rank-one units of all adapters, clustered, one unit for each cluster (Zhao et al. 2024, arXiv
+2409.16167)."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ class LoraLego(AdapterMethod):
 
     name: ClassVar[str] = "lora_lego"
     paper: ClassVar[str] = (
-        "Zhao et al. 2024, Merging LoRAs like playing LEGO: pushing the modularity of LoRA to extremes through rank-wise "
-        "clustering, arXiv:2409.16167"
+        "Zhao et al. 2024, Merging LoRAs like playing LEGO: pushing the modularity of LoRA to extremes through "
+        "rank-wise clustering, arXiv:2409.16167"
     )
 
     rank: Annotated[
@@ -37,15 +38,15 @@ class LoraLego(AdapterMethod):
     gauge: Annotated[
         Literal["as_given", "canonical"],
         Field(
-            description="(c·b, a/c) and (−b, −a) are the same unit as (b, a): 'as_given' clusters the factors as they are "
-            "(the paper), 'canonical' balances their norms and aligns their signs first"
+            description="(c·b, a/c) and (−b, −a) are the same unit as (b, a): 'as_given' clusters the factors as they "
+            "are (the paper), 'canonical' balances their norms and aligns their signs first"
         ),
     ] = "as_given"
     reweight: Annotated[
         Literal["l2", "max", "none"],
         Field(
-            description="a centroid is given the mean of its units' norms: l2 norms (the paper), largest magnitudes (the "
-            "only published code, not the authors'), or it is left as it is"
+            description="a centroid is given the mean of its units' norms: l2 norms (the paper), largest magnitudes "
+            "(the only published code, not the authors'), or it is left as it is"
         ),
     ] = "l2"
     output: Annotated[
@@ -64,7 +65,7 @@ class LoraLego(AdapterMethod):
         return Examples(golden=[{"rank": 4}, {"gauge": "canonical", "reweight": "max", "output": "none"}])
 
     def rank_made(self, module: str, ranks: Sequence[int], shape: tuple[int, int]) -> int:
-        """k. Raises SpecError where the module has fewer units than clusters are asked for."""
+        """Return k. Raises SpecError where the module has fewer units than clusters are asked for."""
         if self.rank is not None and self.rank > sum(ranks):
             raise SpecError(
                 f"lora_lego: rank {self.rank} is more than the {sum(ranks)} units that the experts have for '{module}' "
@@ -73,7 +74,7 @@ class LoraLego(AdapterMethod):
         return self.rank or max(ranks)
 
     def combined(self, module: str, updates: Sequence[LowRank | None]) -> Combined:
-        """One unit per cluster: the centroid, given its cluster's norm, and √(r/k) on top."""
+        """Return one unit per cluster: the centroid with its cluster's norm, times √(r/k)."""
         present = [update for update in updates if update is not None]
         clusters = self.rank_made(module, [update.rank for update in present], (0, 0))
         down, up = balanced_scaling(present)
@@ -81,20 +82,23 @@ class LoraLego(AdapterMethod):
             down, up = canonical_units(down, up)
         units = torch.cat([down, up.mT], 1)
         sizes = down.norm(dim=1) * up.norm(dim=0)
-        # A unit one half of which is zero changes nothing, but what its other half holds would bend the centroids.
+        # A unit one half of which is zero changes nothing, but its other half would bend the centroids.
         units = units[sizes > ROUNDING * sizes.max()]
         labels = self.labels(module, units, clusters)
         centroids = [self._centroid(units[labels == label]) for label in range(len(set(labels.tolist())))]
-        merged_units = torch.stack(centroids) if centroids else units.new_zeros(0, units.shape[1])
+        merged = torch.stack(centroids) if centroids else units.new_zeros(0, units.shape[1])
         factor = 1.0 if self.output == "none" else sum(update.rank for update in present) / len(present) / clusters
         # √(r/k) of the product is the fourth root on each side, so that norms stay balanced.
-        merged_units = merged_units * factor**0.25
+        merged = merged * factor**0.25
         columns = down.shape[1]
-        narrow, tall = padded(merged_units[:, :columns], merged_units[:, columns:].mT, clusters)
+        narrow, tall = padded(merged[:, :columns], merged[:, columns:].mT, clusters)
         return Combined(narrow, tall, {"units": float(len(units)), "clusters": float(len(centroids))})
 
     def labels(self, module: str, units: Tensor, clusters: int) -> Tensor:
-        """The cluster of every unit, numbered by first member; each its own where there are no more than clusters."""
+        """Return the cluster of every unit, int64, numbered by first member.
+
+        Every unit has a cluster of its own where there are no more units than clusters.
+        """
         if len(units) <= clusters:
             return torch.arange(len(units))
         from sklearn.cluster import KMeans
@@ -104,9 +108,9 @@ class LoraLego(AdapterMethod):
         with threadpool_limits(1), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fewer distinct units than clusters: the empty ones become zeros
             means = KMeans(clusters, n_init=self.restarts, max_iter=300, random_state=state)
-            labels = [int(label) for label in means.fit(units.numpy()).labels_]
-        order = {label: number for number, label in enumerate(dict.fromkeys(labels))}
-        return torch.tensor([order[label] for label in labels])
+            numbers = [int(label) for label in means.fit(units.numpy()).labels_]
+        order = {label: number for number, label in enumerate(dict.fromkeys(numbers))}
+        return torch.tensor([order[label] for label in numbers])
 
     def _centroid(self, members: Tensor) -> Tensor:
         centroid = members.mean(0)
@@ -118,7 +122,7 @@ class LoraLego(AdapterMethod):
 
 
 def balanced_scaling(updates: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
-    """All units under each other, (P × in) and (out × P), √|s| of each adapter's scaling on either side."""
+    """Return all units under each other, (P × in) and (out × P), √|s| of each adapter's scaling on either side."""
     roots = [abs(update.scaling) ** 0.5 for update in updates]
     down = torch.cat([update.down * root for update, root in zip(updates, roots, strict=True)])
     signed = [root if update.scaling >= 0 else -root for update, root in zip(updates, roots, strict=True)]
@@ -126,10 +130,11 @@ def balanced_scaling(updates: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
 
 
 def canonical_units(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The same rank-one updates, ‖a‖ = ‖b‖, signs such that units point the same way as those they are like.
+    """Return the same rank-one updates with ‖a‖ = ‖b‖, and with signs such that similar units point the same way.
 
-    First each is aligned with the pool's leading direction, which no change of signs moves. A unit at right angles to
-    that could go either way, so then each is turned that agrees better with all others when turned, until none does.
+    First each unit is aligned with the leading direction of all of them, which does not depend on signs. A unit at
+    right angles to it could go either way. So each unit that agrees better with all others when turned is turned, until
+    none is.
     """
     narrow, tall = down.norm(dim=1), up.norm(dim=0)
     ratio = torch.where((narrow > 0) & (tall > 0), (tall / narrow).sqrt(), torch.ones_like(narrow))

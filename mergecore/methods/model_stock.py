@@ -26,7 +26,8 @@ class ModelStock(DeltaMethod[Shares]):
         "Jang et al. 2024, Model Stock: all we need is just a few fine-tuned models, arXiv:2403.19522"
     )
     published: ClassVar[tuple[str, ...]] = (
-        "`negative: extrapolate` mergekit's `model_stock`, `group: filter` its `filter_wise`, without its absolute guards",
+        "`negative: extrapolate` mergekit's `model_stock`, `group: filter` its `filter_wise`, without its absolute "
+        "guards",
         "`angle: mean_angle` fusion_bench's",
     )
     version: ClassVar[int] = 2

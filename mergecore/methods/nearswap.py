@@ -1,4 +1,5 @@
-"""NearSwap: towards an expert, but no weight further from the base than t (alchemonaut 2024; as mergekit's `nearswap`)."""
+"""NearSwap: towards an expert, but no weight further from the base than t (alchemonaut 2024; as mergekit's
+`nearswap`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""NuSLERP: two experts joined along an arc, of their weights or of their changes, by weight (as mergekit's `nuslerp`)."""
+"""NuSLERP: two experts joined along an arc, of their weights or of their changes, by weight (as mergekit's
+`nuslerp`)."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class Nuslerp(Method[Shares]):
     """Goes from the first of two experts to the second along the arc between their directions, as far as weights say.
 
     t = w_2 / (w_1 + w_2); beyond 0 … 1, with a negative weight, the arc is prolonged. Directions are those of whole
-    tensors, or of each row or column alone. Vectors of no length, and parallel or opposite ones, take the straight line.
+    tensors, or of each row or column alone. Vectors of no length, and parallel or opposite ones, take the straight
+    line.
     """
 
     name: ClassVar[str] = "nuslerp"

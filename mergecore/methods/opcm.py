@@ -42,8 +42,8 @@ class Opcm(Method[OpcmArguments]):
 
     name: ClassVar[str] = "opcm"
     paper: ClassVar[str] = (
-        "Tang et al. 2025, Merging models on the fly without retraining: a sequential approach to scalable continual model "
-        "merging, arXiv:2501.09522"
+        "Tang et al. 2025, Merging models on the fly without retraining: a sequential approach to scalable continual "
+        "model merging, arXiv:2501.09522"
     )
     published: ClassVar[tuple[str, ...]] = (
         "the authors' code",
@@ -106,7 +106,8 @@ class Opcm(Method[OpcmArguments]):
         return positions
 
     def bound(self, order: Sequence[int]) -> Opcm:
-        """Return the method without its order, which is now that of the experts: one step, however the order is written."""
+        """Return the method without its order, which is now that of the experts: one step, however the order is
+        written."""
         return self.model_copy(update={"order": "recipe"})
 
     def arguments(self, block: Block, statistics: Statistics) -> OpcmArguments:

@@ -19,7 +19,8 @@ from mergecore.statistics.overlap_counts import SHARED, UNIQUE, OverlapCounts
 
 
 class Boost(BaseModel):
-    """RAM+: an expert's own changes times 1 + rate · min(shared / unique, most), for what averaging took from the shared.
+    """RAM+: an expert's own changes times 1 + rate · min(shared / unique, most), for what averaging took from the
+    shared.
 
     shared, unique: how many of its changed coordinates another expert changes too, and how many none does. Where an
     expert has none of its own there is nothing to boost.
@@ -99,7 +100,8 @@ class Ram(DeltaMethod[RamArguments]):
         return RamArguments(self.boost.factors(counts[SHARED], counts[UNIQUE]))
 
     def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: RamArguments) -> Tensor:
-        """Return θ_0 plus the mean of the changes where several experts have one, else the only one (times its factor)."""
+        """Return θ_0 plus the mean of the changes where several experts have one, else the only one (times its
+        factor)."""
         changes = [torch.where(delta.abs() > self.epsilon, delta, 0.0) for delta in deltas]
         count = folded_sum([torch.where(delta.abs() > self.epsilon, 1.0, 0.0) for delta in deltas])
         joined = folded_sum(changes) / count.clamp(min=1.0)

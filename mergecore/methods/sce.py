@@ -1,4 +1,5 @@
-"""SCE: select by variance, calculate matrix weights, erase minority signs (Wan et al. 2024, FuseChat; as in mergekit)."""
+"""SCE: select by variance, calculate matrix weights, erase minority signs (Wan et al. 2024, FuseChat; as in
+mergekit)."""
 
 from __future__ import annotations
 
@@ -82,7 +83,8 @@ class Sce(DeltaMethod[NoArguments]):
 
 
 def _matrix_weights(deltas: Sequence[Tensor], kept: Tensor) -> list[float]:
-    """Return η_t: each expert's share of the squared change on the kept coordinates; equal where nothing changes at all."""
+    """Return η_t: each expert's share of the squared change on the kept coordinates; equal where nothing changes at
+    all."""
     squares = []
     for delta in deltas:
         square = 0.0

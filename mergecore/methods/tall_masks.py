@@ -1,4 +1,5 @@
-"""TALL masks: one shared vector, and for each task a bit mask that says which of it the task wants (Wang et al. 2024, §3)."""
+"""TALL masks: one shared vector, and for each task a bit mask that says which of it the task wants (Wang et al. 2024,
+§3)."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ from mergecore.tensors.source import TensorInfo
 class TallMasks(DeltaMethod[MultiTaskArguments]):
     """Keeps of every expert one bit a weight: M_t = |τ_t| > λ_t |τ_m − τ_t|; the model of task t is θ_0 + M_t ⊙ τ_m.
 
-    What is written is no model but a product of masks (mergecore/tensors/masked.py): base, shared vector and bits, from which
-    `mergeloom unpack` makes the model of any task. The comparison is strict, as in the authors' code.
+    What is written is no model but a product of masks (mergecore/tensors/masked.py): base, shared vector and bits, from
+    which `mergeloom unpack` makes the model of any task. The comparison is strict, as in the authors' code.
     """
 
     name: ClassVar[str] = "tall_masks"

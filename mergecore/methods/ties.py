@@ -50,7 +50,8 @@ class Ties(DeltaMethod[TiesArguments]):
         "Yadav et al. 2023, TIES-Merging: resolving interference when merging models, arXiv:2306.01708"
     )
     published: ClassVar[tuple[str, ...]] = (
-        "`count: published` the authors' code, with `aggregate` as its mean, sum or max and `elect` as its `resolve_method`",
+        "`count: published` the authors' code, with `aggregate` as its mean, sum or max and `elect` as its "
+        "`resolve_method`",
         "`scope: tensor, count: exact, least: 1, zero_sign: positive` mergekit's `ties`",
         "with `drop: {rescale: l1}` and density 1 its `dare_ties`, of other random masks",
     )
@@ -71,8 +72,9 @@ class Ties(DeltaMethod[TiesArguments]):
     elect: Annotated[
         Elect,
         Field(
-            description="how a coordinate's sign is elected: 'mass', the sign of the sum (the paper); of what each expert's "
-            "change there is of its squared norm, 'normmass' adds them up with their signs and 'normfrac' takes the largest"
+            description="how a coordinate's sign is elected: 'mass', the sign of the sum (the paper); of what each "
+            "expert's change there is of its squared norm, 'normmass' adds them up with their signs and 'normfrac' "
+            "takes the largest"
         ),
     ] = "mass"
     aggregate: Annotated[

@@ -32,8 +32,8 @@ class TsvM(DeltaMethod[MatrixArguments]):
     crowded: Annotated[
         Literal["mean", "zero"],
         Field(
-            description="matrices with fewer rows or columns than there are tasks, so that ⌊r/T⌋ = 0 triplets are left: "
-            "the mean, as for vectors, or no change at all (the authors' code)"
+            description="matrices with fewer rows or columns than there are tasks, so that ⌊r/T⌋ = 0 triplets are "
+            "left: the mean, as for vectors, or no change at all (the authors' code)"
         ),
     ] = "mean"
     convolutions: Convolutions = "mean"

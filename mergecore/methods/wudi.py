@@ -129,7 +129,8 @@ class Wudi(DeltaMethod[WudiArguments]):
         return self._iterated(start, curvature, target)
 
     def _closed(self, start: Tensor, curvature: Tensor, target: Tensor) -> Tensor:
-        """Return Σ τ + (N − Σ τ D)(D + ρ I)⁻¹. Directions that no task vector has keep the sum's value, which is 0 there."""
+        """Return Σ τ + (N − Σ τ D)(D + ρ I)⁻¹. Directions that no task vector has keep the sum's value, which is 0
+        there."""
         values: Tensor
         vectors: Tensor
         values, vectors = torch.linalg.eigh(curvature)

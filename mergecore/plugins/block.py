@@ -60,8 +60,8 @@ class Block:
     """Elements start … stop−1 of the flattened tensor `name`, of every model.
 
     base and experts are float32: of shape (stop − start,) for `Per.ELEMENT`, else of the tensor's shape. `experts` are
-    weights θ_t or deltas τ_t = θ_t − θ_0, as the plug-in asks for with `on`. ids are the experts' ids, in the same order.
-    base is None where the plug-in does not need it. A block without values has neither base nor experts.
+    weights θ_t or deltas τ_t = θ_t − θ_0, as the plug-in asks for with `on`. ids are the experts' ids, in the same
+    order. base is None where the plug-in does not need it. A block without values has neither base nor experts.
     """
 
     name: str

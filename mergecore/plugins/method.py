@@ -63,8 +63,8 @@ class Method(Plugin, ABC, Generic[A]):
     @property
     @abstractmethod
     def on(self) -> On:
-        """What it sees of the experts: 'weights' θ_t, 'deltas' τ_t = θ_t − θ_0, or 'state': nothing, its statistics know
-        all of them that counts."""
+        """What it sees of the experts: 'weights' θ_t, 'deltas' τ_t = θ_t − θ_0, or 'state': nothing, its statistics
+        know all of them that counts."""
 
     @property
     def needs_base(self) -> bool:
@@ -125,7 +125,8 @@ class Method(Plugin, ABC, Generic[A]):
     def merge_models(self, models: Sequence[Tensor], arguments: A) -> Tensor:
         """Return the merged weights of one block, float32.
 
-        models: the base where `needs_base`, then every expert where `needs_experts`, as `on` says; float32, of one shape.
+        models: the base where `needs_base`, then every expert where `needs_experts`, as `on` says; float32, of one
+        shape.
 
         An element-wise method does plain torch operations on single elements, none in place and none on a number alone.
         The engine makes one fused loop of them. Where it cannot, it runs them as they are.

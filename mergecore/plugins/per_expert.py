@@ -11,27 +11,28 @@ from mergecore.errors import SpecError
 
 ONE, EACH = Tag("(one)"), Tag("(each)")
 ONE_OR_EACH = Discriminator(lambda value: "(each)" if isinstance(value, list | tuple) else "(one)")
-"""For a parameter that is one value for all experts, or a list of one per expert; the tags stay out of error messages."""
+"""For a parameter that is one value for all experts, or a list of one per expert; the tags stay out of error
+messages."""
 
 
 def experts_given(count: int) -> str:
-    """Half a sentence for an error about the number of experts."""
+    """Return half a sentence for an error: how many experts there are."""
     return f"{count} experts are given" if count != 1 else "1 expert is given"
 
 
 def check_each(name: str, values: Any, count: int) -> None:
-    """Raise SpecError where a parameter that may be one value per expert has not one for each."""
+    """Raise SpecError where a parameter is a list of other length than `count`, the number of experts."""
     if isinstance(values, tuple) and len(values) != count:
         raise SpecError(f"{name}: {len(values)} given for {count} experts; give one per expert, or one value for all")
 
 
 def each(values: float | tuple[float, ...], count: int) -> tuple[float, ...]:
-    """One value per expert."""
+    """Return one value per expert."""
     return values if isinstance(values, tuple) else (values,) * count
 
 
 def check_weights(weights: tuple[float, ...] | None, count: int) -> None:
-    """Raise SpecError where there is not one weight per expert, or where no mean can be formed with them."""
+    """Raise SpecError where there is not one weight per expert, or where the weights cannot form a mean."""
     if weights is None:
         return
     if len(weights) != count:
@@ -42,7 +43,8 @@ def check_weights(weights: tuple[float, ...] | None, count: int) -> None:
         raise SpecError("weights: all are 0; give at least one expert a weight above 0")
     if sum(weights) <= 0:
         raise SpecError(
-            f"weights: they add up to {sum(weights):g}, and a mean divides by that; make it more than 0, or take the sum"
+            f"weights: they add up to {sum(weights):g}, and a mean divides by that; make it more than 0, or take the "
+            f"sum"
         )
 
 
@@ -50,5 +52,5 @@ Values = TypeVar("Values")
 
 
 def moved(values: Values, order: Sequence[int]) -> Values:
-    """One value per expert in the order in which the experts are folded; what is one value for all stays as it is."""
+    """Return values that are one per expert in the order in which experts are folded; one value for all as it is."""
     return type(values)(values[position] for position in order) if isinstance(values, tuple) else values
