@@ -78,7 +78,7 @@ def digest_seconds(path: Path) -> float:
     counted.
     """
     buffer, used, state = memoryview(bytearray(WINDOW)), 0.0, xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
             began = time.thread_time()
             state.update(buffer[:size])

@@ -99,7 +99,7 @@ def _settled(done: Done) -> None:
 
 def _note(event: Event, read: list[float]) -> None:
     """Elements of a reading that has come to its end."""
-    if event.what == "reading" and event.done >= event.total:
+    if event.activity == "reading" and event.done >= event.total:
         read.append(event.total)
 
 

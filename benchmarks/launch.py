@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 
 def anonymous(pid: int) -> int:
     """Bytes of a process that are nobody's file: what cannot be read again from the disk."""
     try:
-        with open(f"/proc/{pid}/status", encoding="ascii") as file:
+        with Path(f"/proc/{pid}/status").open(encoding="ascii") as file:
             return next((int(line.split()[1]) << 10 for line in file if line.startswith("RssAnon")), 0)
     except OSError:
         return 0
@@ -24,7 +25,7 @@ def main(result: str, output: str, *command: str) -> None:
     """Run, look at its memory fifty times a second, wait."""
     most, ended = 0, threading.Event()
     began = time.monotonic()
-    with open(output, "wb") as file:
+    with Path(output).open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file)
 
         def look() -> None:
@@ -44,7 +45,7 @@ def main(result: str, output: str, *command: str) -> None:
         "memory": usage.ru_maxrss * 1024.0,
         "anonymous": most,
     }
-    with open(result, "w", encoding="ascii") as file:
+    with Path(result).open("w", encoding="ascii") as file:
         json.dump({**settings, "code": os.waitstatus_to_exitcode(status)}, file)
 
 

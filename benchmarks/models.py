@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from contextlib import ExitStack
@@ -92,11 +91,11 @@ def write_models(folder: Path, billions: float, experts: int) -> None:
         files: dict[int, BinaryIO] = {}
         for number, target in missing.items():
             target.mkdir(exist_ok=True)
-            files[number] = stack.enter_context(open(target / "model.safetensors.tmp", "wb"))
+            files[number] = stack.enter_context((target / "model.safetensors.tmp").open("wb"))
             files[number].write(_header(tensors))
         _write_tensors(tensors, files)
     for target in missing.values():
-        os.replace(target / "model.safetensors.tmp", weights(target))
+        (target / "model.safetensors.tmp").replace(weights(target))
         (target / "config.json").write_text(json.dumps(_config(tensors)))  # last: what has it is complete
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -150,7 +149,7 @@ def write_tier(folder: Path) -> None:
     _make(draft)
     torch.set_num_threads(threads)
     try:
-        os.rename(draft, folder)
+        draft.rename(folder)
     except OSError:  # another process was faster
         shutil.rmtree(draft)
 

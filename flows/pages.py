@@ -37,7 +37,7 @@ def logged() -> Report:
     def report(event: Event) -> None:
         if event.done >= event.total:
             amount = f" ({event.total:g} {event.unit})" if event.total else ""
-            logger.info("%s%s", event.what, amount)
+            logger.info("%s%s", event.activity, amount)
 
     return report
 

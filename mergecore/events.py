@@ -1,4 +1,4 @@
-"""What is told while something takes its time. Imports nothing, so that whoever tells it need not wait for torch."""
+"""Progress events of long work. This module imports nothing heavy, so that reporting does not wait for torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Event:
-    """Something worth telling: what is being done, how much of it is done, out of how much, in which unit."""
+    """Progress of one activity: how much is done, out of how much, in which unit."""
 
-    what: str
+    activity: str
     done: float = 0
     total: float = 0
     unit: str = ""
@@ -21,4 +21,4 @@ Report = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """A `report` that says nothing."""
+    """Report nothing."""

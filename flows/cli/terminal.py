@@ -89,9 +89,9 @@ def _bars() -> Iterator[Report]:
             return _drawn(list(bars.values()), console.width)
 
     def report(event: Event) -> None:
-        name = event.what.partition(":")[0]
+        name = event.activity.partition(":")[0]
         if not event.total:
-            console.print(_wrapped(event.what, console.width), soft_wrap=True)
+            console.print(_wrapped(event.activity, console.width), soft_wrap=True)
             return
         with lock:
             if event.done >= event.total:
@@ -153,16 +153,16 @@ def _drawn(bars: list[_Bar], columns: int) -> Table:
     for bar in bars:
         minutes, seconds = divmod(int(time.monotonic() - bar.began), 60)
         progressed = ProgressBar(total=bar.event.total, completed=bar.event.done, width=bar_columns)
-        table.add_row(bar.event.what, progressed, _share(bar.event), f"{minutes}:{seconds:02d}")
+        table.add_row(bar.event.activity, progressed, _share(bar.event), f"{minutes}:{seconds:02d}")
     return table
 
 
 def described(event: Event, columns: int | None = None) -> str:
     """An event as one line; as a message where there is no amount. columns: the text is shortened or wrapped to that."""
     if not event.total:
-        return event.what if columns is None else _wrapped(event.what, columns)
+        return event.activity if columns is None else _wrapped(event.activity, columns)
     share = _share(event)
-    what = event.what if columns is None else _shortened(event.what, columns - len(share) - 2)
+    what = event.activity if columns is None else _shortened(event.activity, columns - len(share) - 2)
     return f"{what}  {share}"
 
 

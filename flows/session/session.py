@@ -119,9 +119,9 @@ def _token() -> str | None:
     """Return HF_TOKEN, else the token that `hf auth login` has stored, else None."""
     if token := os.environ.get("HF_TOKEN"):
         return token
-    home = os.environ.get("HF_HOME", os.path.join(os.path.expanduser("~"), ".cache", "huggingface"))
+    home = os.environ.get("HF_HOME", f"{os.path.expanduser('~')}/.cache/huggingface")  # noqa: PTH111 — without a home too
     try:
-        return Path(os.environ.get("HF_TOKEN_PATH", os.path.join(home, "token"))).read_text().strip() or None
+        return Path(os.environ.get("HF_TOKEN_PATH", f"{home}/token")).read_text().strip() or None
     except OSError:
         return None
 

@@ -20,7 +20,7 @@ LARGE = 32 << 20
 
 def cache_folder() -> Path:
     """Return the folder of this user's caches: XDG_CACHE_HOME/mergeloom."""
-    home = os.environ.get("XDG_CACHE_HOME", os.path.join(os.path.expanduser("~"), ".cache"))
+    home = os.environ.get("XDG_CACHE_HOME", f"{os.path.expanduser('~')}/.cache")  # noqa: PTH111 — without a home too
     return Path(home) / "mergeloom"
 
 

@@ -2,7 +2,7 @@
 
 An adapter is `adapter_model.safetensors` with lora_A (rank × in) and lora_B (out × rank) for every module, and
 `adapter_config.json`. An adapter that Mergeloom writes has lora_alpha equal to its rank everywhere, so that PEFT's own
-factor is 1: the scaling of the adapters it was made of is in its factors.
+factor is 1. Its factors contain the scaling of the adapters it was made of.
 """
 
 from __future__ import annotations
@@ -44,34 +44,37 @@ class LowRank:
 
 
 def module_of(target: str) -> str:
-    """The module whose weight is the base tensor `target`."""
+    """Return the module whose weight is the base tensor `target`."""
     return target.removesuffix(".weight")
 
 
-def made_factor(target: str, transposed: bool) -> Factor:
-    """Where the factors of a base tensor stand in an adapter made here."""
+def own_factor(target: str, transposed: bool) -> Factor:
+    """Return where the factors of a base tensor stand in an adapter that Mergeloom writes."""
     stem = f"base_model.model.{module_of(target)}"
     return Factor(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", 1.0, transposed)
 
 
 def is_transposed(experts: Sequence[AdapterExpert]) -> bool:
-    """Whether the base keeps its weights as (in, out), as all of the adapters must say alike. Raises MismatchError."""
+    """Return whether the base keeps its weights as (in, out).
+
+    Raises MismatchError where the adapters do not agree.
+    """
     said = {factor.transposed: expert.name for expert in experts for factor in expert.factors.values()}
     if len(said) > 1:
         raise MismatchError(
-            f"'{said[True]}' has fan_in_fan_out=true and '{said[False]}' has not: no adapter can say both; train or save "
-            "them with one setting"
+            f"'{said[True]}' has fan_in_fan_out=true and '{said[False]}' has not: no adapter can say both; train or "
+            "save them with one setting"
         )
     return next(iter(said), False)
 
 
 def low_rank(expert: AdapterExpert, target: str) -> LowRank | None:
-    """The expert's update of a base tensor, None where it has none."""
+    """Return the expert's update of a base tensor; None where it has none."""
     factor = expert.factors.get(target)
     if factor is None:
         return None
     down, up = (
-        expert.held.read(name).to(torch.float64).reshape(expert.held.tensors[name].shape)
+        expert.stored.read(name).to(torch.float64).reshape(expert.stored.tensors[name].shape)
         for name in (factor.down, factor.up)
     )
     return LowRank(down, up, factor.scaling)
@@ -80,18 +83,18 @@ def low_rank(expert: AdapterExpert, target: str) -> LowRank | None:
 def outputs(
     ranks: Mapping[str, int], selection: Mapping[str, TensorInfo], transposed: bool, dtype: str = "F32"
 ) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes of an adapter's file."""
-    found = {}
+    """Return names, dtypes and shapes of an adapter's file. ranks: by base tensor."""
+    infos = {}
     for target, rank in ranks.items():
-        factor, (rows, columns) = made_factor(target, transposed), selection[target].shape
+        factor, (rows, columns) = own_factor(target, transposed), selection[target].shape
         inner, outer = (rows, columns) if transposed else (columns, rows)
-        found[factor.down] = TensorInfo(dtype, (rank, inner))
-        found[factor.up] = TensorInfo(dtype, (outer, rank))
-    return found
+        infos[factor.down] = TensorInfo(dtype, (rank, inner))
+        infos[factor.up] = TensorInfo(dtype, (outer, rank))
+    return infos
 
 
 def padded(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors with rank-one parts of zero behind them, up to `rank`: a file's shapes are known before its numbers."""
+    """Append rank-one parts of zero up to `rank`: the shapes of a file are known before its numbers are."""
     missing = rank - down.shape[0]
     if missing <= 0:
         return down, up
@@ -101,7 +104,7 @@ def padded(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def relative_error(modules: Mapping[str, Mapping[str, float]]) -> float:
-    """√(Σ lost / Σ whole) over modules, of squared Frobenius norms; 0 where there was nothing."""
+    """Return √(Σ lost / Σ whole) over modules, of squared Frobenius norms; 0 where there is nothing."""
     whole = sum(numbers["whole"] for numbers in modules.values())
     return sqrt(sum(numbers["lost"] for numbers in modules.values()) / whole) if whole else 0.0
 
@@ -110,9 +113,9 @@ def relative_error(modules: Mapping[str, Mapping[str, float]]) -> float:
 
 
 def agreed(configs: Sequence[Mapping[str, Any]], key: str) -> Any:
-    """What all configurations say under a key; None where they differ."""
-    said = [config.get(key) for config in configs]
-    return said[0] if all(one == said[0] for one in said) else None
+    """Return what all configurations say under a key; None where they differ."""
+    values = [config.get(key) for config in configs]
+    return values[0] if all(value == values[0] for value in values) else None
 
 
 def adapter_config(
@@ -121,9 +124,10 @@ def adapter_config(
     configs: Sequence[Mapping[str, Any]],
     transposed: bool,
 ) -> dict[str, Any]:
-    """`adapter_config.json` of an adapter with these ranks by base tensor. configs: of the adapters it was made of.
+    """Return the `adapter_config.json` of an adapter.
 
-    Modules are named by their last part where that means exactly these, as people write it, else in full.
+    ranks: by base tensor. configs: of the adapters it was made of. Modules are named by their last part where that
+    means exactly these, as people write it; otherwise by their full names.
     """
     usual = Counter(ranks.values()).most_common(1)[0][0]
     other = {re.escape(module_of(target)): rank for target, rank in sorted(ranks.items()) if rank != usual}

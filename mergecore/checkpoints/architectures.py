@@ -1,4 +1,4 @@
-"""What tensor names mean, as data: how layers are numbered and which tensors are tied, over the common families."""
+"""What tensor names mean, as data: how layers are numbered and which tensors are tied, for the common families."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ALWAYS_TIED = frozenset(name for owner, name in TIED if owner == "shared.weight"
 """T5's stacks read the shared embeddings whatever the config says; there it speaks of the head."""
 
 HEAD_APART: tuple[str, ...] = ("mt5", "umt5")
-"""Model types whose head is a tensor of its own, though transformers 5 writes tie_word_embeddings: true into all of T5's kin."""
+"""Model types whose head is a tensor of its own, though transformers 5 writes tie_word_embeddings: true for them."""
 
 EMBEDDINGS: tuple[str, ...] = (
     "*embedding*", "*embed_tokens*", "*embed_in*", "*embed_positions*", "*wte*", "*wpe*", "*shared.weight",
     "*relative_attention_bias*",
 )  # fmt: skip
-"""Shell patterns of tables that are looked up by row: two dimensions, but no linear layer (GPT-NeoX's embed_out is one)."""
+"""Shell patterns of tables that are looked up by row: two dimensions, but no linear layer (GPT-NeoX's embed_out is)."""
 
 VOCABULARY = re.compile(
     r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared)\.weight$"
@@ -66,9 +66,9 @@ FINAL_NORM = re.compile(r"^(?!.*(?:lm_head|cls\.|classifier|vocab_)).*(?:norm|(?
 
 
 def layer_of(name: str) -> int | None:
-    """The layer a tensor belongs to, None for embeddings, heads and final norms."""
-    found = LAYER.search(name)
-    return int(found.group(1)) if found else None
+    """Return the layer that a tensor belongs to; None for embeddings, heads and final norms."""
+    match = LAYER.search(name)
+    return int(match.group(1)) if match else None
 
 
 def at_layer(name: str, layer: int) -> str:
@@ -78,7 +78,9 @@ def at_layer(name: str, layer: int) -> str:
 
 
 def at_layers(values: Mapping[str, Value], layers: Layers) -> dict[str, Value]:
-    """Return the values by the result's names: layer i is what layer `layers[i]` was; what belongs to no layer stays."""
+    """Return the values under the result's names. Layer i is what layer `layers[i]` was; what belongs to no layer
+    stays.
+    """
     renamed = {name: value for name, value in values.items() if layer_of(name) is None}
     by_layer: dict[int, list[str]] = {}
     for name in values:
@@ -92,18 +94,20 @@ def at_layers(values: Mapping[str, Value], layers: Layers) -> dict[str, Value]:
 
 
 def depths(names: Iterable[str]) -> dict[str, int]:
-    """{what stands before the number: how many layers} of every stack: one, or those of an encoder and of a decoder."""
-    found: dict[str, int] = {}
+    """Return {stem: number of layers} of every stack. Most models have one; encoder-decoders have two."""
+    counts: dict[str, int] = {}
     for name in names:
-        place = LAYER.search(name)
-        if place is not None:
-            stem = name[: place.start(1)]
-            found[stem] = max(found.get(stem, 0), int(place[1]) + 1)
-    return found
+        match = LAYER.search(name)
+        if match is not None:
+            stem = name[: match.start(1)]
+            counts[stem] = max(counts.get(stem, 0), int(match[1]) + 1)
+    return counts
 
 
 def outside(name: str) -> Outside:
-    """What a tensor that belongs to no layer is: embeddings, a final norm, or the head, which is all the rest."""
+    """Return what a tensor that belongs to no layer is: embeddings, a final norm, or the head, which is all the
+    rest.
+    """
     if EMBEDDING.search(name):
         return "embeddings"
     return "norm" if FINAL_NORM.search(name) else "head"

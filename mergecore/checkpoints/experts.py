@@ -1,6 +1,6 @@
-"""Experts as views: weights θ_t and deltas τ_t = θ_t − θ_0 in float32, formed while both are being read.
+"""Experts as views: weights θ_t and deltas τ_t = θ_t − θ_0 in float32, formed while both are read.
 
-A full checkpoint and a LoRA adapter (Hu et al. 2022) read alike; a delta is never written at full size.
+A full checkpoint and a LoRA adapter (Hu et al. 2022) are read alike. A delta is never written at full size.
 """
 
 from __future__ import annotations
@@ -52,23 +52,23 @@ class Expert(ABC):
 
     @abstractmethod
     def carries(self, name: str) -> bool:
-        """Whether the expert's own files change this tensor of the base."""
+        """Return whether the expert's own files change this tensor of the base."""
 
     @abstractmethod
     def sources(self) -> tuple[TensorSource, ...]:
-        """What is read."""
+        """Return what is read."""
 
     @abstractmethod
     def block(self, name: str, start: int, stop: int) -> Tensor:
-        """What is read once for elements start … stop−1: weights in their own dtype, or the delta in float32."""
+        """Read elements start … stop−1 once: weights in their own dtype, or the delta in float32."""
 
     @abstractmethod
-    def weights(self, held: Tensor, base: Tensor) -> Tensor:
-        """θ_t in float32, from a piece of `block` and the same piece of the base (float32)."""
+    def weights(self, values: Tensor, base: Tensor) -> Tensor:
+        """Return θ_t in float32. values: from `block`. base: the same elements of the base, float32."""
 
     @abstractmethod
-    def delta(self, held: Tensor, base: Tensor) -> Tensor:
-        """τ_t in float32, likewise."""
+    def delta(self, values: Tensor, base: Tensor) -> Tensor:
+        """Return τ_t in float32. values: from `block`. base: the same elements of the base, float32."""
 
 
 @dataclass(frozen=True)
@@ -77,28 +77,28 @@ class FullExpert(Expert):
 
     id: str
     name: str
-    held: TensorSource
+    stored: TensorSource
     complete: ClassVar[bool] = True
 
     def carries(self, name: str) -> bool:
-        """A checkpoint carries all of its tensors."""
-        return name in self.held.tensors
+        """Return whether the checkpoint has the tensor."""
+        return name in self.stored.tensors
 
     def sources(self) -> tuple[TensorSource, ...]:
-        """The checkpoint."""
-        return (self.held,)
+        """Return the checkpoint."""
+        return (self.stored,)
 
     def block(self, name: str, start: int, stop: int) -> Tensor:
-        """Weights in their own dtype."""
-        return self.held.read(name, start, stop)
+        """Read the weights in their own dtype."""
+        return self.stored.read(name, start, stop)
 
-    def weights(self, held: Tensor, base: Tensor) -> Tensor:
-        """The weights themselves."""
-        return held.to(torch.float32)
+    def weights(self, values: Tensor, base: Tensor) -> Tensor:
+        """Return the weights in float32."""
+        return values.to(torch.float32)
 
-    def delta(self, held: Tensor, base: Tensor) -> Tensor:
-        """Weights minus base, both in float32."""
-        return held.to(torch.float32) - base
+    def delta(self, values: Tensor, base: Tensor) -> Tensor:
+        """Return weights minus base, both in float32."""
+        return values.to(torch.float32) - base
 
 
 @dataclass(frozen=True)
@@ -113,25 +113,25 @@ class Factor:
 
 @dataclass(frozen=True)
 class AdapterExpert(Expert):
-    """A LoRA adapter on the base: zero delta wherever it has no factors."""
+    """A LoRA adapter on the base. Its delta is zero wherever it has no factors."""
 
     id: str
     name: str
-    held: TensorSource
+    stored: TensorSource
     factors: Mapping[str, Factor]
     shapes: Mapping[str, tuple[int, ...]]
     complete: ClassVar[bool] = False
 
     def carries(self, name: str) -> bool:
-        """Only the adapter's targets."""
+        """Return whether the adapter has factors for the tensor."""
         return name in self.factors
 
     def sources(self) -> tuple[TensorSource, ...]:
-        """The adapter's own file."""
-        return (self.held,)
+        """Return the adapter's own file."""
+        return (self.stored,)
 
     def block(self, name: str, start: int, stop: int) -> Tensor:
-        """The delta in float32, from fixed blocks of `ROWS` rows."""
+        """Return the delta in float32. It is formed over fixed groups of `ROWS` rows."""
         if name not in self.factors:
             return torch.zeros(stop - start)
         factor, (rows, columns) = self.factors[name], self.shapes[name]
@@ -143,16 +143,16 @@ class AdapterExpert(Expert):
         joined = torch.cat(products) if len(products) > 1 else products[0]
         return joined[start - first * columns : stop - first * columns] * factor.scaling
 
-    def weights(self, held: Tensor, base: Tensor) -> Tensor:
-        """Base plus delta in float32: the adapter folded in."""
-        return base + held
+    def weights(self, values: Tensor, base: Tensor) -> Tensor:
+        """Return base plus delta in float32."""
+        return base + values
 
-    def delta(self, held: Tensor, base: Tensor) -> Tensor:
-        """The delta itself."""
-        return held
+    def delta(self, values: Tensor, base: Tensor) -> Tensor:
+        """Return the delta."""
+        return values
 
     def _matrix(self, name: str) -> Tensor:
-        return self.held.read(name).to(torch.float32).reshape(self.held.tensors[name].shape)
+        return self.stored.read(name).to(torch.float32).reshape(self.stored.tensors[name].shape)
 
 
 def adapter_factors(
@@ -162,9 +162,11 @@ def adapter_factors(
     where: str,
     tied: Mapping[str, str] | None = None,
 ) -> dict[str, Factor]:
-    """{base tensor: factor} of a PEFT LoRA adapter; rsLoRA scaling, rank and alpha patterns as PEFT has them.
+    """Return {base tensor: factor} of a PEFT LoRA adapter. rsLoRA scaling, rank and alpha patterns are as PEFT has
+    them.
 
-    tied: names that stand for another tensor of the base, with its name. Raises MismatchError, naming the adapter and the tensor, for what is not a plain LoRA update (DoRA, biases,
+    tied: names that stand for another tensor of the base, with its name.
+    Raises MismatchError, naming the adapter and the tensor, for what is not a plain LoRA update (DoRA, biases,
     modules_to_save, convolutions) and for factors that do not fit the base.
     """
     _refuse(config, where)
@@ -182,8 +184,8 @@ def adapter_factors(
         target, up = f"{module}.weight", name.replace("lora_A", "lora_B")
         if target in (tied or {}):
             raise MismatchError(
-                f"{where} changes '{target}', which the base ties to '{(tied or {})[target]}': as one tensor they would "
-                "both change; train the adapter without this target, or fold it into an untied copy of the base"
+                f"{where} changes '{target}', which the base ties to '{(tied or {})[target]}': as one tensor they "
+                "would both change; train the adapter without this target, or fold it into an untied copy of the base"
             )
         if target not in base:
             raise MismatchError(f"{where}: its target '{target}' is not in the base; is this the adapter's base?")
@@ -218,7 +220,9 @@ def _refuse(config: Mapping[str, Any], where: str) -> None:
 
 
 def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha/rank, or alpha/√rank for rsLoRA; a pattern matches the module's whole name or its end, as in PEFT."""
+    """Return alpha/rank, or alpha/√rank for rsLoRA. A pattern matches the module's whole name or its end, as in
+    PEFT.
+    """
     alpha = float(config.get("lora_alpha", 8))
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):

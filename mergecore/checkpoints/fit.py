@@ -1,4 +1,4 @@
-"""Checks that experts and base have the same tensors in the same shapes."""
+"""The check that an expert has the base's tensors in the same shapes."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def check_fit(
     config: Mapping[str, Any],
     rules: Sequence[SelectRule] = (),
 ) -> None:
-    """Raise MismatchError where a full checkpoint's names or shapes are not those of the base, naming the first few.
+    """Raise MismatchError where a full checkpoint's names or shapes are not those of the base. It names the first few.
 
-    What the rules leave out of the result need not fit, nor what the base's configuration ties.
+    rules: what they drop need not fit. config: the base's; what it ties need not fit either.
     """
     ignored = {name for _, name in _tied_pairs(config)}
-    ignored |= {name for held in (base, expert) for name in held if left_out(name, rules)}
-    ignored |= {name for held in (base, expert) for name in held if _is_buffer(name, held[name])}
+    ignored |= {name for tensors in (base, expert) for name in tensors if left_out(name, rules)}
+    ignored |= {name for tensors in (base, expert) for name in tensors if _is_buffer(name, tensors[name])}
     missing = sorted(set(base) - set(expert) - ignored)
     unknown = sorted(set(expert) - set(base) - ignored)
     if missing or unknown:
-        said = [f"lacks {_few(missing)}"] * bool(missing) + [f"has {_few(unknown)}, unknown to the base"] * bool(
+        differences = [f"lacks {_few(missing)}"] * bool(missing) + [f"has {_few(unknown)}, unknown to the base"] * bool(
             unknown
         )
         hint = f"; {_without((missing + unknown)[0])}" if len(missing) + len(unknown) <= HEAD else ""
-        raise MismatchError(f"{where} does not have the base's architecture: it {' and '.join(said)}{hint}")
+        raise MismatchError(f"{where} does not have the base's architecture: it {' and '.join(differences)}{hint}")
     for name in sorted(base):
         if name in expert and name not in ignored and tuple(base[name].shape) != tuple(expert[name].shape):
             wide = re.search(r"embed|wte|lm_head|shared", name)
@@ -53,5 +53,5 @@ def check_fit(
 
 
 def _without(name: str) -> str:
-    """What may be done about a tensor that does not fit."""
+    """Say what can be done about a tensor that does not fit."""
     return f"a task's head may be left out of the result: select: [{{names: '{name}', take: drop}}, {{}}]"

@@ -55,7 +55,7 @@ class FoldedTensors:
 @final
 @dataclass(frozen=True)
 class FoldedContents(Contents):
-    """The tensors of a checkpoint with an adapter folded in. factors: the adapter's, by tensor of the checkpoint."""
+    """The tensors of a checkpoint with an adapter folded in. factors: of the adapter, by tensor of the checkpoint."""
 
     base: Contents
     adapter: Snapshot
@@ -83,12 +83,15 @@ class FoldedContents(Contents):
 
 
 def _formed(info: TensorInfo) -> TensorInfo:
-    """The tensor of a sum that is formed in float32; integers stay what they are."""
+    """Return the info of a sum that is formed in float32; integers keep their dtype."""
     return TensorInfo("F32", info.shape) if DTYPES[info.dtype].is_floating_point else info
 
 
 def folded(base: Snapshot, adapter: Snapshot, where: str) -> Snapshot:
-    """Return `base` with `adapter` folded in. Raises SpecError and MismatchError where they are not what they should be."""
+    """Return `base` with `adapter` folded in.
+
+    Raises SpecError where they are not a full checkpoint and an adapter, MismatchError where they do not fit.
+    """
     if base.kind != "full" or adapter.kind != "adapter":
         raise SpecError(f"{where}: {adapter.source.uri} on {base.source.uri}: give a LoRA adapter on a full checkpoint")
     tied = tied_names(base.tensors, base.config)

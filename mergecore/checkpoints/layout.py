@@ -1,4 +1,4 @@
-"""Which tensors a merge changes, which it copies and which it leaves out; names → layers; tied weights once."""
+"""Which tensors a merge changes, which it copies and which it drops. Tied weights count once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mergecore.tensors.source import TensorInfo
 
 @dataclass(frozen=True)
 class Layout:
-    """Every tensor of the base is merged, copied or dropped; `merged` is what densities and norms are counted over."""
+    """What happens to every tensor of the base. Densities and norms are counted over `merged`."""
 
     merged: Mapping[str, TensorInfo]
     copied: Mapping[str, TensorInfo]
@@ -29,13 +29,13 @@ def lay_out(
     carried: Sequence[Iterable[str]],
     rules: Sequence[SelectRule] = (),
 ) -> Layout:
-    """The layout of a merge. carried: per expert the base tensors that its own files hold.
+    """Return the layout of a merge. carried: for each expert the base tensors that its own files hold.
 
-    Without rules every floating-point tensor that at least one expert carries is merged; tied weights count once.
-    Raises SpecError for a rule that matches nothing or a selection that is empty.
+    Without rules every floating-point tensor that at least one expert carries is merged. Tied weights count once.
+    Raises SpecError for a rule that matches nothing, and for a selection that is empty.
     """
     dropped = {name: f"tied to '{owner}'" for name, owner in tied_names(base, config).items() if name in base}
-    held = {name for names in carried for name in names}
+    carried_names = {name for names in carried for name in names}
     merged: dict[str, TensorInfo] = {}
     copied: dict[str, TensorInfo] = {}
     for name in sorted(base):
@@ -44,8 +44,8 @@ def lay_out(
         if left_out(name, rules):
             dropped[name] = LEFT_OUT
             continue
-        wanted = name in held and is_weight(name, base[name]) and _take(name, rules) == "merge"
-        (merged if wanted else copied)[name] = base[name]
+        is_merged = name in carried_names and is_weight(name, base[name]) and _take(name, rules) == "merge"
+        (merged if is_merged else copied)[name] = base[name]
     check_rules(base, rules)
     if not merged:
         raise SpecError(
@@ -56,17 +56,22 @@ def lay_out(
 
 
 def is_weight(name: str, info: TensorInfo) -> bool:
-    """Whether a tensor can be merged: floating-point and no constant that is saved along."""
+    """Return whether a tensor can be merged: it is floating-point, and no constant that is saved with the weights."""
     return info.dtype in MERGED and not _is_buffer(name, info)
 
 
 def tied_names(base: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, str]:
-    """{name: owner} of the names that stand for another tensor of the base, whether its files hold them or not."""
+    """Return {name: owner} of the names that stand for another tensor of the base, whether its files hold them
+    or not.
+    """
     return {name: owner for owner, name in _tied_pairs(config) if owner in base}
 
 
 def _tied_pairs(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """(owner, name) of what is one tensor in a model of this configuration; without one nothing is known to be."""
+    """Return (owner, name) of each pair that is one tensor in a model of this configuration.
+
+    Without a configuration nothing is known to be tied.
+    """
     # Of a T5 with a head of its own transformers 5 says that it is tied, and, truly, that outputs are not scaled.
     apart = config.get("scale_decoder_outputs") is False or config.get("model_type") in HEAD_APART
     tied = bool(config.get("tie_word_embeddings")) and not apart
@@ -74,5 +79,7 @@ def _tied_pairs(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def _is_buffer(name: str, info: TensorInfo) -> bool:
-    """GPT-2's attention mask is called attn.bias too; a bias that is a parameter has one dimension."""
+    """Return whether a tensor is a constant. GPT-2's attention mask is called attn.bias; a bias that is a parameter is
+    1-D.
+    """
     return BUFFER.search(name) is not None and (len(info.shape) != 1 or not name.endswith("bias"))

@@ -14,9 +14,9 @@ from mergecore.errors import SpecError, nearest
 
 
 class SelectRule(BaseModel):
-    """One rule of `select`; of several rules the first that matches a tensor decides.
+    """One rule of `select`. The first rule that matches a tensor decides.
 
-    Every key besides these is a value of the method, for the tensors the rule speaks of.
+    Every other key is a value of the method for the tensors that the rule matches.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)
@@ -43,11 +43,11 @@ class SelectRule(BaseModel):
 
     @model_validator(mode="after")
     def _fit_together(self) -> SelectRule:
-        given = [key for key in ("method", "experts", "base") if getattr(self, key) is not None] + list(self.values)
-        if self.take != "merge" and given:
-            unknown = given[0] not in SelectRule.model_fields
-            hint = nearest(given[0], SelectRule.model_fields) if unknown else "leave one of them out"
-            raise ValueError(f"'{given[0]}' says how to merge, 'take: {self.take}' not to; {hint}")
+        keys = [key for key in ("method", "experts", "base") if getattr(self, key) is not None] + list(self.values)
+        if self.take != "merge" and keys:
+            unknown = keys[0] not in SelectRule.model_fields
+            hint = nearest(keys[0], SelectRule.model_fields) if unknown else "leave one of them out"
+            raise ValueError(f"'{keys[0]}' says how to merge, 'take: {self.take}' not to; {hint}")
         if self.take != "copy" and self.of is not None:
             raise ValueError(f"'of' says whom to copy from; write {{take: copy, of: {self.of}}}")
         if self.experts is not None and not self.experts:
@@ -61,13 +61,13 @@ class SelectRule(BaseModel):
 
     @property
     def plain(self) -> bool:
-        """Whether the rule says no more than what is merged, what is copied from the base and what is left out."""
+        """Whether the rule says only what is merged, copied from the base or dropped."""
         return (
             not self.values and self.of is None and self.method is None and self.experts is None and self.base is None
         )
 
     def matches(self, name: str) -> bool:
-        """Whether the rule speaks of this tensor."""
+        """Return whether the rule matches this tensor."""
         if self.layers is not None:
             layer = layer_of(name)
             if layer is None or not self.layers[0] <= layer <= self.layers[1]:
@@ -85,7 +85,9 @@ def _is_expression(names: str) -> bool:
 
 
 def check_rules(base: Iterable[str], rules: Sequence[SelectRule]) -> None:
-    """Raise SpecError for a rule that matches none of these names; what is dropped may be an expert's alone."""
+    """Raise SpecError for a rule that matches none of these names. A rule that drops may match an expert's tensor
+    alone.
+    """
     for rule in rules:
         if rule.take != "drop" and not any(rule.matches(name) for name in base):
             raise SpecError(
@@ -95,7 +97,7 @@ def check_rules(base: Iterable[str], rules: Sequence[SelectRule]) -> None:
 
 
 def left_out(name: str, rules: Sequence[SelectRule]) -> bool:
-    """Whether `select` drops the tensor, wherever it stands."""
+    """Return whether `select` drops the tensor, in the base or in an expert."""
     return bool(rules) and _take(name, rules) == "drop"
 
 
@@ -105,8 +107,8 @@ def check_left_out(rules: Sequence[SelectRule], models: Sequence[Iterable[str]])
     for rule in rules:
         if rule.take == "drop" and not any(rule.matches(name) for name in known):
             raise SpecError(
-                f"select: the rule {rule.model_dump(exclude_defaults=True)} drops no tensor of the base or of an expert; "
-                f"they are named like {_few(sorted(known))}"
+                f"select: the rule {rule.model_dump(exclude_defaults=True)} drops no tensor of the base or of an "
+                f"expert; they are named like {_few(sorted(known))}"
             )
 
 

@@ -18,7 +18,7 @@ from mergecore.tensors.source import TensorInfo, TensorSource
 
 
 class Contents(ABC):
-    """How the tensors of a snapshot are had: from its files, with an adapter folded in, or with other rows."""
+    """How the tensors of a snapshot are opened: from its files, with an adapter folded in, or with other rows."""
 
     @property
     def stored(self) -> Snapshot | None:
@@ -153,7 +153,7 @@ def read_json(source: Source, name: str) -> dict[str, Any]:
 
 
 def read_header(source: Source, name: str) -> dict[str, tuple[TensorInfo, int]]:
-    """{tensor: (info, offset in the file)} of a safetensors file, checked against the file's size."""
+    """Return {tensor: (info, offset in the file)} of a safetensors file, checked against the file's size."""
     return parse_header(
         lambda start, length: source.read(name, start, length), source.files[name].size, f"{source.uri}/{name}"
     )

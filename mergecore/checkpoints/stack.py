@@ -1,4 +1,7 @@
-"""A model with other layers: each layer of the result is a layer of the inputs, by number (frankenmerges, self-merges)."""
+"""A model with other layers: each layer of the result is a numbered layer of the inputs.
+
+Such models are known as frankenmerges and self-merges.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ Runs = Sequence[tuple[int, int] | None]
 
 
 class StackRule(BaseModel):
-    """The next layers of the result: which layers of the inputs they are."""
+    """The next layers of the result, and which layers of the inputs they are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
@@ -50,19 +53,19 @@ class StackRule(BaseModel):
 
     @property
     def count(self) -> int:
-        """How many layers of the result these are."""
+        """The number of layers of the result."""
         first, last = next(iter(self.layers.values())) if isinstance(self.layers, Mapping) else self.layers
         return last - first + 1
 
     def of(self, model: str) -> tuple[int, int] | None:
-        """The layers that are taken from a model, None where it has no part."""
+        """Return the layers that are taken from a model; None where it has no part."""
         return self.layers.get(model) if isinstance(self.layers, Mapping) else self.layers
 
 
 def restacked(snapshot: Snapshot, rules: Sequence[StackRule], model: str) -> Snapshot:
-    """The checkpoint as if its layers were those of the stack. Its digest is another one, its files are the same.
+    """Return the checkpoint as if its layers were those of the stack. Its digest changes, its files do not.
 
-    Raises MismatchError where it has no such layers, or more than one pile of them.
+    Raises MismatchError where it has no such layers, or more than one stack of them.
     """
     if not rules:
         return snapshot
@@ -90,7 +93,7 @@ def restacked(snapshot: Snapshot, rules: Sequence[StackRule], model: str) -> Sna
 
 
 def layers_of(rules: Sequence[StackRule], model: str) -> list[int | None]:
-    """For each layer of the result the layer of the model that it is, None where it has no part in it."""
+    """Return for each layer of the result the layer of the model; None where the model has no part in it."""
     return _sources([(rule.of(model), rule.count) for rule in rules])
 
 

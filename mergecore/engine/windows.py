@@ -82,7 +82,7 @@ class Readers:
         self.plan, self.window = plan, window
         self.pinned = plan.device.startswith("cuda")
         self.complete = tuple(expert.complete for expert in plan.experts)
-        sources = [expert.held for expert in plan.experts if isinstance(expert, FullExpert)]
+        sources = [expert.stored for expert in plan.experts if isinstance(expert, FullExpert)]
         self._ahead = [source for source in (plan.base, *sources) if isinstance(source, ReadsAhead)]
         self._lanes: dict[int, tuple[torch.dtype, Filler | None]] = {}
         self._name = ""

@@ -60,7 +60,7 @@ def read_yaml(path: Path, seen: frozenset[Path] = frozenset()) -> dict[str, Any]
     if path in seen:
         raise EvaluationError(f"{path.name} includes itself")
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             config = yaml.load(file, Loader=_Loader)
     except (OSError, yaml.YAMLError) as error:
         raise EvaluationError(f"the task file {path.name} cannot be read: {error}") from error
@@ -185,7 +185,7 @@ class TaskFile:
 
 def _json_lines(path: Path) -> int | None:
     """Documents in a JSON-lines file; None for another kind of JSON file."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         if file.read(1) != b"{":
             return None
         file.seek(0)

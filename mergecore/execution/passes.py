@@ -26,7 +26,7 @@ from mergecore.identity.keys import Step
 from mergecore.planning.pool import opened
 from mergecore.planning.work import LinkWork, MergeWork, ScanWork, Way, Work
 from mergecore.plugins.statistic import Found
-from mergecore.store.results import commit_result, read_found
+from mergecore.store.results import commit_result, read_statistic
 from mergecore.store.store import Draft, State, Store
 from mergecore.tensors.sinks import ShardSink
 from mergecore.tensors.source import TensorInfo
@@ -80,7 +80,7 @@ def _commit(place: Place, work: MergeWork | LinkWork, draft: Draft, digests: Map
     earlier = store.record(work.step)
 
     def results(step: Step) -> Found:
-        return read_found(store, step)
+        return read_statistic(store, step)
 
     store.commit(draft, digest, work.record(draft.path, digests, results), made_with(began))
     if earlier is not None and earlier.digest != digest:
@@ -208,7 +208,7 @@ def _pass(
     pool_base, experts = opened(place.pool, place.folders)
     instead = experts[base] if base else None
     return PassPlan(
-        instead.held if isinstance(instead, FullExpert) else pool_base,
+        instead.stored if isinstance(instead, FullExpert) else pool_base,
         tuple(experts[expert] for expert in position),
         merges,
         statistics,
@@ -228,4 +228,4 @@ def _positions(groups: Iterator[tuple[str, ...]] | Sequence[tuple[str, ...]]) ->
 
 def _results(place: Place, inputs: Mapping[str, tuple[Work, ...]]) -> dict[str, list[Found]]:
     """Return the results of works, by the name under which each is handed on."""
-    return {name: [read_found(place.store, work.step) for work in works] for name, works in inputs.items()}
+    return {name: [read_statistic(place.store, work.step) for work in works] for name, works in inputs.items()}

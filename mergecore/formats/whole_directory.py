@@ -28,7 +28,7 @@ def whole_directory(out: Path, durable: bool) -> Iterator[Path]:
         shutil.rmtree(draft / WORK)
         if durable:
             _sync(draft)
-        os.rename(draft, out)
+        draft.rename(out)
     if durable:
         _sync_entry(out.absolute().parent)
 

@@ -16,22 +16,23 @@ GRID = 1 << 20
 
 
 def bytes_of(values: Tensor) -> memoryview:
-    """The bytes of a flat tensor on the processor, not copied where it is contiguous."""
+    """Return the bytes of a flat tensor in main memory; they are not copied where the tensor is contiguous."""
     return memoryview(values.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 class BlockDigests:
-    """XXH3 (128 bits) of each block of `GRID` elements of a tensor that is given piece by piece, in order.
+    """XXH3 (128 bits) of each grid block (`GRID` elements) of a tensor whose elements come in order.
 
-    What is written is compared with itself, never with a stranger's claim: a hash that costs less than the reading does.
+    XXH3 costs less than the reading. It is enough here: results are compared with our own, never with a stranger's
+    claim.
     """
 
     def __init__(self, start: int = 0) -> None:
-        self._at, self._found = start, dict[int, str]()
+        self._at, self._digests = start, dict[int, str]()
         self._state = xxhash.xxh3_128()
 
     def update(self, data: memoryview, count: int) -> None:
-        """The bytes of the next `count` elements."""
+        """Add the bytes of the next `count` elements."""
         done, width = 0, len(data) // max(count, 1)
         while done < count:
             size = min(GRID - self._at % GRID, count - done)
@@ -42,28 +43,28 @@ class BlockDigests:
                 self._close(self._at - GRID)
 
     def _close(self, start: int) -> None:
-        self._found[start] = self._state.hexdigest()
+        self._digests[start] = self._state.hexdigest()
         self._state = xxhash.xxh3_128()
 
     def finished(self) -> dict[int, str]:
-        """{first element: digest}; an empty tensor has one block."""
-        if self._at % GRID or not self._found:
+        """Return {first element: digest} of all blocks. An empty tensor has one block."""
+        if self._at % GRID or not self._digests:
             self._close(self._at // GRID * GRID)
-        return self._found
+        return self._digests
 
 
 def block_digests(values: Tensor) -> dict[int, str]:
-    """The digests of all blocks of a flat tensor."""
-    held = BlockDigests()
-    held.update(bytes_of(values), values.numel())
-    return held.finished()
+    """Return {first element: digest} of all grid blocks of a flat tensor."""
+    state = BlockDigests()
+    state.update(bytes_of(values), values.numel())
+    return state.finished()
 
 
 def tensor_digest(block_digests: Sequence[str]) -> str:
-    """Digest of a tensor from the digests of its blocks of `GRID` elements, in order."""
+    """Return the digest of a tensor from the digests of its grid blocks, in order."""
     return hashlib.sha256("".join(block_digests).encode()).hexdigest()
 
 
 def model_digest(tensors: Mapping[str, tuple[str, Sequence[int], str]]) -> str:
-    """Digest of a model from {name: (dtype, shape, tensor digest)}: the same for every sharding of the same tensors."""
-    return digest([[name, dtype, list(shape), held] for name, (dtype, shape, held) in sorted(tensors.items())])
+    """Return the digest of a model from {name: (dtype, shape, tensor digest)}. Sharding does not change it."""
+    return digest([[name, dtype, list(shape), tensor] for name, (dtype, shape, tensor) in sorted(tensors.items())])

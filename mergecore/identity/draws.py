@@ -13,9 +13,9 @@ from mergecore.identity.keys import canonical
 
 
 def random_key(seed: int, expert: str, tensor: str) -> tuple[int, int]:
-    """Two 32-bit words that stand for (seed, expert id, tensor name) in `random_words`."""
-    held = hashlib.sha256(canonical([seed, expert, tensor])).digest()
-    return int.from_bytes(held[:4], "big"), int.from_bytes(held[4:8], "big")
+    """Return two 32-bit words that stand for (seed, expert id, tensor name) in `random_words`."""
+    state = hashlib.sha256(canonical([seed, expert, tensor])).digest()
+    return int.from_bytes(state[:4], "big"), int.from_bytes(state[4:8], "big")
 
 
 def _signed(word: int) -> int:
@@ -24,14 +24,14 @@ def _signed(word: int) -> int:
 
 
 def _shifted(words: Tensor, bits: int) -> Tensor:
-    """Logical (zero-filling) right shift of int32 words, which torch only shifts arithmetically."""
+    """Shift int32 words to the right and fill with zeros; torch's own shift keeps the sign."""
     return (words >> bits) & ((1 << (32 - bits)) - 1)
 
 
 def random_words(key: tuple[int, int], start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Uniform int32 words for the flat indices start … start+count−1, shape (count,).
+    """Return uniform int32 words for the flat indices start … start+count−1, shape (count,).
 
-    A pure function of key and index, so the same for any chunk, order, worker or device.
+    They depend on key and index only, so they are the same for any window, order, worker or device.
     """
     high = start >> 32
     if (start + count - 1) >> 32 != high and count > 0:
@@ -42,7 +42,7 @@ def random_words(key: tuple[int, int], start: int, count: int, device: torch.dev
 
 
 def word_key(key: tuple[int, int], start: int) -> tuple[int, int]:
-    """The two int32 numbers that `words_at` takes for indices from `start` to the next multiple of 2^32.
+    """Return the two int32 numbers that `words_at` takes for indices from `start` to the next multiple of 2^32.
 
     Indices beyond 2^32 enter through their high word, which is folded into the key.
     """
@@ -50,13 +50,13 @@ def word_key(key: tuple[int, int], start: int) -> tuple[int, int]:
 
 
 def words_at(index: Tensor, first: int, second: int) -> Tensor:
-    """Uniform int32 words for int64 flat indices: two keyed rounds of a 32-bit avalanche hash."""
+    """Return uniform int32 words for int64 flat indices: two keyed rounds of a 32-bit avalanche hash."""
     words = index.to(torch.int32) ^ first
-    for salt, (one, other) in ((second, (0x7FEB352D, 0x846CA68B)), (None, (0x21F0AAAD, 0xD35A2D97))):
+    for salt, (first_factor, second_factor) in ((second, (0x7FEB352D, 0x846CA68B)), (None, (0x21F0AAAD, 0xD35A2D97))):
         words = words ^ _shifted(words, 16)
-        words = words * _signed(one)
+        words = words * _signed(first_factor)
         words = words ^ _shifted(words, 15)
-        words = words * _signed(other)
+        words = words * _signed(second_factor)
         words = words ^ _shifted(words, 16)
         if salt is not None:
             words = words + salt
@@ -64,7 +64,7 @@ def words_at(index: Tensor, first: int, second: int) -> Tensor:
 
 
 def drop_limit(rate: float) -> int:
-    """The int32 limit L with P(word < L) = rate, to 2^-32: integers are compared, never floats."""
+    """Return the int32 limit L with P(word < L) = rate, to 2^-32. Integers are compared, never floats."""
     return _signed_limit(round(rate * (1 << 32)))
 
 

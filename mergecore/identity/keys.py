@@ -1,4 +1,4 @@
-"""What makes two results the same result: canonical JSON, digests, step keys and the counter-based random.
+"""What makes two results the same: canonical JSON, digests and step keys.
 
 Nothing here knows what a model is. A `Step` is inert data; where and when it is done is never part of it.
 """
@@ -19,10 +19,9 @@ Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 
 def canonical(value: Any) -> bytes:
-    """`value` as the one JSON text that stands for it: sorted keys, no white space, UTF-8.
+    """Return the one JSON text that stands for `value`: sorted keys, no white space, UTF-8.
 
-    Raises IdentityError for anything without a canonical form (sets, paths, NaN, objects …): what cannot be written
-    down cannot be part of a key.
+    Raises IdentityError for what has no canonical form (sets, paths, NaN, objects …): it cannot be part of a key.
     """
     if not _is_plain(value):
         value = _plain(value, "$")
@@ -37,7 +36,7 @@ _SCALARS = frozenset({type(None), bool, int, float, str})
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON's own encoder writes `value` as `_plain` would have it written: ten thousand cells are a million values."""
+    """Return whether JSON's own encoder writes `value` as `_plain` would. It is asked a million times per plan."""
     kind = type(value)
     if kind is dict:
         if not all(type(key) is str for key in value):
@@ -70,16 +69,17 @@ def _plain(value: Any, where: str) -> Json:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 (hex) over the canonical JSON of `value`."""
+    """Return the SHA-256 (hex) of the canonical JSON of `value`."""
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
 @dataclass(frozen=True)
 class Step:
-    """One piece of work as a record: its key is a SHA-256 over exactly these fields.
+    """One unit of cached work. Its key is a SHA-256 over exactly these fields.
 
-    kind: snapshot, statistic, merge, evaluation or registration. plugin, version: who does it. parameters: everything
-    that can change the numbers, defaults included. inputs: keys of other steps (or content digests), by role.
+    kind: snapshot, statistic, merge, adapter, evaluation or registration. plugin, version: who does it.
+    parameters: everything that can change the numbers, defaults included.
+    inputs: keys of other steps, or content digests, by role.
     """
 
     kind: str
@@ -89,7 +89,7 @@ class Step:
     inputs: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
+        """Return the fields as plain JSON values."""
         return {
             "kind": self.kind,
             "plugin": self.plugin,
@@ -100,12 +100,12 @@ class Step:
 
     @cached_property
     def key(self) -> str:
-        """64 hex digits: equal keys, equal results."""
+        """64 hex digits. Equal keys mean equal results."""
         return digest(self.as_json())
 
     @cached_property
     def name(self) -> str:
-        """A short name for people and for the folder in the store: plug-in and the first 12 digits of the key."""
+        """The folder's name in the store: plug-in and the first 12 digits of the key."""
         return f"{self.plugin}-{self.key[:12]}"
 
     def __hash__(self) -> int:

@@ -1,8 +1,8 @@
-"""Loops as shared libraries: built by the machine's own C++ compiler, kept in a folder, loaded in no time.
+"""C++ loops as shared libraries: built by the machine's own compiler, kept in a folder, loaded when they are needed.
 
-A library is named by its source, the compiler and its flags, torch's version and the processor: whatever could change a
-byte or make it unusable. Building takes about a second, in a process of its own; until it is done work goes on eagerly.
-Imports little: hashing (sources/lanes.py), which is such a loop too, begins before torch is there.
+A library is named by its source, the compiler and its flags, torch's version and the processor: by everything that
+could change a byte or make it unusable. Building takes about a second, in a process of its own. Until then callers
+work without the loop. This module imports little, because hashing (sha256_lanes.py) begins before torch is there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import ctypes
 import functools
 import hashlib
 import importlib.metadata
-import os
 import platform
 import shutil
 import subprocess
@@ -24,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 FLAGS = (
-    "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+    "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-trapping-math",
 )  # fmt: skip
 """No flag that would let the compiler change a result: no fused multiply-add, no reordering, signed zeros kept."""
 COMPILERS = ("c++", "g++", "clang++")
@@ -40,44 +40,45 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Library:
-    """Where built loops are kept. folder: a cache of the user's; compiler: a program, None where there is none."""
+    """The folder of built loops. compiler: a program; None where there is none."""
 
     folder: Path
     compiler: str | None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Sent to another machine it looks for the compiler there."""
+        """On another machine, look for that machine's compiler."""
         return library_in, (self.folder,)
 
     def function(self, text: str, *, build: bool, wait: bool = False) -> Function | None:
-        """The loop of this source where it is at hand, else None; `build`: begin to build it then; `wait`: until it is.
+        """Return the loop of this source, or None where it is not built.
 
-        A source that cannot be built is never tried again in this process; `problem` says why.
+        build: begin to build it then. wait: wait until it is built. A source that cannot be built is not tried again in
+        this process; `problem` tells why.
         """
         if self.compiler is None:
             return None
         name = self.name_of(text)
-        found = _loaded.get(name)
-        if found is None:
-            found = self._load(name)
-        if found is None and build:
+        loaded = _loaded.get(name)
+        if loaded is None:
+            loaded = self._load(name)
+        if loaded is None and build:
             self._begin(name, text)
             if wait:
                 _building[name].join()
-                found = self._load(name)
-        return None if isinstance(found, str) else found
+                loaded = self._load(name)
+        return None if isinstance(loaded, str) else loaded
 
     def problem(self, text: str) -> str:
-        """Why this source could not be built, '' where nothing is known against it."""
-        found = _loaded.get(self.name_of(text)) if self.compiler else "there is no C++ compiler here"
-        return found if isinstance(found, str) else ""
+        """Return why this source could not be built; '' where no problem is known."""
+        loaded = _loaded.get(self.name_of(text)) if self.compiler else "there is no C++ compiler here"
+        return loaded if isinstance(loaded, str) else ""
 
     def refuse(self, text: str, reason: str) -> None:
         """Never use this loop in this process."""
         _loaded[self.name_of(text)] = reason
 
     def name_of(self, text: str) -> str:
-        """What the library is called."""
+        """Return the library's name."""
         assert self.compiler is not None
         return _name_of(text, self.compiler)
 
@@ -102,26 +103,26 @@ class Library:
     def _build(self, name: str, text: str) -> None:
         assert self.compiler is not None
         draft = self.folder / f".{name}.{uuid.uuid4().hex[:8]}.cpp"
-        made = draft.with_suffix(".so")
+        library = draft.with_suffix(".so")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             draft.write_text(text)
-            command = [self.compiler, *FLAGS, str(draft), "-o", str(made)]
+            command = [self.compiler, *FLAGS, str(draft), "-o", str(library)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
             if done.returncode == 0:
-                os.replace(made, self.folder / f"{name}.so")
+                library.replace(self.folder / f"{name}.so")
             else:
                 _loaded[name] = f"{self.compiler} could not build it: {done.stderr.strip()[:400]}"
         except (OSError, subprocess.SubprocessError) as error:
             _loaded[name] = f"it could not be built: {error}"
         finally:
-            for path in (draft, made):
+            for path in (draft, library):
                 path.unlink(missing_ok=True)
 
 
 def library_in(folder: Path) -> Library:
-    """The library in this folder with the compiler of this machine."""
-    return Library(folder, next((found for name in COMPILERS if (found := shutil.which(name))), None))
+    """Return the library in this folder, with the compiler of this machine."""
+    return Library(folder, next((path for name in COMPILERS if (path := shutil.which(name))), None))
 
 
 @functools.lru_cache(4096)
@@ -131,20 +132,20 @@ def _name_of(text: str, compiler: str) -> str:
 
 @functools.cache
 def _surroundings(compiler: str) -> str:
-    """Everything beside the source that decides what a library is."""
-    held = Path(compiler).resolve().stat()
+    """Return everything beside the source that decides which bytes a library has."""
+    status = Path(compiler).resolve().stat()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         processor = platform.processor()
-    told = [
+    facts = [
         compiler,
-        str(held.st_size),
-        str(held.st_mtime_ns),
+        str(status.st_size),
+        str(status.st_mtime_ns),
         *FLAGS,
         importlib.metadata.version("torch"),
         platform.machine(),
         processor,
     ]
-    return "\0".join(told)
+    return "\0".join(facts)

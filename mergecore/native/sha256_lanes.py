@@ -1,8 +1,8 @@
 """SHA-256 of two files at a time on one core, where the processor has instructions for it.
 
-A round of SHA-256 waits for the one before; with x86's instructions for it that leaves half of the core idle, and the rounds
-of another file fill it: 2.4 GB/s a core instead of 1.2. `hashlib` takes one message at a time. Imports little: hashing
-begins before torch is there.
+A round of SHA-256 waits for the round before. With x86's instructions that leaves half of the core idle, and the
+rounds of a second file fill it: 2.4 GB/s a core instead of 1.2. `hashlib` takes one message at a time. This module
+imports little, because hashing begins before torch is there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ _checked: set[str] = set()
 
 
 class _State(ctypes.Structure):
-    """What the loop keeps of a file: state, bytes so far, descriptor, whether it is finished, errno where reading failed."""
+    """A file's state in the loop: hash state, bytes so far, descriptor, whether it has ended, errno where reading
+    failed.
+    """
 
     _fields_ = (
         ("state", ctypes.c_uint32 * 8),
@@ -49,7 +51,7 @@ class Lane:
 
     @property
     def ended(self) -> bool:
-        """Whether all of the file has been read, or it could not be."""
+        """Whether the whole file has been read, or reading failed."""
         return bool(self.state.ended)
 
     @property
@@ -58,7 +60,9 @@ class Lane:
         return self._size - int(self.state.count)
 
     def hexdigest(self) -> str:
-        """The digest of a lane that has ended, whose file is closed. Raises OSError where it could not be read."""
+        """Return the digest of a lane that has ended, and close its file. Raises OSError where the file could not be
+        read.
+        """
         self._file.close()
         if self.state.failed:
             raise OSError(self.state.failed, os.strerror(self.state.failed))
@@ -72,7 +76,7 @@ def advance(lanes: Sequence[Lane]) -> None:
 
 
 def function_in(library: Library | None) -> Function | None:
-    """What a lane needs; None where this machine cannot do it, or while it is being built (a second, once)."""
+    """Return the loop for lanes; None where this machine cannot run it, or while it is being built (a second, once)."""
     function = library.function(SOURCE, build=True) if library is not None else None
     if library is None or function is None or SOURCE in _checked:
         return function
@@ -119,7 +123,8 @@ alignas(16) const uint32_t constants[64] = {  // FIPS 180-4, 4.2.2
     0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
     0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
 
-// Blocks of 64 bytes into the states of N lanes, round by round in turn. The instructions hold a state as (a b e f), (c d g h).
+// Blocks of 64 bytes into the states of N lanes, round by round in turn.
+// The instructions hold a state as (a b e f), (c d g h).
 template <int N> void digest(uint32_t *const *states, const uint8_t *const *data, int64_t blocks) {
   const __m128i swap = _mm_set_epi8(12, 13, 14, 15, 8, 9, 10, 11, 4, 5, 6, 7, 0, 1, 2, 3);
   __m128i abef[N], cdgh[N];

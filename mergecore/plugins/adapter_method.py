@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
-from mergecore.checkpoints.adapters import LowRank, low_rank, made_factor, module_of
+from mergecore.checkpoints.adapters import LowRank, low_rank, own_factor, module_of
 from mergecore.checkpoints.experts import AdapterExpert
 from mergecore.plugins.any_statistic import AnyStatistic
 from mergecore.plugins.block import Block, Per
@@ -81,7 +81,7 @@ class AdapterMethod(Method[AdapterDelta], ABC):
     def arguments(self, block: Block, statistics: Statistics) -> AdapterDelta:
         """Return the adapter's delta of the tensor."""
         adapter = statistics[ADAPTER][0]
-        factor = made_factor(block.name, adapter.numbers["fan_in_fan_out"])
+        factor = own_factor(block.name, adapter.numbers["fan_in_fan_out"])
         shapes = {block.name: (block.shape[0], block.shape[1])}
         view = AdapterExpert("", self.name, adapter.tensors, {block.name: factor}, shapes)
         return AdapterDelta(view.block(block.name, block.start, block.stop).view(block.shape))
@@ -98,7 +98,7 @@ def ranks_made(
     """Return {base tensor: rank} of the adapter that the method makes. Raise SpecError where a value does not fit."""
     ranks = {}
     for target, info in selection.items():
-        factors = [(expert.held.tensors, expert.factors[target]) for expert in experts if target in expert.factors]
+        factors = [(expert.stored.tensors, expert.factors[target]) for expert in experts if target in expert.factors]
         shape = (info.shape[1], info.shape[0]) if factors[0][1].transposed else (info.shape[0], info.shape[1])
         ranks[target] = method.rank_made(
             module_of(target), [tensors[factor.down].shape[0] for tensors, factor in factors], shape

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mergecore.checkpoints.adapters import CONFIG, STEM, is_transposed, made_factor, outputs
+from mergecore.checkpoints.adapters import CONFIG, STEM, is_transposed, own_factor, outputs
 from mergecore.checkpoints.experts import AdapterExpert
 from mergecore.identity.content import block_digests, bytes_of, model_digest, tensor_digest
 from mergecore.plugins.adapter_method import AdapterMethod, combined_modules, ranks_made
@@ -43,7 +43,7 @@ class AdapterFile:
 
         Raise NonFiniteError where values are not finite.
         """
-        factor, written = made_factor(target, self.transposed), []
+        factor, written = own_factor(target, self.transposed), []
         for name, wide in ((factor.down, down), (factor.up, up)):
             info = self.infos[name]
             values = wide.reshape(info.shape).to(DTYPES[info.dtype]).contiguous()
@@ -85,7 +85,7 @@ def write_copy(
     """
     file = AdapterFile(folder, record["ranks"], selection, record["fan_in_fan_out"], dtype)
     for target in record["ranks"]:
-        factor = made_factor(target, file.transposed)
+        factor = own_factor(target, file.transposed)
         file.write(target, factors.read(factor.down), factors.read(factor.up), "the adapter")
     return file
 

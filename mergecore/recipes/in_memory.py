@@ -98,7 +98,7 @@ def _merged(
     job = MergeJob("merge", bound, shown, frozenset(layout.merged), outputs, known, sink)
     spans = plan_spans({**layout.merged, **layout.copied}, bound.per)
     run_pass(PassPlan(shapes, pool, (job,), (), spans, library=library), InProcess(), report)
-    return {name: sink.held[name] for name in first if name in sink.held} | sink.held
+    return {name: sink.values[name] for name in first if name in sink.values} | sink.values
 
 
 def _check(
@@ -189,7 +189,7 @@ class _InMemory:
             job = MergeJob("link", link, (0,), frozenset(self.selection), outputs, known, sink)
             plan = PassPlan(self.base, (expert,), (job,), (), plan_spans(self.selection, link.per))
             run_pass(plan, InProcess(), self.report)
-            written = MemoryTensors(sink.held)
+            written = MemoryTensors(sink.values)
             known = {BEFORE: [Found(written, link.numbers(written, self.selection, known))]}
         return list(known[BEFORE])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -55,7 +54,7 @@ def draw(summary: Summary, path: Path | str) -> tuple[Path, Path]:
         with tempfile.TemporaryDirectory(prefix=".figure-", dir=stem.parent) as draft:
             for target, metadata in ((png, {"Software": None}), (svg, {"Date": None, "Creator": None})):
                 figure.savefig(Path(draft) / target.name, dpi=150, metadata=metadata)
-                os.replace(Path(draft) / target.name, target)
+                (Path(draft) / target.name).replace(target)
     return png, svg
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -155,7 +154,7 @@ def write_tables(summary: Summary, folder: Path | str) -> tuple[Path, ...]:
             pyarrow.csv.write_csv(_flat(table), Path(draft) / f"{name}.csv")
         (Path(draft) / "report.md").write_text(markdown(summary), encoding="utf-8")
         for path in sorted(Path(draft).iterdir()):
-            os.replace(path, folder / path.name)
+            path.replace(folder / path.name)
             written.append(folder / path.name)
     return tuple(written)
 

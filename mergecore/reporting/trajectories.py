@@ -5,7 +5,6 @@ plot.
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,7 +96,7 @@ def draw_searches(searches: Sequence[Trajectory], path: Path) -> Path | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".figure-", dir=path.parent) as draft:
             figure.savefig(Path(draft) / path.name, dpi=150, metadata={"Software": None})
-            os.replace(Path(draft) / path.name, path)
+            (Path(draft) / path.name).replace(path)
     return path
 
 

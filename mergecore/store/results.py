@@ -1,4 +1,4 @@
-"""Results in the store: statistics written and read, models read."""
+"""Results in the store: statistics are written and read, models are read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TENSORS = "tensors.safetensors"
 ITEMS = "items.parquet"
 
 
-def commit_result(store: Store, draft: Draft, result: Result, made: Mapping[str, Any]) -> None:
+def commit_result(store: Store, draft: Draft, result: Result, provenance: Mapping[str, Any]) -> None:
     """Write a statistic's tensors and numbers and record them under their digest."""
     tensors = result.tensors
     if tensors:
@@ -34,7 +34,7 @@ def commit_result(store: Store, draft: Draft, result: Result, made: Mapping[str,
         sink.prepare()
         for name, value in tensors.items():
             sink.write(name, 0, bytes_of(value.reshape(-1)))
-    held = {
+    digests = {
         name: (
             DTYPE_NAMES[value.dtype],
             tuple(value.shape),
@@ -42,26 +42,29 @@ def commit_result(store: Store, draft: Draft, result: Result, made: Mapping[str,
         )
         for name, value in tensors.items()
     }
-    store.commit(draft, model_digest(held), result.numbers, made)
+    store.commit(draft, model_digest(digests), result.numbers, provenance)
 
 
 def read_inputs(store: Store, inputs: Mapping[str, Sequence[Step]]) -> dict[str, list[Found]]:
-    """What a method or statistic must know beforehand, from the store."""
-    return {name: [read_found(store, step) for step in steps] for name, steps in inputs.items()}
+    """Read the statistics that a method or statistic needs, by role."""
+    return {name: [read_statistic(store, step) for step in steps] for name, steps in inputs.items()}
 
 
-def read_found(store: Store, step: Step) -> Found:
-    """One statistic's result, its tensors read when they are asked for."""
+def read_statistic(store: Store, step: Step) -> Found:
+    """Return one statistic's result. Its tensors are read when they are asked for.
+
+    Raises MergeloomError where the statistic has not been worked out.
+    """
     record = store.record(step)
     if record is None:
         raise MergeloomError(f"statistic {step.name} is asked for before it was worked out")
-    held = next((name for name in record.files if name.endswith(".safetensors")), None)
-    tensors: TensorSource = MemoryTensors({}) if held is None else open_file(store.folder(step) / held)
+    file = next((name for name in record.files if name.endswith(".safetensors")), None)
+    tensors: TensorSource = MemoryTensors({}) if file is None else open_file(store.folder(step) / file)
     return Found(tensors, record.result)
 
 
 def open_model(store: Store, step: Step) -> FileTensors:
-    """The tensors of a model in the store."""
+    """Open the tensors of a model in the store."""
     record = store.record(step)
     names = [] if record is None else [name for name in record.files if name.endswith(".safetensors")]
     return open_files(store.folder(step), names)

@@ -1,10 +1,10 @@
-"""The store: a directory per step, done where `record.json` says so; the only truth about what has been done.
+"""The store: a folder per step. A step is done where `record.json` says so; this is the only truth about what is done.
 
 <root>/merge/ties-3f2a91c07be4/   model-00001-of-00002.safetensors … record.json
 <root>/drafts/<key>/              work under way; renamed into place when its record has been written
 <root>/locks/<key>                flock: saves double work, gone with its process
 
-Killed at any moment, a process leaves at most a draft, a grave or a small temporary file: the next one to work on the
+A process that is killed leaves at most a draft, a grave or a small temporary file. The next process that works on the
 step takes over what is whole, and `Store.clean` removes the rest.
 """
 
@@ -40,7 +40,7 @@ Stamp = tuple[int, int, int]
 
 
 class State(StrEnum):
-    """What the store knows of a step."""
+    """The state of a step."""
 
     PRESENT = "present"
     """Record and files are there, sizes check."""
@@ -54,7 +54,10 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Record:
-    """What a done step left: digest of its content, small results as JSON, sizes of its files, how it was made."""
+    """The record of a done step.
+
+    digest: of its content. result: small results as JSON. files: sizes in bytes, by name. made: how it was made.
+    """
 
     key: str
     step: Mapping[str, Any]
@@ -67,7 +70,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Draft:
-    """A directory to work in. Nobody else sees it until `Store.commit` renames it into place."""
+    """A folder to work in. Nobody else sees it until `Store.commit` renames it into place."""
 
     step: Step
     path: Path
@@ -81,40 +84,40 @@ class Store:
         self._tombs: dict[str, Stamp] = {}
 
     def folder(self, step: Step) -> Path:
-        """Where the step's files lie once it is done."""
+        """Return the folder of the step's files once it is done."""
         return self.root / step.kind / step.name
 
     def record(self, step: Step) -> Record | None:
-        """The step's record, or None where there is none that can be read."""
+        """Return the step's record; None where there is none that can be read."""
         try:
-            with open(f"{self.root}/{step.kind}/{step.name}/{RECORD}", "rb") as file:
+            with open(f"{self.root}/{step.kind}/{step.name}/{RECORD}", "rb") as file:  # noqa: PTH123 — as below
                 record = Record(**json.loads(file.read()))
         except (OSError, ValueError, TypeError):
             return None
         return record if record.key == step.key else None
 
     def names(self, kind: str) -> frozenset[str]:
-        """`Step.name` of whatever has a folder among the steps of a kind: those without one are MISSING."""
+        """Return the names of the folders (`Step.name`) of all steps of a kind. A step without one is MISSING."""
         try:
-            return frozenset(os.listdir(self.root / kind))
+            return frozenset(os.listdir(self.root / kind))  # noqa: PTH208 — a hundred thousand names as they are
         except OSError:
             return frozenset()
 
     def state(self, step: Step) -> State:
-        """PRESENT, DROPPED, BROKEN or MISSING, from the record and the sizes of the files it names.
+        """Return PRESENT, DROPPED, BROKEN or MISSING, from the record and the sizes of the files it names.
 
-        A tombstone once read is known again by its file: a sweep asks for thousands of them after every round.
+        A tombstone is remembered by its inode and time: a sweep asks for thousands of them after every round.
         """
         tomb = _stamp(f"{self.root}/{step.kind}/{step.name}/{RECORD}")
         if tomb is not None and self._tombs.get(step.key) == tomb:
             return State.DROPPED
-        state, _ = self.found(step)
+        state, _ = self.state_and_record(step)
         if state is State.DROPPED and tomb is not None:
             self._tombs[step.key] = tomb
         return state
 
-    def found(self, step: Step) -> tuple[State, Record | None]:
-        """The state of a step, and its record where there is one, in one reading."""
+    def state_and_record(self, step: Step) -> tuple[State, Record | None]:
+        """Return the state of a step, and its record where there is one, in one reading."""
         record = self.record(step)
         if record is None:
             return State.BROKEN if self.folder(step).exists() else State.MISSING, None
@@ -123,31 +126,31 @@ class Store:
         folder = f"{self.root}/{step.kind}/{step.name}"
         for name, size in record.files.items():
             try:
-                if os.stat(f"{folder}/{name}").st_size != size:
+                if os.stat(f"{folder}/{name}").st_size != size:  # noqa: PTH116 — asked for every file after every round
                     return State.BROKEN, record
             except OSError:
                 return State.BROKEN, record
         return State.PRESENT, record
 
     def is_done(self, step: Step, bytes_needed: bool = False) -> bool:
-        """Whether the step need not be done again; with `bytes_needed` a dropped result does not count."""
+        """Return whether the step need not be done again. bytes_needed: a dropped result does not count."""
         state = self.state(step)
         return state is State.PRESENT or (state is State.DROPPED and not bytes_needed)
 
     @contextmanager
     def draft(self, step: Step, resume: bool = False) -> Iterator[Draft]:
-        """A locked directory for the work of one step; what a killed process left in it is removed, or with `resume`
-        kept.
+        """Give a locked folder for the work of one step.
 
-        Where that process had finished and only not yet renamed it, the step is PRESENT inside: look before working.
-        A draft that is not committed is removed (with `resume` it is kept when an error interrupts the work, unless the
-        error is ours to report): nothing half-written is ever seen. Raises CapacityError where the disk is full.
+        resume: keep what a killed process left in it; otherwise that is removed. Where that process had finished and
+        only not yet renamed the folder, the step is PRESENT inside: look before you work. A draft that is not committed
+        is removed. With `resume` it stays when an error interrupts the work, unless the error is a MergeloomError.
+        Raises CapacityError where the disk is full.
         """
         with self.lock(step.key):
             path, kept = self.root / "drafts" / step.key, False
             try:
                 if (path / RECORD).exists() and self.state(step) is not State.PRESENT:
-                    self._place(path, self.folder(step))
+                    self._move_into_place(path, self.folder(step))
                 if path.exists() and not resume:
                     shutil.rmtree(path)
                 path.mkdir(parents=True, exist_ok=True)
@@ -166,24 +169,26 @@ class Store:
                 if not kept:
                     shutil.rmtree(path, ignore_errors=True)
 
-    def commit(self, draft: Draft, digest: str, result: Mapping[str, Any], made: Mapping[str, Any]) -> Record:
-        """Write the record last and rename the draft into place. Atomic: before it nothing is done, after it all is."""
+    def commit(self, draft: Draft, digest: str, result: Mapping[str, Any], provenance: Mapping[str, Any]) -> Record:
+        """Write the record last and rename the draft into place. This is atomic: before it nothing is done, after it
+        all is.
+        """
         step, folder = draft.step, self.folder(draft.step)
         earlier = self.record(step)
         if earlier is not None and earlier.digest != digest:
-            made = {**made, "differs_from": earlier.digest}
+            provenance = {**provenance, "differs_from": earlier.digest}
         files = {
             str(path.relative_to(draft.path)): path.stat().st_size
             for path in sorted(draft.path.rglob("*"))
             if path.is_file() and path.name != RECORD
         }
-        record = Record(step.key, step.as_json(), digest, dict(result), files, dict(made))
+        record = Record(step.key, step.as_json(), digest, dict(result), files, dict(provenance))
         write_json(draft.path / RECORD, record.__dict__)
-        self._place(draft.path, folder)
+        self._move_into_place(draft.path, folder)
         return record
 
     def drop(self, step: Step) -> None:
-        """Free the bytes of a done step, keeping its record as a tombstone; also those that a killed `drop` has left.
+        """Free the bytes of a done step and keep its record as a tombstone. Also free what a killed `drop` has left.
 
         Nothing happens where the step is neither PRESENT nor DROPPED.
         """
@@ -197,7 +202,7 @@ class Store:
             (folder / name).unlink(missing_ok=True)
 
     def remove(self, step: Step) -> None:
-        """Forget the step altogether (`--retry-failed`, a broken result)."""
+        """Forget the step altogether, its record included."""
         folder = self.folder(step)
         if folder.exists():
             self._discard(folder)
@@ -207,7 +212,7 @@ class Store:
         return self.root / "failures" / f"{key}.json"
 
     def fail(self, step: Step, reason: str, traceback: str = "") -> None:
-        """Record that a step was tried, why it failed and where; it is not tried again until `forgive`."""
+        """Record that a step was tried, why it failed and where. It is not tried again until `forgive`."""
         path = self.failure_path(step.key)
         record = {"step": step.as_json(), "reason": reason}
         try:
@@ -220,27 +225,25 @@ class Store:
             raise StoreError(f"{step.name} failed ({reason}), and {path} cannot be written: {error}") from error
 
     def failures(self) -> dict[str, str]:
-        """{key: reason} of every step that failed."""
-        found = {}
+        """Return {key: reason} of every step that failed."""
+        reasons = {}
         for path in (self.root / "failures").glob("*.json"):
             try:
-                found[path.stem] = str(json.loads(path.read_text())["reason"])
+                reasons[path.stem] = str(json.loads(path.read_text())["reason"])
             except (OSError, ValueError, KeyError):
                 continue
-        return found
+        return reasons
 
     def forgive(self) -> int:
-        """Forget every failure, so that the steps are tried again; returns how many."""
-        held = list((self.root / "failures").glob("*.json"))
-        for path in held:
+        """Forget every failure, so that the steps are tried again. Return how many there were."""
+        paths = list((self.root / "failures").glob("*.json"))
+        for path in paths:
             path.unlink(missing_ok=True)
-        return len(held)
+        return len(paths)
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Hold the exclusive lock `name` across processes; waits for who has it. Gone with its process, even a killed
-        one.
-        """
+        """Hold the exclusive lock `name` across processes; wait for its holder. A killed process loses it."""
         path = self.root / "locks" / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,9 +259,9 @@ class Store:
             os.close(handle)
 
     def clean(self) -> int:
-        """Remove what killed processes have left: drafts that no living one holds, locks of steps, temporary files.
+        """Remove what killed processes have left: drafts that no living process holds, locks of steps, temporary files.
 
-        Returns how many drafts there were; what spans had finished in them is lost. For the end of a sweep, therefore.
+        Return how many drafts there were. Spans that were finished in them are lost, so this is for the end of a sweep.
         """
         drafts = {path.name for path in (self.root / "drafts").glob("*")}
         if drafts:
@@ -278,45 +281,48 @@ class Store:
                 _remove_unheld(path)
         return len(drafts)
 
-    def _place(self, draft: Path, folder: Path) -> None:
-        """Rename a draft that holds its record into its place. What is there moves out of the way first."""
+    def _move_into_place(self, draft: Path, folder: Path) -> None:
+        """Rename a draft that holds its record to the step's folder. An older folder moves out of the way first."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():
             self._discard(folder)
-        os.rename(draft, folder)
+        draft.rename(folder)
 
     def _discard(self, folder: Path) -> None:
         grave = self.root / "drafts" / f"old-{folder.name}-{uuid.uuid4().hex[:12]}"
         grave.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(folder, grave)
+        folder.rename(grave)
         shutil.rmtree(grave, ignore_errors=True)
 
 
 def _stamp(path: str) -> Stamp | None:
-    """What a file is known again by: a record is replaced, never written to. None where there is no file."""
+    """Return inode, mtime and size of a file, by which it is recognised; None where there is no file.
+
+    A record is replaced, never written to.
+    """
     try:
-        found = os.stat(path)
+        status = os.stat(path)  # noqa: PTH116 — asked for every step after every round
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write JSON so that a reader sees either the old file or the whole new one."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
-        with open(draft, "w") as file:
+        with draft.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # what nobody holds was left by a killed process: `Store.clean` removes it
             file.write(json.dumps(value, indent=1, sort_keys=True) + "\n")
             file.flush()
-            os.replace(draft, path)
+            draft.replace(path)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
 
 
 def _locked(path: Path, wait: bool = True) -> int | None:
-    """A handle that holds the lock on `path`; None where another has it and we do not wait."""
+    """Return a handle that holds the lock on `path`; None where another process has it and `wait` is false."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -333,7 +339,7 @@ def _locked(path: Path, wait: bool = True) -> int | None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a folder, whichever it is; nothing where it is gone."""
+    """Remove a file or a folder, if it is there."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -343,7 +349,7 @@ def _remove(path: Path) -> None:
 def _remove_unheld(path: Path) -> None:
     """Remove a temporary file unless a living process is writing it."""
     try:
-        with open(path) as file:
+        with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)
     except OSError:

@@ -207,6 +207,6 @@ def measured_seconds_an_item(frontier: Frontier) -> float | None:
             for task in cell.tasks_on(split):
                 record = frontier.store.record(frontier.plan.evaluation(cell, split, task))
                 if record is not None:
-                    seconds += float(record.made.get("seconds", 0.0))
+                    seconds += float(record.provenance.get("seconds", 0.0))
                     items += int(record.result.get("items", 0))
     return seconds / items if items else None

@@ -57,7 +57,7 @@ def _cell(frontier: Frontier, cell: Cell) -> CellScores:
     record = store.record(cell.model) if cell.merge else None
     measured = {"eval/seconds": round(seconds, 3)} if seconds else {}
     if record is not None:
-        measured["merge/seconds"] = float(record.made.get("seconds", 0.0))
+        measured["merge/seconds"] = float(record.provenance.get("seconds", 0.0))
     return CellScores(
         cell.id, cell.kind, cell.name, cell.method, shown_values(cell), cell.count, cell.subset, cell.experts,
         status, trouble, bool(frontier.choice.chosen(cell)), cell.model.key, record.digest if record else "",

@@ -65,7 +65,7 @@ class StoreView:
                 return False
             self._done.add(step.key)
             if step.kind == "evaluation":
-                self._scores[step.key] = float(record.result["score"]), float(record.made.get("seconds", 0.0))
+                self._scores[step.key] = float(record.result["score"]), float(record.provenance.get("seconds", 0.0))
         return True
 
     def at_hand(self, work: Work) -> bool:

@@ -26,41 +26,42 @@ Location = tuple[str, int]
 
 
 class OpenFiles:
-    """Files opened once per process and closed with this object; sent to another process it opens its own."""
+    """Files that a process opens once. They are closed with this object; sent to another process, it opens its own."""
 
     def __init__(self, flags: int) -> None:
-        self._flags, self._held, self._mapped = flags, dict[str, int](), dict[tuple[str, int], NDArray[np.uint8]]()
+        self._flags, self._handles, self._mapped = flags, dict[str, int](), dict[tuple[str, int], NDArray[np.uint8]]()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OpenFiles, (self._flags,)
 
     def __del__(self) -> None:
-        for handle in self._held.values():
+        for handle in self._handles.values():
             os.close(handle)
 
     def of(self, path: str) -> int:
-        """The handle of a file. Raises OSError."""
-        handle = self._held.get(path)
+        """Return the handle of a file. Raises OSError."""
+        handle = self._handles.get(path)
         if handle is None:
             handle = os.open(path, self._flags)
             # Two threads may open at once; the second handle is kept nowhere else, so it is closed here.
-            if (kept := self._held.setdefault(path, handle)) != handle:
+            if (kept := self._handles.setdefault(path, handle)) != handle:
                 os.close(handle)
                 handle = kept
         return handle
 
     def mapped(self, path: str, start: int, size: int) -> NDArray[np.uint8]:
-        """Bytes of a file as memory, mapped once and with all its pages: found one by one they take longer than a read.
+        """Map bytes of a file into memory, once and with all pages: pages that are mapped one by one take longer than a
+        read.
 
         Raises OSError.
         """
-        held = self._mapped.get((path, start))
-        if held is None:
+        pages_of_file = self._mapped.get((path, start))
+        if pages_of_file is None:
             before = start % mmap.ALLOCATIONGRANULARITY
             flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
             pages = mmap.mmap(self.of(path), before + size, flags, mmap.PROT_READ, offset=start - before)
-            held = self._mapped.setdefault((path, start), np.frombuffer(pages, np.uint8, size, before))
-        return held
+            pages_of_file = self._mapped.setdefault((path, start), np.frombuffer(pages, np.uint8, size, before))
+        return pages_of_file
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,9 @@ class FileTensors:
     handles: OpenFiles = field(default_factory=lambda: OpenFiles(os.O_RDONLY), compare=False, repr=False)
 
     def read(self, name: str, start: int = 0, stop: int | None = None, space: Tensor | None = None) -> Tensor:
-        """Elements start … stop−1 of the flattened tensor, in its own dtype; read into `space` where it is given.
+        """Read elements start … stop−1 of the flattened tensor, in its own dtype, into `space` where that is passed.
 
-        Raises SourceError where the file ends before the tensor does (it shrank after its header was read).
+        Raises SourceError where the file ends before the tensor does: it shrank after its header was read.
         """
         info = self.tensors[name]
         dtype = DTYPES[info.dtype]
@@ -85,7 +86,9 @@ class FileTensors:
         return out
 
     def filler(self, name: str) -> Callable[[memoryview, int], None]:
-        """What fills memory with the tensor's bytes, from a byte of it on. Raises SourceError as `read` does."""
+        """Return a function that fills memory with the tensor's bytes from a byte offset on. It raises SourceError as
+        `read`.
+        """
         file, offset = self.locations[name]
         handle, folder = self._handle(file), self.folder
 
@@ -100,41 +103,42 @@ class FileTensors:
         return fill
 
     def gather(self, name: str, rows: NDArray[np.int64], out: Tensor) -> None:
-        """Rows of a tensor in any order, into `out` (as many × their width, of this dtype), by one gather over the mapped file.
+        """Read rows of a tensor in any order into `out`, by one gather over the mapped file.
 
-        Raises SourceError where the file ends before the tensor does; it is looked at just before.
+        rows: (n,) int64. out: (n, width), of the tensor's dtype. Raises SourceError where the file ends before the
+        tensor.
         """
         info, (file, offset) = self.tensors[name], self.locations[name]
         handle, size = self._handle(file), info.count * out.element_size()
         if os.fstat(handle).st_size < offset + size:
             raise SourceError(f"{self.folder}/{file} ends inside tensor '{name}': fetch or write the file again")
-        held = self.handles.mapped(os.path.join(self.folder, file), offset, size)
-        np.take(held.reshape(info.shape[0], -1), rows, axis=0, out=out.view(torch.uint8).numpy(), mode="clip")
+        content = self.handles.mapped(f"{self.folder}/{file}", offset, size)
+        np.take(content.reshape(info.shape[0], -1), rows, axis=0, out=out.view(torch.uint8).numpy(), mode="clip")
 
     def expect(self, name: str, start: int, stop: int) -> None:
-        """Have the system begin to read these elements from the disk, if it has not got them."""
+        """Ask the system to begin reading these elements from the disk."""
         file, offset = self.locations[name]
         size = self.tensors[name].itemsize
         os.posix_fadvise(self._handle(file), offset + start * size, (stop - start) * size, os.POSIX_FADV_WILLNEED)
 
     def _handle(self, file: str) -> int:
         try:
-            return self.handles.of(os.path.join(self.folder, file))
+            return self.handles.of(f"{self.folder}/{file}")
         except OSError as error:
             raise SourceError(f"cannot open {self.folder}/{file}: {error.strerror}") from error
 
 
 def open_file(path: Path) -> FileTensors:
-    """The tensors of one safetensors file that the store holds."""
+    """Open the tensors of one safetensors file."""
     return open_files(path.parent, [path.name])
 
 
 def open_files(folder: Path, names: Sequence[str]) -> FileTensors:
-    """The tensors of several safetensors files in one folder. Raises SourceError where one cannot be read."""
+    """Open the tensors of several safetensors files in one folder. Raises SourceError where one cannot be read."""
     tensors: dict[str, TensorInfo] = {}
     locations: dict[str, Location] = {}
     for name in names:
-        with open(folder / name, "rb") as file:
+        with (folder / name).open("rb") as file:
 
             def piece(start: int, length: int, file: BinaryIO = file) -> bytes:
                 file.seek(start)
@@ -148,7 +152,11 @@ def open_files(folder: Path, names: Sequence[str]) -> FileTensors:
 
 
 def parse_header(read: Callable[[int, int], bytes], size: int, where: str) -> dict[str, tuple[TensorInfo, int]]:
-    """{tensor: (info, offset in the file)} from the file's first bytes. read: (start, length) → bytes."""
+    """Return {tensor: (info, offset in the file)} from the header of a safetensors file.
+
+    read: (start, length) → bytes. size: of the whole file. Raises SourceError where the header is damaged, a dtype is
+    unknown, or the file ends before a tensor does.
+    """
     if size < 8:
         raise SourceError(f"{where} has {size} bytes: not a safetensors file; fetch or write it again")
     length = int.from_bytes(read(0, 8), "little")

@@ -25,12 +25,12 @@ PLACES = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
 
 
 def width(count: int) -> int:
-    """Bytes that hold `count` bits."""
+    """Return the number of bytes that hold `count` bits."""
     return -(-count // 8)
 
 
 def packed(mask: Tensor) -> Tensor:
-    """The bits of a bool tensor in flat order, uint8; those beyond the last element are 0."""
+    """Pack a bool tensor in flat order into uint8; the bits behind the last element are 0."""
     flat = mask.reshape(-1).to("cpu", torch.uint8)
     padded = torch.zeros(width(flat.numel()) * 8, dtype=torch.uint8)
     padded[: flat.numel()] = flat
@@ -38,50 +38,56 @@ def packed(mask: Tensor) -> Tensor:
 
 
 def unpacked(bits: Tensor) -> Tensor:
-    """Eight bools for each byte, flat."""
+    """Unpack each byte into eight bools, flat."""
     return ((bits[:, None] & PLACES) != 0).reshape(-1)
 
 
 def mask_outputs(selection: Mapping[str, TensorInfo], tasks: int, vector: str, scaled: bool) -> dict[str, TensorInfo]:
-    """What a product holds for the merged tensors. vector: dtype of the shared vector, safetensors' name."""
-    found: dict[str, TensorInfo] = {}
+    """Return the tensors that a product holds for the merged ones. vector: dtype of the shared vector (safetensors'
+    name).
+    """
+    infos: dict[str, TensorInfo] = {}
     for name, info in selection.items():
-        found[name] = info
-        found[SHARED + name] = TensorInfo(vector, info.shape)
-        found[MASK + name] = TensorInfo("U8", (tasks, width(info.count)))
+        infos[name] = info
+        infos[SHARED + name] = TensorInfo(vector, info.shape)
+        infos[MASK + name] = TensorInfo("U8", (tasks, width(info.count)))
         if scaled:
-            found[SCALE + name] = TensorInfo("F32", (tasks,))
-    return found
+            infos[SCALE + name] = TensorInfo("F32", (tasks,))
+    return infos
 
 
 def mask_block(
     name: str, base: Tensor, shared: Tensor, masks: Sequence[Tensor], scales: Sequence[float] | None
 ) -> dict[str, Tensor]:
-    """What a product holds for one merged tensor."""
-    found = {name: base, SHARED + name: shared, MASK + name: torch.stack([packed(mask) for mask in masks])}
+    """Return the tensors that a product holds for one merged tensor. scales: a factor per task; None where all
+    are 1.
+    """
+    tensors = {name: base, SHARED + name: shared, MASK + name: torch.stack([packed(mask) for mask in masks])}
     if scales is not None:
-        found[SCALE + name] = torch.tensor(scales, dtype=torch.float32)
-    return found
+        tensors[SCALE + name] = torch.tensor(scales, dtype=torch.float32)
+    return tensors
 
 
 @dataclass(frozen=True)
 class MaskedModel:
-    """The model of one task, read from a product piece by piece. row: the task's. tensors: the model's, as given out."""
+    """The model of one task, read from a product. row: the task's row in the masks. tensors: names and dtypes of the
+    model.
+    """
 
     product: TensorSource
     row: int
     tensors: Mapping[str, TensorInfo]
 
     def read(self, name: str, start: int = 0, stop: int | None = None, space: Tensor | None = None) -> Tensor:
-        """Elements start … stop−1 of the flattened tensor, in the dtype it is given out in."""
+        """Read elements start … stop−1 of the flattened tensor, in the dtype that `tensors` gives it."""
         stop = self.tensors[name].count if stop is None else stop
-        held = self.product.read(name, start, stop)
+        values = self.product.read(name, start, stop)
         if MASK + name not in self.product.tensors:
-            return held.to(DTYPES[self.tensors[name].dtype]) if held.is_floating_point() else held
+            return values.to(DTYPES[self.tensors[name].dtype]) if values.is_floating_point() else values
         row = self.row * width(self.tensors[name].count)
         bits = self.product.read(MASK + name, row + start // 8, row + width(stop))
         chosen = unpacked(bits)[start % 8 : start % 8 + stop - start]
         change = torch.where(chosen, self.product.read(SHARED + name, start, stop).to(torch.float32), 0.0)
         if SCALE + name in self.product.tensors:
             change = change * self.product.read(SCALE + name, self.row, self.row + 1)
-        return (held.to(torch.float32) + change).to(DTYPES[self.tensors[name].dtype])
+        return (values.to(torch.float32) + change).to(DTYPES[self.tensors[name].dtype])

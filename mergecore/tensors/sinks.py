@@ -23,34 +23,34 @@ INDEX = "model.safetensors.index.json"
 
 
 class Sink(ABC):
-    """Takes pieces of tensors in any order, each exactly once or again with the same bytes."""
+    """Takes windows of tensors in any order. A window may come again, with the same bytes."""
 
     @abstractmethod
     def prepare(self) -> None:
-        """Make room. Called once, before the first write; what is there already is kept."""
+        """Make room. Called once, before the first write; what is there already stays."""
 
     @abstractmethod
     def write(self, name: str, start: int, data: memoryview) -> None:
-        """Elements from flat index `start` on, as bytes in the tensor's own dtype."""
+        """Write elements from flat index `start` on. data: bytes in the tensor's own dtype."""
 
 
 @dataclass
 class MemorySink(Sink):
-    """A mapping in memory."""
+    """Tensors written into memory."""
 
     tensors: Mapping[str, TensorInfo]
-    held: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
 
     def prepare(self) -> None:
         """Allocate every tensor."""
         for name, info in self.tensors.items():
-            self.held[name] = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+            self.values[name] = torch.empty(info.shape, dtype=DTYPES[info.dtype])
 
     def write(self, name: str, start: int, data: memoryview) -> None:
-        """Copy a piece in."""
-        held = self.held[name].view(-1)
-        at = start * held.element_size()
-        bytes_of(held)[at : at + len(data)] = data
+        """Copy the elements to their position."""
+        target = self.values[name].view(-1)
+        at = start * target.element_size()
+        bytes_of(target)[at : at + len(data)] = data
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Shard:
 
 @dataclass
 class ShardSink(Sink):
-    """safetensors files in `folder`, laid out beforehand so that any process can write its pieces by position."""
+    """Safetensors files in `folder`, laid out beforehand, so that any process can write its windows by position."""
 
     folder: Path
     tensors: Mapping[str, TensorInfo]
@@ -73,7 +73,7 @@ class ShardSink(Sink):
     handles: OpenFiles = field(default_factory=lambda: OpenFiles(os.O_WRONLY), compare=False, repr=False)
 
     def complete(self) -> bool:
-        """Whether all files are there at their full size."""
+        """Return whether all files are there at their full size."""
         paths = [(self.folder / shard.name, shard.size) for shard in self.shards]
         return all(path.exists() and path.stat().st_size == size for path, size in paths)
 
@@ -97,7 +97,7 @@ class ShardSink(Sink):
             (self.folder / INDEX).write_text(index_text(self.shards, self.tensors))
 
     def write(self, name: str, start: int, data: memoryview) -> None:
-        """Write a piece at its place."""
+        """Write the elements at their position in the file. Raises CapacityError where the disk is full."""
         path, offset, width = self._places[name]
         position = offset + start * width
         try:
@@ -109,7 +109,7 @@ class ShardSink(Sink):
 
     @cached_property
     def _places(self) -> dict[str, tuple[str, int, int]]:
-        """Of each tensor the file, its first byte there, and the bytes of an element."""
+        """For each tensor: its file, its first byte there, and the bytes of an element."""
         return {
             name: (str(self.folder / shard.name), at, self.tensors[name].itemsize)
             for shard in self.shards
@@ -118,12 +118,14 @@ class ShardSink(Sink):
 
 
 def no_room(path: Path, size: int, error: OSError) -> CapacityError:
-    """The error for a file that could not be written."""
+    """Return the error for a file that could not be written."""
     return CapacityError(f"cannot write {size:,} bytes to {path}: {error.strerror}; free disk space and run again")
 
 
 def plan_shards(tensors: Mapping[str, TensorInfo], shard_size: int, stem: str = "model") -> list[Shard]:
-    """Files of at most `shard_size` bytes of tensors (a larger tensor has one to itself), tensors sorted by name."""
+    """Distribute tensors, sorted by name, over files of at most `shard_size` bytes. A larger tensor has a file of its
+    own.
+    """
     groups: list[list[str]] = [[]]
     filled = 0
     for name in sorted(tensors):
@@ -160,7 +162,9 @@ def _shard(file: str, names: Sequence[str], tensors: Mapping[str, TensorInfo]) -
 
 
 def index_text(shards: Sequence[Shard], tensors: Mapping[str, TensorInfo]) -> str:
-    """The index file that names each tensor's shard."""
-    place = {name: shard.name for shard in shards for name in shard.offsets}
+    """Return the index file that names each tensor's shard."""
+    shard_of = {name: shard.name for shard in shards for name in shard.offsets}
     total = sum(info.size for info in tensors.values())
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}, indent=2) + "\n"
+    return (
+        json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}, indent=2) + "\n"
+    )

@@ -37,12 +37,12 @@ class TensorInfo:
         return ELEMENT_TYPES[self.dtype].itemsize
 
     def stored_as(self, dtype: str) -> TensorInfo:
-        """The same tensor written in another dtype (safetensors' name). What is not merged keeps its own."""
+        """Return the tensor written in another dtype (safetensors' name). What is not merged keeps its own."""
         return TensorInfo(dtype, self.shape) if self.dtype in MERGED else self
 
 
 class TensorSource(Protocol):
-    """Named tensors that can be read in pieces: a checkpoint on disk, a statistic's result, a dict in memory."""
+    """Named tensors that can be read by element: a checkpoint on disk, a statistic's result, a dict in memory."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -50,8 +50,8 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None, space: Tensor | None = None) -> Tensor:
-        """Elements start … stop−1 of the flattened tensor, in its own dtype; not to be written to.
+        """Read elements start … stop−1 of the flattened tensor, in its own dtype. The result must not be written to.
 
-        space: memory of that size and dtype that may be used for the answer.
+        space: memory of that size and dtype, which may be used for the result.
         """
         ...

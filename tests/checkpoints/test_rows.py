@@ -1,4 +1,4 @@
-"""Tensors whose rows come from several checkpoints: any part of them is what a loop over rows makes, read from files."""
+"""Tensors whose rows come from several checkpoints: any part of them equals what a loop over rows makes."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_tensor_keeps_its_dtype_where_its_rows_are_copies() -> None:
     borrowed = rows_of(COUNT, [[(rows[1:], rows[1:])], [(rows[:1], rows[:1])]], none)
     assert RowTensors((narrow, wide), names, borrowed).tensors["e"].dtype == "F32"
     assert RowTensors((narrow, narrow), names, borrowed).tensors["e"].dtype == "BF16"
-    assert torch.equal(RowTensors((wide, narrow), names, borrowed).read("e", 0, 7), narrow.held["e"][0].float())
+    assert torch.equal(RowTensors((wide, narrow), names, borrowed).read("e", 0, 7), narrow.values["e"][0].float())
 
 
 def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
     source = open_file(tmp_path / "x.safetensors")
     rows = np.arange(COUNT, dtype=np.int32)
     found = RowTensors((source,), ({"e": "e"},), rows_of(COUNT, [[(rows, rows[::-1].copy())]], rows[:0]))
-    with open(tmp_path / "x.safetensors", "r+b") as file:
+    with (tmp_path / "x.safetensors").open("r+b") as file:
         file.truncate(500)
     with pytest.raises(SourceError, match="ends inside tensor 'e'"):
         found.read("e")

@@ -316,7 +316,7 @@ def test_a_fetch_gives_every_file_and_tells_how_far_it_is(hub: Hub, opened: Open
     assert {name: (path / name).read_bytes() for name in source.files} == {
         name: held for name, held in SHARDED.items() if "consolidated" not in name
     }
-    downloads = [event for event in events if event.what == "download owner/toy"]
+    downloads = [event for event in events if event.activity == "download owner/toy"]
     total = sum(len(held) for name, held in SHARDED.items() if name.startswith("model-"))
     assert (downloads[-1].done, downloads[-1].total, downloads[-1].unit) == (total, total, "bytes")
     assert [event.done for event in downloads] == sorted(event.done for event in downloads)
@@ -584,7 +584,7 @@ def test_sources_travel_to_other_processes(hub: Hub, opened: Opened, tmp_path: P
     near = LocalSource(folder(tmp_path / "near", SINGLE), report=events.append)
     for source in (near, opened("owner/toy")):
         assert pickle.loads(pickle.dumps(source)).files == source.files
-    assert [event.what for event in events if event.done] == [f"hash {name}" for name in near.files]
+    assert [event.activity for event in events if event.done] == [f"hash {name}" for name in near.files]
 
 
 def test_the_hub_library_is_imported_only_when_a_hub_is_asked() -> None:

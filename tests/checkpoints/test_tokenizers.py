@@ -79,7 +79,7 @@ def test_rows_by_token(shape: str, tied: bool, source: str, padding: int, tmp_pa
 @pytest.mark.parametrize("multiple", [8, 32])
 @pytest.mark.parametrize("padding", [0, 20])
 def test_padded_rows(multiple: int, padding: int, tmp_path: Path) -> None:
-    """Rows behind the tokens: a model's own where it has them, else the mean of its tokens' rows; bfloat16 rounds once."""
+    """Rows behind the tokens: a model's own where it has them, else the mean of its rows; bfloat16 rounds once."""
     models = pool(tmp_path, "llama", True, padding)
     out, name = tmp_path / "out", EMBEDDING["llama"]
     merge_into(recipe(models, method="average", tokenizer={"source": "union", "pad_to_multiple_of": multiple}), out)
@@ -91,7 +91,7 @@ def test_padded_rows(multiple: int, padding: int, tmp_path: Path) -> None:
 
 
 def test_a_mean_is_over_the_experts_that_have_the_token(tmp_path: Path) -> None:
-    """`missing: mean`, as mergekit has it where no base is named: the base's row counts only where it alone has the token."""
+    """`missing: mean`, as in mergekit without a base: the base's row counts only where it alone has the token."""
     models = pool(tmp_path, "llama", False)
     models["other"] = write_model(
         tmp_path / "other", byte_pairs(LONGER[:4]), added=["<u>"], seed=3, base=models["base"]
@@ -111,7 +111,7 @@ def test_a_mean_is_over_the_experts_that_have_the_token(tmp_path: Path) -> None:
 
 
 def test_rules_for_single_tokens(tmp_path: Path) -> None:
-    """A row from a model, from another token, of zeros, for those that lack the token or for all; and a token that is new."""
+    """A row from a model, from another token, of zeros, for those that lack the token or for all; and a new token."""
     models = pool(tmp_path, "llama", True)
     rules = {
         "<m>": "long",
@@ -253,7 +253,7 @@ def test_an_adapter_of_the_head(tmp_path: Path) -> None:
 
 
 def test_with_folded_adapters_other_layers_and_parts(tmp_path: Path) -> None:
-    """A vocabulary is one thing among others: an adapter folded into an expert, a layer taken twice, rules with methods."""
+    """A vocabulary together with an adapter folded into an expert, a layer taken twice, and rules with methods."""
     from safetensors.torch import save_file
 
     models = pool(tmp_path, "llama", True)
@@ -311,7 +311,7 @@ def test_rows_that_are_only_padding(tmp_path: Path) -> None:
 
 
 def test_special_tokens_and_template_of_a_named_expert(tmp_path: Path) -> None:
-    """Its ids of special tokens, its tokenizer files and its chat template; the rest of the configuration is the base's."""
+    """Its special tokens, its tokenizer files and its chat template; the rest of the configuration is the base's."""
     from mergecore.spec.recipe import parse_recipe
     from tests.recipe_files import plain
 
@@ -353,7 +353,7 @@ def test_a_given_template_that_writes_what_nobody_has_is_said_aloud(rules: dict[
 
 
 def test_the_first_holds_where_tokenizers_contradict_each_other(tmp_path: Path) -> None:
-    """`conflicts: first`: another encoding's tokens are added by their text, settings are the base's; it is said aloud."""
+    """`conflicts: first`: another encoding's tokens are added by their text with the base's settings, and a warning."""
     base = write_model(tmp_path / "base", byte_pairs(), added=["<m>"])
     other = write_model(
         tmp_path / "x",

@@ -96,8 +96,14 @@ def test_texts_without_new_pieces_are_taken_apart_as_before(tmp_path: Path) -> N
         ({"x": {piece: score for piece, score in BASE.items() if piece != "cd"} | {"a": -1.0}}, "'a' has other scores"),
         ({"x": LONGER, "y": {**BASE, "dd": -4.3}}, "'dd' has other scores in expert 'y' than before"),
         ({"x": {**BASE, "dd": -5.6}}, "'dd' with lower scores than any before"),
-        ({"x": (pieces({"<s>": 0.0, "</s>": 0.0, **LONGER}, True), {})}, "does not spell unknown characters .*byte_fallback"),
-        ({"base": (BASE, {"added": ["<u>"]}), "x": LONGER}, "'bcd', '▁ab', 'dd' of its own, where the base has its added tokens"),
+        (
+            {"x": (pieces({"<s>": 0.0, "</s>": 0.0, **LONGER}, True), {})},
+            "does not spell unknown characters .*byte_fallback",
+        ),
+        (
+            {"base": (BASE, {"added": ["<u>"]}), "x": LONGER},
+            "'bcd', '▁ab', 'dd' of its own, where the base has its added tokens",
+        ),
     ],
 )  # fmt: skip
 def test_pieces_that_would_change_more_are_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:

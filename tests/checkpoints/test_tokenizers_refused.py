@@ -122,7 +122,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Models], dict[str, Any], str]] = {
     "merges": (
         another(lambda: byte_pairs([("c", "d"), ("b", "c")])),
         rules(),
-        r"merge 0 is a \+ b in the base and c \+ d in expert 'x', which has 1 tokens of its own \('bc'\).*conflicts: first",
+        r"merge 0 is a \+ b in the base and c \+ d in expert 'x', which has 1 tokens of its own \('bc'\)"
+        ".*conflicts: first",
     ),
     "kinds": (
         another(lambda: words(["a", "tree"])),
@@ -142,12 +143,17 @@ REFUSED: dict[str, tuple[Callable[[Path], Models], dict[str, Any], str]] = {
     "an id without a token": (
         edited("base", "generation_config.json", pad_token_id=99),
         rules(),
-        r"the base: generation_config.json says pad_token_id 99, which is no token of the result \(15 tokens, the last is 14\)",
+        r"the base: generation_config.json says pad_token_id 99, which is no token of the result "
+        r"\(15 tokens, the last is 14\)",
     ),
-    "a special token without a row": (cut, rules(source="base"), "names|says pad_token '<pad>', for which no model has a row"),
-    "tokens without a row": (cut_piece, rules(source="base", conflicts="first"), "no model has a row for .*'h'.*of its tokenizer"),
-    "only a slow one": (without("x", "tokenizer.json", put="vocab.json"), rules(), "has vocab.json and no tokenizer.json.*use_fast"),
-    "none at all": (without("x", "tokenizer.json"), rules(), "expert 'x' .*has no tokenizer.json beside it, and 15 rows"),
+    "a special token without a row": (cut, rules(source="base"), "names|says pad_token '<pad>', for which no model "
+    "has a row"),
+    "tokens without a row": (cut_piece, rules(source="base", conflicts="first"), "no model has a row for .*'h'.*of "
+    "its tokenizer"),
+    "only a slow one": (without("x", "tokenizer.json", put="vocab.json"), rules(), "has vocab.json and no "
+    "tokenizer.json.*use_fast"),
+    "none at all": (without("x", "tokenizer.json"), rules(), "expert 'x' .*has no tokenizer.json beside it, and 15 "
+    "rows"),
     "none in the base": (without("base", "tokenizer.json"), rules(), "the base .*has no tokenizer.json beside it"),
     "two of one id": (shared_id, rules(), "x/tokenizer.json: 'g' and 'h' have one id"),
     "other ids than a loader gives": (misnumbered, rules(), "'<m>' has id 17, which a loader would take for 14"),
@@ -156,7 +162,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Models], dict[str, Any], str]] = {
         rules(),
         "expert 'x'.*rows.*of which tokens are they",
     ),
-    "rows of the configuration": (edited("x", "config.json", vocab_size=20), rules(), "config.json says vocab_size 20, .* has 15"),
+    "rows of the configuration": (edited("x", "config.json", vocab_size=20), rules(), "config.json says vocab_size "
+    "20, .* has 15"),
     "no embedding": (
         retensored(lambda held: (held.pop(HEAD), held.pop(EMBEDDING["llama"]))),
         rules(),
@@ -177,7 +184,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Models], dict[str, Any], str]] = {
         "give either 'token' or 'token_id'",
     ),
     "a row for all, of nobody": (pool, token({"to": "all"}, "a"), "'to: all' needs a 'source'"),
-    "an adapter made": (pool, {"method": "lora_arithmetic", **rules()}, "makes an adapter, which has the vocabulary of its base"),
+    "an adapter made": (pool, {"method": "lora_arithmetic", **rules()}, "makes an adapter, which has the vocabulary "
+    "of its base"),
 }  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def merged(method: Method, device: str, base_id: str = "", library: Library | No
     job = MergeJob("k", method, (0, 1, 2), frozenset(["w"]), base.tensors, known, sink)
     spans = plan_spans(base.tensors, Per.ELEMENT)
     run_pass(PassPlan(base, experts, (job,), (), spans, device, library, None, base_id), InProcess(), silent)
-    return sink.held["w"]
+    return sink.values["w"]
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +131,7 @@ def test_values_that_are_not_finite_are_refused_by_name(device: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_loop_on_a_device_gives_the_processors_bytes(tmp_path: Any) -> None:
     base, experts = models(1 << 16)
-    here = Window(base.read("w"), tuple(expert.held.read("w") for expert in experts), (False,) * 3, 0)
+    here = Window(base.read("w"), tuple(expert.stored.read("w") for expert in experts), (False,) * 3, 0)
     for name, values in METHODS_TRIED[:2]:
         method = METHODS[name].model_validate(values)
         fused = Fused(method.merge_models, "deltas", torch.bfloat16, library_in(tmp_path), wait=True)

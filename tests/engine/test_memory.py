@@ -198,7 +198,7 @@ def test_memory_for_one_block_means_one_at_a_time_and_the_same_bytes(pools: dict
             tmp_path / name,
             find,
             InProcess(2),
-            lambda e: said.append(e.what),
+            lambda e: said.append(e.activity),
             memory=memory,
         ).digest
         for name, memory in (("scarce", 8 << 20), ("ample", None))

@@ -100,7 +100,7 @@ class Sweeping:
     def busy(self) -> list[int]:
         """Workers in the middle of a span, once at least one span of the merge is journalled."""
         # Not Path.glob, which fails where a draft is renamed while it looks.
-        if not glob.glob(str(self.store.root / "drafts/*/journal-*/*.json")):
+        if not glob.glob(str(self.store.root / "drafts/*/journal-*/*.json")):  # noqa: PTH207
             return []
         return [int(path.name.partition("-")[2]) for path in self.store.root.glob("busy-*")]
 

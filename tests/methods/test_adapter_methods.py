@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mergecore import merge
-from mergecore.checkpoints.adapters import adapter_config, low_rank, made_factor
+from mergecore.checkpoints.adapters import adapter_config, low_rank, own_factor
 from mergecore.checkpoints.experts import AdapterExpert, Factor
 from mergecore.errors import MismatchError, SpecError
 from mergecore.events import silent
@@ -389,7 +389,7 @@ def test_patterns_for_modules_of_another_rank() -> None:
     assert config["r"] == 2 and config["lora_alpha"] == 2 and config["task_type"] is None
     assert config["rank_pattern"] == config["alpha_pattern"] == {r"layers\.1\.q": 3}
     assert config["target_modules"] == ["layers.1.k", "layers.1.q", "layers.11.q"]
-    assert made_factor("layers.1.q.weight", False).down == "base_model.model.layers.1.q.lora_A.weight"
+    assert own_factor("layers.1.q.weight", False).down == "base_model.model.layers.1.q.lora_A.weight"
 
 
 def test_in_a_sweep_the_model_is_the_base_plus_the_adapter(bases: Callable[[str], Path], tmp_path: Path) -> None:

@@ -1,6 +1,4 @@
-"""Hashing two files at a time: the digests of hashlib, for any lengths side by side, and what happens where a file
-fails.
-"""
+"""Hashing two files at a time: the digests of hashlib for any two lengths, and what happens where a file fails."""
 
 from __future__ import annotations
 

@@ -462,7 +462,7 @@ def test_a_file_that_shrinks_while_it_is_read(models: tuple[Path, list[Path]], t
 
     def other(path: Path) -> None:
         time.sleep(0.02)
-        with open(path, "r+b") as file:
+        with path.open("r+b") as file:
             file.seek(-4, os.SEEK_END)
             file.write(b"\0\0\0\0")
 

@@ -312,8 +312,8 @@ def test_dropped_and_asked_for_again(pool_folder: Path, tmp_path: Path, undistur
     assert completed(place, plan).steps == [plan.step.name]
     assert model(place.store, plan) == undisturbed
     record = place.store.record(plan.step)
-    assert record is not None and "differs_from" not in record.made
-    assert not any("differs" in event.what for event in said)
+    assert record is not None and "differs_from" not in record.provenance
+    assert not any("differs" in event.activity for event in said)
 
 
 def test_a_model_made_again_with_another_digest_is_said_aloud(pool_folder: Path, tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_a_model_made_again_with_another_digest_is_said_aloud(pool_folder: Path,
     completed(place, plan)
     again = place.store.record(plan.step)
     assert again is not None and again.digest == record.digest and again.made["differs_from"] == "f" * 64
-    assert any(plan.step.name in event.what and "differs" in event.what for event in said)
+    assert any(plan.step.name in event.activity and "differs" in event.activity for event in said)
 
 
 def merge_in_spans(folder: Path, root: Path, place: str = "", call: int = 0, after: bool = False) -> tuple[int, int]:

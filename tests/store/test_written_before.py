@@ -1,6 +1,4 @@
-"""A store that an older Mergeloom filled: today's code finds all of it, makes nothing anew, and reads the same
-numbers.
-"""
+"""A store that an older Mergeloom filled: today's code finds all of it and reads the same numbers."""
 
 from __future__ import annotations
 

@@ -40,9 +40,15 @@ METHODS: list[dict[str, Any]] = [
     {"method": "task_arithmetic", "label": "dare", "scale": 0.5, "drop": {"kind": "random", "rate": 0.5, "seed": 1}},
     {"method": "ties", "density": 0.3},
     {"method": "ties", "label": "exact ties", "density": 0.3, "scope": "tensor", "count": "exact"},
-    {"method": "ties", "label": "l1", "density": 0.4, "drop": {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 2}},
+    {
+        "method": "ties", "label": "l1", "density": 0.4,
+        "drop": {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 2},
+    },
     {"method": "task_arithmetic", "label": "first layer", "scale": 0.5, "select": [{"names": "layers.0.*"}]},
-    {"method": "ties", "label": "parts", "select": [{"names": "head.*", "method": "average"}, {"layers": [0, 0], "density": 0.5}, {}]},
+    {
+        "method": "ties", "label": "parts",
+        "select": [{"names": "head.*", "method": "average"}, {"layers": [0, 0], "density": 0.5}, {}],
+    },
     {"method": "breadcrumbs", "scale": 0.4},
     {"method": "della"},
     {"method": "pcb"},
@@ -124,7 +130,9 @@ def specs() -> dict[str, dict[str, Any]]:
             {"name": "chat", "source": "words/chat", "tasks": ["tiny_choice"]},
             {"name": "low", "source": "words/low", "tasks": ["tiny_choice"]},
         ],
-        "methods": [{"method": "average"}, {"method": "ties", "density": 0.3}, {"method": "layer_swap", "bottom": 0, "top": 0}],
+        "methods": [
+            {"method": "average"}, {"method": "ties", "density": 0.3}, {"method": "layer_swap", "bottom": 0, "top": 0},
+        ],
         "counts": [2],
         "tokenizer": "union",
         "evaluate": {
@@ -220,8 +228,8 @@ def _write_adapter(folder: Path, seed: int, rank: int) -> None:
         factors[f"{stem}.lora_A.weight"] = torch.randn(rank, WIDTH, generator=draw) * 0.3
         factors[f"{stem}.lora_B.weight"] = torch.randn(WIDTH, rank, generator=draw) * 0.3
     config = {
-        "peft_type": "LORA", "base_model_name_or_path": "models/base", "r": rank, "lora_alpha": 2 * rank, "bias": "none",
-        "fan_in_fan_out": False, "use_rslora": False, "target_modules": ["0", "1"],
+        "peft_type": "LORA", "base_model_name_or_path": "models/base", "r": rank, "lora_alpha": 2 * rank,
+        "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "target_modules": ["0", "1"],
     }  # fmt: skip
     _write(folder, factors, config, "adapter_model")
 

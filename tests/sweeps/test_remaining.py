@@ -274,8 +274,8 @@ def test_names_are_what_lies_there(tmp_path: Path) -> None:
     for step in steps:
         recorded(store, step, score=0.0)
     assert store.names("evaluation") == {step.name for step in steps}
-    assert store.found(steps[0])[0] is State.PRESENT
-    record = store.found(steps[0])[1]
+    assert store.state_and_record(steps[0])[0] is State.PRESENT
+    record = store.state_and_record(steps[0])[1]
     assert record is not None and record.key == steps[0].key
 
 

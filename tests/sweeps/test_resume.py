@@ -158,7 +158,7 @@ def download(endpoint: str, cache: Path, fatal: int) -> None:
     constants.DOWNLOAD_CHUNK_SIZE, constants.HF_HUB_OFFLINE = 1 << 14, False
 
     def heard(event: Event) -> None:
-        if event.what.startswith("download") and event.done >= fatal:
+        if event.activity.startswith("download") and event.done >= fatal:
             killed_here()
 
     HubSource("owner/toy", None, cache, None, endpoint).fetch(heard)

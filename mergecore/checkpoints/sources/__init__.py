@@ -1,4 +1,4 @@
-"""Where checkpoints come from: a local directory or a hub. What a source must offer is written here."""
+"""Where checkpoints come from, a local directory or a hub: the interface of a source."""
 
 from __future__ import annotations
 
@@ -14,46 +14,52 @@ from mergecore.events import Report
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of a checkpoint: its size in bytes and, where it is known without a download, its SHA-256 (hex)."""
+    """A file of a checkpoint. size: bytes. sha256: hex digest; None where it is not known without a download."""
 
     size: int
     sha256: str | None
 
 
 class Source(ABC):
-    """One checkpoint, resolved: its files do not change any more."""
+    """One resolved checkpoint: its files do not change any more."""
 
     uri: str
     """How a person names it: the path, or hub-id@commit."""
     rewritten: ClassVar[bool] = False
-    """Whether the companions in the folder of `fetch` are not those of `files`; `write_companions` writes these then."""
+    """Whether the companions in the folder of `fetch` differ from `files`; then `write_companions` writes them."""
     revision: str | None
     """The commit it was resolved to, None for a local directory."""
     _files: Mapping[str, SourceFile] | None = None
 
     @property
     def files(self) -> Mapping[str, SourceFile]:
-        """Every file that matters (weights, index, config, tokenizer, chat template, adapter config), by name; looked for
-        at the first call."""
-        # Not a cached_property: until Python 3.12 that has one lock for all sources, which could not be hashed side by side.
+        """Every file that matters (weights, index, config, tokenizer, chat template, adapter config), by name.
+
+        The files are listed at the first call.
+        """
+        # Not a cached_property: before Python 3.12 that has one lock for all sources. They are hashed in parallel.
         if self._files is None:
-            self._files = self._found()
+            self._files = self._list_files()
         return self._files
 
     @abstractmethod
-    def _found(self) -> Mapping[str, SourceFile]:
-        """What `files` gives."""
+    def _list_files(self) -> Mapping[str, SourceFile]:
+        """List the files for `files`."""
 
     @abstractmethod
     def read(self, name: str, start: int, length: int) -> bytes:
-        """A piece of a file; for a hub by range request, so that headers are had without the weights.
+        """Read `length` bytes of a file from byte `start` on. A hub is asked for this range only, not for the weights.
 
         Raises SourceError where the file is shorter.
         """
 
     @abstractmethod
     def fetch(self, report: Report) -> Path:
-        """A local directory that holds all files, downloading (resumable, checked against sha256) what is missing."""
+        """Return a local directory that holds all files. Missing files are downloaded and checked against their
+        SHA-256.
+
+        A download that was interrupted continues.
+        """
 
     def write_companions(self, folder: Path, config: Mapping[str, Any]) -> None:
         """Write every file but the weights into `folder`, with `config` as config.json."""
@@ -66,5 +72,5 @@ class Source(ABC):
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file of a checkpoint is none of its weights and no index of them."""
+    """Return whether a file is neither weights nor an index of weights."""
     return not name.endswith((".safetensors", ".safetensors.index.json"))

@@ -1,4 +1,4 @@
-"""The cache that lets a file be hashed only once. Imports little: hashing begins before torch is there."""
+"""A cache of file digests, so that a file is hashed once. It imports little: hashing begins before torch is there."""
 
 from __future__ import annotations
 
@@ -33,18 +33,19 @@ class _Job:
     """A file to be hashed, once for all who ask for it."""
 
     path: Path
-    held: Stamp
+    stamp: Stamp
     report: Report
     digest: Future[str] = field(default_factory=Future)
 
 
 class DigestCache:
-    """SHA-256 of files, remembered by (path, inode, size, mtime_ns) in a file of JSON lines; None: in memory only.
+    """SHA-256 of files, remembered by (path, inode, size, mtime_ns) in a file of JSON lines. path None: in memory only.
 
-    Files stand in a queue; whoever waits for one hashes what is there, two at a time where `library` can (lanes.py), for a
-    quarter of a second, and then takes again what has most left. Safe
-    with several processes: each entry is appended in one write under a lock, lines that cannot be read (a writer was
-    killed) are ignored, and what others have written is seen at the next miss.
+    Files stand in a queue. Whoever waits for a file hashes what is in the queue for a quarter of a second, two files at
+    a time where `library` can (sha256_lanes.py), and then takes the files with most left.
+
+    Several processes may use one cache file: each entry is appended in one write under a lock, lines that cannot be
+    read (their writer was killed) are ignored, and entries of others are read at the next miss.
     """
 
     def __init__(self, path: Path | None = None, library: Library | None = None) -> None:
@@ -58,13 +59,14 @@ class DigestCache:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[DigestCache], tuple[Path | None, Library | None]]:
-        """Travels to another process as its path."""
+        """Send the path, not the digests."""
         return DigestCache, (self._path, self._library)
 
     def sha256(self, path: Path, report: Report = silent) -> str:
-        """Hex digest of a file, from memory where it is unchanged; `report` hears of files that have to be read.
+        """Return the hex digest of a file, from memory where the file is unchanged. `report` hears of files that are
+        read.
 
-        Raises SourceError where the file cannot be read or is written to at the same time.
+        Raises SourceError where the file cannot be read, or is written to at the same time.
         """
         known = self.known(path)
         if known is not None:
@@ -75,31 +77,33 @@ class DigestCache:
 
     def begin(self, path: Path, report: Report = silent) -> Future[str]:
         """Put a file into the queue. Raises SourceError where there is none."""
-        held = stamp(path)
+        key = stamp(path)
         with self._lock:
-            job = self._under_way.get(held)
+            job = self._under_way.get(key)
             if job is None:
-                job = _Job(path, held, report)
-                if held in self._known:
-                    job.digest.set_result(self._known[held])
+                job = _Job(path, key, report)
+                if key in self._known:
+                    job.digest.set_result(self._known[key])
                 else:
-                    self._under_way[held] = job
+                    self._under_way[key] = job
                     self._queue.append(job)
         return job.digest
 
     def work(self, chunk: int = CHUNK) -> None:
-        """Hash what is in the queue, until nobody is needed for the rest; `chunk`: bytes at a time where `hashlib` does it."""
+        """Hash what is in the queue, until nobody is needed for the rest. chunk: bytes at a time where `hashlib` does
+        it.
+        """
         while True:
             while (job := self._next()) is not None:
-                job.report(Event(f"hash {job.path.name}", 0, job.held[2], "bytes"))
-                function = function_in(self._library) if job.held[2] >= SMALL else None
+                job.report(Event(f"hash {job.path.name}", 0, job.stamp[2], "bytes"))
+                function = function_in(self._library) if job.stamp[2] >= SMALL else None
                 if function is None:
                     self._settle(job, partial(file_sha256, job.path, chunk))
                 elif (lane := self._lane(job, function)) is not None:
                     with self._lock:
                         self._open.append((job, lane))
             with self._lock:
-                self._open.sort(key=lambda held: held[1].left)
+                self._open.sort(key=lambda entry: entry[1].left)
                 taken, self._open = self._open[-LANES:], self._open[:-LANES]
             if not taken:
                 return
@@ -108,28 +112,31 @@ class DigestCache:
                 if lane.ended:
                     self._settle(job, lane.hexdigest)
             with self._lock:
-                self._open += [held for held in taken if not held[1].ended]
+                self._open += [entry for entry in taken if not entry[1].ended]
 
     def _next(self) -> _Job | None:
-        """The next job, where there are fewer files than one thread takes; the last one of an odd number joins them, so
-        that three files end together, or a thread that comes later finds one."""
+        """Return the next job, where this thread has fewer files than it can take.
+
+        The last of an odd number of files joins them: so three files end together, or a thread that comes later takes
+        one.
+        """
         with self._lock:
             room = len(self._open) < LANES or (len(self._open) == LANES and len(self._queue) == 1)
             return self._queue.popleft() if room and self._queue else None
 
     def _lane(self, job: _Job, function: Function) -> Lane | None:
-        """The job's lane; None where its file cannot be opened, which whoever waits for it is told."""
+        """Return the job's lane. Where its file cannot be opened, end the job with the error and return None."""
         try:
             return Lane(job.path, function)
         except OSError as error:
             self._end(job, SourceError(f"{job.path} cannot be read: {error.strerror}"))
             return None
 
-    def _settle(self, job: _Job, found: Callable[[], str]) -> None:
-        """Remember a job's digest, and tell who waits for it; or why there is none."""
+    def _settle(self, job: _Job, work_out: Callable[[], str]) -> None:
+        """Remember a job's digest and give it to who waits; or give them the error."""
         try:
-            digest = found()
-            if stamp(job.path) != job.held:
+            digest = work_out()
+            if stamp(job.path) != job.stamp:
                 raise SourceError(
                     f"{job.path} changed while it was being hashed; wait until it is written, then start again"
                 )
@@ -138,44 +145,44 @@ class DigestCache:
         except SourceError as error:
             self._end(job, error)
         else:
-            job.report(Event(f"hash {job.path.name}", job.held[2], job.held[2], "bytes"))
-            self._remember(job.held, digest)
+            job.report(Event(f"hash {job.path.name}", job.stamp[2], job.stamp[2], "bytes"))
+            self._remember(job.stamp, digest)
             self._end(job, digest)
 
-    def _end(self, job: _Job, found: str | SourceError) -> None:
+    def _end(self, job: _Job, result: str | SourceError) -> None:
         with self._lock:
-            del self._under_way[job.held]
-        if isinstance(found, str):
-            job.digest.set_result(found)
+            del self._under_way[job.stamp]
+        if isinstance(result, str):
+            job.digest.set_result(result)
         else:
-            job.digest.set_exception(found)
+            job.digest.set_exception(result)
 
     def known(self, path: Path) -> str | None:
-        """The digest of an unchanged file, None where it would have to be read."""
-        held = stamp(path)
+        """Return the digest of an unchanged file; None where the file would have to be read."""
+        key = stamp(path)
         with self._lock:
-            if held not in self._known:
+            if key not in self._known:
                 self._catch_up()
-            return self._known.get(held)
+            return self._known.get(key)
 
     def remember(self, path: Path, digest: str) -> None:
-        """Note a digest that is known from elsewhere."""
+        """Remember a digest that is known from elsewhere."""
         self._remember(stamp(path), digest)
 
-    def _remember(self, held: Stamp, digest: str) -> None:
+    def _remember(self, key: Stamp, digest: str) -> None:
         with self._lock:
-            self._known[held] = digest
+            self._known[key] = digest
             if self._path is None:
                 return
             # A cache that cannot be written (read-only, disk full) costs hashing again, nothing else.
             with contextlib.suppress(OSError):
-                _append(self._path, json.dumps([*held, digest]).encode())
+                _append(self._path, json.dumps([*key, digest]).encode())
 
     def _catch_up(self) -> None:
-        """Read what has been appended, by this process or another, up to the last whole line."""
+        """Read what this process or another has appended, up to the last whole line."""
         if self._path is None or not self._path.exists():
             return
-        with open(self._path, "rb") as file:
+        with self._path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < self._read_up_to:
                 self._read_up_to = 0
             file.seek(self._read_up_to)
@@ -189,9 +196,9 @@ class DigestCache:
 
 
 def _append(path: Path, entry: bytes) -> None:
-    """Add a line in one write, under a lock; the leading break keeps it whole where the last writer was killed."""
+    """Append a line in one write, under a lock. The leading break keeps it whole where the last writer was killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab", buffering=0) as file:
+    with path.open("ab", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(b"\n" + entry + b"\n")
 
@@ -208,19 +215,19 @@ def _entry(line: bytes) -> tuple[Stamp, str] | None:
 
 
 def stamp(path: Path) -> Stamp:
-    """What a file is recognised by. Raises SourceError where there is none."""
+    """Return what a file is recognised by. Raises SourceError where there is no file."""
     real = os.path.realpath(path)
     try:
-        held = os.stat(real)
+        status = Path(real).stat()
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}") from error
-    return (real, held.st_ino, held.st_size, held.st_mtime_ns)
+    return (real, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def file_sha256(path: Path, chunk: int = CHUNK) -> str:
-    """SHA-256 (hex) of a file's bytes."""
+    """Return the SHA-256 (hex) of a file's bytes."""
     state = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
         buffer = memoryview(bytearray(chunk))
         while size := file.readinto(buffer):
             state.update(buffer[:size])

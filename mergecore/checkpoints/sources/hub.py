@@ -1,13 +1,12 @@
-"""A checkpoint on a model hub: pinned to a commit, digests known before any weights, downloads that resume.
+"""A checkpoint on a model hub: pinned to a commit; digests are known before any weights; downloads continue.
 
-Beside the files themselves the cache keeps a list of each commit's files with their SHA-256, so that a commit seen
-once needs no network.
+Beside the files the cache keeps a list of each commit's files with their SHA-256. A commit that was seen once needs
+no network.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import uuid
@@ -28,11 +27,12 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class HubSource(Source):
-    """A checkpoint of a hub, read from its cache where it is there.
+    """A checkpoint of a hub. It is read from the hub's cache where it is there.
 
-    revision: branch, tag or commit (None: main), resolved to a commit when the source is made. cache_dir and endpoint:
-    None for huggingface_hub's own. token: None sends none. offline: only what is cached. Raises SourceError for all
-    that keeps a checkpoint away, CapacityError where the disk is too small; no message ever holds the token.
+    revision: branch, tag or commit; None: main. It is resolved to a commit when the source is created.
+    cache_dir, endpoint: None for huggingface_hub's own. token: None sends none. offline: only what is cached.
+    Raises SourceError where the checkpoint cannot be had, CapacityError where the disk is too small. No message ever
+    contains the token.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class HubSource(Source):
         return f"HubSource({self.uri!r})"
 
     def _resolved(self, revision: str) -> str:
-        """The commit a revision stands for; without the network where it is a commit whose files are listed."""
+        """Return the commit of a revision. A commit whose files are listed needs no network."""
         pinned = COMMIT.fullmatch(revision) is not None
         if pinned and (self._client.offline or self._listing(revision).exists()):
             return revision
@@ -83,8 +83,8 @@ class HubSource(Source):
             return commit
         raise SourceError(problem)
 
-    def _found(self) -> Mapping[str, SourceFile]:
-        """Every file that matters; the hub tells the digests of large ones, small ones are fetched to hash them."""
+    def _list_files(self) -> Mapping[str, SourceFile]:
+        """List every file that matters. The hub tells the digests of large files; small ones are fetched and hashed."""
         listing = self._listing(self._commit)
         if listing.exists():
             listed = json.loads(listing.read_text())
@@ -92,16 +92,16 @@ class HubSource(Source):
         offered = self._offered if self._offered is not None else self._cached()
         names = files_that_matter(offered, lambda name: self._small(name).read_bytes(), self.uri)
         with ThreadPoolExecutor(8) as pool:
-            found = dict(zip(names, pool.map(lambda name: self._hashed(name, offered[name]), names), strict=True))
+            files = dict(zip(names, pool.map(lambda name: self._hashed(name, offered[name]), names), strict=True))
         if not self._client.offline:
-            _write(listing, json.dumps({name: [held.size, held.sha256] for name, held in found.items()}))
-        return found
+            _write(listing, json.dumps({name: [file.size, file.sha256] for name, file in files.items()}))
+        return files
 
     def _listing(self, commit: str) -> Path:
         return self._client.folder / LIBRARY / f"{commit}.json"
 
     def _cached(self) -> dict[str, SourceFile]:
-        """What the cache holds of the commit; a large file's blob is named by its SHA-256."""
+        """Return what the cache holds of the commit. The blob of a large file is named by its SHA-256."""
         folder = self._client.folder / "snapshots" / self._commit
         if not folder.is_dir():
             raise not_cached(self.uri, self._client.cache)
@@ -121,31 +121,34 @@ class HubSource(Source):
         return SourceFile(path.stat().st_size, self._digests.sha256(path))
 
     def _local(self, name: str) -> Path:
-        """Where the cache has a file, or would have it."""
+        """Return where the cache has a file, or would have it."""
         return self._client.folder / "snapshots" / self._commit / name
 
     def read(self, name: str, start: int, length: int) -> bytes:
-        """`length` bytes of a file from byte `start` on, from the cache or by range request; SourceError if shorter."""
-        held = self.files.get(name)
-        if held is None:
+        """Read `length` bytes of a file from byte `start` on, from the cache or by range request.
+
+        Raises SourceError where the file is shorter.
+        """
+        file = self.files.get(name)
+        if file is None:
             raise SourceError(f"'{self.uri}' has no file '{name}'; {nearest(name, self.files)}")
-        if start + length > held.size:
-            raise SourceError(f"{self.uri}/{name} has {held.size:,} bytes, {start + length:,} are needed")
+        if start + length > file.size:
+            raise SourceError(f"{self.uri}/{name} has {file.size:,} bytes, {start + length:,} are needed")
         path = self._local(name)
         if path.exists():
             return piece(path, start, length)
         if self._client.offline:
             raise not_cached(f"{self.uri}/{name}", self._client.cache)
-        found = self._client.piece(self._commit, name, start, length) if length else b""
-        if len(found) != length:
-            raise SourceError(f"{self.uri}/{name}: the hub sent {len(found):,} of {length:,} bytes; start again")
-        return found
+        content = self._client.piece(self._commit, name, start, length) if length else b""
+        if len(content) != length:
+            raise SourceError(f"{self.uri}/{name}: the hub sent {len(content):,} of {length:,} bytes; start again")
+        return content
 
     def fetch(self, report: Report) -> Path:
-        """The cache's folder of the commit, with every file fetched and checked against its SHA-256.
+        """Return the cache's folder of the commit, with every file fetched and checked against its SHA-256.
 
-        A download that broke goes on where it stopped, in a later run too. Raises SourceError where a file cannot be
-        had or has other content than the hub reports (it is deleted), CapacityError where the disk is too small.
+        An interrupted download continues, in a later run too. Raises SourceError where a file cannot be had or has
+        other content than the hub reports (it is deleted), CapacityError where the disk is too small.
         """
         missing = [name for name in self.files if not self._local(name).exists()]
         if missing and self._client.offline:
@@ -156,17 +159,19 @@ class HubSource(Source):
         for name in missing:
             self._client.stage(self._commit, name, self.files[name], self._digests, progress)
             self._client.cached_file(self._commit, name, progress)
-        for name, held in self.files.items():
+        for name, file in self.files.items():
             path = self._local(name)
-            found = self._digests.sha256(path, report)
-            if found != held.sha256:
+            sha256 = self._digests.sha256(path, report)
+            if sha256 != file.sha256:
                 path.resolve().unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
-                raise other_content(f"{self.uri}/{name}", found, held.sha256)
+                raise other_content(f"{self.uri}/{name}", sha256, file.sha256)
         return self._client.folder / "snapshots" / self._commit
 
     def _check_room(self, total: int) -> None:
-        """Raise CapacityError where `total` bytes, less what broken downloads have left, do not fit on the disk."""
+        """Raise CapacityError where `total` bytes, less what interrupted downloads have left, do not fit on the
+        disk.
+        """
         cache = self._client.cache.absolute()
         free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
         lacking = total - self._client.partial_size() - free
@@ -178,11 +183,11 @@ class HubSource(Source):
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a small file by renaming; a cache that cannot be written is as good as one that is empty."""
+    """Write a small file by renaming. Where the cache cannot be written nothing happens."""
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(text)
-        os.replace(draft, path)
+        draft.replace(path)
     except OSError:
         draft.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""What is asked of a model hub, and how its refusals are told: the only file that imports huggingface_hub.
+"""Requests to a model hub, and its refusals as our errors. This is the only file that imports huggingface_hub.
 
-Files lie in that library's own cache, so what other tools have fetched is used and theirs find ours. Large files are
-downloaded here, because the library throws a half-fetched one away when its process ends.
+Files lie in that library's own cache: what other tools have fetched is used, and they use ours. Large files are
+downloaded here, because the library deletes a half-fetched file when its process ends.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ T = TypeVar("T")
 
 
 class Progress:
-    """Bytes of a download so far, told as events."""
+    """The bytes of a download so far, reported as events."""
 
-    def __init__(self, what: str, total: int, report: Report) -> None:
-        self._what, self._total, self._report = what, total, report
+    def __init__(self, label: str, total: int, report: Report) -> None:
+        self._label, self._total, self._report = label, total, report
         self._done = 0
 
     def advance(self, count: float) -> None:
-        """Tell of `count` more bytes."""
+        """Report `count` more bytes."""
         self._done = min(self._done + int(count), self._total)
-        self._report(Event(self._what, self._done, self._total, "bytes"))
+        self._report(Event(self._label, self._done, self._total, "bytes"))
 
     def counter(self) -> Any:
-        """A class that huggingface_hub takes for a progress bar; it draws nothing."""
+        """Return a class that huggingface_hub takes for a progress bar; it draws nothing."""
         progress = self
 
         class Counter:
@@ -80,7 +80,7 @@ class Progress:
 
 
 class HubClient:
-    """One repository of a hub. Every method raises SourceError or CapacityError in words that never hold the token."""
+    """One repository of a hub. Every method raises SourceError or CapacityError; no message ever contains the token."""
 
     def __init__(
         self, repo_id: str, cache_dir: Path | None, token: str | None, endpoint: str | None, offline: bool
@@ -93,7 +93,7 @@ class HubClient:
         self.folder = self.cache / self._ask(repo_id, lambda: str(repo_folder_name(repo_id=repo_id, repo_type="model")))
 
     def describe(self, revision: str) -> tuple[str, dict[str, SourceFile]]:
-        """The commit a revision stands for, and all its files: sizes, and the SHA-256 of the large ones."""
+        """Return the commit of a revision, and all its files: sizes, and the SHA-256 of the large ones."""
         hub = huggingface_hub.HfApi(endpoint=self._endpoint, token=self._token, library_name=LIBRARY)
         about = self._ask(
             f"{self.repo_id}@{revision}",
@@ -107,31 +107,31 @@ class HubClient:
         }
 
     def piece(self, commit: str, name: str, start: int, length: int) -> bytes:
-        """Up to `length` bytes of a file from byte `start` on, by range request."""
+        """Return up to `length` bytes of a file from byte `start` on, by range request."""
         return self._ask(f"{self.repo_id}@{commit}/{name}", lambda: self._range(commit, name, start, length, 3))
 
     def _range(self, commit: str, name: str, start: int, length: int, attempts: int) -> bytes:
         headers = self._headers() | {"Range": f"bytes={start}-{start + length - 1}"}
         url = self._url(commit, name)
-        found = bytearray()
+        content = bytearray()
         try:
             with http_stream_backoff("GET", url, headers=headers, timeout=TIMEOUT, retry_on_exceptions=()) as response:
                 hf_raise_for_status(response)
                 skip = 0 if response.status_code == 206 else start  # a server without ranges sends from the beginning
                 for chunk in response.iter_bytes(1 << 16):
-                    found += chunk[skip:]
+                    content += chunk[skip:]
                     skip = max(0, skip - len(chunk))
-                    if len(found) >= length:
+                    if len(content) >= length:
                         break
         except errors.HTTPError as error:  # type: ignore[attr-defined]
             # A connection kept open may have gone stale meanwhile; what the hub has answered stays its answer.
             if attempts == 1 or isinstance(error, errors.HfHubHTTPError):
                 raise
             return self._range(commit, name, start, length, attempts - 1)
-        return bytes(found[:length])
+        return bytes(content[:length])
 
     def cached_file(self, commit: str, name: str, progress: Progress | None = None) -> Path:
-        """A file in the library's cache, fetched by it where it is not there yet."""
+        """Return a file in the library's cache. The library fetches it where it is not there yet."""
         counter = (progress or Progress(name, 0, silent)).counter()
         path = self._ask(
             f"{self.repo_id}@{commit}/{name}",
@@ -149,14 +149,14 @@ class HubClient:
         )
         return Path(path)
 
-    def stage(self, commit: str, name: str, held: SourceFile, digests: DigestCache, progress: Progress) -> None:
-        """Put a file's content into the cache if its SHA-256 is right, going on with what an earlier attempt has left.
+    def stage(self, commit: str, name: str, file: SourceFile, digests: DigestCache, progress: Progress) -> None:
+        """Put a file into the cache if its SHA-256 is right. Continue what an earlier attempt has left.
 
-        What the hub offers through Xet is left to the library, which fetches that in deduplicated chunks.
+        What the hub offers through Xet is left to the library, which fetches it in deduplicated chunks.
         """
-        self._ask(f"{self.repo_id}@{commit}/{name}", lambda: self._stage(commit, name, held, digests, progress))
+        self._ask(f"{self.repo_id}@{commit}/{name}", lambda: self._stage(commit, name, file, digests, progress))
 
-    def _stage(self, commit: str, name: str, held: SourceFile, digests: DigestCache, progress: Progress) -> None:
+    def _stage(self, commit: str, name: str, file: SourceFile, digests: DigestCache, progress: Progress) -> None:
         about = huggingface_hub.get_hf_file_metadata(
             self._url(commit, name), token=self._token, endpoint=self._endpoint, library_name=LIBRARY
         )
@@ -170,13 +170,13 @@ class HubClient:
             if blob.exists():
                 return
             partial = blob.with_name(f"{blob.name}.{LIBRARY}.incomplete")
-            self._append(commit, name, held.size, partial, progress)
-            found = digests.sha256(partial)
-            if found != held.sha256:
+            self._append(commit, name, file.size, partial, progress)
+            sha256 = digests.sha256(partial)
+            if sha256 != file.sha256:
                 partial.unlink()
-                raise other_content(f"{self.repo_id}@{commit}/{name}", found, held.sha256)
-            os.replace(partial, blob)
-            digests.remember(blob, found)
+                raise other_content(f"{self.repo_id}@{commit}/{name}", sha256, file.sha256)
+            partial.replace(blob)
+            digests.remember(blob, sha256)
 
     def _append(self, commit: str, name: str, size: int, partial: Path, progress: Progress) -> None:
         """Fetch what `partial` lacks of `size` bytes."""
@@ -186,7 +186,7 @@ class HubClient:
             have = 0
         progress.advance(have)
         try:
-            with open(partial, "ab") as file:
+            with partial.open("ab") as file:
                 http_get(
                     self._url(commit, name),
                     file,
@@ -202,7 +202,7 @@ class HubClient:
             raise
 
     def partial_size(self) -> int:
-        """Bytes that broken downloads of this repository have left."""
+        """Return the bytes that interrupted downloads of this repository have left."""
         return sum(path.stat().st_size for path in self.folder.glob(f"blobs/*.{LIBRARY}.incomplete"))
 
     def _headers(self) -> dict[str, str]:
@@ -213,19 +213,20 @@ class HubClient:
 
     # --- what can go wrong --------------------------------------------------------------------------------------------
 
-    def _ask(self, what: str, question: Callable[[], T]) -> T:
-        """The answer of huggingface_hub, its errors told in our words.
+    def _ask(self, asked: str, question: Callable[[], T]) -> T:
+        """Return the answer of huggingface_hub; turn its errors into ours.
 
-        Raised outside of the handler, so that no exception of the library, whose text may quote a header, hangs on it.
+        They are raised outside of the handler: an exception of the library may quote a header, and must not be
+        attached.
         """
         try:
             return question()
         except EXPECTED as error:
-            problem = self._refusal(what, error) or self._failure(what, error)
+            problem = self._refusal(asked, error) or self._failure(asked, error)
         raise problem
 
-    def _refusal(self, what: str, error: BaseException) -> MergeloomError | None:
-        """What the hub said no to."""
+    def _refusal(self, asked: str, error: BaseException) -> MergeloomError | None:
+        """Return the error for what the hub refuses; None where it did not refuse."""
         page = f"{self._endpoint}/{self.repo_id}"
         error = _reason(error)
         if isinstance(error, errors.GatedRepoError):
@@ -234,22 +235,22 @@ class HubClient:
                 f"(environment variable HF_TOKEN){'; the token given may not' if self._token else ''}"
             )
         if isinstance(error, errors.RevisionNotFoundError):
-            return SourceError(f"'{what}': the repository has no such revision; its branches: {page}/branches")
+            return SourceError(f"'{asked}': the repository has no such revision; its branches: {page}/branches")
         if isinstance(error, errors.RepositoryNotFoundError):
             return SourceError(
                 f"'{self.repo_id}' was not found at {self._endpoint}: the name may be misspelt, or it is private and "
                 "needs a token that may read it (environment variable HF_TOKEN)"
             )
         if isinstance(error, errors.LocalEntryNotFoundError) and self.offline:
-            return not_cached(what, self.cache)
+            return not_cached(asked, self.cache)
         if isinstance(error, errors.RemoteEntryNotFoundError):
-            return SourceError(f"'{what}': the hub has no such file, though it lists it; look at {page}/tree/main")
+            return SourceError(f"'{asked}': the hub has no such file, though it lists it; look at {page}/tree/main")
         if isinstance(error, errors.HFValidationError):
             return SourceError(f"'{self.repo_id}' is not a hub id; write owner/name or owner/name@revision")
         return None
 
-    def _failure(self, what: str, error: BaseException) -> MergeloomError:
-        """What broke on the way."""
+    def _failure(self, asked: str, error: BaseException) -> MergeloomError:
+        """Return the error for what broke on the way."""
         error = _reason(error)
         if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
             status = error.response.status_code
@@ -258,27 +259,27 @@ class HubClient:
                 403: "the token may not read this; give another (environment variable HF_TOKEN)",
                 429: "too many requests; wait some minutes, or give a token for a higher limit",
             }.get(status, "start again later, what has been fetched is kept")
-            return SourceError(f"{self._endpoint} answered {status} for '{what}': {advice}")
+            return SourceError(f"{self._endpoint} answered {status} for '{asked}': {advice}")
         if isinstance(error, errors.OfflineModeIsEnabled):
-            return SourceError(f"'{what}' must be asked for and HF_HUB_OFFLINE is set; unset it, or run offline")
+            return SourceError(f"'{asked}' must be asked for and HF_HUB_OFFLINE is set; unset it, or run offline")
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return CapacityError(f"the disk of {self.cache} is full: no room for '{what}'; free some and start again")
+            return CapacityError(f"the disk of {self.cache} is full: no room for '{asked}'; free some and start again")
         if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-            return SourceError(f"'{what}' cannot be kept: {error.filename}: {os.strerror(error.errno)}")
+            return SourceError(f"'{asked}' cannot be kept: {error.filename}: {os.strerror(error.errno)}")
         return SourceError(
-            f"{self._endpoint} cannot be reached for '{what}', or the connection broke ({type(error).__name__}): "
+            f"{self._endpoint} cannot be reached for '{asked}', or the connection broke ({type(error).__name__}): "
             "check the network and start again, what has been fetched is kept"
         )
 
 
 def _reason(error: BaseException) -> BaseException:
-    """Why the library could not ask, which it wraps in 'not in the cache'."""
+    """Return why the library could not ask; it wraps that in 'not in the cache'."""
     wrapped = isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None
     return error.__cause__ if wrapped and error.__cause__ is not None else error
 
 
 def _checked(token: str | None) -> str | bool:
-    """The token as the library wants it: False sends none, None would make it look for one in the environment."""
+    """Return the token as the library wants it. False sends none; None would look for one in the environment."""
     token = (token or "").strip()
     if not token:
         return False
@@ -287,14 +288,14 @@ def _checked(token: str | None) -> str | bool:
     return token
 
 
-def not_cached(what: str, cache: Path) -> SourceError:
-    """An offline run lacks something."""
-    return SourceError(f"'{what}' is not in the cache ({cache}) and the run is offline; run it once with network")
+def not_cached(file: str, cache: Path) -> SourceError:
+    """Return the error for an offline run that lacks a file."""
+    return SourceError(f"'{file}' is not in the cache ({cache}) and the run is offline; run it once with network")
 
 
-def other_content(what: str, found: str, reported: str | None) -> SourceError:
-    """A file is not what the hub says it is."""
+def other_content(file: str, sha256: str, reported: str | None) -> SourceError:
+    """Return the error for a file that is not what the hub says it is."""
     return SourceError(
-        f"{what} has other content than the hub reports (SHA-256 {found[:12]}…, not {str(reported)[:12]}…): damaged on "
-        "the way or on disk; it was deleted, start again"
+        f"{file} has other content than the hub reports (SHA-256 {sha256[:12]}…, not {str(reported)[:12]}…): damaged "
+        "on the way or on disk; it was deleted, start again"
     )

@@ -17,7 +17,7 @@ from mergecore.events import Report, silent
 class LocalSource(Source):
     """A directory that holds a checkpoint: one file, shards with their index, or a PEFT adapter.
 
-    What is missing is said at once; the files are hashed when `files` is first asked for. Raises SourceError.
+    Raises SourceError at once for what is missing. The files are hashed when `files` is first asked for.
     """
 
     revision = None
@@ -38,48 +38,50 @@ class LocalSource(Source):
         self._stamps = {name: stamp(self._path / name) for name in names}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without `report`, which stays in the process that gave it."""
+        """Leave out `report`, which stays in its process."""
         return {**self.__dict__, "_report": silent}
 
     def __repr__(self) -> str:
         return f"LocalSource({self.uri!r})"
 
-    def _found(self) -> Mapping[str, SourceFile]:
-        """Every file that matters, hashed (files that the cache knows are not read)."""
+    def _list_files(self) -> Mapping[str, SourceFile]:
+        """List every file that matters, hashed. Files that the cache knows are not read."""
         return {
-            name: SourceFile(held[2], self._digests.sha256(self._path / name, self._report))
-            for name, held in self._stamps.items()
+            name: SourceFile(kept[2], self._digests.sha256(self._path / name, self._report))
+            for name, kept in self._stamps.items()
         }
 
     def read(self, name: str, start: int, length: int) -> bytes:
-        """`length` bytes of a file from byte `start` on. Raises SourceError where the file is shorter or not there."""
+        """Read `length` bytes of a file from byte `start` on. Raises SourceError where the file is shorter or
+        missing.
+        """
         if name not in self._stamps:
             raise SourceError(f"'{self.uri}' has no file '{name}'; {nearest(name, self._stamps)}")
         return piece(self._path / name, start, length)
 
     def fetch(self, report: Report) -> Path:
-        """The directory itself. Raises SourceError where a file has changed since it was looked at."""
-        for name, held in self._stamps.items():
-            if stamp(self._path / name) != held:
+        """Return the directory itself. Raises SourceError where a file has changed since this source was created."""
+        for name, kept in self._stamps.items():
+            if stamp(self._path / name) != kept:
                 raise SourceError(f"{self._path / name} has changed since this run began; start again")
         return self._path
 
 
 def piece(path: Path, start: int, length: int) -> bytes:
-    """`length` bytes of a file from byte `start` on. Raises SourceError where the file is shorter."""
+    """Read `length` bytes of a file from byte `start` on. Raises SourceError where the file is shorter."""
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             file.seek(start)
-            held = file.read(length)
+            content = file.read(length)
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}") from error
-    if len(held) != length:
+    if len(content) != length:
         raise SourceError(f"{path} has {path.stat().st_size:,} bytes, {start + length:,} are needed: it is truncated")
-    return held
+    return content
 
 
 def names_below(folder: Path) -> list[str]:
-    """The files of a folder and of the folders in it, as 'file' or 'folder/file', sorted."""
+    """Return the files of a folder and of the folders in it, as 'file' or 'folder/file', sorted."""
     names = []
     for path in folder.iterdir():
         if path.is_file():
@@ -90,7 +92,7 @@ def names_below(folder: Path) -> list[str]:
 
 
 def nearest_folder(path: Path) -> str:
-    """Half a sentence that offers the existing folder closest to a path that does not exist."""
+    """Return half a sentence that offers the existing folder closest to a path that does not exist."""
     missing = path
     while not missing.parent.is_dir():
         missing = missing.parent

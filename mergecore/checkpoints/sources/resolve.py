@@ -1,4 +1,4 @@
-"""From `path-or-hub-id@revision`, as a person writes it, to a source."""
+"""From `path-or-hub-id@revision`, as people write it, to a source."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def resolve(
     digests: DigestCache | None = None,
     report: Report = silent,
 ) -> Source:
-    """The source that `text` names: an existing folder, a path (it begins with '.', '/' or '~'), or a hub id.
+    """Return the source that `text` names: a folder that exists, a path (it begins with '.', '/' or '~'), or a hub id.
 
-    An '@' in the name of an existing folder belongs to it; elsewhere a revision follows. cache_dir, token, offline and
-    endpoint are for the hub, None for its defaults (and no token); digests remembers what was hashed; report hears of
-    local files that have to be hashed. Raises SourceError, for a missing relative path with both ways to read it.
+    An '@' in the name of a folder that exists belongs to the name; elsewhere a revision follows it.
+    cache_dir, token, offline, endpoint: for the hub; None for its defaults, and no token.
+    digests: remembers what was hashed. report: hears of local files that are hashed.
+    Raises SourceError. For a relative path that is missing it says both ways in which the text was read.
     """
     path = Path(text).expanduser()
     if not text.strip():

@@ -34,9 +34,10 @@ TEMPLATES = "additional_chat_templates/"
 
 
 def files_that_matter(names: Collection[str], read: Callable[[str], bytes], where: str) -> tuple[str, ...]:
-    """The files of a checkpoint, sorted, out of all `names` ('/' between folders); `read` gives a small one's bytes.
+    """Return the files of a checkpoint, sorted. names: all files, '/' between folders. read: returns a small file's
+    bytes.
 
-    An index decides where there is one, then model.safetensors, then an adapter, else every safetensors file at the
+    An index decides where there is one, then model.safetensors, then an adapter, then every safetensors file at the
     top. Raises SourceError where there are no safetensors, or where the index cannot be read or names what is missing.
     """
     top = {name for name in names if "/" not in name}
@@ -78,7 +79,7 @@ def _shards(index: str, content: bytes, names: Collection[str], where: str) -> s
 
 
 def _remedy(top: list[str], where: str) -> str:
-    """How to come to safetensors from what is there."""
+    """Say how to get safetensors from what is there."""
     gguf = next((name for name in top if name.endswith(".gguf")), None)
     pickled = next((name for name in top if name.endswith((".bin", ".bin.index.json", ".pt", ".pth", ".ckpt"))), None)
     load = f"model = transformers.AutoModelForCausalLM.from_pretrained('{where}'"

@@ -1,4 +1,4 @@
-"""The files beside the result's weights that speak of tokens: tokenizer, special tokens, config, chat template."""
+"""The files beside the result's weights that refer to tokens: tokenizer, special tokens, config, chat template."""
 
 from __future__ import annotations
 
@@ -25,146 +25,163 @@ MARKER = re.compile(r"<\|[^|<>{}\s]+\|>")
 
 
 def of_tokenizer(name: str) -> bool:
-    """Whether a file belongs to a tokenizer."""
+    """Return whether a file belongs to a tokenizer."""
     return (any(part in name for part in NAMES) or name.endswith(".model")) and not name.endswith(
         (".safetensors", ".yaml")
     )
 
 
 def check_ids(result: ResultTokenizer, owner: Snapshot) -> None:
-    """Raise MismatchError for a special token, by id in a configuration or by name, that is no token of the result."""
+    """Raise MismatchError for a special token that is no token of the result, by its id in a configuration or by its
+    name.
+    """
     known, who = set(result.tokens.values()), result.owner.owner
     for name in (CONFIG, GENERATION):
-        held = read_json(owner.source, name) if name in owner.source.files else {}
-        for key, number in ids_in(held):
+        config = read_json(owner.source, name) if name in owner.source.files else {}
+        for key, number in ids_in(config):
             if number not in known:
                 raise MismatchError(
-                    f"{who}: {name} says {key} {number}, which is no token of the result ({len(known)} tokens, the last is "
-                    f"{max(known, default=-1)}); correct the file, or add the token: tokenizer.tokens"
+                    f"{who}: {name} says {key} {number}, which is no token of the result ({len(known)} tokens, the "
+                    f"last is {max(known, default=-1)}); correct the file, or add the token: tokenizer.tokens"
                 )
     settings = result.owner.settings
     named = [(role, token) for token, roles in result.owner.roles.items() for role in sorted(roles)]
-    named += [(key, str(_text(one))) for key in LISTS for one in _listed(settings.get(key))]
+    named += [(key, str(_text(entry))) for key in LISTS for entry in _listed(settings.get(key))]
     for role, token in named:
         if token not in result.tokens:
             raise MismatchError(
-                f"{who}: {SETTINGS} says {role} {token!r}, for which no model has a row; a loader would add it behind the "
-                f"last one. Give it a row: tokenizer: {{tokens: {{{json.dumps(token)}: {{source: {{kind: zero}}}}}}}}"
+                f"{who}: {SETTINGS} says {role} {token!r}, for which no model has a row; a loader would add it "
+                f"behind the last one. Give it a row: "
+                f"tokenizer: {{tokens: {{{json.dumps(token)}: {{source: {{kind: zero}}}}}}}}"
             )
 
 
-def _listed(held: Any) -> Sequence[Any]:
-    return list(held.values()) if isinstance(held, Mapping) else held or []
+def _listed(entries: Any) -> Sequence[Any]:
+    return list(entries.values()) if isinstance(entries, Mapping) else entries or []
 
 
-def _text(held: Any) -> Any:
-    return held.get("content") if isinstance(held, Mapping) else held
+def _text(entry: Any) -> Any:
+    return entry.get("content") if isinstance(entry, Mapping) else entry
 
 
 def changed_files(result: ResultTokenizer, base: Snapshot, owner: Snapshot) -> dict[str, bytes | None]:
-    """What is to be otherwise beside the base's weights, by name; None: the file is not there. config.json is not among it."""
+    """Return the files that differ beside the base's weights, by name; None: the file is removed.
+
+    config.json is not among them.
+    """
     changed = files_of_tokenizer(base, owner) if owner is not base else dict[str, bytes | None]()
-    if result.held is not None:
+    if result.content is not None:
         stale = {*owner.source.files, *changed} & {*STALE, *(n for n in owner.source.files if n.endswith(".model"))}
         changed |= dict.fromkeys(stale)
-        changed[TOKENIZER] = json.dumps(result.held, ensure_ascii=False, indent=1).encode()
+        changed[TOKENIZER] = json.dumps(result.content, ensure_ascii=False, indent=1).encode()
         changed[SETTINGS] = _json(settings_with(result))
     return changed
 
 
 def files_of_tokenizer(base: Snapshot, owner: Snapshot) -> dict[str, bytes | None]:
-    """The owner's tokenizer in place of the base's, and its special tokens in what is said of generation."""
+    """Return the owner's tokenizer files in place of the base's, and its special tokens in generation_config.json."""
     changed: dict[str, bytes | None] = {name: None for name in base.source.files if of_tokenizer(name)}
     for name, file in owner.source.files.items():
         if of_tokenizer(name):
             changed[name] = owner.source.read(name, 0, file.size)
     ours, theirs = (
-        read_json(one.source, GENERATION) if GENERATION in one.source.files else None for one in (base, owner)
+        read_json(model.source, GENERATION) if GENERATION in model.source.files else None for model in (base, owner)
     )
     if ours is not None or theirs is not None:
-        said = plain_ids(owner.config)
-        given = {key: said[key] for key in ours or {} if key in said} if theirs is None else theirs
-        changed[GENERATION] = _json(config_with(ours or {}, given))
+        owner_ids = plain_ids(owner.config)
+        ids = {key: owner_ids[key] for key in ours or {} if key in owner_ids} if theirs is None else theirs
+        changed[GENERATION] = _json(config_with(ours or {}, ids))
     return changed
 
 
 def settings_with(result: ResultTokenizer) -> dict[str, Any]:
-    """tokenizer_config.json, as it says of the result's added tokens."""
-    held = dict(result.owner.settings)
-    if "added_tokens_decoder" in held:
-        held["added_tokens_decoder"] = {
+    """Return tokenizer_config.json with the result's added tokens."""
+    settings = dict(result.owner.settings)
+    if "added_tokens_decoder" in settings:
+        settings["added_tokens_decoder"] = {
             str(entry["id"]): {key: value for key, value in entry.items() if key != "id"}
             for entry in result.added.values()
         }
-    held.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
-    return held
+    settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    return settings
 
 
-def _json(held: Mapping[str, Any]) -> bytes:
-    return (json.dumps(held, indent=2, ensure_ascii=False) + "\n").encode()
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 # --- what is to be said aloud -------------------------------------------------------------------------------------
 
 
 def said_of_ends(result: ResultTokenizer, owner: Snapshot, models: Sequence[tuple[Tokenizer, Snapshot]]) -> list[str]:
-    """Experts that end their texts with a token that does not end the result's."""
+    """Warn of experts that end their texts with a token that does not end the result's."""
     ends = _ends(owner, {number: token for token, number in result.tokens.items()})
-    found = []
+    warnings = []
     for tokenizer, snapshot in models:
         theirs = _ends(snapshot, {number: token for token, number in tokenizer.tokens.items()})
         if ends and theirs and not ends & theirs:
-            found.append(
-                f"{tokenizer.owner} ends its texts with {_listing(theirs)}, the result with {_listing(ends)}: it may not stop "
-                f"where {tokenizer.owner} would (tokenizer.source says whose special tokens it has)"
+            warnings.append(
+                f"{tokenizer.owner} ends its texts with {_listing(theirs)}, the result with {_listing(ends)}: it may "
+                f"not stop where {tokenizer.owner} would (tokenizer.source says whose special tokens it has)"
             )
-    return found
+    return warnings
 
 
 def _ends(snapshot: Snapshot, names: Mapping[int, str]) -> set[str]:
-    held = [snapshot.config]
+    configs = [snapshot.config]
     if GENERATION in snapshot.source.files:
-        held.append(read_json(snapshot.source, GENERATION))
-    return {names[number] for one in held for number in ends_in(one) if number in names}
+        configs.append(read_json(snapshot.source, GENERATION))
+    return {names[number] for config in configs for number in ends_in(config) if number in names}
 
 
 def said_of_splitting(result: ResultTokenizer, models: Sequence[Tokenizer]) -> list[str]:
-    """Models whose tokenizer takes text apart in another way than the result's, though it has the same kind of tokens."""
-    found = []
-    for one in models:
-        parts = [part for part in ("normalizer", "pre_tokenizer") if one.held.get(part) != result.owner.held.get(part)]
-        if parts and one.kind == result.owner.kind:
-            said = " and ".join(parts)
-            found.append(
-                f"{one.owner} has another {said} than {result.owner.owner}, whose way of splitting text the result has"
+    """Warn of models whose tokenizer splits text in another way than the result's, though its tokens are of the same
+    kind.
+    """
+    warnings = []
+    for model in models:
+        parts = [
+            part
+            for part in ("normalizer", "pre_tokenizer")
+            if model.content.get(part) != result.owner.content.get(part)
+        ]
+        if parts and model.kind == result.owner.kind:
+            differing = " and ".join(parts)
+            warnings.append(
+                f"{model.owner} has another {differing} than {result.owner.owner}, whose way of splitting text the "
+                "result has"
             )
-    return found
+    return warnings
 
 
 def said_of_template(
     text: str | None, written: str | None, result: ResultTokenizer, models: Sequence[Tokenizer]
 ) -> list[str]:
-    """What the result's chat template writes that is no token of the result though some model has it, or the recipe writes
-    it (`written`) like one; or that it has none."""
+    """Warn where the result has no chat template, or where the template contains tokens that the result lacks.
+
+    text: the template. written: the template that the recipe gives; everything in it that looks like a special token
+    counts.
+    """
     if text is None:
-        having = [one.owner for one in models if one.template]
+        having = [model.owner for model in models if model.template]
         if having:
             return [
-                f"{' and '.join(having)}: a chat template lies there, and the result has none; give one as `chat_template`"
+                f"{' and '.join(having)}: a chat template lies there, and the result has none; give one as "
+                "`chat_template`"
             ]
         return []
-    special = {token for one in models for token in one.added if len(token) > 2}
+    special = {token for model in models for token in model.added if len(token) > 2}
     return said_of_markers({token for token in special if token in text} | markers(written), result.tokens)
 
 
 def markers(written: str | None) -> set[str]:
-    """What a chat template writes like special tokens."""
+    """Return what a chat template contains that looks like a special token."""
     return set(MARKER.findall(written or ""))
 
 
-def said_of_markers(found: set[str], tokens: Collection[str]) -> list[str]:
-    """Which of them are no tokens of the result."""
-    lost = sorted(token for token in found if token not in tokens)
+def said_of_markers(written: set[str], tokens: Collection[str]) -> list[str]:
+    """Warn of those that are no tokens of the result."""
+    lost = sorted(token for token in written if token not in tokens)
     if not lost:
         return []
     shown = ", ".join(map(repr, lost[:5]))

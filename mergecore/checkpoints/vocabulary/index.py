@@ -1,4 +1,4 @@
-"""For every model, where each row of its embeddings and head comes from once all have the result's vocabulary."""
+"""Where each row of a model's embeddings and head comes from, once all models have the result's vocabulary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mergecore.errors import MismatchError, SpecError, nearest
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What one model has: rows of its embedding, and which of them its tokens have. copies: adapters on it, by name."""
+    """The rows of one model's embedding, and the row of each of its tokens. copies: names of the adapters on it."""
 
     name: str
     rows: int
@@ -26,9 +26,10 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Indices:
-    """index: for each model the row that every row of the result is there, −1 where it has none.
+    """The models' rows in the order of the result's rows.
 
-    stands: which rows of the result stand for a token; padding: the models' own rows that stand for none on either side.
+    index: for each model, the row that every row of the result is there; −1 where it has none.
+    stands: which rows of the result stand for a token.
     """
 
     models: tuple[Vocabulary, ...]
@@ -41,26 +42,28 @@ class Indices:
         names, ids = list(self.tokens), np.fromiter(self.tokens.values(), dtype=np.int64, count=len(self.tokens))
         stands = np.zeros(self.count, dtype=bool)
         stands[ids] = True
-        found = []
+        indices = []
         for model in self.models:
-            held = np.full(self.count, -1, dtype=np.int32)
-            held[ids] = np.fromiter(map(model.tokens.get, names, repeat(-1)), dtype=np.int32, count=len(names))
-            found.append(held)
-        object.__setattr__(self, "index", tuple(found))
+            there = np.full(self.count, -1, dtype=np.int32)
+            there[ids] = np.fromiter(map(model.tokens.get, names, repeat(-1)), dtype=np.int32, count=len(names))
+            indices.append(there)
+        object.__setattr__(self, "index", tuple(indices))
         object.__setattr__(self, "stands", stands)
 
     def padding(self, model: int) -> Index:
-        """Rows of the result for no token that the model has a row for, for no token either."""
-        one = self.models[model]
-        own = np.zeros(max(self.count, one.rows), dtype=bool)
-        own[: one.rows] = True
-        own[np.fromiter(one.tokens.values(), dtype=np.int64, count=len(one.tokens))] = False
+        """Return the rows that stand for no token, neither in the result nor in the model, and that the model has."""
+        vocabulary = self.models[model]
+        own = np.zeros(max(self.count, vocabulary.rows), dtype=bool)
+        own[: vocabulary.rows] = True
+        own[np.fromiter(vocabulary.tokens.values(), dtype=np.int64, count=len(vocabulary.tokens))] = False
         return np.flatnonzero(~self.stands & own[: self.count]).astype(np.int32)
 
 
 @dataclass(frozen=True)
-class Given:
-    """One token's row by a rule: the row of a model, None for zeros. everyone: also where a model has the token."""
+class ChosenRow:
+    """One token's row by a rule. source: the model; None for zeros. there: the row there. everyone: replaces a model's
+    own.
+    """
 
     row: int
     source: int | None
@@ -68,17 +71,17 @@ class Given:
     everyone: bool
 
 
-def given_rows(indices: Indices, rules: TokenizerRules) -> list[Given]:
-    """What the rules for single tokens come to. Raises SpecError and MismatchError naming the token."""
+def chosen_rows(indices: Indices, rules: TokenizerRules) -> list[ChosenRow]:
+    """Return the rows that the rules for single tokens choose. Raises SpecError and MismatchError naming the token."""
     numbers = {model.name: number for number, model in enumerate(indices.models)}
     adapters = {name for model in indices.models for name in model.copies}
-    found = []
+    rows = []
     for token, rule in rules.tokens.items():
         where, row, everyone = f"tokenizer.tokens.{token}", indices.tokens[token], rule.to == "all"
         if rule.source is None:
             continue
         if isinstance(rule.source, NoRow):
-            found.append(Given(row, None, -1, everyone))
+            rows.append(ChosenRow(row, None, -1, everyone))
             continue
         name = rule.source.model if isinstance(rule.source, TokenOf) else rule.source
         if name in adapters:
@@ -90,28 +93,29 @@ def given_rows(indices: Indices, rules: TokenizerRules) -> list[Given]:
         if isinstance(rule.source, TokenOf) and rule.source.token_id is not None:
             if rule.source.token_id >= model.rows:
                 raise MismatchError(f"{where}: '{name}' has rows 0 to {model.rows - 1}, no {rule.source.token_id}")
-            found.append(Given(row, numbers[name], rule.source.token_id, everyone))
+            rows.append(ChosenRow(row, numbers[name], rule.source.token_id, everyone))
             continue
         assert wanted is not None
         if wanted not in model.tokens:
             raise MismatchError(f"{where}: '{name}' has no row for the token {wanted!r}; name a model that has")
-        found.append(Given(row, numbers[name], model.tokens[wanted], everyone))
-    return found
+        rows.append(ChosenRow(row, numbers[name], model.tokens[wanted], everyone))
+    return rows
 
 
-def model_rows(indices: Indices, model: int, rules: TokenizerRules, given: Sequence[Given]) -> Rows:
-    """The rows of one model. Their sources: the model itself, then all models in order (the first is the base).
+def model_rows(indices: Indices, model: int, rules: TokenizerRules, chosen: Sequence[ChosenRow]) -> Rows:
+    """Return the rows of one model. Their sources are the model itself, then all models in order (the first is the
+    base).
 
     Raises MismatchError for tokens that no model has a row for.
     """
     own, base = indices.index[model].copy(), indices.index[0]
     lacking = indices.stands & (own < 0)
     pairs: list[list[tuple[Index, Index]]] = [[] for _ in range(len(indices.models) + 1)]
-    for one in given:
-        if one.everyone or lacking[one.row]:
-            own[one.row], lacking[one.row] = -1, False
-            if one.source is not None:
-                pairs[one.source + 1].append((np.array([one.row], np.int32), np.array([one.there], np.int32)))
+    for choice in chosen:
+        if choice.everyone or lacking[choice.row]:
+            own[choice.row], lacking[choice.row] = -1, False
+            if choice.source is not None:
+                pairs[choice.source + 1].append((np.array([choice.row], np.int32), np.array([choice.there], np.int32)))
     others = _in_fold_order(indices)
     has = np.zeros(indices.count, dtype=bool)
     for number in others:
@@ -136,12 +140,14 @@ def model_rows(indices: Indices, model: int, rules: TokenizerRules, given: Seque
     return rows_of(indices.count, pairs, np.flatnonzero(filled).astype(np.int32))
 
 
-def adapter_rows(indices: Indices, given: Sequence[Given]) -> Rows:
-    """The rows of an adapter's update of the head: the base's, nothing where a row is not the base's own."""
+def adapter_rows(indices: Indices, chosen: Sequence[ChosenRow]) -> Rows:
+    """Return the rows of an adapter's update of the head: the base's rows, and zero where a row is not the
+    base's own.
+    """
     own = indices.index[0].copy()
-    for one in given:
-        if one.everyone:
-            own[one.row] = -1
+    for choice in chosen:
+        if choice.everyone:
+            own[choice.row] = -1
     padding = indices.padding(0)
     own[padding] = padding
     none = np.zeros(0, dtype=np.int32)
@@ -149,7 +155,7 @@ def adapter_rows(indices: Indices, given: Sequence[Given]) -> Rows:
 
 
 def _in_fold_order(indices: Indices) -> list[int]:
-    """The models that a mean is over: experts, and the base once for every adapter on it."""
+    """Return the models that a mean is over: the experts, and the base once for every adapter on it."""
     adapters = [0] * len(indices.models[0].copies)
     return adapters + list(range(1, len(indices.models)))
 

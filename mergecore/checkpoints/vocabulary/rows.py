@@ -1,4 +1,4 @@
-"""A checkpoint whose tensors over the vocabulary have other rows: each its own, another model's, a mean, or zero."""
+"""A checkpoint whose tensors over the vocabulary have other rows: its own, another model's, a mean, or zero."""
 
 from __future__ import annotations
 
@@ -25,15 +25,21 @@ FEW = 16
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """Rows of the result that stand together in a source as well: first row, first row there, how many; ascending."""
+    """Consecutive rows of the result that are consecutive in a source as well, ascending.
+
+    first: first row of the result. there: first row in the source. count: how many.
+    """
 
     first: Index
     there: Index
     count: Index
 
     def pieces(self, width: int, start: int, stop: int) -> NDArray[np.int64]:
-        """The parts of the runs in elements start … stop−1 of the result, `width` to a row: (element there, element from
-        `start` on, how many) each."""
+        """Return the runs' parts within elements start … stop−1 of the result, shape (n, 3).
+
+        width: elements of a row. Each part is (element in the source, element counted from `start`, number of
+        elements).
+        """
         low = int(np.searchsorted(self.first + self.count, start // width, side="right"))
         high = int(np.searchsorted(self.first, -(-stop // width), side="left"))
         first, there = self.first[low:high].astype(np.int64), self.there[low:high].astype(np.int64)
@@ -43,7 +49,9 @@ class Runs:
 
 
 def runs_of(rows: Index, there: Index) -> Runs:
-    """rows: of the result, ascending; there: the row of the source that each of them is."""
+    """Return the runs of single rows. rows: of the result, ascending. there: the row of the source that each of them
+    is.
+    """
     if not len(rows):
         none = np.zeros(0, dtype=np.int32)
         return Runs(none, none, none)
@@ -55,7 +63,7 @@ def runs_of(rows: Index, there: Index) -> Runs:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Where each of `count` rows comes from: from one of the sources, from several (their mean), from all rows, from none.
+    """Where each of `count` rows comes from: one source, the mean of several, the mean of all rows, or zero.
 
     The first source is the model itself. Rows that stand nowhere here are zero.
     """
@@ -72,24 +80,28 @@ class Rows:
 
     @property
     def digest(self) -> str:
-        """Equal for equal rows of equal sources."""
-        held = hashlib.sha256(str(self.count).encode())
+        """A digest that is equal for equal rows of equal sources."""
+        state = hashlib.sha256(str(self.count).encode())
         for runs in (*self.copies, *self.shares):
-            for one in (runs.first, runs.there, runs.count):
-                held.update(f"|{len(one)}|".encode() + np.ascontiguousarray(one, dtype="<i4").tobytes())
-        for one in (self.shared, self.parts, self.filled):
-            held.update(f"|{len(one)}|".encode() + np.ascontiguousarray(one, dtype="<i4").tobytes())
-        return held.hexdigest()
+            for numbers in (runs.first, runs.there, runs.count):
+                state.update(f"|{len(numbers)}|".encode() + np.ascontiguousarray(numbers, dtype="<i4").tobytes())
+        for numbers in (self.shared, self.parts, self.filled):
+            state.update(f"|{len(numbers)}|".encode() + np.ascontiguousarray(numbers, dtype="<i4").tobytes())
+        return state.hexdigest()
 
     def is_identity(self, rows: int) -> bool:
-        """Whether these are the model's own `rows` rows, in their order."""
+        """Return whether these are the model's own `rows` rows, in their order."""
         own = self.copies[0]
         whole = len(own.first) == 1 and int(own.first[0]) == int(own.there[0]) == 0 and int(own.count[0]) == self.count
         return whole and self.count == rows
 
 
 def rows_of(count: int, contributions: Sequence[Sequence[tuple[Index, Index]]], filled: Index) -> Rows:
-    """contributions: for each source pairs of (rows of the result, rows of the source); a row that has several is a mean."""
+    """Return the rows that the sources contribute.
+
+    contributions: for each source pairs of (rows of the result, rows of the source). A row with several is their mean.
+    filled: rows that are the mean of all others.
+    """
     parts = np.zeros(count, dtype=np.int32)
     for pairs in contributions:
         for rows, _ in pairs:
@@ -109,10 +121,10 @@ def rows_of(count: int, contributions: Sequence[Sequence[tuple[Index, Index]]], 
 
 @dataclass(frozen=True)
 class RowTensors:
-    """The tensors of a checkpoint with other rows. names: for each source, tensor of the result → the tensor it is there.
+    """The tensors of a checkpoint with other rows. names: for each source, tensor of the result → its name there.
 
-    Tensors that have no name there are those of the first source as they are. A tensor keeps the first source's dtype
-    where all of its rows are copies of that dtype, and is float32 otherwise.
+    A tensor without a name there is the first source's, unchanged. A tensor keeps the first source's dtype where all of
+    its rows are copies of that dtype; otherwise it is float32.
     """
 
     sources: tuple[TensorSource, ...]
@@ -127,19 +139,21 @@ class RowTensors:
 
     @cached_property
     def _dtypes(self) -> tuple[dict[str, str], ...]:
-        """For each source the dtypes of its tensors over the vocabulary, by the result's names; some sources work them out."""
+        """For each source the dtypes of its tensors over the vocabulary, by the result's names. Kept, as some sources
+        form them.
+        """
         return tuple(
-            {name: held[own].dtype for name, own in names.items()}
-            for names, held in zip(self.names, (one.tensors for one in self.sources), strict=True)
+            {name: tensors[own].dtype for name, own in names.items()}
+            for names, tensors in zip(self.names, (source.tensors for source in self.sources), strict=True)
         )
 
     def _info(self, name: str) -> TensorInfo:
         own = self.sources[0].tensors[self.names[0][name]]
-        used = (held[name] for held, runs in zip(self._dtypes, self.rows.copies, strict=True) if len(runs.first))
+        used = (dtypes[name] for dtypes, runs in zip(self._dtypes, self.rows.copies, strict=True) if len(runs.first))
         return TensorInfo(opened_dtype(own.dtype, used, self.rows), (self.rows.count, *own.shape[1:]))
 
     def read(self, name: str, start: int = 0, stop: int | None = None, space: Tensor | None = None) -> Tensor:
-        """Elements start … stop−1 of the flattened tensor; read into `space` where it is given."""
+        """Read elements start … stop−1 of the flattened tensor, into `space` where that is passed."""
         if name not in self.names[0]:
             return self.sources[0].read(name, start, stop, space)
         info = self.tensors[name]
@@ -150,24 +164,24 @@ class RowTensors:
         return out
 
     def expect(self, name: str, start: int, stop: int) -> None:
-        """Have the system begin to read what lies as it is."""
+        """Ask the system to begin reading a tensor whose rows are unchanged."""
         if name not in self.names[0] and isinstance(self.sources[0], FileTensors):
             self.sources[0].expect(name, start, stop)
 
     def _read(self, name: str, width: int, start: int, stop: int, out: Tensor) -> None:
         pieces = [runs.pieces(width, start, stop) for runs in self.rows.copies]
-        for number, held in enumerate(pieces):
-            self._copy(number, name, width, start, held, out)
-        if sum(int(held[:, 2].sum()) for held in pieces) == stop - start:
+        for number, copied in enumerate(pieces):
+            self._copy(number, name, width, start, copied, out)
+        if sum(int(copied[:, 2].sum()) for copied in pieces) == stop - start:
             return
         # What is not copied is rare: rows that no single model has.
-        made = np.ones(stop - start, dtype=bool)
+        not_copied = np.ones(stop - start, dtype=bool)
         for _, here, count in np.concatenate(pieces).tolist():
-            made[here : here + count] = False
-        for first, last in _spans(made):
+            not_copied[here : here + count] = False
+        for first, last in _spans(not_copied):
             for low in range(first, last, AT_ONCE):
                 high = min(low + AT_ONCE, last)
-                self._made(name, width, start + low, start + high, out[low:high])
+                self._fill(name, width, start + low, start + high, out[low:high])
 
     def _copy(self, number: int, name: str, width: int, start: int, pieces: NDArray[np.int64], out: Tensor) -> None:
         source, own = self.sources[number], self.names[number][name]
@@ -178,18 +192,18 @@ class RowTensors:
             pieces = pieces[~whole]
         for there, here, count in pieces.tolist():
             space = out[here : here + count]
-            held = source.read(own, there, there + count, space if same else None)
-            if held.data_ptr() != space.data_ptr():  # tensors in memory give a view of themselves
-                space.copy_(held)
+            values = source.read(own, there, there + count, space if same else None)
+            if values.data_ptr() != space.data_ptr():  # tensors in memory give a view of themselves
+                space.copy_(values)
 
-    def _made(self, name: str, width: int, start: int, stop: int, out: Tensor) -> None:
-        """Elements of rows that are no copies: means of several sources, of all rows, or zeros."""
+    def _fill(self, name: str, width: int, start: int, stop: int, out: Tensor) -> None:
+        """Write elements of rows that are no copies: means of several sources, the mean of all rows, or zeros."""
         first, end, rows = start // width, -(-stop // width), self.rows
         out.zero_()
         for number, runs in enumerate(rows.shares):
             for there, here, count in runs.pieces(width, start, stop).tolist():
-                held = self.sources[number].read(self.names[number][name], there, there + count)
-                out[here : here + count] += held.to(torch.float32)
+                values = self.sources[number].read(self.names[number][name], there, there + count)
+                out[here : here + count] += values.to(torch.float32)
         low, high = np.searchsorted(rows.shared, (first, end))
         if low < high:
             parts = torch.ones(end - first)
@@ -206,7 +220,7 @@ class RowTensors:
             out.copy_(torch.where(of_rows, of_mean, out))
 
     def _mean(self, name: str, width: int) -> Tensor:
-        """The mean of all rows that stand for a token, summed in float64 from the first row to the last."""
+        """Return the mean of all rows that stand for a token, summed in float64 from the first row to the last."""
         if name not in self._means:
             total, count = np.zeros(width), self.rows.count - len(self.rows.filled)
             tokens = np.ones(self.rows.count, dtype=bool)
@@ -214,25 +228,29 @@ class RowTensors:
             step = max(1, AT_ONCE // width)
             for first, last in _spans(tokens):
                 for row in range(first, last, step):
-                    held = self.read(name, row * width, min(row + step, last) * width)
-                    total += held.to(torch.float64).numpy().reshape(-1, width).sum(axis=0)
+                    values = self.read(name, row * width, min(row + step, last) * width)
+                    total += values.to(torch.float64).numpy().reshape(-1, width).sum(axis=0)
             self._means[name] = torch.from_numpy(total / max(count, 1))
         return self._means[name]
 
 
 def opened_dtype(own: str, used: Iterable[str], rows: Rows) -> str:
-    """As what a tensor opens. own, used: its dtype in the checkpoint, and in those that rows are copied from."""
+    """Return the dtype that a tensor opens with. own: in the checkpoint. used: in the sources that rows are copied
+    from.
+    """
     return own if set(used) <= {own} and not len(rows.shared) else "F32"
 
 
 def gathering(elements: int, width: int) -> int:
-    """Bytes that reading so many elements of `width` bytes takes beside them, for what is gathered and then put in place;
-    and what a piece of means is made of."""
+    """Return the bytes that reading `elements` elements of `width` bytes needs beside them.
+
+    These are the gathered rows before they are put in place, and the memory for means.
+    """
     return elements * (width + 1) + 4 * 4 * AT_ONCE
 
 
 def _gather(source: FileTensors, name: str, width: int, lead: int, pieces: NDArray[np.int64], out: Tensor) -> None:
-    """Pieces that are whole rows. lead: elements of `out` before its first whole row."""
+    """Copy pieces that are whole rows. lead: elements of `out` before its first whole row."""
     if not len(pieces):
         return
     there, here, count = (pieces // width).T  # of `here` what is left is the lead, the same for all
@@ -243,12 +261,12 @@ def _gather(source: FileTensors, name: str, width: int, lead: int, pieces: NDArr
     if len(rows_here) == last and rows_here[-1] - rows_here[0] == last - 1:
         source.gather(name, rows_there, rows)
         return
-    held = torch.empty(len(rows_there), width, dtype=out.dtype)
-    source.gather(name, rows_there, held)
-    rows[torch.from_numpy(rows_here)] = held
+    gathered = torch.empty(len(rows_there), width, dtype=out.dtype)
+    source.gather(name, rows_there, gathered)
+    rows[torch.from_numpy(rows_here)] = gathered
 
 
-def _spans(held: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """(first, end) of every stretch of true values."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], held, [False]]).astype(np.int8)))
+def _spans(values: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Return (first, end) of every stretch of true values."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], values, [False]]).astype(np.int8)))
     return list(zip(edges[0::2].tolist(), edges[1::2].tolist(), strict=True))

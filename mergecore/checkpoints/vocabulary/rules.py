@@ -1,4 +1,4 @@
-"""What a recipe says of the result's vocabulary, and of tokens that some models lack."""
+"""The rules of a recipe for the result's vocabulary, and for tokens that some models lack."""
 
 from __future__ import annotations
 
@@ -67,12 +67,13 @@ class TokenizerRules(Rule):
     source: str = Field(UNION, description="'union' of all vocabularies, the 'base's, or that of a named expert")
     missing: Literal["base", "mean"] = Field(
         "base",
-        description="the row of a token in a model that lacks it: the base's, or where the base lacks it too the mean of the "
-        "experts that have it; 'mean': always that mean",
+        description="the row of a token in a model that lacks it: the base's, or where the base lacks it too the mean "
+        "of the experts that have it; 'mean': always that mean",
     )
     conflicts: Literal["refuse", "first"] = Field(
         "refuse",
-        description="where tokenizers contradict each other: refuse, or hold to the first (the base, then the experts in order)",
+        description="where tokenizers contradict each other: refuse, or hold to the first (the base, then the experts "
+        "in order)",
     )
     pad_to_multiple_of: Annotated[
         int | None,

@@ -18,7 +18,7 @@ from mergecore.checkpoints.vocabulary.companions import (
     said_of_template,
 )
 from mergecore.checkpoints.vocabulary.configuration import config_with, counts_in, with_count
-from mergecore.checkpoints.vocabulary.index import Indices, Vocabulary, adapter_rows, given_rows, model_rows
+from mergecore.checkpoints.vocabulary.index import Indices, Vocabulary, adapter_rows, chosen_rows, model_rows
 from mergecore.checkpoints.vocabulary.result import ResultTokenizer, result_tokenizer
 from mergecore.checkpoints.vocabulary.rows import Rows
 from mergecore.checkpoints.vocabulary.rules import BASE, UNION, TokenizerRules
@@ -45,7 +45,10 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Shared:
-    """The pool's checkpoints as they open with one vocabulary. adapters: rows of an update of the head, where they change."""
+    """The pool's checkpoints as they open with one vocabulary.
+
+    adapters: rows for updates of the head; None where the vocabulary is unchanged.
+    """
 
     base: Snapshot
     experts: Mapping[str, Snapshot]
@@ -55,7 +58,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class _Model:
-    """One checkpoint: `names` are its tensors over the vocabulary, with what they are called in it."""
+    """One checkpoint. names: its tensors over the vocabulary, each under its own name. rows: of its embedding."""
 
     name: str
     snapshot: Snapshot
@@ -64,20 +67,22 @@ class _Model:
 
     @property
     def owner(self) -> str:
-        """How messages call it."""
+        """The model's name in messages."""
         return "the base" if self.name == BASE else f"expert '{self.name}'"
 
 
 def shared_vocabulary(
     base: Snapshot, experts: Mapping[str, Snapshot], rules: TokenizerRules, chat_template: str | None
 ) -> Shared:
-    """The same checkpoints with the vocabulary that the rules say. experts: full checkpoints and adapters, by name.
+    """Return the checkpoints with the vocabulary that the rules choose. experts: full checkpoints and adapters, by
+    name.
 
-    Raises SpecError for rules that cannot be meant, MismatchError and SourceError for what cannot be brought together.
+    Raises SpecError for rules without a meaning, MismatchError and SourceError for models that cannot be brought
+    together.
     """
     adapters = tuple(name for name, snapshot in experts.items() if snapshot.kind == "adapter")
     _check_source(rules, experts, adapters)
-    models = [_model(name, one) for name, one in {BASE: base, **experts}.items() if name not in adapters]
+    models = [_model(name, snapshot) for name, snapshot in {BASE: base, **experts}.items() if name not in adapters]
     owner = models[0] if rules.source in (UNION, BASE) else next(m for m in models[1:] if m.name == rules.source)
     tokenizers, warnings = _tokenizers(models)
     if not tokenizers:  # then nothing can be said of tokens; the owner's other files still count
@@ -88,34 +93,36 @@ def shared_vocabulary(
     if rules.conflicts == "refuse":
         refuse(list(dict.fromkeys(reasons)), REMEDY)
     check_ids(result, owner.snapshot)
-    warnings += [f"{one}; the first holds" for one in dict.fromkeys(reasons)]
+    warnings += [f"{reason}; the first holds" for reason in dict.fromkeys(reasons)]
     warnings += [
-        f"{one.owner}: its model has no row for {few(sorted(one.beyond))}" for one in tokenizers.values() if one.beyond
+        f"{tokenizer.owner}: its model has no row for {few(sorted(tokenizer.beyond))}"
+        for tokenizer in tokenizers.values()
+        if tokenizer.beyond
     ]
-    warnings += said_of_ends(result, owner.snapshot, [(tokenizers[one.name], one.snapshot) for one in models[1:]])
+    warnings += said_of_ends(result, owner.snapshot, [(tokenizers[model.name], model.snapshot) for model in models[1:]])
     warnings += said_of_splitting(result, list(tokenizers.values()))
     text = template_of(owner.snapshot) if chat_template is None else chat_template
     warnings += said_of_template(text, chat_template, result, list(tokenizers.values()))
-    ordered = [models[0], *sorted(models[1:], key=lambda one: one.snapshot.weights)]
+    ordered = [models[0], *sorted(models[1:], key=lambda model: model.snapshot.weights)]
     indices = Indices(
-        tuple(_vocabulary(one, tokenizers, adapters) for one in ordered), result.tokens, _count(result, rules)
+        tuple(_vocabulary(model, tokenizers, adapters) for model in ordered), result.tokens, _count(result, rules)
     )
-    given = given_rows(indices, rules)
-    rows = {one.name: model_rows(indices, number, rules, given) for number, one in enumerate(ordered)}
-    same = all(rows[one.name].is_identity(one.rows) for one in models)
-    found = {one.name: one.snapshot if same else _gathered(one, rows[one.name], ordered) for one in models}
-    ground = _accompanied(models[0], found[BASE], owner, changed_files(result, base, owner.snapshot))
-    held = {name: found.get(name, snapshot) for name, snapshot in experts.items()}
-    return Shared(ground, held, None if same else adapter_rows(indices, given), tuple(warnings))
+    chosen = chosen_rows(indices, rules)
+    rows = {model.name: model_rows(indices, number, rules, chosen) for number, model in enumerate(ordered)}
+    same = all(rows[model.name].is_identity(model.rows) for model in models)
+    opened = {model.name: model.snapshot if same else _gathered(model, rows[model.name], ordered) for model in models}
+    ground = _accompanied(models[0], opened[BASE], owner, changed_files(result, base, owner.snapshot))
+    opened_experts = {name: opened.get(name, snapshot) for name, snapshot in experts.items()}
+    return Shared(ground, opened_experts, None if same else adapter_rows(indices, chosen), tuple(warnings))
 
 
 def updated(adapter: Snapshot, names: Sequence[str], rows: Rows) -> Snapshot:
-    """An adapter whose factors `names` have a row for each token, with the rows of the result."""
+    """Return an adapter with the rows of the result. names: its factors that have a row for each token."""
     return with_rows(adapter, rows, [(adapter, {name: name for name in names})])
 
 
 def over_vocabulary(name: str, info: TensorInfo) -> bool:
-    """Whether a tensor has a row for each token."""
+    """Return whether a tensor has a row for each token."""
     return VOCABULARY.search(name) is not None and len(info.shape) > 0
 
 
@@ -125,7 +132,8 @@ def over_vocabulary(name: str, info: TensorInfo) -> bool:
 def _check_source(rules: TokenizerRules, experts: Mapping[str, Snapshot], adapters: Sequence[str]) -> None:
     if rules.source in adapters:
         raise SpecError(
-            f"tokenizer.source: '{rules.source}' is an adapter, whose vocabulary is the base's; say tokenizer: {{source: base}}"
+            f"tokenizer.source: '{rules.source}' is an adapter, whose vocabulary is the base's; say tokenizer: "
+            f"{{source: base}}"
         )
     if rules.source not in (UNION, BASE, *experts):
         raise SpecError(
@@ -134,33 +142,39 @@ def _check_source(rules: TokenizerRules, experts: Mapping[str, Snapshot], adapte
 
 
 def _model(name: str, snapshot: Snapshot) -> _Model:
-    """Raises MismatchError where its tensors over the vocabulary have different numbers of rows, or it is not said how many."""
-    held = {tensor: info.shape[0] for tensor, info in snapshot.tensors.items() if over_vocabulary(tensor, info)}
-    found = _Model(name, snapshot, {tensor: tensor for tensor in held}, next(iter(held.values()), 0))
-    where = f"{found.owner} ({snapshot.source.uri})"
-    if not held:
+    """Return the checkpoint with its tensors over the vocabulary.
+
+    Raises MismatchError where these differ in their number of rows, where there are none, or where the config differs.
+    """
+    counts = {tensor: info.shape[0] for tensor, info in snapshot.tensors.items() if over_vocabulary(tensor, info)}
+    model = _Model(name, snapshot, {tensor: tensor for tensor in counts}, next(iter(counts.values()), 0))
+    where = f"{model.owner} ({snapshot.source.uri})"
+    if not counts:
         raise MismatchError(
-            f"{where} has no tensor that is known to have a row for each token (embed_tokens, wte, word_embeddings, lm_head "
-            "…): its vocabulary cannot be changed; leave `tokenizer` out"
+            f"{where} has no tensor that is known to have a row for each token (embed_tokens, wte, word_embeddings, "
+            "lm_head …): its vocabulary cannot be changed; leave `tokenizer` out"
         )
-    differing = [f"'{tensor}' {rows}" for tensor, rows in held.items() if rows != found.rows]
+    differing = [f"'{tensor}' {rows}" for tensor, rows in counts.items() if rows != model.rows]
     if differing:
         raise MismatchError(
-            f"{where}: {', '.join(differing)} rows, '{next(iter(held))}' {found.rows}: of which tokens are they?"
+            f"{where}: {', '.join(differing)} rows, '{next(iter(counts))}' {model.rows}: of which tokens are they?"
         )
-    for key, said in counts_in(snapshot.config).items():
-        if said != found.rows:
-            raise MismatchError(f"{where}: config.json says {key} {said}, '{next(iter(held))}' has {found.rows} rows")
-    return found
+    for key, count in counts_in(snapshot.config).items():
+        if count != model.rows:
+            raise MismatchError(
+                f"{where}: config.json says {key} {count}, '{next(iter(counts))}' has {model.rows} rows"
+            )
+    return model
 
 
 def _tokenizers(models: Sequence[_Model]) -> tuple[dict[str, Tokenizer], list[str]]:
-    """Return every model's tokenizer, and warnings. A model without one has the base's; all empty where nobody has one.
+    """Return every model's tokenizer, and warnings. A model without one has the base's; all is empty where nobody has
+    one.
 
-    Raises MismatchError where that cannot be: another number of rows, or nobody to take it from.
+    Raises MismatchError where a model without a tokenizer has another number of rows, or the base has none.
     """
     known: Known = {}
-    read = {one.name: read_tokenizer(one.snapshot, one.rows, one.owner, known) for one in models}
+    read = {model.name: read_tokenizer(model.snapshot, model.rows, model.owner, known) for model in models}
     warnings: list[str] = []
     if all(tokenizer is None for tokenizer in read.values()):
         return {}, warnings
@@ -169,8 +183,8 @@ def _tokenizers(models: Sequence[_Model]) -> tuple[dict[str, Tokenizer], list[st
         tokenizer = read[model.name]
         if tokenizer is None and (base is None or model.rows != models[0].rows):
             raise MismatchError(
-                f"{model.owner} ({model.snapshot.source.uri}) has no {TOKENIZER} beside it, and {model.rows} rows: which "
-                "token has which row? Put the tokenizer there"
+                f"{model.owner} ({model.snapshot.source.uri}) has no {TOKENIZER} beside it, and {model.rows} rows: "
+                "which token has which row? Put the tokenizer there"
             )
         if tokenizer is None:
             assert base is not None
@@ -182,7 +196,7 @@ def _tokenizers(models: Sequence[_Model]) -> tuple[dict[str, Tokenizer], list[st
 
 def _check_alike(models: Sequence[_Model], rules: TokenizerRules) -> None:
     """Raise MismatchError where rules speak of tokens and no model has a tokenizer."""
-    if len({one.rows for one in models}) > 1 or rules.tokens or rules.pad_to_multiple_of:
+    if len({model.rows for model in models}) > 1 or rules.tokens or rules.pad_to_multiple_of:
         raise MismatchError(
             f"tokenizer: no model has a {TOKENIZER} beside it, so nobody knows which token has which row"
         )
@@ -194,7 +208,7 @@ def _vocabulary(model: _Model, tokenizers: Mapping[str, Tokenizer], adapters: Se
 
 
 def _count(result: ResultTokenizer, rules: TokenizerRules) -> int:
-    """Rows: one for each id, rounded up as the rules say."""
+    """Return the number of rows: one for each id, rounded up as the rules say."""
     ids, multiple = max(result.tokens.values()) + 1, rules.pad_to_multiple_of or 1
     return -(-ids // multiple) * multiple
 
@@ -203,7 +217,7 @@ def _count(result: ResultTokenizer, rules: TokenizerRules) -> int:
 
 
 def _gathered(model: _Model, rows: Rows, ordered: Sequence[_Model]) -> Snapshot:
-    """The checkpoint with these rows, and with a configuration that says how many."""
+    """Return the checkpoint with these rows, and with a configuration that states their number."""
     if rows.is_identity(model.rows):
         return model.snapshot
     config = with_count(model.snapshot.config, rows.count)
@@ -215,25 +229,25 @@ def _gathered(model: _Model, rows: Rows, ordered: Sequence[_Model]) -> Snapshot:
     other = next(filter(PER_LAYER_TOKENS.search, model.snapshot.tensors), None)
     if other is not None:
         raise MismatchError(
-            f"{model.owner} ({model.snapshot.source.uri}): '{other}' has rows for some of the tokens only, so its vocabulary "
-            "cannot be changed; leave `tokenizer` out"
+            f"{model.owner} ({model.snapshot.source.uri}): '{other}' has rows for some of the tokens only, so its "
+            "vocabulary cannot be changed; leave `tokenizer` out"
         )
-    sources = [(model.snapshot, model.names), *((one.snapshot, _called(model, one)) for one in ordered)]
-    found = with_rows(model.snapshot, rows, sources)
-    return dataclasses.replace(found, config=config)
+    sources = [(model.snapshot, model.names), *((other.snapshot, _called(model, other)) for other in ordered)]
+    gathered = with_rows(model.snapshot, rows, sources)
+    return dataclasses.replace(gathered, config=config)
 
 
 def _called(model: _Model, other: _Model) -> dict[str, str]:
-    """What the tensors of a model are called in another; a head that the other ties is its embedding.
+    """Return the names that the tensors of a model have in another. A head that the other ties is its embedding.
 
-    Where the other has no such tensor the name stays as it is, and the checkpoints do not fit.
+    Where the other has no such tensor the name stays, and the checkpoints do not fit.
     """
     tied = tied_names(other.snapshot.tensors, other.snapshot.config)
     return {name: name if name in other.snapshot.tensors else tied.get(name, name) for name in model.names}
 
 
 def _accompanied(base: _Model, ground: Snapshot, owner: _Model, changed: Mapping[str, bytes | None]) -> Snapshot:
-    """The base with the companions of the result: the owner's tokenizer and special tokens."""
+    """Return the base with the companions of the result: the owner's tokenizer and special tokens."""
     files = dict(changed)
     if owner is not base and not files:
         files = files_of_tokenizer(base.snapshot, owner.snapshot)

@@ -1,4 +1,4 @@
-"""A checkpoint that opens with other rows, and with other companions beside it: config, tokenizer and the like."""
+"""A checkpoint that opens with other rows, and with other companions beside it (config, tokenizer and the like)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mergecore.tensors.source import TensorInfo, TensorSource
 
 @final
 class RewrittenSource(Source):
-    """A source some of whose small files read differently, or are not there."""
+    """A source of which some small files have other content, or are removed."""
 
     rewritten: ClassVar[bool] = True
 
@@ -28,7 +28,7 @@ class RewrittenSource(Source):
         self.uri, self.revision = origin.uri, origin.revision
         self._origin, self._changed = origin, dict(changed)
 
-    def _found(self) -> Mapping[str, SourceFile]:
+    def _list_files(self) -> Mapping[str, SourceFile]:
         new = {
             name: SourceFile(len(content), hashlib.sha256(content).hexdigest())
             for name, content in self._changed.items()
@@ -38,22 +38,22 @@ class RewrittenSource(Source):
         return {**kept, **new}
 
     def read(self, name: str, start: int, length: int) -> bytes:
-        """A piece of a file."""
+        """Read a part of a file."""
         content = self._changed.get(name)
         return self._origin.read(name, start, length) if content is None else content[start : start + length]
 
     def fetch(self, report: Report) -> Path:
-        """The folder of the weights, in which the companions are as they were."""
+        """Return the folder of the weights. Its companions are the origin's."""
         return self._origin.fetch(report)
 
 
 @final
 @dataclass(frozen=True)
 class RowContents(Contents):
-    """The tensors of `origin`, those over the vocabulary with the rows of `rows`.
+    """The tensors of `origin`, with other rows in the tensors over the vocabulary.
 
     donors: the other checkpoints that rows come from.
-    names: for the origin and each donor, tensor of the result → what it is called there.
+    names: for the origin and each donor, tensor of the result → its name there.
     """
 
     origin: Snapshot

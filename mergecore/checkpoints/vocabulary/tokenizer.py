@@ -1,4 +1,4 @@
-"""The tokenizer that lies with a checkpoint: its tokens and ids, and what it says of them; from its files alone."""
+"""The tokenizer of a checkpoint: its tokens and ids, and its settings, from its files alone."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """tokens: each with its id, as far as the model has rows for them; `beyond` are those for which it has none.
+    """One model's tokenizer.
 
-    owner: how messages call the model. held: tokenizer.json; settings: tokenizer_config.json.
+    owner: the model's name in messages. content: tokenizer.json. settings: tokenizer_config.json.
+    tokens: token → id, of the tokens that the model has rows for. beyond: the tokens for which it has none.
     """
 
     owner: str
-    held: Mapping[str, Any]
+    content: Mapping[str, Any]
     settings: Mapping[str, Any]
     tokens: Mapping[str, int]
     beyond: frozenset[str]
@@ -36,15 +37,15 @@ class Tokenizer:
 
     @property
     def model(self) -> Mapping[str, Any]:
-        """What splits text into tokens."""
-        found: Mapping[str, Any] = self.held.get("model") or {}
-        return found
+        """The part of tokenizer.json that splits text into tokens."""
+        model: Mapping[str, Any] = self.content.get("model") or {}
+        return model
 
     @property
     def added(self) -> dict[str, Mapping[str, Any]]:
-        """Tokens that are looked for in the text before the model sees it, with their settings, by id."""
-        held = sorted(self.held.get("added_tokens") or (), key=lambda entry: int(entry["id"]))
-        return {entry["content"]: entry for entry in held if entry["content"] not in self.beyond}
+        """The tokens that are looked for in the text before the model sees it, with their settings, by id."""
+        entries = sorted(self.content.get("added_tokens") or (), key=lambda entry: int(entry["id"]))
+        return {entry["content"]: entry for entry in entries if entry["content"] not in self.beyond}
 
     @property
     def pieces(self) -> dict[str, int]:
@@ -53,36 +54,36 @@ class Tokenizer:
 
     @property
     def merges(self) -> list[tuple[str, str]]:
-        """Of a byte-pair encoding: the pairs that are joined, in order."""
+        """The pairs that a byte-pair encoding joins, in order."""
         return [_pair(merge) for merge in self.model.get("merges") or ()]
 
     @property
     def scores(self) -> dict[str, float]:
-        """Of a Unigram model: what each piece adds to the score of a way of taking text apart."""
-        held = self.model.get("vocab")
-        return {str(piece): float(score) for piece, score in held} if isinstance(held, list) else {}
+        """The score of each piece of a Unigram model: a way to split a text has the sum of its pieces' scores."""
+        pieces = self.model.get("vocab")
+        return {str(piece): float(score) for piece, score in pieces} if isinstance(pieces, list) else {}
 
     @property
     def kind(self) -> tuple[str, str]:
-        """How text becomes tokens, and how a token spells its text: only between equal kinds is a token a name."""
+        """How text becomes tokens, and how a token spells its text. Tokens are comparable between equal kinds only."""
         model = self.model
         name = str(model.get("type") or _type(model))
         text = json.dumps(
-            [self.held.get(part) for part in ("pre_tokenizer", "decoder", "normalizer")], ensure_ascii=False
+            [self.content.get(part) for part in ("pre_tokenizer", "decoder", "normalizer")], ensure_ascii=False
         )
         spelling = "bytes" if '"ByteLevel"' in text else "▁ for blanks" if "▁" in text else "plain text"
         return name, f"{model['continuing_subword_prefix']}…" if model.get("continuing_subword_prefix") else spelling
 
     @property
     def roles(self) -> dict[str, frozenset[str]]:
-        """{token: what it is said to be: bos_token, eos_token …}."""
-        found: dict[str, set[str]] = {}
+        """{token: its roles, such as bos_token and eos_token}."""
+        by_token: dict[str, set[str]] = {}
         for role in ROLES:
-            held = self.settings.get(role)
-            token = held.get("content") if isinstance(held, Mapping) else held
+            entry = self.settings.get(role)
+            token = entry.get("content") if isinstance(entry, Mapping) else entry
             if isinstance(token, str):
-                found.setdefault(token, set()).add(role)
-        return {token: frozenset(roles) for token, roles in found.items()}
+                by_token.setdefault(token, set()).add(role)
+        return {token: frozenset(roles) for token, roles in by_token.items()}
 
 
 Known = dict[str, tuple[dict[str, Any], dict[str, int]]]
@@ -90,9 +91,10 @@ Known = dict[str, tuple[dict[str, Any], dict[str, int]]]
 
 
 def read_tokenizer(snapshot: Snapshot, rows: int, owner: str, known: Known) -> Tokenizer | None:
-    """The tokenizer of a checkpoint whose embedding has so many rows; None where there is none beside it. known: grows.
+    """Return the tokenizer of a checkpoint; None where it has none. rows: of its embedding. known: files read; it
+    grows.
 
-    Raises SourceError for files that say no ids, or that no loader would read as they are meant.
+    Raises SourceError for files that give no ids, or that a loader would read in another way.
     """
     files = snapshot.source.files
     # Older checkpoints name their special tokens in a file of its own.
@@ -101,64 +103,67 @@ def read_tokenizer(snapshot: Snapshot, rows: int, owner: str, known: Known) -> T
         slow = [name for name in SLOW if name in files]
         if slow:
             raise SourceError(
-                f"{owner}: {snapshot.source.uri} has {slow[0]} and no {TOKENIZER}: which token has which row cannot be read; "
-                "write one with AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained(folder)"
+                f"{owner}: {snapshot.source.uri} has {slow[0]} and no {TOKENIZER}: which token has which row cannot "
+                "be read; write one with AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained(folder)"
             )
         return None
     where = f"{snapshot.source.uri}/{TOKENIZER}"
     sha256 = files[TOKENIZER].sha256 or where
     if sha256 not in known:
-        held = read_json(snapshot.source, TOKENIZER)
-        known[sha256] = held, _ids(held, where)
-    held, tokens = known[sha256]
+        content = read_json(snapshot.source, TOKENIZER)
+        known[sha256] = content, _ids(content, where)
+    content, tokens = known[sha256]
     beyond = frozenset(token for token, number in tokens.items() if number >= rows)
     usable = {token: number for token, number in tokens.items() if number < rows} if beyond else tokens
-    return Tokenizer(owner, held, settings, usable, beyond, template_of(snapshot))
+    return Tokenizer(owner, content, settings, usable, beyond, template_of(snapshot))
 
 
-def _ids(held: Mapping[str, Any], where: str) -> dict[str, int]:
-    """Every token's id, as a loader gives them. Raises SourceError where the file says otherwise, or two have one id."""
+def _ids(content: Mapping[str, Any], where: str) -> dict[str, int]:
+    """Return every token's id, as a loader gives it.
+
+    Raises SourceError where the file says otherwise, or where two tokens have one id.
+    """
     try:
-        found, _ = given_ids(held)
-        for entry in held.get("added_tokens") or ():
-            token, said = str(entry["content"]), int(entry["id"])
-            if found[token] != said:
+        ids, _ = loader_ids(content)
+        for entry in content.get("added_tokens") or ():
+            token, number_there = str(entry["content"]), int(entry["id"])
+            if ids[token] != number_there:
                 raise SourceError(
-                    f"{where}: its added token {token!r} has id {said}, which a loader would take for {found[token]}; load "
-                    "it, look, and save it again"
+                    f"{where}: its added token {token!r} has id {number_there}, which a loader would take for "
+                    f"{ids[token]}; load it, look, and save it again"
                 )
         by_id: dict[int, str] = {}
-        for token, number in found.items():
+        for token, number in ids.items():
             if number in by_id or number < 0:
                 raise SourceError(f"{where}: {by_id.get(number)!r} and {token!r} have one id, {number}; save it again")
             by_id[number] = token
     except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
         raise SourceError(f"{where} is no tokenizer that can be read ({error}); fetch it again") from error
-    return found
+    return ids
 
 
-def given_ids(held: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
-    """The ids that a loader gives to all tokens of a tokenizer.json, and to the model's own among them.
+def loader_ids(content: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the ids that a loader gives to all tokens of a tokenizer.json, and those of the model's own tokens.
 
     An added token that is not one of the model's own gets the next number, whatever the file says.
     """
-    pieces = {str(token): int(number) for token, number in pieces_of(held.get("model") or {}).items()}
-    found, last = dict(pieces), -1
-    for entry in held.get("added_tokens") or ():
+    pieces = {str(token): int(number) for token, number in pieces_of(content.get("model") or {}).items()}
+    ids, last = dict(pieces), -1
+    for entry in content.get("added_tokens") or ():
         token = str(entry["content"])
-        found.setdefault(token, max(len(pieces), last + 1))
-        last = max(last, found[token])
-    return found, pieces
+        ids.setdefault(token, max(len(pieces), last + 1))
+        last = max(last, ids[token])
+    return ids, pieces
 
 
 def pieces_of(model: Mapping[str, Any]) -> dict[str, int]:
-    """The model's own tokens with their ids, from the `model` of a tokenizer.json."""
-    held = model.get("vocab") or {}
-    return dict(held) if isinstance(held, Mapping) else {entry[0]: number for number, entry in enumerate(held)}
+    """Return the model's own tokens with their ids. model: that part of a tokenizer.json."""
+    entries = model.get("vocab") or {}
+    return dict(entries) if isinstance(entries, Mapping) else {entry[0]: number for number, entry in enumerate(entries)}
 
 
 def _type(model: Mapping[str, Any]) -> str:
-    """The type of a model that does not say it, as old files do not."""
+    """Return the type of a model whose file does not say it, as old files do not."""
     if "merges" in model:
         return "BPE"
     return "WordPiece" if "continuing_subword_prefix" in model else "WordLevel"
@@ -170,7 +175,7 @@ def _pair(merge: Any) -> tuple[str, str]:
 
 
 def template_of(model: Snapshot) -> str | None:
-    """The chat template that lies with a model's tokenizer."""
+    """Return the chat template of a model's tokenizer; None where it has none."""
     files = model.source.files
     if TEMPLATE in files:
         return model.source.read(TEMPLATE, 0, files[TEMPLATE].size).decode()
@@ -178,50 +183,51 @@ def template_of(model: Snapshot) -> str | None:
         return None
     template = read_json(model.source, SETTINGS).get("chat_template")
     if isinstance(template, list):
-        template = next((one.get("template") for one in template if one.get("name") == "default"), None)
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
     return template if isinstance(template, str) else None
 
 
 def few(tokens: Iterable[str]) -> str:
-    """The first tokens, and how many more there are."""
-    held = list(tokens)
-    shown = ", ".join(repr(token) for token in held[:5])
-    return shown + (f" and {len(held) - 5} more" if len(held) > 5 else "")
+    """List the first tokens, and say how many more there are."""
+    listed = list(tokens)
+    shown = ", ".join(repr(token) for token in listed[:5])
+    return shown + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
 
 
 def check_kinds(tokenizers: Iterable[Tokenizer]) -> list[str]:
-    """What keeps a token of one from being the same token in another: reasons, none where there are none."""
+    """Return the reasons why equal tokens may differ in meaning: tokenizers of different kinds."""
     first, *others = tokenizers
-    found = []
+    reasons = []
     for other in others:
         if other.kind != first.kind:
-            ours, theirs = (" in ".join(one.kind) for one in (first, other))
+            ours, theirs = (" in ".join(tokenizer.kind) for tokenizer in (first, other))
             only = [token for token in other.tokens if token not in first.tokens]
-            found.append(
-                f"{other.owner} is tokenized by {theirs}, {first.owner} by {ours}: equal tokens need not be the same text "
-                f"({len(only)} tokens stand in one only, like {few(only)})"
+            reasons.append(
+                f"{other.owner} is tokenized by {theirs}, {first.owner} by {ours}: equal tokens need not be the same "
+                f"text ({len(only)} tokens stand in one only, like {few(only)})"
             )
-    return found
+    return reasons
 
 
 def check_meanings(tokenizers: Iterable[Tokenizer], kept: Mapping[str, int]) -> list[str]:
-    """Tokens of the result that mean different things in two models: reasons, none where there are none.
+    """Return the tokens of the result that have different roles in two models, as reasons.
 
-    A pad token is often one of the others as well; that is no contradiction.
+    A pad token is often another token as well; that is no contradiction.
     """
     seen: dict[str, tuple[str, frozenset[str]]] = {}
-    found = []
-    for one in tokenizers:
-        for token, roles in one.roles.items():
-            said = roles - {"pad_token"}
-            if token not in kept or token not in one.tokens or not said:
+    reasons = []
+    for tokenizer in tokenizers:
+        for token, roles in tokenizer.roles.items():
+            meant = roles - {"pad_token"}
+            if token not in kept or token not in tokenizer.tokens or not meant:
                 continue
-            owner, before = seen.setdefault(token, (one.owner, said))
-            if not before & said:
-                found.append(
-                    f"{token!r} is {' and '.join(sorted(before))} of {owner} and {' and '.join(sorted(said))} of {one.owner}"
+            owner, before = seen.setdefault(token, (tokenizer.owner, meant))
+            if not before & meant:
+                reasons.append(
+                    f"{token!r} is {' and '.join(sorted(before))} of {owner} and {' and '.join(sorted(meant))} of "
+                    f"{tokenizer.owner}"
                 )
-    return found
+    return reasons
 
 
 def refuse(reasons: list[str], remedy: str) -> None:
