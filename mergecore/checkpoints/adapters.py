@@ -59,13 +59,13 @@ def is_transposed(experts: Sequence[AdapterExpert]) -> bool:
 
     Raises MismatchError where the adapters do not agree.
     """
-    said = {factor.transposed: expert.name for expert in experts for factor in expert.factors.values()}
-    if len(said) > 1:
+    named = {factor.transposed: expert.name for expert in experts for factor in expert.factors.values()}
+    if len(named) > 1:
         raise MismatchError(
-            f"'{said[True]}' has fan_in_fan_out=true and '{said[False]}' has not: no adapter can say both; train or "
+            f"'{named[True]}' has fan_in_fan_out=true and '{named[False]}' has not: no adapter can say both; train or "
             "save them with one setting"
         )
-    return next(iter(said), False)
+    return next(iter(named), False)
 
 
 def low_rank(expert: AdapterExpert, target: str) -> LowRank | None:

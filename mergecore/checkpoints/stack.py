@@ -23,9 +23,7 @@ COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Lists in config.json with one entry per layer."""
 
-Run = Annotated[tuple[int, int], Field(description="first and last layer (counted from 0), both included")]
-Runs = Sequence[tuple[int, int] | None]
-"""For one model: the layers that each entry of a stack takes from it, None where it takes none."""
+LayerRange = Annotated[tuple[int, int], Field(description="first and last layer (counted from 0), both included")]
 
 
 class StackRule(BaseModel):
@@ -34,20 +32,20 @@ class StackRule(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     layers: Annotated[
-        Run | Mapping[str, Run],
+        LayerRange | Mapping[str, LayerRange],
         Field(description="of every model, or by name where they are not the same ('base' is the base)"),
     ]
 
     @field_validator("layers")
     @classmethod
-    def _runs_forward(cls, layers: Run | Mapping[str, Run]) -> Run | Mapping[str, Run]:
-        runs = list(layers.values()) if isinstance(layers, Mapping) else [layers]
-        if not runs:
+    def _range_forward(cls, layers: LayerRange | Mapping[str, LayerRange]) -> LayerRange | Mapping[str, LayerRange]:
+        ranges = list(layers.values()) if isinstance(layers, Mapping) else [layers]
+        if not ranges:
             raise ValueError("names no model; give [first, last]")
-        for first, last in runs:
+        for first, last in ranges:
             if not 0 <= first <= last:
                 raise ValueError(f"[{first}, {last}] is no run of layers; give the first and the last, from 0")
-        if len({last - first for first, last in runs}) > 1:
+        if len({last - first for first, last in ranges}) > 1:
             raise ValueError("the models have different numbers of layers here; all must have as many")
         return layers
 

@@ -17,7 +17,7 @@ from mergecore.checkpoints.select import SelectRule, check_left_out
 from mergecore.checkpoints.snapshot import Snapshot, read_json, read_snapshot
 from mergecore.checkpoints.sources import Source
 from mergecore.checkpoints.stack import BASE, StackRule, layers_of, restacked
-from mergecore.checkpoints.vocabulary.companions import markers, said_of_markers
+from mergecore.checkpoints.vocabulary.companions import marker_warnings, markers
 from mergecore.checkpoints.vocabulary.rows import Rows
 from mergecore.checkpoints.vocabulary.rules import TokenizerRules
 from mergecore.checkpoints.vocabulary.shared import over_vocabulary, shared_vocabulary, updated
@@ -155,7 +155,7 @@ def resolve_pool(
         warnings += shared.warnings
     elif chat_template is not None and TOKENIZER in ground.source.files:
         tokens = _vocabulary(read_json(ground.source, TOKENIZER), f"{ground.source.uri}/{TOKENIZER}")
-        warnings += said_of_markers(markers(chat_template), tokens)
+        warnings += marker_warnings(markers(chat_template), tokens)
     for expert in experts:
         member = _stacked(expert, taken[expert.name], found, ground, select, stack)
         if tokenizer is None:

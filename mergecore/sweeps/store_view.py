@@ -60,7 +60,7 @@ class StoreView:
         if not self._has_folder(step):
             return False
         if step.key not in self._done:
-            state, record = self.store.found(step)
+            state, record = self.store.state_and_record(step)
             if record is None or state not in (State.PRESENT, State.DROPPED):
                 return False
             self._done.add(step.key)

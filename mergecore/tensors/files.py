@@ -169,8 +169,8 @@ def parse_header(read: Callable[[int, int], bytes], size: int, where: str) -> di
         header.pop("__metadata__", None)
         entries = {tensor: _entry(tensor, entry, 8 + length) for tensor, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        said = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise SourceError(f"{where} has a header that cannot be read ({said}); fetch or write it again") from error
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise SourceError(f"{where} has a header that cannot be read ({reason}); fetch or write it again") from error
     for tensor, (info, offset) in entries.items():
         if info.dtype not in ELEMENT_TYPES:
             raise SourceError(

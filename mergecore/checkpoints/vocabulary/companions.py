@@ -113,7 +113,7 @@ def _json(values: Mapping[str, Any]) -> bytes:
 # --- what is to be said aloud -------------------------------------------------------------------------------------
 
 
-def said_of_ends(result: ResultTokenizer, owner: Snapshot, models: Sequence[tuple[Tokenizer, Snapshot]]) -> list[str]:
+def end_warnings(result: ResultTokenizer, owner: Snapshot, models: Sequence[tuple[Tokenizer, Snapshot]]) -> list[str]:
     """Warn of experts that end their texts with a token that does not end the result's."""
     ends = _ends(owner, {number: token for token, number in result.tokens.items()})
     warnings = []
@@ -134,7 +134,7 @@ def _ends(snapshot: Snapshot, names: Mapping[int, str]) -> set[str]:
     return {names[number] for config in configs for number in ends_in(config) if number in names}
 
 
-def said_of_splitting(result: ResultTokenizer, models: Sequence[Tokenizer]) -> list[str]:
+def splitting_warnings(result: ResultTokenizer, models: Sequence[Tokenizer]) -> list[str]:
     """Warn of models whose tokenizer splits text in another way than the result's, though its tokens are of the same
     kind.
     """
@@ -154,7 +154,7 @@ def said_of_splitting(result: ResultTokenizer, models: Sequence[Tokenizer]) -> l
     return warnings
 
 
-def said_of_template(
+def template_warnings(
     text: str | None, written: str | None, result: ResultTokenizer, models: Sequence[Tokenizer]
 ) -> list[str]:
     """Warn where the result has no chat template, or where the template contains tokens that the result lacks.
@@ -163,15 +163,15 @@ def said_of_template(
     counts.
     """
     if text is None:
-        having = [model.owner for model in models if model.template]
-        if having:
+        owners = [model.owner for model in models if model.template]
+        if owners:
             return [
-                f"{' and '.join(having)}: a chat template lies there, and the result has none; give one as "
+                f"{' and '.join(owners)}: a chat template lies there, and the result has none; give one as "
                 "`chat_template`"
             ]
         return []
     special = {token for model in models for token in model.added if len(token) > 2}
-    return said_of_markers({token for token in special if token in text} | markers(written), result.tokens)
+    return marker_warnings({token for token in special if token in text} | markers(written), result.tokens)
 
 
 def markers(written: str | None) -> set[str]:
@@ -179,7 +179,7 @@ def markers(written: str | None) -> set[str]:
     return set(MARKER.findall(written or ""))
 
 
-def said_of_markers(written: set[str], tokens: Collection[str]) -> list[str]:
+def marker_warnings(written: set[str], tokens: Collection[str]) -> list[str]:
     """Warn of those that are no tokens of the result."""
     lost = sorted(token for token in written if token not in tokens)
     if not lost:

@@ -12,10 +12,10 @@ from mergecore.checkpoints.snapshot import Snapshot
 from mergecore.checkpoints.vocabulary.companions import (
     changed_files,
     check_ids,
+    end_warnings,
     files_of_tokenizer,
-    said_of_ends,
-    said_of_splitting,
-    said_of_template,
+    splitting_warnings,
+    template_warnings,
 )
 from mergecore.checkpoints.vocabulary.configuration import config_with, counts_in, with_count
 from mergecore.checkpoints.vocabulary.index import Indices, Vocabulary, adapter_rows, chosen_rows, model_rows
@@ -99,10 +99,10 @@ def shared_vocabulary(
         for tokenizer in tokenizers.values()
         if tokenizer.beyond
     ]
-    warnings += said_of_ends(result, owner.snapshot, [(tokenizers[model.name], model.snapshot) for model in models[1:]])
-    warnings += said_of_splitting(result, list(tokenizers.values()))
+    warnings += end_warnings(result, owner.snapshot, [(tokenizers[model.name], model.snapshot) for model in models[1:]])
+    warnings += splitting_warnings(result, list(tokenizers.values()))
     text = template_of(owner.snapshot) if chat_template is None else chat_template
-    warnings += said_of_template(text, chat_template, result, list(tokenizers.values()))
+    warnings += template_warnings(text, chat_template, result, list(tokenizers.values()))
     ordered = [models[0], *sorted(models[1:], key=lambda model: model.snapshot.weights)]
     indices = Indices(
         tuple(_vocabulary(model, tokenizers, adapters) for model in ordered), result.tokens, _count(result, rules)
