@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
-from mergecore.checkpoints.adapters import LowRank, low_rank, own_factor, module_of
+from mergecore.checkpoints.adapters import LowRank, low_rank, module_of, own_factor
 from mergecore.checkpoints.experts import AdapterExpert
 from mergecore.plugins.any_statistic import AnyStatistic
 from mergecore.plugins.block import Block, Per

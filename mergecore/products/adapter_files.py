@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mergecore.checkpoints.adapters import CONFIG, STEM, is_transposed, own_factor, outputs
+from mergecore.checkpoints.adapters import CONFIG, STEM, is_transposed, outputs, own_factor
 from mergecore.checkpoints.experts import AdapterExpert
 from mergecore.identity.content import block_digests, bytes_of, model_digest, tensor_digest
 from mergecore.plugins.adapter_method import AdapterMethod, combined_modules, ranks_made

@@ -56,7 +56,8 @@ class State(StrEnum):
 class Record:
     """The record of a done step.
 
-    digest: of its content. result: small results as JSON. files: sizes in bytes, by name. made: how it was made.
+    digest: of its content. result: small results as JSON. files: sizes in bytes, by name.
+    provenance: how it was made; record.json calls it `made`.
     """
 
     key: str
@@ -64,8 +65,20 @@ class Record:
     digest: str
     result: Mapping[str, Any]
     files: Mapping[str, int]
-    made: Mapping[str, Any]
+    provenance: Mapping[str, Any]
     dropped: bool = False
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Record:
+        """Return the record that `as_json` wrote. Raises TypeError or KeyError for anything else."""
+        fields = dict(values)
+        return cls(provenance=fields.pop("made"), **fields)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of record.json."""
+        values = dict(self.__dict__)
+        values["made"] = values.pop("provenance")
+        return values
 
 
 @dataclass(frozen=True)
@@ -91,8 +104,8 @@ class Store:
         """Return the step's record; None where there is none that can be read."""
         try:
             with open(f"{self.root}/{step.kind}/{step.name}/{RECORD}", "rb") as file:  # noqa: PTH123 — as below
-                record = Record(**json.loads(file.read()))
-        except (OSError, ValueError, TypeError):
+                record = Record.from_json(json.loads(file.read()))
+        except (OSError, ValueError, TypeError, KeyError):
             return None
         return record if record.key == step.key else None
 
@@ -183,7 +196,7 @@ class Store:
             if path.is_file() and path.name != RECORD
         }
         record = Record(step.key, step.as_json(), digest, dict(result), files, dict(provenance))
-        write_json(draft.path / RECORD, record.__dict__)
+        write_json(draft.path / RECORD, record.as_json())
         self._move_into_place(draft.path, folder)
         return record
 
@@ -197,7 +210,7 @@ class Store:
             return
         folder = self.folder(step)
         if state is State.PRESENT:
-            write_json(folder / RECORD, {**record.__dict__, "dropped": True})
+            write_json(folder / RECORD, {**record.as_json(), "dropped": True})
         for name in record.files:
             (folder / name).unlink(missing_ok=True)
 
