@@ -1,8 +1,8 @@
 """Build hook of the wheel: it puts the folders `flows` and `tasks` into the package `mergeloom`.
 
 In the repository both are packages of their own. Installed under these everyday names they would shadow modules of the
-user. So the wheel holds them as `mergeloom.flows` and `mergeloom.tasks`, and every import of them is rewritten. An editable
-install uses the repository as it is. See docs/design/2026-11-30-packages.md.
+user. So the wheel holds them as `mergeloom.flows` and `mergeloom.tasks`, and every import of them is rewritten. An
+editable install uses the repository as it is. See docs/design/2026-11-30-packages.md.
 """
 
 from __future__ import annotations

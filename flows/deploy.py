@@ -1,9 +1,9 @@
 """Registers deployments and automations with a Prefect server, and leaves alone what people have changed there.
 
-`prefect deploy --all` replaces the schedules of a deployment. Here a deployment that exists already gets only the fields
-that come from the file: entrypoint, form, description, tags and work pool. Its schedules, parameters, concurrency limit
-and paused state belong to the people who use it from then on. They are never deleted and written again, so a crash
-in between loses nothing.
+`prefect deploy --all` replaces the schedules of a deployment. Here a deployment that exists already gets only the
+fields that come from the file: entrypoint, form, description, tags and work pool. Its schedules, parameters,
+concurrency limit and paused state belong to the people who use it from then on. They are never deleted and written
+again, so a crash in between loses nothing.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ def _created(schedule: Schedule) -> DeploymentScheduleCreate:
 
 
 def automate(client: SyncPrefectClient, automation: AutomationCore) -> bool:
-    """Bring the automation of this name to what the file says; returns whether it is new. One that exists keeps its switch."""
+    """Bring the automation of this name to what the file says; returns whether it is new. One that exists keeps its
+    switch.
+    """
     existing = client.read_automations_by_name(automation.name)
     if not existing:
         client.create_automation(automation)
@@ -157,7 +159,8 @@ def _answered(name: str) -> Iterator[None]:
         raise ServiceError(f"Prefect refused the {name}: {str(error.http_exc)[:500]}") from error
     except httpx.HTTPError as error:
         raise ServiceError(
-            f"Prefect did not answer for the {name} ({type(error).__name__}). Start it (`make serve`), or say where it is "
+            f"Prefect did not answer for the {name} ({type(error).__name__}). Start it (`make serve`), or say where it "
+            "is "
             "(PREFECT_API_URL; with make, SERVER=)."
         ) from error
 

@@ -1,8 +1,8 @@
 """Every plug-in by its name, from this repository and from installed packages.
 
 Methods, statistics and searches of this repository are the classes that `mergecore/methods/__init__.py`,
-`mergecore/statistics/__init__.py` and `mergecore/searches/__init__.py` list. Evaluators are named by module, so that their heavy
-imports stay theirs. Installed packages offer theirs as entry points: see docs/guides/your-own-method.md.
+`mergecore/statistics/__init__.py` and `mergecore/searches/__init__.py` list. Evaluators are named by module, so that
+their heavy imports stay theirs. Installed packages offer theirs as entry points: see docs/guides/your-own-method.md.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def product_of(method: Method | type[Method]) -> Product:
     """Return the product that the method makes. Raise PluginError where no product has that name."""
     if method.product not in PRODUCTS:
         raise PluginError(
-            f"method '{method.name}' makes a product '{method.product}', which is not there; {nearest(method.product, PRODUCTS)}"
+            f"method '{method.name}' makes a product '{method.product}', which is not there; "
+            f"{nearest(method.product, PRODUCTS)}"
         )
     return PRODUCTS[method.product]()
 

@@ -15,7 +15,9 @@ from tasks.work import OPTIONS, TaskInput, cached, ended
 
 @task(name="download", task_run_name="download {name}", **OPTIONS)
 def download(name: str, work: TaskInput) -> State[Any]:
-    """Fetch `work.items`, snapshots. The state is Cached where all were recorded before; their files are checked anyway."""
+    """Fetch `work.items`, snapshots. The state is Cached where all were recorded before; their files are checked
+    anyway.
+    """
     known = all(work.place.store.is_done(snapshot_step(snapshot)) for snapshot in work.items)
     done = Done()
     for snapshot in work.items:

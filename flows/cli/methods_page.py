@@ -177,7 +177,9 @@ def _limits(metadata: list[Any]) -> str:
 
 
 def built(kind: type[Method], **values: Any) -> Method:
-    """Return the method with these values, and defaults for the others; what has none is taken from its first example."""
+    """Return the method with these values, and defaults for the others; what has none is taken from its first
+    example.
+    """
     example = next(iter(kind.examples()))
     needed = {name: example[name] for name, info in kind.model_fields.items() if info.is_required()}
     return kind.model_validate({**needed, **values})

@@ -118,7 +118,9 @@ def _bars() -> Iterator[Report]:
 
 @contextlib.contextmanager
 def _noting_interrupts(noted: threading.Event) -> Iterator[None]:
-    """Set `noted` at Ctrl-C, which then does what it always does. Where we are not in the main thread it is not seen."""
+    """Set `noted` at Ctrl-C, which then does what it always does. Where we are not in the main thread it is not
+    seen.
+    """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
@@ -158,7 +160,9 @@ def _drawn(bars: list[_Bar], columns: int) -> Table:
 
 
 def described(event: Event, columns: int | None = None) -> str:
-    """An event as one line; as a message where there is no amount. columns: the text is shortened or wrapped to that."""
+    """An event as one line; as a message where there is no amount. columns: the text is shortened or wrapped to
+    that.
+    """
     if not event.total:
         return event.activity if columns is None else _wrapped(event.activity, columns)
     share = _share(event)

@@ -11,7 +11,9 @@ from mergecore.spec.yaml_files import read_yaml
 
 
 def narrowed(path: Path, methods: Sequence[str], counts: Sequence[int]) -> Spec:
-    """Return the spec of a file, limited to these methods and counts. An empty list limits nothing. Raises SpecError."""
+    """Return the spec of a file, limited to these methods and counts. An empty list limits nothing. Raises
+    SpecError.
+    """
     text = read_yaml(path)
     whole = parse_spec(text, path.name)
     known = {str(entry.get("method")) for entry in whole.methods} | {"average"}

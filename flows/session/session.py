@@ -67,7 +67,9 @@ class Session:
         return cost(self.frontier, self.settings.workers.value, self.settings.memory.value)
 
     def check_fit(self, costs: Cost) -> None:
-        """Check that the work fits on this machine. Raises CapacityError, and StoreError for a store that is read-only."""
+        """Check that the work fits on this machine. Raises CapacityError, and StoreError for a store that is
+        read-only.
+        """
         check_fit(self.settings, self.store, costs)
 
     @property

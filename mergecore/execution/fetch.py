@@ -11,7 +11,9 @@ from mergecore.planning.pool import snapshot_step
 
 
 def fetch(place: Place, snapshot: Snapshot) -> Done:
-    """Have a checkpoint's files at hand, and record what it is. Files that differ from those that lie there are the record's."""
+    """Have a checkpoint's files at hand, and record what it is. Files that differ from those that lie there are the
+    record's.
+    """
     began, before = time.monotonic(), Done()
     if snapshot.as_stored is not snapshot:
         before = fetch(place, snapshot.as_stored)

@@ -96,8 +96,8 @@ def snapshot_step(snapshot: Snapshot) -> Step:
 
 def read_source(source: SourceSpec, resolve: Resolver, where: str) -> Snapshot:
     """The checkpoint or adapter that a spec names, with an adapter folded in where it says so."""
-    found = read_snapshot(resolve(SourceSpec(source=source.source, revision=source.revision)))
-    return found if source.adapter is None else folded(found, read_snapshot(resolve(source.adapter)), where)
+    snapshot = read_snapshot(resolve(SourceSpec(source=source.source, revision=source.revision)))
+    return snapshot if source.adapter is None else folded(snapshot, read_snapshot(resolve(source.adapter)), where)
 
 
 HASHED_AT_ONCE = 4
@@ -107,14 +107,14 @@ HASHED_AT_ONCE = 4
 def _ahead(resolve: Resolver, wanted: Sequence[SourceSpec]) -> Resolver:
     """The same resolver, with all of these found and their files hashed side by side."""
 
-    held = {_place(spec): resolve(SourceSpec(source=spec.source, revision=spec.revision)) for spec in wanted}
+    sources = {_place(spec): resolve(SourceSpec(source=spec.source, revision=spec.revision)) for spec in wanted}
     with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
-        list(pool.map(lambda source: source.files, held.values()))
+        list(pool.map(lambda source: source.files, sources.values()))
 
-    def found(spec: SourceSpec) -> Source:
-        return held.get(_place(spec)) or resolve(spec)
+    def known_source(spec: SourceSpec) -> Source:
+        return sources.get(_place(spec)) or resolve(spec)
 
-    return found
+    return known_source
 
 
 def _place(spec: SourceSpec) -> tuple[str, str | None]:
@@ -139,8 +139,8 @@ def resolve_pool(
     vocabulary.
     """
     resolve = _ahead(resolve, [base, *experts, *([multitask] if multitask else [])])
-    found = read_source(base, resolve, "base")
-    ground = restacked(found, stack, BASE)
+    read_base = read_source(base, resolve, "base")
+    ground = restacked(read_base, stack, BASE)
     report(Event(f"base {ground.source.uri}"))
     if ground.kind != "full":
         raise SpecError(f"base: {ground.source.uri} is an adapter; give the checkpoint it was trained on")
@@ -157,7 +157,7 @@ def resolve_pool(
         tokens = _vocabulary(read_json(ground.source, TOKENIZER), f"{ground.source.uri}/{TOKENIZER}")
         warnings += marker_warnings(markers(chat_template), tokens)
     for expert in experts:
-        member = _stacked(expert, taken[expert.name], found, ground, select, stack)
+        member = _stacked(expert, taken[expert.name], read_base, ground, select, stack)
         if tokenizer is None:
             warnings += tokenizer_warnings(member.snapshot, ground, _called(member.name, member.snapshot))
         if rows is not None and member.factors is not None:
@@ -194,17 +194,17 @@ def _read_experts(
     experts: Sequence[ExpertSpec], resolve: Resolver, stack: Sequence[StackRule], report: Report
 ) -> dict[str, Snapshot]:
     """The experts by name, full ones with the result's layers."""
-    found: dict[str, Snapshot] = {}
+    snapshots: dict[str, Snapshot] = {}
     for position, expert in enumerate(experts):
         report(Event(f"experts: {expert.name}", position + 1, len(experts), "experts"))
-        if expert.name in found:
+        if expert.name in snapshots:
             raise SpecError(f"experts: two are called '{expert.name}'; give each its own name")
-        held = read_source(expert, resolve, f"expert '{expert.name}'")
-        if held.kind == "full":
-            _refuse_quantized(held, f"expert '{expert.name}' ({held.source.uri})")
-            held = restacked(held, stack, expert.name)
-        found[expert.name] = held
-    return found
+        snapshot = read_source(expert, resolve, f"expert '{expert.name}'")
+        if snapshot.kind == "full":
+            _refuse_quantized(snapshot, f"expert '{expert.name}' ({snapshot.source.uri})")
+            snapshot = restacked(snapshot, stack, expert.name)
+        snapshots[expert.name] = snapshot
+    return snapshots
 
 
 def _multitask(snapshot: Snapshot, ground: Snapshot, rows: Rows | None) -> Member:
@@ -215,7 +215,7 @@ def _multitask(snapshot: Snapshot, ground: Snapshot, rows: Rows | None) -> Membe
 
 def _stacked(
     expert: ExpertSpec,
-    held: Snapshot,
+    snapshot: Snapshot,
     base: Snapshot,
     ground: Snapshot,
     select: Sequence[SelectRule],
@@ -225,17 +225,17 @@ def _stacked(
 
     base: as it lies in its files; ground: with the result's layers.
     """
-    if held.kind == "full":
+    if snapshot.kind == "full":
         if stack:  # it may have no part in some of the layers
-            present = {None, *map(layer_of, held.tensors)}
+            present = {None, *map(layer_of, snapshot.tensors)}
             tensors = {tensor: info for tensor, info in ground.tensors.items() if layer_of(tensor) in present}
             ground = dataclasses.replace(ground, tensors=tensors)
-        return _member(expert.name, expert.tasks, held, ground, select)
-    member = _member(expert.name, expert.tasks, held, base)
+        return _member(expert.name, expert.tasks, snapshot, ground, select)
+    member = _member(expert.name, expert.tasks, snapshot, base)
     if not stack or member.factors is None:
         return member
     layers = layers_of(stack, expert.name)
-    snapshot = dataclasses.replace(held, weights=digest(["stack", held.weights, layers]))
+    snapshot = dataclasses.replace(snapshot, weights=digest(["stack", snapshot.weights, layers]))
     return dataclasses.replace(member, snapshot=snapshot, factors=at_layers(member.factors, layers))
 
 
@@ -258,27 +258,27 @@ def _updated(member: Member, ground: Snapshot, rows: Rows) -> Member:
 def _member(
     name: str,
     tasks: tuple[str, ...],
-    found: Snapshot,
+    snapshot: Snapshot,
     base: Snapshot,
     select: Sequence[SelectRule] = (),
 ) -> Member:
     """Check one expert against the base. Raises MismatchError where it does not fit."""
-    where = _called(name, found)
-    if found.kind == "adapter":
+    where = _called(name, snapshot)
+    if snapshot.kind == "adapter":
         factors = adapter_factors(
-            found.tensors, found.config, base.tensors, where, tied_names(base.tensors, base.config)
+            snapshot.tensors, snapshot.config, base.tensors, where, tied_names(base.tensors, base.config)
         )
-        return Member(name, tasks, found, factors)
-    _refuse_quantized(found, where)
-    ours, theirs = (_sizes(one.config) for one in (base, found))
+        return Member(name, tasks, snapshot, factors)
+    _refuse_quantized(snapshot, where)
+    ours, theirs = (_sizes(checkpoint.config) for checkpoint in (base, snapshot))
     for key in (key for key in ours if key in theirs and ours[key] != theirs[key]):
         hint = f" ({VOCABULARIES})" if key.endswith("vocab_size") else ""
         raise MismatchError(
             f"{where} has {key} {theirs[key]}, the base has {ours[key]}: they are no versions of one model{hint}"
         )
-    _refuse_lost_head(found, base, where)
-    check_fit(base.tensors, found.tensors, where, base.config, select)
-    return Member(name, tasks, found, None)
+    _refuse_lost_head(snapshot, base, where)
+    check_fit(base.tensors, snapshot.tensors, where, base.config, select)
+    return Member(name, tasks, snapshot, None)
 
 
 def _called(name: str, snapshot: Snapshot) -> str:

@@ -16,8 +16,8 @@ class Shelf(Mapping[str, Value], Generic[Value]):
     """A mapping from a name to a plug-in. What an installed package offers is imported when its name is asked for.
 
     own: the plug-ins of this repository, by name: the class itself, or 'module:class' where its imports are heavy.
-    kind, group: 'method' and 'methods', say; packages offer it in the entry-point group 'mergeloom.methods'. accept: returns the plug-in of
-    what an entry point names; raises TypeError, with the reason, where it is none of this kind.
+    kind, group: 'method' and 'methods', say; packages offer it in the entry-point group 'mergeloom.methods'. accept:
+    returns the plug-in of what an entry point names; raises TypeError, with the reason, where it is none of this kind.
     """
 
     def __init__(self, kind: str, group: str, own: Mapping[str, Value | str], accept: Callable[[Any], Value]) -> None:

@@ -27,7 +27,8 @@ def search_table(searches: Sequence[Trajectory]) -> pa.Table:
         {
             "search": way.name, "method": way.method, "by": way.by, "count": way.count, "subset": way.subset,
             "state": way.state, "round": trial.round, "cell": trial.cell, "what": trial.what, "score": trial.score,
-            "kept": trial.kept, "best": trial.best, "reason": trial.reason, "result": bool(way.result) and trial.cell == way.result,
+            "kept": trial.kept, "best": trial.best, "reason": trial.reason,
+            "result": bool(way.result) and trial.cell == way.result,
         }
         for way in searches
         for trial in way.trials

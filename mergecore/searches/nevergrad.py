@@ -70,8 +70,8 @@ class Nevergrad(Search):
     optimizer: Annotated[
         Literal["cma", "one_plus_one", "two_points_de", "ngopt"],
         Field(
-            description="nevergrad's optimiser; 'ngopt', PCB's, picks one itself and is refused where that one cannot be "
-            "replayed"
+            description="nevergrad's optimiser; 'ngopt', PCB's, picks one itself and is refused where that one cannot "
+            "be replayed"
         ),
     ] = "cma"  # fmt: skip
 

@@ -78,8 +78,8 @@ class Run(SpecPart):
     prefect: str | None = Field(None, description="URL of a Prefect API; none: a local server for this run")
     mlflow: str | None = Field(
         None,
-        description="tracking URI, as http://host:5000 or sqlite:////folder/mlflow.db (a relative file is seen from the "
-        "current folder, and artifacts go beside it); none: MLFLOW_TRACKING_URI, else the store's own database",
+        description="tracking URI, as http://host:5000 or sqlite:////folder/mlflow.db (a relative file is seen from "
+        "the current folder, and artifacts go beside it); none: MLFLOW_TRACKING_URI, else the store's own database",
     )
     dask: str = Field("local", description="'local', 'gpu' (one worker a device) or a scheduler's address")
     workers: Annotated[int | None, Field(ge=1, description="local worker processes; none: one a core")] = None

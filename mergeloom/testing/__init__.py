@@ -2,9 +2,9 @@
 
     pytest -p mergeloom.testing --mergeloom-plugin NAME
 
-NAME is a method, statistic, product, search or evaluator of an installed package, as its entry point calls it. The option may be
-given several times. Without a path, pytest runs these tests only; with one, it runs them beside the tests of the path.
-A method is tried with every set of values that its `examples()` names.
+NAME is a method, statistic, product, search or evaluator of an installed package, as its entry point calls it. The
+option may be given several times. Without a path, pytest runs these tests only; with one, it runs them beside the tests
+of the path. A method is tried with every set of values that its `examples()` names.
 """
 
 from __future__ import annotations

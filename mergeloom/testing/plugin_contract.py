@@ -28,7 +28,8 @@ def test_a_foreign_plugin_says_its_version(kind: type[Plugin]) -> None:
     declared = [owner for owner in kind.__mro__ if "version" in vars(owner)]
     ours = kind.__module__.partition(".")[0] == "mergecore"
     assert ours or declared[0] is kind, (
-        f"{kind.__qualname__} has no version of its own; write `version: ClassVar[int] = 1` into the class, and raise it "
+        f"{kind.__qualname__} has no version of its own; write `version: ClassVar[int] = 1` into the class, and raise "
+        "it "
         "whenever its numbers change"
     )
 

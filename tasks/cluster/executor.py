@@ -43,7 +43,9 @@ _shared: OrderedDict[str, Any] = OrderedDict()
 
 
 class Stopped(Exception):
-    """The flow was cancelled; what is finished is kept. It is no MergeloomError, since those are recorded as failures."""
+    """The flow was cancelled; what is finished is kept. It is no MergeloomError, since those are recorded as
+    failures.
+    """
 
 
 def stoppable(report: Report, stop: threading.Event) -> Report:

@@ -46,12 +46,14 @@ def _worker(name: int, device: str | None) -> dict[str, Any]:
         "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
         # The allocator keeps what a chunk frees: given back and faulted in again for every chunk, pages cost a fifth of
         # a merge's CPU time.
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_TOP_PAD_": str(64 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_TOP_PAD_": str(64 << 20),
+        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     }  # fmt: skip
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = device
     options = {
-        "host": "127.0.0.1", "nthreads": 1, "name": name, "resources": {SLOT: 1}, "env": environment, "dashboard": False,
+        "host": "127.0.0.1", "nthreads": 1, "name": name, "resources": {SLOT: 1}, "env": environment,
+        "dashboard": False,
         # Memory is projected by the plan. Dask would count the pages of checkpoints mapped into memory as if they were
         # ours, and kill workers that do nothing but read.
         "memory_limit": 0, "silence_logs": logging.ERROR,

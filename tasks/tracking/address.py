@@ -23,8 +23,8 @@ def in_full(uri: str) -> str:
 def artifact_folder(uri: str, store: Path) -> Path | None:
     """The folder for the files of new experiments; None where MLflow itself has one: a server, a folder.
 
-    MLflow's own choice for a database is `mlruns` in the current folder. Here it is `NAME-artifacts` beside an SQLite file
-    `NAME.db`, and `mlflow/artifacts` in the store for other databases.
+    MLflow's own choice for a database is `mlruns` in the current folder. Here it is `NAME-artifacts` beside an SQLite
+    file `NAME.db`, and `mlflow/artifacts` in the store for other databases.
     """
     if not is_database(uri):
         return None

@@ -1,7 +1,7 @@
 """A client of an MLflow that answers. While it is used, MLflow's settings of the whole process are its own.
 
-MLflow resolves some addresses (`models:/m-…`) by the tracking URI that the process is set to, whatever URI the client was
-made with. Without such a setting it makes `mlflow.db` in the current folder and looks there.
+MLflow resolves some addresses (`models:/m-…`) by the tracking URI that the process is set to, whatever URI the client
+was made with. Without such a setting it makes `mlflow.db` in the current folder and looks there.
 """
 
 from __future__ import annotations

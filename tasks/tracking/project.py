@@ -41,9 +41,9 @@ class TrackResult:
     """Where a projection can be looked at, and what it had to do.
 
     urls: 'sweep', 'runs', 'leaderboard', 'curves', 'charts' and, where a model is registered, 'model'; empty where the
-    tracking store has no pages (a database). uri: of the tracking store, without passwords. written, unchanged, retired:
-    numbers of runs. model, version: what the sweep has registered, '' where there is nothing. unregistered: why MLflow's
-    registry has not got it, '' where it has; the runs are shown nevertheless.
+    tracking store has no pages (a database). uri: of the tracking store, without passwords. written, unchanged,
+    retired: numbers of runs. model, version: what the sweep has registered, '' where there is nothing. unregistered:
+    why MLflow's registry has not got it, '' where it has; the runs are shown nevertheless.
     """
 
     experiment_id: str

@@ -62,7 +62,8 @@ def _chart(section: str, uuid: str, kind: str, title: str, **settings: Any) -> d
 def _line(uuid: str, metric: str, title: str) -> dict[str, Any]:
     return _chart(
         "curves", uuid, "LINE", title, metricKey=metric, selectedMetricKeys=[metric], xAxisKey="step",
-        scaleType="linear", xAxisScaleType="linear", selectedXAxisMetricKey="", lineSmoothness=0, displayPoints=True, yAxisKey="metric",
+        scaleType="linear", xAxisScaleType="linear", selectedXAxisMetricKey="", lineSmoothness=0, displayPoints=True,
+        yAxisKey="metric",
         selectedYAxisMetricKey="metric", yAxisExpressions=[], range={}, useGlobalXaxisKey=False,
     )  # fmt: skip
 

@@ -132,12 +132,12 @@ def test_folded_as_peft_folds(kind: str, bases: dict[str, Path], tmp_path: Path)
     family, values = KINDS[kind]
     adapter, folded = adapted(family, bases[family], tmp_path, **values)
     merge_into({"method": "average", "base": bases[family], "experts": [adapter]}, tmp_path / "out")
-    found, wanted = weights(tmp_path / "out"), weights(folded)
-    close(found, wanted)
+    actual, wanted = weights(tmp_path / "out"), weights(folded)
+    close(actual, wanted)
     before = weights(bases[family])
     touched = {name for name in before if not torch.equal(before[name], wanted[name])}
     assert touched == set(pooled(bases[family], adapter).experts["e0"].carried())
-    assert all(torch.equal(found[name], before[name]) for name in before if name not in touched)
+    assert all(torch.equal(actual[name], before[name]) for name in before if name not in touched)
 
 
 def test_names_with_the_adapters_own_name_in_them(llama: tuple[Path, Path], tmp_path: Path) -> None:
@@ -145,9 +145,9 @@ def test_names_with_the_adapters_own_name_in_them(llama: tuple[Path, Path], tmp_
     base, adapter = llama
     merge_into({"method": "average", "base": base, "experts": [adapter]}, tmp_path / "before")
     path = adapter / "adapter_model.safetensors"
-    held = {re.sub(r"(lora_[AB])", r"\1.default", name): value for name, value in load_file(path).items()}
-    assert all(".default.weight" in name for name in held)
-    save_file(held, path)
+    stored_tensors = {re.sub(r"(lora_[AB])", r"\1.default", name): value for name, value in load_file(path).items()}
+    assert all(".default.weight" in name for name in stored_tensors)
+    save_file(stored_tensors, path)
     merge_into({"method": "average", "base": base, "experts": [adapter]}, tmp_path / "after")
     close(weights(tmp_path / "after"), weights(tmp_path / "before"), 0, 0)
 
@@ -178,20 +178,22 @@ def test_merged_adapters_are_merged_checkpoints(name: str, bases: dict[str, Path
     ]
     mixed = [adapters[0], folded[1], adapters[2]]
     for number, values in enumerate(METHOD_VALUES[name]):
-        found = []
+        actual = []
         for label, experts in (("adapters", adapters), ("mixed", mixed), ("folded", folded)):
             out = tmp_path / f"{label}-{number}"
             experts_named = [{"source": path, "name": f"e{position}"} for position, path in enumerate(experts)]
             merge_into({"method": name, "base": base, "experts": experts_named, "select": select, **values}, out)
-            found.append(weights(out))
+            actual.append(weights(out))
         if name != "ties":
-            close(found[0], found[2])
-            close(found[1], found[2])
+            close(actual[0], actual[2])
+            close(actual[1], actual[2])
             continue
         # Where the sum of two is next to zero rounding decides the sign, and at the threshold it decides who is kept.
-        for one in found[:2]:
-            differing = sum(int((~torch.isclose(one[n], found[2][n], rtol=1e-4, atol=1e-6)).sum()) for n in one)
-            assert differing <= 0.002 * sum(value.numel() for value in one.values())
+        for adapter_made in actual[:2]:
+            differing = sum(
+                int((~torch.isclose(adapter_made[n], actual[2][n], rtol=1e-4, atol=1e-6)).sum()) for n in adapter_made
+            )
+            assert differing <= 0.002 * sum(value.numel() for value in adapter_made.values())
 
 
 def test_every_method_takes_adapters() -> None:
@@ -201,7 +203,7 @@ def test_every_method_takes_adapters() -> None:
 def test_fixed_blocks_of_rows(tmp_path: Path) -> None:
     """The delta has the same bytes however it is cut: products are formed over blocks of ROWS rows, always the same."""
     rows, columns = 2 * ROWS + 37, 29
-    held = {
+    stored_tensors = {
         "a": torch.randn(5, columns),
         "b": torch.randn(rows, 5),
         "c": torch.randn(5, rows),
@@ -211,9 +213,13 @@ def test_fixed_blocks_of_rows(tmp_path: Path) -> None:
     from mergecore.tensors.memory import MemoryTensors
 
     for factor in (Factor("a", "b", 0.37, False), Factor("c", "d", 0.37, True)):
-        expert = AdapterExpert("id", "name", MemoryTensors(held), {"w": factor}, {"w": (rows, columns)})
+        expert = AdapterExpert("id", "name", MemoryTensors(stored_tensors), {"w": factor}, {"w": (rows, columns)})
         whole = expert.block("w", 0, rows * columns)
-        left, right = (held["b"], held["a"]) if not factor.transposed else (held["c"].T, held["d"].T)
+        left, right = (
+            (stored_tensors["b"], stored_tensors["a"])
+            if not factor.transposed
+            else (stored_tensors["c"].T, stored_tensors["d"].T)
+        )
         torch.testing.assert_close(whole.view(rows, columns), (left @ right) * 0.37, rtol=1e-5, atol=1e-5)
         for step in (7, columns, 1000, ROWS * columns, ROWS * columns + 1):
             pieces = [expert.block("w", at, min(at + step, rows * columns)) for at in range(0, rows * columns, step)]
@@ -265,9 +271,9 @@ def test_a_target_that_is_tied_is_refused(tmp_path: Path) -> None:
     save_file({name: value for name, value in load_file(path).items() if "lora_" in name}, path)
     for with_head in (False, True):
         if with_head:
-            held = weights(tmp_path / "base")
-            held["lm_head.weight"] = held["model.embed_tokens.weight"].clone()
-            save_file(held, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+            stored_tensors = weights(tmp_path / "base")
+            stored_tensors["lm_head.weight"] = stored_tensors["model.embed_tokens.weight"].clone()
+            save_file(stored_tensors, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
         with pytest.raises(MismatchError, match=r"lm_head\.weight.*ties.*embed_tokens.*without this target"):
             pooled(tmp_path / "base", tmp_path / "adapter")
 
@@ -329,7 +335,9 @@ def test_an_adapter_for_another_base_is_refused(llama: tuple[Path, Path], bases:
     base, adapter = llama
     with pytest.raises(MismatchError, match=r"q_proj\.weight' is not in the base; is this the adapter's base\?|k_proj"):
         pooled(bases["gpt2"], adapter)
-    spoil(adapter, lambda held: {n: v[:, :-1] if "q_proj.lora_A" in n else v for n, v in held.items()})
+    spoil(
+        adapter, lambda stored_tensors: {n: v[:, :-1] if "q_proj.lora_A" in n else v for n, v in stored_tensors.items()}
+    )
     with pytest.raises(
         MismatchError, match=r"q_proj\.weight' has shape \[32, 31\], the base has \[32, 32\].*another base"
     ):
@@ -338,7 +346,10 @@ def test_an_adapter_for_another_base_is_refused(llama: tuple[Path, Path], bases:
 
 def test_an_adapter_that_is_not_whole_is_refused(llama: tuple[Path, Path]) -> None:
     base, adapter = llama
-    spoil(adapter, lambda held: {n: v for n, v in held.items() if "layers.1.self_attn.v_proj.lora_B" not in n})
+    spoil(
+        adapter,
+        lambda stored_tensors: {n: v for n, v in stored_tensors.items() if "layers.1.self_attn.v_proj.lora_B" not in n},
+    )
     with pytest.raises(MismatchError, match=r"v_proj\.lora_A.*has no.*v_proj\.lora_B.*incomplete"):
         pooled(base, adapter)
     (adapter / "adapter_config.json").unlink()
@@ -357,5 +368,5 @@ def test_a_recipe_without_base_needs_a_checkpoint_first(llama: tuple[Path, Path]
 def test_in_memory_and_folded_agree(llama: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = llama
     merge_into({"method": "average", "base": base, "experts": [adapter]}, tmp_path / "one")
-    held = weights(tmp_path / "one")
-    close(merge(Average(), experts=[held, held]), held, 0, 0)
+    stored_tensors = weights(tmp_path / "one")
+    close(merge(Average(), experts=[stored_tensors, stored_tensors]), stored_tensors, 0, 0)

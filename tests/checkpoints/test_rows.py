@@ -20,8 +20,11 @@ COUNT, WIDTH = 60, 7
 
 def tensors(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    held = {"e": torch.randn(COUNT, WIDTH, generator=generator), "bias": torch.randn(COUNT, generator=generator)}
-    return {name: value.to(dtype) for name, value in held.items()}
+    sources_tensors = {
+        "e": torch.randn(COUNT, WIDTH, generator=generator),
+        "bias": torch.randn(COUNT, generator=generator),
+    }
+    return {name: value.to(dtype) for name, value in sources_tensors.items()}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -33,10 +36,16 @@ def test_any_part_is_what_a_loop_over_rows_makes(
     monkeypatch.setattr("mergecore.checkpoints.vocabulary.rows.FEW", few)
     draw = np.random.default_rng(seed)
     count, names = 90, {"e": "e", "bias": "bias"}
-    held = [tensors(seed), tensors(seed + 10, torch.bfloat16 if seed % 2 else torch.float32), tensors(seed + 20)]
-    for number, one in enumerate(held):
-        save_file(one, tmp_path / f"{number}.safetensors")
-    sources = tuple(open_file(tmp_path / f"{n}.safetensors") if in_files else MemoryTensors(held[n]) for n in range(3))
+    sources_tensors = [
+        tensors(seed),
+        tensors(seed + 10, torch.bfloat16 if seed % 2 else torch.float32),
+        tensors(seed + 20),
+    ]
+    for number, source_tensors in enumerate(sources_tensors):
+        save_file(source_tensors, tmp_path / f"{number}.safetensors")
+    sources = tuple(
+        open_file(tmp_path / f"{n}.safetensors") if in_files else MemoryTensors(sources_tensors[n]) for n in range(3)
+    )
     pairs: list[list[tuple[np.ndarray, np.ndarray]]] = [[], [], []]
     share = {row: draw.choice(3, draw.integers(0, 4), replace=False) for row in range(count - 6)}
     there = draw.integers(0, COUNT, (3, count)).astype(np.int32)
@@ -45,25 +54,25 @@ def test_any_part_is_what_a_loop_over_rows_makes(
         rows = np.array([row for row, who in share.items() if source in who], dtype=np.int32)
         pairs[source].append((rows, there[source][rows]))
     filled = np.array([*range(count - 6, count - 2)], dtype=np.int32)
-    found = RowTensors(sources, (names,) * 3, rows_of(count, pairs, filled))
+    actual = RowTensors(sources, (names,) * 3, rows_of(count, pairs, filled))
     for name in names:
-        wanted = torch.zeros(count, *held[0][name].shape[1:])
+        wanted = torch.zeros(count, *sources_tensors[0][name].shape[1:])
         for row, who in share.items():
             for source in who:
-                wanted[row] += held[source][name][there[source][row]].float() / len(who)
+                wanted[row] += sources_tensors[source][name][there[source][row]].float() / len(who)
         wanted[filled] = wanted[[row for row in range(count) if row not in filled]].mean(0)
-        assert found.tensors[name].shape == tuple(wanted.shape) and found.tensors[name].dtype == "F32"
-        whole = found.read(name)
+        assert actual.tensors[name].shape == tuple(wanted.shape) and actual.tensors[name].dtype == "F32"
+        whole = actual.read(name)
         torch.testing.assert_close(whole.reshape(wanted.shape), wanted, rtol=0, atol=1e-6)
         flat = whole.numel()
         for _ in range(60):
             start, stop = sorted(draw.integers(0, flat + 1, 2).tolist())
             space = torch.full((stop - start,), float("nan"))
-            assert torch.equal(found.read(name, start, stop, space), whole[start:stop]) and torch.equal(
+            assert torch.equal(actual.read(name, start, stop, space), whole[start:stop]) and torch.equal(
                 space, whole[start:stop]
             )
-    again = pickle.loads(pickle.dumps(found))
-    assert torch.equal(again.read("e", 3, 200), found.read("e", 3, 200))
+    again = pickle.loads(pickle.dumps(actual))
+    assert torch.equal(again.read("e", 3, 200), actual.read("e", 3, 200))
 
 
 def test_runs_are_few_where_rows_stand_together() -> None:
@@ -91,8 +100,8 @@ def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
     save_file(tensors(0), tmp_path / "x.safetensors")
     source = open_file(tmp_path / "x.safetensors")
     rows = np.arange(COUNT, dtype=np.int32)
-    found = RowTensors((source,), ({"e": "e"},), rows_of(COUNT, [[(rows, rows[::-1].copy())]], rows[:0]))
+    actual = RowTensors((source,), ({"e": "e"},), rows_of(COUNT, [[(rows, rows[::-1].copy())]], rows[:0]))
     with (tmp_path / "x.safetensors").open("r+b") as file:
         file.truncate(500)
     with pytest.raises(SourceError, match="ends inside tensor 'e'"):
-        found.read("e")
+        actual.read("e")

@@ -97,7 +97,7 @@ def sha256(content: bytes) -> str:
 )
 def test_a_folder_lists_what_matters(tmp_path: Path, files: dict[str, bytes], left_out: set[str]) -> None:
     source = LocalSource(folder(tmp_path, files))
-    expected = {name: SourceFile(len(held), sha256(held)) for name, held in files.items() if name not in left_out}
+    expected = {name: SourceFile(len(data), sha256(data)) for name, data in files.items() if name not in left_out}
     assert source.files == expected
     assert source.fetch(silent) == tmp_path
     assert source.revision is None
@@ -135,7 +135,7 @@ def test_a_missing_folder_offers_its_neighbour(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_checkpoint_says_why(tmp_path: Path, files: dict[str, bytes | None], said: str) -> None:
-    folder(tmp_path, {name: held for name, held in files.items() if held is not None})
+    folder(tmp_path, {name: data for name, data in files.items() if data is not None})
     with pytest.raises(SourceError, match=said.replace(".", r"\.")):
         LocalSource(tmp_path)
 
@@ -196,11 +196,11 @@ def test_lines_that_cannot_be_read_are_ignored(tmp_path: Path, hashed: list[str]
 
 def test_one_cache_sees_what_another_has_written(tmp_path: Path, hashed: list[str]) -> None:
     path = folder(tmp_path / "model", SINGLE) / "config.json"
-    one, other = DigestCache(tmp_path / "digests.jsonl"), DigestCache(tmp_path / "digests.jsonl")
+    first_cache, other = DigestCache(tmp_path / "digests.jsonl"), DigestCache(tmp_path / "digests.jsonl")
     assert other.known(path) is None
-    one.sha256(path)
+    first_cache.sha256(path)
     assert other.known(path) == sha256(SINGLE["config.json"])
-    copied = pickle.loads(pickle.dumps(one))
+    copied = pickle.loads(pickle.dumps(first_cache))
     assert copied.known(path) is not None
     assert len(hashed) == 1
 
@@ -278,7 +278,7 @@ def test_a_revision_is_pinned_to_its_commit(hub: Hub, opened: Opened) -> None:
 def test_digests_are_known_before_any_weights(hub: Hub, opened: Opened) -> None:
     hub.push("owner/toy", SHARDED)
     source = opened("owner/toy")
-    kept = {name: SourceFile(len(held), sha256(held)) for name, held in SHARDED.items() if "consolidated" not in name}
+    kept = {name: SourceFile(len(data), sha256(data)) for name, data in SHARDED.items() if "consolidated" not in name}
     assert source.files == kept
     assert hub.weight_bytes() == 0
     assert not hub.served.keys() & {"README.md", "consolidated.safetensors"}
@@ -314,10 +314,10 @@ def test_a_fetch_gives_every_file_and_tells_how_far_it_is(hub: Hub, opened: Open
     source = opened("owner/toy")
     path = source.fetch(events.append)
     assert {name: (path / name).read_bytes() for name in source.files} == {
-        name: held for name, held in SHARDED.items() if "consolidated" not in name
+        name: data for name, data in SHARDED.items() if "consolidated" not in name
     }
     downloads = [event for event in events if event.activity == "download owner/toy"]
-    total = sum(len(held) for name, held in SHARDED.items() if name.startswith("model-"))
+    total = sum(len(data) for name, data in SHARDED.items() if name.startswith("model-"))
     assert (downloads[-1].done, downloads[-1].total, downloads[-1].unit) == (total, total, "bytes")
     assert [event.done for event in downloads] == sorted(event.done for event in downloads)
     assert hub.weight_bytes() == total
@@ -522,8 +522,8 @@ def test_the_token_is_in_no_message(
         assert caught.value.__context__ is None
     captured = capfd.readouterr()
     seen += [captured.out, captured.err, caplog.text, *(repr(record.__dict__) for record in caplog.records)]
-    held = "\n".join(seen)
-    assert not [part for part in (token, *token.split()) if part.startswith("hf_") and part in held]
+    data = "\n".join(seen)
+    assert not [part for part in (token, *token.split()) if part.startswith("hf_") and part in data]
 
 
 # --- what a person writes ---------------------------------------------------------------------------------------------

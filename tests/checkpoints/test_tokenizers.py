@@ -61,19 +61,19 @@ def test_rows_by_token(shape: str, tied: bool, source: str, padding: int, tmp_pa
     merge_into(recipe(models, method="task_arithmetic", scale=0.5, tokenizer={"source": source}), out)
     model, tokenizer = loaded(out)
     tokens = tokenizer.get_vocab()
-    wanted = {"union": set().union(*(one.tokens for one in models.values()))}.get(source)
+    wanted = {"union": set().union(*(item.tokens for item in models.values()))}.get(source)
     assert set(tokens) == (wanted or set(models[source].tokens))
     if source != "union":
         assert tokens == models[source].tokens
     else:
         assert models["base"].tokens.items() <= tokens.items()
     assert len(set(tokens.values())) == len(tokens) == model.config.vocab_size
-    held = load_file(out / "model.safetensors")
-    assert (HEAD in held) == (not tied) and bool(model.config.tie_word_embeddings) == tied
+    contents = load_file(out / "model.safetensors")
+    assert (HEAD in contents) == (not tied) and bool(model.config.tie_word_embeddings) == tied
     for name in names_over_vocabulary(shape, tied):
         base, *experts = rows_by_token(list(models.values()), name, tokens, len(tokens))
-        wanted_rows = base + 0.5 * sum(one - base for one in experts)
-        torch.testing.assert_close(held[name], wanted_rows, rtol=0, atol=1e-6)
+        wanted_rows = base + 0.5 * sum(item - base for item in experts)
+        torch.testing.assert_close(contents[name], wanted_rows, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("multiple", [8, 32])
@@ -97,17 +97,17 @@ def test_a_mean_is_over_the_experts_that_have_the_token(tmp_path: Path) -> None:
         tmp_path / "other", byte_pairs(LONGER[:4]), added=["<u>"], seed=3, base=models["base"]
     )
     del models["base"]
-    found = {}
+    actual = {}
     for missing in ("base", "mean"):
         rules, out = {"source": "union", "missing": missing}, tmp_path / f"{missing}-out"
-        given = {key: value for key, value in recipe({"": models["chat"], **models}).items() if key != "base"}
-        merge_into({"method": "average", "tokenizer": rules, **given}, out)
+        asked = {key: value for key, value in recipe({"": models["chat"], **models}).items() if key != "base"}
+        merge_into({"method": "average", "tokenizer": rules, **asked}, out)
         _, tokenizer = loaded(out)
         tokens, mean = tokenizer.get_vocab(), missing == "mean"
-        found[missing] = load_file(out / "model.safetensors")[HEAD]
+        actual[missing] = load_file(out / "model.safetensors")[HEAD]
         _, *experts = rows_by_token([models["chat"], *models.values()], HEAD, tokens, len(tokens), mean)
-        torch.testing.assert_close(found[missing], sum(experts) / 3, rtol=0, atol=1e-6)
-    assert not torch.equal(found["base"], found["mean"])
+        torch.testing.assert_close(actual[missing], sum(experts) / 3, rtol=0, atol=1e-6)
+    assert not torch.equal(actual["base"], actual["mean"])
 
 
 def test_rules_for_single_tokens(tmp_path: Path) -> None:
@@ -124,10 +124,10 @@ def test_rules_for_single_tokens(tmp_path: Path) -> None:
     _, tokenizer = loaded(tmp_path / "out")
     tokens, name = tokenizer.get_vocab(), EMBEDDING["llama"]
     assert tokens["<new>"] == max(tokens.values()) and tokenizer.tokenize("ab<new>ab") == ["ab", "<new>", "ab"]
-    held = load_file(tmp_path / "out" / "model.safetensors")[name]
-    base, chat, long = (one.tensors[name] for one in models.values())
-    row = {token: held[number] for token, number in tokens.items()}
-    of = {name: one.tokens for name, one in models.items()}
+    contents = load_file(tmp_path / "out" / "model.safetensors")[name]
+    base, chat, long = (item.tensors[name] for item in models.values())
+    row = {token: contents[number] for token, number in tokens.items()}
+    of = {name: item.tokens for name, item in models.items()}
     # base and chat − base are added up: what all have alike stays, what only one has comes once.
     torch.testing.assert_close(row["<m>"], chat[of["chat"]["<m>"]])
     torch.testing.assert_close(row["<u>"], chat[of["chat"]["<u>"]] + 0 * long[0], rtol=0, atol=1e-6)
@@ -150,20 +150,22 @@ def test_ids_in_any_order_and_any_cut(dtype: torch.dtype, tmp_path: Path, monkey
     from tests.recipe_files import find, plain
 
     texts = ["ab", "abcd", "one", "two", "three"]
-    held: dict[str, Any] = {"dtype": dtype, "tied": True}
-    base = write_model(tmp_path / "base", words(texts), **held)
-    back = write_model(tmp_path / "back", words(texts[::-1]), seed=1, base=base, **held)
-    more = write_model(tmp_path / "more", words(["four", *texts[2:], "five", *texts[:2]]), seed=2, base=base, **held)
+    contents: dict[str, Any] = {"dtype": dtype, "tied": True}
+    base = write_model(tmp_path / "base", words(texts), **contents)
+    back = write_model(tmp_path / "back", words(texts[::-1]), seed=1, base=base, **contents)
+    more = write_model(
+        tmp_path / "more", words(["four", *texts[2:], "five", *texts[:2]]), seed=2, base=base, **contents
+    )
     models = {"base": base, "back": back, "more": more}
-    given = recipe(models, method="ties", density=0.5, tokenizer={"source": "union", "pad_to_multiple_of": 16})
-    found = []
+    asked = recipe(models, method="ties", density=0.5, tokenizer={"source": "union", "pad_to_multiple_of": 16})
+    actual = []
     for number, (window, workers) in enumerate([(1 << 18, 1), (5, 1), (13, 2)]):
         monkeypatch.setattr(reading, "WINDOWS", (window, window))
         out = tmp_path / str(number)
-        merge_recipe(parse_recipe(plain(given), "recipe"), out, find, InProcess(workers), silent)
-        found.append((out / "model.safetensors").read_bytes())
-    assert found[0] == found[1] == found[2]
-    average = {key: value for key, value in given.items() if key != "density"} | {"method": "average"}
+        merge_recipe(parse_recipe(plain(asked), "recipe"), out, find, InProcess(workers), silent)
+        actual.append((out / "model.safetensors").read_bytes())
+    assert actual[0] == actual[1] == actual[2]
+    average = {key: value for key, value in asked.items() if key != "density"} | {"method": "average"}
     merge_into(average, tmp_path / "average")
     _, tokenizer = loaded(tmp_path / "average")
     tokens = tokenizer.get_vocab()
@@ -197,9 +199,10 @@ def test_a_token_added_here_and_merged_there(tmp_path: Path) -> None:
     }
     merge_into(recipe(models, method="average", tokenizer="union"), tmp_path / "out")
     _, tokenizer = loaded(tmp_path / "out")
-    held = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    contents = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
     assert (
-        held["model"]["merges"][-2:] == [["e", "f"], ["ef", "h"]] and held["model"]["vocab"]["ef"] == base.tokens["ef"]
+        contents["model"]["merges"][-2:] == [["e", "f"], ["ef", "h"]]
+        and contents["model"]["vocab"]["ef"] == base.tokens["ef"]
     )
     assert tokenizer.get_vocab() == {**base.tokens, "efh": len(base.tokens)}
 
@@ -207,14 +210,14 @@ def test_a_token_added_here_and_merged_there(tmp_path: Path) -> None:
 def test_a_class_that_builds_its_tokenizer_itself(tmp_path: Path) -> None:
     """transformers makes some tokenizers (GPT-2's, say) from the vocabulary alone: ids must be the same there."""
     models = pool(tmp_path, "gpt2", True)
-    for one in models.values():
-        rewritten(one, "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    for item in models.values():
+        rewritten(item, "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
     merge_into(recipe(models, method="average", tokenizer="union"), tmp_path / "out")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    held = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
-    wanted = {**held["model"]["vocab"], **{one["content"]: one["id"] for one in held["added_tokens"]}}
+    contents = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    wanted = {**contents["model"]["vocab"], **{item["content"]: item["id"] for item in contents["added_tokens"]}}
     assert type(tokenizer).__name__.startswith("GPT2") and tokenizer.get_vocab() == wanted
 
 
@@ -240,8 +243,8 @@ def test_an_adapter_of_the_head(tmp_path: Path) -> None:
     }
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
     lora = Made(tmp_path / "lora", base.tokens, {**base.tensors, HEAD: base.tensors[HEAD] + up @ down})
-    given = recipe({"base": base, "chat": chat, "lora": lora}, method="task_arithmetic", scale=0.5, tokenizer="union")
-    merge_into(given, tmp_path / "out")
+    asked = recipe({"base": base, "chat": chat, "lora": lora}, method="task_arithmetic", scale=0.5, tokenizer="union")
+    merge_into(asked, tmp_path / "out")
     _, tokenizer = loaded(tmp_path / "out")
     tokens = tokenizer.get_vocab()
     ground, *experts = rows_by_token([base, chat], HEAD, tokens, len(tokens))
@@ -261,15 +264,15 @@ def test_with_folded_adapters_other_layers_and_parts(tmp_path: Path) -> None:
     torch.manual_seed(4)
     factors = {"A": torch.randn(rank, 8), "B": torch.randn(8, rank)}
     (tmp_path / "lora").mkdir()
-    held = {f"base_model.model.{target}.lora_{side}.weight": value for side, value in factors.items()}
-    save_file(held, tmp_path / "lora" / "adapter_model.safetensors")
+    contents = {f"base_model.model.{target}.lora_{side}.weight": value for side, value in factors.items()}
+    save_file(contents, tmp_path / "lora" / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "base_model_name_or_path": "base"}
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
-    given = recipe(models, method="average", tokenizer="union")
-    given["experts"][0]["adapter"] = {"source": tmp_path / "lora"}
-    given["stack"] = [{"layers": [0, 0]}, {"layers": [0, 0]}]
-    given["select"] = [{"names": "*embed*", "method": "slerp", "t": 0.25}, {}]
-    merge_into(given, tmp_path / "out")
+    asked = recipe(models, method="average", tokenizer="union")
+    asked["experts"][0]["adapter"] = {"source": tmp_path / "lora"}
+    asked["stack"] = [{"layers": [0, 0]}, {"layers": [0, 0]}]
+    asked["select"] = [{"names": "*embed*", "method": "slerp", "t": 0.25}, {}]
+    merge_into(asked, tmp_path / "out")
     model, tokenizer = loaded(tmp_path / "out")
     assert model.config.num_hidden_layers == 2
     result, tokens = load_file(tmp_path / "out" / "model.safetensors"), tokenizer.get_vocab()
@@ -294,7 +297,7 @@ def test_nothing_changes_where_nothing_differs(tmp_path: Path) -> None:
     assert plainly.digest == ruled.digest
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         assert (tmp_path / "plain" / name).read_text() == (tmp_path / "ruled" / name).read_text()
-    step = [(tmp_path / one / "README.md").read_text().split("step")[1:] for one in ("plain", "ruled")]
+    step = [(tmp_path / item / "README.md").read_text().split("step")[1:] for item in ("plain", "ruled")]
     assert step[0] == step[1]
 
 
@@ -332,11 +335,11 @@ def test_special_tokens_and_template_of_a_named_expert(tmp_path: Path) -> None:
     assert parse_recipe(plain(recipe(models, method="average", tokenizer="chat")), "recipe").tokenizer is not None
     # Of the union the base's special tokens hold, which is said aloud; so is the template that goes with other tokens.
     said = merge_into(recipe(models, method="average", tokenizer="union"), tmp_path / "union").warnings
-    assert any("ends its texts with '<end>', the result with '</s>'" in one for one in said)
-    assert any("a chat template lies there, and the result has none" in one for one in said)
-    given = recipe(models, method="average", tokenizer="base", chat_template=template)
-    said = merge_into(given, tmp_path / "base-out").warnings
-    assert any("the chat template writes '<end>', '<u>', no token of the result" in one for one in said)
+    assert any("ends its texts with '<end>', the result with '</s>'" in item for item in said)
+    assert any("a chat template lies there, and the result has none" in item for item in said)
+    asked = recipe(models, method="average", tokenizer="base", chat_template=template)
+    said = merge_into(asked, tmp_path / "base-out").warnings
+    assert any("the chat template writes '<end>', '<u>', no token of the result" in item for item in said)
 
 
 @pytest.mark.parametrize("rules", [{}, {"tokenizer": "base"}])
@@ -347,8 +350,8 @@ def test_a_given_template_that_writes_what_nobody_has_is_said_aloud(rules: dict[
         ("<|im_start|>{{ messages }}<|im_end|>", "'<|im_end|>', '<|im_start|>'"),
         ("<|{{ x }}|>", ""),
     ):
-        given = recipe(models, method="average", chat_template=template, **rules)
-        said = [one for one in merge_into(given, tmp_path / f"out{len(lost)}").warnings if "chat template" in one]
+        asked = recipe(models, method="average", chat_template=template, **rules)
+        said = [item for item in merge_into(asked, tmp_path / f"out{len(lost)}").warnings if "chat template" in item]
         assert len(said) == bool(lost) and lost in "".join(said)
 
 

@@ -21,14 +21,14 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def said(folder: Path) -> dict[str, Any]:
     """config.json."""
-    held: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return held
+    contents: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return contents
 
 
 def as_on_a_hub(model: Made, *, counts: int) -> None:
     """Ids of special tokens at the top and not beside the text's sizes; `vocab_size` in none, one or both places."""
-    held = said(model.folder)
-    text = held["text_config"]
+    contents = said(model.folder)
+    text = contents["text_config"]
     top = {key: text.pop(key) for key in IDS}
     rows = text.pop("vocab_size")
     if counts:
@@ -66,11 +66,11 @@ def test_the_result_loads_and_sees_images(
     tokens = tokenizer.get_vocab()
     assert set(tokens) == (set(base.tokens) | set(other.tokens) if source == "union" else set(owner.tokens))
     assert model.config.text_config.vocab_size == len(tokens) == model.get_input_embeddings().weight.shape[0]
-    held, theirs = said(out), said(owner.folder)
-    for part, own in ((held, theirs), (held["text_config"], theirs["text_config"])):
+    contents, theirs = said(out), said(owner.folder)
+    for part, own in ((contents, theirs), (contents["text_config"], theirs["text_config"])):
         assert [part.get(key) for key in IDS] == [own.get(key) for key in IDS]
-        assert part.get("vocab_size", len(tokens)) == len(tokens) and ("vocab_size" in part or part is held)
-    assert tokens[IMAGE] == held["image_token_index"] == model.config.image_token_id
+        assert part.get("vocab_size", len(tokens)) == len(tokens) and ("vocab_size" in part or part is contents)
+    assert tokens[IMAGE] == contents["image_token_index"] == model.config.image_token_id
     assert model.generation_config.eos_token_id == tokens[tokenizer.eos_token]
     ids = tokenizer(f"abcd {IMAGE * 4} ab", return_tensors="pt").input_ids
     assert ids[0].tolist().count(tokens[IMAGE]) == 4  # as many as an image has patches here
@@ -100,8 +100,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         merge_into(recipe, tmp_path / "out")
     rewritten(base, "config.json", image_token_index=base.tokens[IMAGE])
     for model in (base, other):
-        held = {**model.tensors, "language_model.model.embed_tokens_per_layer.weight": torch.zeros(9, 4)}
-        save_file(held, model.folder / "model.safetensors", {"format": "pt"})
+        contents = {**model.tensors, "language_model.model.embed_tokens_per_layer.weight": torch.zeros(9, 4)}
+        save_file(contents, model.folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(MergeloomError, match=r"embed_tokens_per_layer\.weight' has rows for some of the tokens only"):
         merge_into(recipe, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))

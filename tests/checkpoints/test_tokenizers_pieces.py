@@ -38,19 +38,19 @@ def read(folder: Path) -> Tokenizer:
 
 def written(folder: Path, **models: Any) -> dict[str, Made]:
     """The base and experts with random rows; a model is its scores, or (scores, values for `write_model`)."""
-    found: dict[str, Made] = {}
-    for seed, (name, held) in enumerate(models.items()):
-        scores, values = held if isinstance(held, tuple) else (held, {})
-        given = {"tied": True, "special": ("<s>", "</s>"), **values}
+    written: dict[str, Made] = {}
+    for seed, (name, pieces_of) in enumerate(models.items()):
+        scores, values = pieces_of if isinstance(pieces_of, tuple) else (pieces_of, {})
+        options = {"tied": True, "special": ("<s>", "</s>"), **values}
         tokenizer = (
-            scores if isinstance(scores, Tokenizer) else pieces({**dict.fromkeys(given["special"], 0.0), **scores})
+            scores if isinstance(scores, Tokenizer) else pieces({**dict.fromkeys(options["special"], 0.0), **scores})
         )
-        found[name] = write_model(folder / name, tokenizer, seed=seed, base=found.get("base"), **given)
-    return found
+        written[name] = write_model(folder / name, tokenizer, seed=seed, base=written.get("base"), **options)
+    return written
 
 
 def merged(models: dict[str, Made], out: Path, **rules: Any) -> Tokenizer:
-    experts = [{"name": name, "source": one.folder} for name, one in models.items() if name != "base"]
+    experts = [{"name": name, "source": model.folder} for name, model in models.items() if name != "base"]
     rules = {"source": "union", **rules}
     merge_into({"method": "average", "base": models["base"].folder, "experts": experts, "tokenizer": rules}, out)
     return read(out)
@@ -111,5 +111,5 @@ def test_pieces_that_would_change_more_are_refused(changes: dict[str, Any], said
     with pytest.raises(MergeloomError, match=f"(?s){said}.*conflicts: first"):
         merged(models, tmp_path / "out")
     result, base = merged(models, tmp_path / "out", conflicts="first"), read(models["base"].folder)
-    everything = set().union(*(one.tokens for one in models.values()))
+    everything = set().union(*(model.tokens for model in models.values()))
     assert set(result.get_vocab()) == everything and result.get_vocab().items() >= base.get_vocab().items()

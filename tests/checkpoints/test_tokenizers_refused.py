@@ -65,9 +65,9 @@ def retensored(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Mode
 
     def built(folder: Path) -> Models:
         models = pool(folder)
-        held = dict(models["x"].tensors)
-        change(held)
-        save_file(held, folder / "x" / "model.safetensors", {"format": "pt"})
+        contents = dict(models["x"].tensors)
+        change(contents)
+        save_file(contents, folder / "x" / "model.safetensors", {"format": "pt"})
         return models
 
     return built
@@ -75,24 +75,24 @@ def retensored(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Mode
 
 def shared_id(folder: Path) -> Models:
     models = pool(folder)
-    held = json.loads((folder / "x" / "tokenizer.json").read_text())
-    held["model"]["vocab"]["h"] = held["model"]["vocab"]["g"]
-    return {**models, "x": rewritten(models["x"], "tokenizer.json", model=held["model"])}
+    contents = json.loads((folder / "x" / "tokenizer.json").read_text())
+    contents["model"]["vocab"]["h"] = contents["model"]["vocab"]["g"]
+    return {**models, "x": rewritten(models["x"], "tokenizer.json", model=contents["model"])}
 
 
 def misnumbered(folder: Path) -> Models:
     models = pool(folder)
-    held = json.loads((folder / "x" / "tokenizer.json").read_text())
-    held["added_tokens"][-1]["id"] += 3
-    return {**models, "x": rewritten(models["x"], "tokenizer.json", added_tokens=held["added_tokens"])}
+    contents = json.loads((folder / "x" / "tokenizer.json").read_text())
+    contents["added_tokens"][-1]["id"] += 3
+    return {**models, "x": rewritten(models["x"], "tokenizer.json", added_tokens=contents["added_tokens"])}
 
 
 def cut(folder: Path) -> Models:
     """The base's tokenizer has a special token for which the model has no row."""
     models = pool(folder)
-    held = json.loads((folder / "base" / "tokenizer.json").read_text())
-    last = {**held["added_tokens"][-1], "id": len(models["base"].tokens), "content": "<pad>"}
-    rewritten(models["base"], "tokenizer.json", added_tokens=[*held["added_tokens"], last])
+    contents = json.loads((folder / "base" / "tokenizer.json").read_text())
+    last = {**contents["added_tokens"][-1], "id": len(models["base"].tokens), "content": "<pad>"}
+    rewritten(models["base"], "tokenizer.json", added_tokens=[*contents["added_tokens"], last])
     rewritten(models["base"], "tokenizer_config.json", pad_token="<pad>")
     return models
 
@@ -100,8 +100,8 @@ def cut(folder: Path) -> Models:
 def cut_piece(folder: Path) -> Models:
     """The base's embedding ends inside its model's own tokens."""
     models = pool(folder)
-    held = {n: t[:7] if t.shape[0] == len(models["base"].tokens) else t for n, t in models["base"].tensors.items()}
-    save_file({n: t.clone() for n, t in held.items()}, folder / "base" / "model.safetensors", {"format": "pt"})
+    contents = {n: t[:7] if t.shape[0] == len(models["base"].tokens) else t for n, t in models["base"].tensors.items()}
+    save_file({n: t.clone() for n, t in contents.items()}, folder / "base" / "model.safetensors", {"format": "pt"})
     rewritten(models["base"], "config.json", vocab_size=7)
     rewritten(models["x"], "config.json", eos_token_id=0)
     return {"base": models["base"], "y": write_model(folder / "y", words(["a", "b"]), seed=3)}
@@ -158,19 +158,19 @@ REFUSED: dict[str, tuple[Callable[[Path], Models], dict[str, Any], str]] = {
     "two of one id": (shared_id, rules(), "x/tokenizer.json: 'g' and 'h' have one id"),
     "other ids than a loader gives": (misnumbered, rules(), "'<m>' has id 17, which a loader would take for 14"),
     "rows of the head": (
-        retensored(lambda held: held.update({HEAD: held[HEAD][:-1].clone()})),
+        retensored(lambda contents: contents.update({HEAD: contents[HEAD][:-1].clone()})),
         rules(),
         "expert 'x'.*rows.*of which tokens are they",
     ),
     "rows of the configuration": (edited("x", "config.json", vocab_size=20), rules(), "config.json says vocab_size "
     "20, .* has 15"),
     "no embedding": (
-        retensored(lambda held: (held.pop(HEAD), held.pop(EMBEDDING["llama"]))),
+        retensored(lambda contents: (contents.pop(HEAD), contents.pop(EMBEDDING["llama"]))),
         rules(),
         "no tensor that is known to have a row for each token",
     ),
     "another width": (
-        retensored(lambda held: held.update({name: torch.zeros(15, 6) for name in (HEAD, EMBEDDING["llama"])})),
+        retensored(lambda contents: contents.update({name: torch.zeros(15, 6) for name in (HEAD, EMBEDDING["llama"])})),
         rules(),
         r"has shape \[15, 6\], in the base \[15, 8\]",
     ),
@@ -193,7 +193,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Models], dict[str, Any], str]] = {
 def test_refused(case: str, tmp_path: Path) -> None:
     build, values, said = REFUSED[case]
     models = build(tmp_path)
-    experts = [{"name": name, "source": one.folder} for name, one in models.items() if name != "base"]
+    experts = [{"name": name, "source": model.folder} for name, model in models.items() if name != "base"]
     with pytest.raises(MergeloomError, match=f"(?s){said}") as refusal:
         merge_into({"method": "average", "base": models["base"].folder, "experts": experts, **values}, tmp_path / "out")
     assert len(str(refusal.value)) < 700 and "pydantic" not in str(refusal.value)
@@ -205,16 +205,16 @@ def test_an_adapter_has_no_vocabulary(tmp_path: Path) -> None:
     models = pool(tmp_path)
     (tmp_path / "lora").mkdir()
     stem = "base_model.model.model.layers.0.self_attn.q_proj"
-    held = {f"{stem}.lora_A.weight": torch.ones(1, 8), f"{stem}.lora_B.weight": torch.ones(8, 1)}
-    save_file(held, tmp_path / "lora" / "adapter_model.safetensors")
+    contents = {f"{stem}.lora_A.weight": torch.ones(1, 8), f"{stem}.lora_B.weight": torch.ones(8, 1)}
+    save_file(contents, tmp_path / "lora" / "adapter_model.safetensors")
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
     experts = [{"name": "x", "source": models["x"].folder}, {"name": "lora", "source": tmp_path / "lora"}]
-    for given, said in (
+    for spoilt, said in (
         (rules(source="lora"), "'lora' is an adapter, whose vocabulary is the base's"),
         (token("lora", "a"), "'lora' is an adapter and has no embeddings of its own"),
     ):
         with pytest.raises(MergeloomError, match=said):
             merge_into(
-                {"method": "average", "base": models["base"].folder, "experts": experts, **given}, tmp_path / "out"
+                {"method": "average", "base": models["base"].folder, "experts": experts, **spoilt}, tmp_path / "out"
             )
     assert not list(tmp_path.glob("out*"))

@@ -44,8 +44,8 @@ def test_nothing_is_kept_or_everything(name: str, density: float) -> None:
         return
     shapes = {tensor: shape for tensor, shape in SHAPES.items() if shape}
     base, experts = models(shapes=shapes)
-    for found in outcomes(method, merged(method, base, experts if density == 0 else experts[:1]), base):
-        assert same(found, base if density == 0 else experts[0])
+    for actual in outcomes(method, merged(method, base, experts if density == 0 else experts[:1]), base):
+        assert same(actual, base if density == 0 else experts[0])
 
 
 # --- tied weights, on disk ------------------------------------------------------------------------------------------
@@ -81,18 +81,18 @@ def test_tied_weights_are_merged_once(method: Method, tied: Path, tmp_path: Path
         "base": tied / "base", "experts": [tied / name for name in names],
     }  # fmt: skip
     merge_into(recipe, tmp_path / "out")
-    found: Model = {}
+    actual: Model = {}
     for path in (tmp_path / "out").glob("*.safetensors"):
-        found |= load_file(path)
-    assert "lm_head.weight" not in found
+        actual |= load_file(path)
+    assert "lm_head.weight" not in actual
     card = (tmp_path / "out" / "README.md").read_text()
     ids = [next(line.split("`")[1] for line in card.splitlines() if line.startswith(f"| {name} |")) for name in names]
-    held = []
+    models_written = []
     for name in ("base", *names):
         model = load_file(tied / name / "model.safetensors")
         del model["lm_head.weight"]
-        held.append(model)
-    assert same(found, merge(method, base=held[0], experts=held[1:], ids=ids)), "nor counted twice"
+        models_written.append(model)
+    assert same(actual, merge(method, base=models_written[0], experts=models_written[1:], ids=ids)), "nor counted twice"
 
 
 # --- T5: an encoder and a decoder, shared embeddings, a head that is tied or is not ----------------------------------
@@ -140,7 +140,7 @@ def test_t5_merges_load_and_say_what_the_merged_weights_say(
     from transformers import AutoModel, AutoModelForSeq2SeqLM, T5EncoderModel
 
     method = FIRST[name]
-    folders = [t5s / f"{head}-{saved}-{one}" for one in ("base", "e0", "e1")]
+    folders = [t5s / f"{head}-{saved}-{part}" for part in ("base", "e0", "e1")]
     recipe = {"method": name, **method.model_dump(mode="json", exclude_defaults=True), "base": folders[0]}
     merge_into({**recipe, "experts": folders[1:]}, tmp_path / "out")
     base, *experts = (load_file(folder / "model.safetensors") for folder in folders)
@@ -150,15 +150,15 @@ def test_t5_merges_load_and_say_what_the_merged_weights_say(
     assert same(load_file(tmp_path / "out" / "model.safetensors"), expected)
 
     kind: Any = AutoModelForSeq2SeqLM
-    found, told = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    actual, told = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
     wanted = kind.from_pretrained(folders[0])
     wanted.load_state_dict(expected, strict=False)
     tokens = torch.tensor([[5, 8, 13, 1]])
     with torch.inference_mode():
-        answers = [one(input_ids=tokens, decoder_input_ids=tokens).logits for one in (found, wanted)]
+        answers = [name(input_ids=tokens, decoder_input_ids=tokens).logits for name in (actual, wanted)]
     assert torch.equal(*answers)
-    assert torch.equal(found.lm_head.weight, expected.get("lm_head.weight", expected["shared.weight"]))
+    assert torch.equal(actual.lm_head.weight, expected.get("lm_head.weight", expected["shared.weight"]))
 
     for body in (AutoModel, T5EncoderModel):
         part, told = body.from_pretrained(tmp_path / "out", output_loading_info=True)  # type: ignore[attr-defined]
@@ -201,7 +201,7 @@ def test_modules_of_a_t5_merged_apart(t5s: Path, tmp_path: Path) -> None:
         "merge_method": "linear", "base_model": str(base),
         "modules": {
             "encoder": {"models": [{"model": str(e0), "parameters": {"weight": 1}}, {"model": str(base), "parameters": {"weight": 0}}]},
-            "decoder": {"models": [{"model": str(one), "parameters": {"weight": 1}} for one in (e0, e1)]
+            "decoder": {"models": [{"model": str(name), "parameters": {"weight": 1}} for name in (e0, e1)]
                         + [{"model": str(base), "parameters": {"weight": 0}}]},
         },
     }  # fmt: skip
@@ -209,7 +209,7 @@ def test_modules_of_a_t5_merged_apart(t5s: Path, tmp_path: Path) -> None:
     merge_file(tmp_path / "recipe.yml", tmp_path / "out", find, InProcess(), silent)
     model: Any = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
     state = {name: value for name, value in model.state_dict().items() if "embed_tokens" not in name}
-    first, second = (load_file(one / "model.safetensors") for one in (e0, e1))
+    first, second = (load_file(name / "model.safetensors") for name in (e0, e1))
     for name, value in state.items():
         wanted = first[name] if name.startswith("encoder.") else (first[name] + second[name]) / 2
         torch.testing.assert_close(value, wanted, rtol=1e-6, atol=1e-6, msg=name)

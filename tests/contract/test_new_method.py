@@ -116,17 +116,17 @@ def test_a_recipe_names_it() -> None:
 
 def test_element_wise() -> None:
     base, experts = models()
-    found = merge(Median(), base=base, experts=experts)
+    actual = merge(Median(), base=base, experts=experts)
     for name in base:
         expected = torch.stack([expert[name] for expert in experts]).median(0).values
-        torch.testing.assert_close(found[name], expected)
+        torch.testing.assert_close(actual[name], expected)
 
 
 def test_whole_tensors_at_once() -> None:
     base, experts = models()
-    found = merge(LowRank(rank=2), base=base, experts=experts)
+    actual = merge(LowRank(rank=2), base=base, experts=experts)
     for name in ("layers.0.a", "layers.0.b"):
-        assert torch.linalg.matrix_rank(found[name] - base[name], tol=1e-4) == 2
+        assert torch.linalg.matrix_rank(actual[name] - base[name], tol=1e-4) == 2
 
 
 def test_weights_with_arguments_and_no_base() -> None:

@@ -57,29 +57,29 @@ def models() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     }  # fmt: skip
     kinds = {"layers.1.m": torch.bfloat16, "conv": torch.float16}
 
-    def made(label: str, bits: int, onto: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        held = {}
+    def drawn_model(label: str, bits: int, onto: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        tensors = {}
         for name, shape in shapes.items():
             value = drawn(f"{label}/{name}", shape, bits)
-            held[name] = (value if onto is None else onto[name].float() + value).to(kinds.get(name, torch.float32))
-        return {**held, "counter": torch.arange(5)}
+            tensors[name] = (value if onto is None else onto[name].float() + value).to(kinds.get(name, torch.float32))
+        return {**tensors, "counter": torch.arange(5)}
 
-    base = made("base", 12)
-    return base, [made(f"expert {number}", 8, base) for number in range(3)]
+    base = drawn_model("base", 12)
+    return base, [drawn_model(f"expert {number}", 8, base) for number in range(3)]
 
 
 def adapters() -> list[AdapterExpert]:
     """Three adapters of ranks 2, 3 and 2 on two modules, of which the last has only one."""
-    found = []
+    actual = []
     for number, rank in enumerate((2, 3, 2)):
-        held, factors = {}, {}
+        tensors, factors = {}, {}
         for target, (rows, columns) in (("a.weight", (9, 7)), ("b.weight", (5, 8)))[: 2 if number < 2 else 1]:
-            held[f"{target}.down"] = drawn(f"{number} {target} down", (rank, columns))
-            held[f"{target}.up"] = drawn(f"{number} {target} up", (rows, rank))
+            tensors[f"{target}.down"] = drawn(f"{number} {target} down", (rank, columns))
+            tensors[f"{target}.up"] = drawn(f"{number} {target} up", (rows, rank))
             factors[target] = Factor(f"{target}.down", f"{target}.up", 0.5 + number, False)
         shapes = {"a.weight": (9, 7), "b.weight": (5, 8)}
-        found.append(AdapterExpert(f"{number}", f"{number}", MemoryTensors(held), factors, shapes))
-    return found
+        actual.append(AdapterExpert(f"{number}", f"{number}", MemoryTensors(tensors), factors, shapes))
+    return actual
 
 
 def result(method: Method) -> dict[str, Tensor]:
@@ -91,19 +91,19 @@ def result(method: Method) -> dict[str, Tensor]:
         }
     base, experts = models()
     experts = experts[: accepted(method)]
-    given = {}
+    handed = {}
     for name, statistic in method.statistics().items():
         if isinstance(statistic, DataStatistic):
-            given[name] = [
+            handed[name] = [
                 {tensor: drawn(f"{name} {n}/{tensor}", tuple(value.shape), 8).abs() for tensor, value in expert.items()}
                 for n, expert in enumerate(experts)
             ]
-    return merge(method, base=base, experts=experts, ids=["c", "a", "b"][: len(experts)], statistics=given or None)
+    return merge(method, base=base, experts=experts, ids=["c", "a", "b"][: len(experts)], statistics=handed or None)
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes."""
-    held = {
+    digested = {
         name: (
             DTYPE_NAMES[value.dtype],
             tuple(value.shape),
@@ -111,27 +111,27 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
         )
         for name, value in tensors.items()
     }
-    return model_digest(held)[:32]
+    return model_digest(digested)[:32]
 
 
 def summary_of(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
     """Per tensor its sum, its norm and its first elements, to six digits."""
-    found = {}
+    actual = {}
     for name, value in tensors.items():
         wide = value.reshape(-1).to(torch.float64)
         numbers = [float(wide.sum()), float((wide * wide).sum() ** 0.5), *wide[:4].tolist()]
-        found[name] = [float(f"{number:.6g}") for number in numbers]
-    return found
+        actual[name] = [float(f"{number:.6g}") for number in numbers]
+    return actual
 
 
 def adapter() -> dict[str, Tensor]:
     """The delta of an adapter over several blocks of rows, plain and transposed."""
     rows, columns, rank = 300, 7, 3
-    held = {"down": drawn("down", (rank, columns), 8), "up": drawn("up", (rows, rank), 8)}
-    held |= {"wide": drawn("wide", (rank, rows), 8), "tall": drawn("tall", (columns, rank), 8)}
+    tensors = {"down": drawn("down", (rank, columns), 8), "up": drawn("up", (rows, rank), 8)}
+    tensors |= {"wide": drawn("wide", (rank, rows), 8), "tall": drawn("tall", (columns, rank), 8)}
     factors = {"plain": Factor("down", "up", 0.75, False), "transposed": Factor("wide", "tall", 1.5, True)}
     shapes = dict.fromkeys(factors, (rows, columns))
-    expert = AdapterExpert("id", "name", MemoryTensors(held), factors, shapes)
+    expert = AdapterExpert("id", "name", MemoryTensors(tensors), factors, shapes)
     return {name: expert.block(name, 0, rows * columns) for name in factors}
 
 
@@ -142,37 +142,37 @@ def label_of(method: Method, values: Mapping[str, Any]) -> str:
 
 def variants() -> dict[str, Method]:
     """Return every method of this repository with the values whose results are golden (`examples()`), by label."""
-    found: dict[str, Method] = {}
+    actual: dict[str, Method] = {}
     for kind in map(METHODS.__getitem__, METHODS.own):
         for values in kind.examples().golden:
             method = kind.model_validate(values)
-            found[label_of(method, values)] = method
-    return found
+            actual[label_of(method, values)] = method
+    return actual
 
 
 def golden_of(method: Method) -> Golden:
     """A digest for what is element-wise, a few numbers for the rest: factorisations and angles differ in their last bits
     from one machine's libraries to another's."""
-    found = result(method)
+    actual = result(method)
     inexact = any(isinstance(statistic, Link | Products) for statistic in method.statistics().values())
     exact = (method.per is Per.ELEMENT and not inexact) or method.product == "masks"
-    return digest_of(found) if exact else summary_of(found)
+    return digest_of(actual) if exact else summary_of(actual)
 
 
 def stored() -> dict[str, Golden]:
     """What the file holds."""
-    held: dict[str, Golden] = json.loads(STORED.read_text()) if STORED.exists() else {}
-    return held
+    numbers: dict[str, Golden] = json.loads(STORED.read_text()) if STORED.exists() else {}
+    return numbers
 
 
-def agree(found: Golden, wanted: Golden) -> bool:
+def agree(actual: Golden, wanted: Golden) -> bool:
     """Whether the numbers are the golden ones."""
-    if isinstance(found, str) or isinstance(wanted, str):
-        return found == wanted
-    return found.keys() == wanted.keys() and all(
+    if isinstance(actual, str) or isinstance(wanted, str):
+        return actual == wanted
+    return actual.keys() == wanted.keys() and all(
         abs(ours - theirs) <= TOLERANCE * max(1.0, abs(theirs))
-        for name in found
-        for ours, theirs in zip(found[name], wanted[name], strict=True)
+        for name in actual
+        for ours, theirs in zip(actual[name], wanted[name], strict=True)
     )
 
 

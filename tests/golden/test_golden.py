@@ -14,9 +14,9 @@ AGAIN = "then run `python -m tests.golden.golden`"
 @pytest.mark.parametrize("label", golden.variants())
 def test_numbers_are_the_golden_ones(label: str) -> None:
     method = golden.variants()[label]
-    held = golden.stored()
-    assert label in held, f"no golden numbers for {label}: look at them, {AGAIN}"
-    assert golden.agree(golden.golden_of(method), held[label]), (
+    known = golden.stored()
+    assert label in known, f"no golden numbers for {label}: look at them, {AGAIN}"
+    assert golden.agree(golden.golden_of(method), known[label]), (
         f"{method.name} gives other numbers than golden: bump its version, {AGAIN}"
     )
 

@@ -139,5 +139,5 @@ def test_every_public_name_is_there_and_documented() -> None:
 
 def test_the_import_is_light() -> None:
     code = "import sys, mergeloom; print([m for m in ('torch', 'pyarrow', 'prefect', 'pydantic') if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"

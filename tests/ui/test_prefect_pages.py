@@ -80,7 +80,7 @@ def runs_of(project: Project) -> list[Any]:
     return list(project.ask("/flow_runs/filter", sort="EXPECTED_START_TIME_DESC", limit=20))
 
 
-def found(page: Page, look: Callable[[], Any]) -> Any:
+def waited_for(page: Page, look: Callable[[], Any]) -> Any:
     """What `look` finds, once it finds something."""
     deadline = time.monotonic() + PATIENCE / 1000
     while not (something := look()):
@@ -107,7 +107,7 @@ def test_the_form_reads_well_and_starts_a_run(page: Page, project: Project) -> N
     page.wait_for_timeout(5000)
     if submit.is_visible():
         submit.click()  # now and then the first click does no more than close the list of methods
-    runs = found(page, lambda: [run for run in runs_of(project) if run["name"].endswith("by hand")])
+    runs = waited_for(page, lambda: [run for run in runs_of(project) if run["name"].endswith("by hand")])
     for run in runs:
         project.forget(run["id"])
     assert runs[0]["parameters"]["methods"] == ["average", "ties"]
@@ -160,7 +160,7 @@ def test_the_schedule_is_switched_on_and_off(page: Page, project: Project) -> No
     sees(page, "At 02:00 AM", "Concurrency Limit", "flows/sweep.py:sweep")
     for wanted in (True, False):
         page.get_by_role("switch").first.click()
-        found(page, lambda: project.deployment("sweep")["schedules"][0]["active"] is wanted)
+        waited_for(page, lambda: project.deployment("sweep")["schedules"][0]["active"] is wanted)
 
 
 def test_the_automation_says_what_it_does(page: Page, project: Project) -> None:

@@ -95,7 +95,7 @@ def test_every_command_is_run_here() -> None:
 )
 def test_a_command_in_a_terminal(folder: Path, command: str, columns: int, term: str) -> None:
     arguments = [
-        f"{one}-{columns}-{term}" if one in ("merged", "unpacked", "lora") else one for one in ENDINGS[command]
+        f"{word}-{columns}-{term}" if word in ("merged", "unpacked", "lora") else word for word in ENDINGS[command]
     ]
     ran = Terminal(folder, columns, term).mergeloom(*arguments)
     check_well(ran, columns, term)
@@ -122,7 +122,7 @@ def test_bars_stay_in_their_lines(tmp_path: Path, columns: int) -> None:
 def test_without_colours(tmp_path: Path) -> None:
     ran = Terminal(tmp_path, variables={"NO_COLOR": "1"}).run("-c", DRAWING)
     assert ran.code == 0 and any(line.startswith("reading") for line in ran.lines)
-    codes = {code for found in re.findall(r"\x1b\[([\d;]*)m", ran.errors) for code in found.split(";") if code}
+    codes = {code for sequence in re.findall(r"\x1b\[([\d;]*)m", ran.errors) for code in sequence.split(";") if code}
     assert codes <= {"0", "1", "2", "3", "4", "7"}, "bold and the like at most"
 
 
@@ -162,7 +162,9 @@ def test_what_is_kept_is_said_and_true(folder: Path, monkeypatch: pytest.MonkeyP
         stopped.setattr("mergecore.recipes.extract_lora.extracted", stop)
         stopped.setattr("mergecore.formats.unpack._write", stop)
         for command in ("merge", "unpack", "extract-lora"):
-            arguments = [one + "-in-vain" if one in ("merged", "unpacked", "lora") else one for one in ENDINGS[command]]
+            arguments = [
+                word + "-in-vain" if word in ("merged", "unpacked", "lora") else word for word in ENDINGS[command]
+            ]
             result = CliRunner().invoke(main, arguments)
             assert result.exit_code == 130
             assert re.search(r"^interrupted; \S+-in-vain was not written$", result.output, re.M), result.output
@@ -206,7 +208,7 @@ def test_a_sweep_is_stopped_and_gone_on_with(folder: Path) -> None:
     assert len(others) >= 5, "a worker, two servers under their supervisors"
     deadline = time.monotonic() + 30
     while any(map(lives, others)):
-        assert time.monotonic() < deadline, [one.cmdline() for one in others if lives(one)]
+        assert time.monotonic() < deadline, [word.cmdline() for word in others if lives(word)]
         time.sleep(0.1)
     assert not list((store / "failures").glob("*")), "nothing has failed"
 
