@@ -17,21 +17,20 @@ PULLED = '''
 """The mean of the task vectors, pulled towards the base."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import Method
+from mergecore.plugins.method import DeltaMethod, NoArguments
 
 
-class Pulled(Method):
+class Pulled(DeltaMethod[NoArguments]):
     """θ_0 + (1 − pull) · mean of τ_t."""
 
     name: ClassVar[str] = "pulled"
     paper: ClassVar[str] = "an example of a test"
-    idempotent: ClassVar[bool] = False
 
     pull: Annotated[float, Field(ge=0, le=1, description="share of the base in the result")]
 
@@ -40,14 +39,14 @@ class Pulled(Method):
         return Examples(golden=[{"pull": 0.5}], others=[{"pull": 0.25}])
 
     @property
-    def on(self) -> str:
-        return "deltas"
+    def idempotent(self) -> bool:
+        return False
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        total = experts[0]
-        for expert in experts[1:]:
-            total = total + expert
-        return base + total * ((1 - self.pull) / len(experts))
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: NoArguments) -> Tensor:
+        total = deltas[0]
+        for delta in deltas[1:]:
+            total = total + delta
+        return base + total * ((1 - self.pull) / len(deltas))
 '''
 COPIED = ("mergecore", "mergeloom", "flows", "tasks", "tests", "docs", "pyproject.toml")
 

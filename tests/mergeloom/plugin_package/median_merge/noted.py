@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mergecore.plugins.method import Method
-from mergecore.plugins.product import Contents, Product, Published
+from mergecore.plugins.method import DeltaMethod, NoArguments
+from mergecore.plugins.product import FinishedMerge, Product, Published
 
 
 class Noted(Product):
@@ -18,7 +18,7 @@ class Noted(Product):
     name: ClassVar[str] = "noted"
     noun: ClassVar[str] = "a noted model"
 
-    def publish(self, contents: Contents, folder: Path, dtype: str | None) -> Published:
+    def publish(self, contents: FinishedMerge, folder: Path, dtype: str | None) -> Published:
         for name in contents.files:
             os.link(contents.folder / name, folder / name)
         (folder / "note.json").write_text(json.dumps({"tensors": len(contents.model)}))
@@ -28,21 +28,19 @@ class Noted(Product):
         return [f"It has {card['tensors']} tensors."]
 
 
-class NotedSum(Method):
+class NotedSum(DeltaMethod[NoArguments]):
     """The base and all changes, with a note."""
 
     name: ClassVar[str] = "noted_sum"
     version: ClassVar[int] = 1
     product: ClassVar[str] = "noted"
-    idempotent: ClassVar[bool] = False
 
     @property
-    def on(self) -> str:
-        return "deltas"
+    def idempotent(self) -> bool:
+        return False
 
-    def merge(self, base: Tensor | None, experts: Sequence[Tensor], **arguments: Any) -> Tensor:
-        assert base is not None
-        total = experts[0]
-        for expert in experts[1:]:
-            total = total + expert
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: NoArguments) -> Tensor:
+        total = deltas[0]
+        for delta in deltas[1:]:
+            total = total + delta
         return base + total

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from mergecore.plugins.block import Block
-from mergecore.plugins.statistic import Result, Scope, Statistic, Statistics
+from mergecore.plugins.statistic import Blocks, Look, Result, Scope, Statistic, Statistics
 from mergecore.tensors.source import TensorInfo
 
 Largest = dict[str, float]
@@ -18,9 +18,13 @@ class LargestChange(Statistic):
     name: ClassVar[str] = "largest_change"
     version: ClassVar[int] = 1
     scope: ClassVar[Scope] = Scope.EXPERT
+    looks: ClassVar[frozenset[type[Look]]] = frozenset({Blocks})
 
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> Largest:
         return dict.fromkeys(selection, 0.0)
+
+    def look(self, state: Largest, block: Block, statistics: Statistics) -> Look:
+        return Blocks()
 
     def add(self, state: Largest, block: Block, statistics: Statistics) -> Largest:
         (change,) = block.experts
