@@ -16,6 +16,7 @@ from mergecore.events import Event, Report
 from mergecore.execution.outcome import Done
 from mergecore.sweeps.complete import complete, finished, settle
 from mergecore.sweeps.measured import spec_text
+from mergecore.sweeps.remaining import cells_so_far
 from tasks.environment import environment
 
 LINKED = ("curves", "leaderboard")
@@ -62,7 +63,9 @@ def _alone(session: Session, report: Report) -> None:
     def say(done: Done) -> None:
         for name, reason in done.failures.items():
             report(Event(f"failed: {name}: {reason}"))
+        report(cells_so_far(session.frontier))
 
+    report(cells_so_far(session.frontier))
     complete(session.place(InProcess(session.settings.workers.value), report), session.frontier, say)
 
 

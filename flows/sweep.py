@@ -27,11 +27,11 @@ from flows.session.session import Session, open_session, session_of
 from flows.session.settings import Options
 from mergecore.engine.executor import Executor, InProcess
 from mergecore.errors import ServiceError
-from mergecore.events import Report
+from mergecore.events import Event, Report
 from mergecore.execution.place import Place, drop_models, snapshots_of
 from mergecore.registry import METHODS
 from mergecore.sweeps.complete import finished, settle
-from mergecore.sweeps.remaining import Round, summary
+from mergecore.sweeps.remaining import Round, cells_so_far, summary
 from tasks.cluster.executor import OnDask, Stopped, stoppable
 from tasks.cluster.workers import cuda_devices, dask_client
 from tasks.download import download
@@ -167,15 +167,18 @@ def _rounds(session: Session, place: Place) -> None:
         if count:
             reuse.submit(counted(count, kind)).wait()
     progress: Any = create_progress_artifact(
-        _share(session),
+        _share(cells_so_far(frontier)),
         key=f"progress-{slug(session.spec.name)}",
         description=f"Share of the cells of {session.spec.name} that are done",
     )
+    place.report(cells_so_far(frontier))
     drop_models(place, frontier.droppable())
     while round := frontier.round():
         wait_all(submitted(place, round))
         drop_models(place, frontier.droppable())
-        update_progress_artifact(progress, _share(session))
+        cells = cells_so_far(frontier)
+        place.report(cells)
+        update_progress_artifact(progress, _share(cells))
 
 
 def submitted(place: Place, round: Round) -> list[PrefectFuture[Any]]:
@@ -230,6 +233,6 @@ def reused(session: Session) -> dict[str, int]:
     return counts
 
 
-def _share(session: Session) -> float:
-    counts = summary(session.frontier)
-    return round(100.0 * (1 - counts["pending"] / max(1, sum(counts.values()))), 1)
+def _share(cells: Event) -> float:
+    """Return the share of the cells that need no more work, in percent."""
+    return round(100.0 * cells.done / max(1, cells.total), 1)

@@ -98,9 +98,9 @@ class Terminal:
         return ours, its
 
     def _environment(self) -> dict[str, str]:
-        left_out = ("PREFECT_", "MLFLOW_", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_")
+        left_out = ("PREFECT_", "MLFLOW_", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_", "DO_NOT_TRACK")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
-        ours = {"TERM": self.term, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1"}
+        ours = {"TERM": self.term, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
         ours |= {"XDG_CACHE_HOME": str(self.folder / "cache"), "PREFECT_HOME": str(self.folder / "prefect-home")}
         return {**kept, **ours, **self.variables}
 

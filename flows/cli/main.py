@@ -94,6 +94,7 @@ def main() -> None:
     experts: [path-a, hub-id-b@revision]
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")  # or Prefect counts its use, and says so in a terminal
 
 
 @main.command()

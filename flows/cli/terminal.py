@@ -26,6 +26,8 @@ STOPPING = "stopping; what is under way has to end first"
 
 FRAMES_PER_SECOND = 8
 SHARE_COLUMNS, TIME_COLUMNS = 14, 7
+ECHO_COLUMNS = 4
+"""Left free at the end of a line: a terminal writes `^C` where the cursor stands, and must not begin a new line for it."""
 MOST_BAR_COLUMNS, MOST_TEXT_COLUMNS = 40, 64
 
 
@@ -50,13 +52,15 @@ def _columns() -> int:
 
 
 def _lines(columns: int | None) -> Report:
-    last = [0.0]
+    last = [time.monotonic()]
     lock = threading.Lock()
 
     def report(event: Event) -> None:
+        # A file that has been read is no news: a checkpoint has many, and most are small.
+        ended = event.done >= event.total and event.unit != "bytes"
         with lock:
             now = time.monotonic()
-            if event.done >= event.total or now - last[0] >= QUIET_SECONDS:
+            if ended or now - last[0] >= QUIET_SECONDS:
                 last[0] = now
                 print(described(event, columns), file=sys.stderr, flush=True)
 
@@ -143,7 +147,9 @@ def _drawn(bars: list[_Bar], columns: int) -> Table:
     from rich.table import Column, Table
 
     bar_columns = max(10, min(MOST_BAR_COLUMNS, columns // 4))
-    text_columns = max(10, min(MOST_TEXT_COLUMNS, columns - bar_columns - SHARE_COLUMNS - TIME_COLUMNS - 3))
+    text_columns = max(
+        10, min(MOST_TEXT_COLUMNS, columns - bar_columns - SHARE_COLUMNS - TIME_COLUMNS - 3 - ECHO_COLUMNS)
+    )
     table = Table.grid(
         Column(width=text_columns, no_wrap=True, overflow="ellipsis"),
         Column(width=bar_columns),

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
+from mergecore.events import Event
 from mergecore.planning.cells import Cell, Plan, PlannedSearch, Scoring
 from mergecore.planning.work import MergeWork, Work
 from mergecore.plugins.search import Answer, NoScore, Score
@@ -148,3 +149,10 @@ def summary(frontier: Frontier) -> Mapping[str, int]:
         else:
             counts["pending" if frontier.choice.is_wanted(cell) else "done"] += 1
     return counts
+
+
+def cells_so_far(frontier: Frontier) -> Event:
+    """Return how many of the sweep's cells need no more work, as an event to report after each round."""
+    counts = summary(frontier)
+    total = sum(counts.values())
+    return Event("whole sweep", total - counts["pending"], total, "cells")

@@ -43,6 +43,8 @@ with progress() as report:
         report(Event("models scored: " + "ties(density=0.2, scale=1) " * 9 + "[bold]", done, 5, "models"))
         report(Event("reading", done, 5, "elements"))
         time.sleep(0.3)
+    report(Event("hash config.json", 0, 512, "bytes"))
+    report(Event("hash config.json", 512, 512, "bytes"))
     report(Event("models scored: " + "average n3 s0 " * 9, 5, 5, "models"))
     print("printed meanwhile")
 """
@@ -74,6 +76,7 @@ def check_readable(ran: Ran, columns: int, term: str) -> None:
         assert "\x1b" not in ran.errors + ran.output, ran.errors
     else:
         assert "%|" not in ran.errors, "a bar of some library's"
+        assert "telemetry" not in ran.errors, "a notice of some library's"
 
 
 def test_every_command_is_run_here() -> None:
@@ -115,6 +118,7 @@ def test_bars_stay_in_their_lines(tmp_path: Path, columns: int) -> None:
     read = [line for line in ran.lines if line.startswith("reading")]
     assert {line.index("/5") for line in scored} and all(re.search(r"\d+% +0:0\d$", line) for line in read)
     assert len({len(line) for line in [*scored, *read]}) == 1, "columns stay where they are"
+    assert len(read[0]) + len("^C") < columns, "an echoed key begins no new line, which would be taken for the bar's"
     assert any("[red]in brackets[/red]" in line for line in ran.lines)
     assert re.search(r"\x1b\[[\d;]*3\d", ran.errors), "in colours"
 
@@ -133,6 +137,7 @@ def test_a_dumb_terminal_gets_lines(tmp_path: Path) -> None:
     assert path == "/a/path/" + "which-is-long/" * 8 + "end", "what is copied stays whole"
     assert all(len(line) <= 80 for line in ran.lines if line != path)
     assert any(re.match(r"models scored: average .*…  5/5 models$", line) for line in ran.lines)
+    assert not any(line.startswith("hash") for line in ran.lines), "files come and go too fast to be told of"
 
 
 def test_a_log_gets_whole_lines() -> None:
@@ -215,6 +220,8 @@ def test_a_sweep_is_stopped_and_gone_on_with(folder: Path) -> None:
     ran = Terminal(folder, 80).mergeloom("sweep", "tiny.yaml", "--in-process", "--no-track")
     check_well(ran, 80, "xterm-256color")
     assert "Differences at the same count" in ran.output
+    cells = {found[1] for line in ran.lines if (found := re.match(r"whole sweep .* (\d+)/8 cells", line))}
+    assert len(cells) > 1, ran.lines
     assert not list(store.glob("drafts/*")), "what the stopped run left was gone on with"
     check_well(Terminal(folder, 200).mergeloom("report", "tiny.yaml"), 200, "xterm-256color")
 
