@@ -68,7 +68,7 @@ def connected(tracking_uri: str, registry_uri: str | None = None) -> Iterator[Ml
 
 def reason(error: BaseException, uri: str) -> str:
     """The first line of an error, without the passwords of URIs."""
-    return public((str(error).splitlines() or [type(error).__name__])[0], uri)[:300]
+    return public((str(error).splitlines() or [type(error).__name__])[0], uri)[:300].rstrip(".")
 
 
 @contextlib.contextmanager
