@@ -36,7 +36,8 @@ def test_a_sweep_that_registers_and_tracks_bootstraps_each_split_once(
 ) -> None:
     """Values are chosen on validation items and the report is on test items: only the report has intervals."""
     path = tmp_path / "digits.yaml"
-    path.write_text(yaml.safe_dump(digits_spec(tier, tmp_path / "store", counts=[2])))
+    few_items = {"evaluate__limit": 20, "evaluate__validation": {"limit": 20}}
+    path.write_text(yaml.safe_dump(digits_spec(tier, tmp_path / "store", counts=[2], **few_items)))
     summarised: list[str] = []
     bootstrapped: Counter[tuple[str, str]] = Counter()
     summarise, task_means = summary.summarise, Draws.task_means

@@ -188,10 +188,9 @@ def test_the_flow_killed_in_the_middle_of_a_merge_goes_on(
 
     # Once more: everything is there, no server and no cluster is needed, so none is asked.
     before = contents(sweeping.store), stamps(sweeping.store)
-    sweeping.addresses = Addresses("http://127.0.0.1:9/api", "http://127.0.0.1:9")
-    sweeping.finish()
+    remarks = Started(conducted, sweeping.path, "http://127.0.0.1:9", 0, False).result(PATIENCE)
     assert (contents(sweeping.store), stamps(sweeping.store)) == before
-    assert "nothing had to be done" in sweeping.said()
+    assert any("nothing had to be done" in remark for remark in remarks)
 
 
 @pytest.mark.timeout(1200)
@@ -233,18 +232,20 @@ def test_cancelling_in_prefect_stops_the_work(
     check_mlflow(addresses.mlflow, sweeping.name)
 
 
-def conducted(path: Path, address: str, call: int) -> None:
-    """The sweep in one process, killed at the n-th thing it writes to MLflow (0: never)."""
+def conducted(path: Path, mlflow: str, call: int, in_process: bool = True) -> tuple[str, ...]:
+    """Run the sweep, killed at the n-th thing it writes to MLflow (0: never). Return what it says at the end."""
     from flows.conduct import conduct
     from flows.session.session import open_session
     from flows.session.settings import Options
 
-    os.environ.update(MLFLOW_TRACKING_URI=address, XDG_CACHE_HOME=str(path.parent / "cache"))
+    os.environ.update(MLFLOW_TRACKING_URI=mlflow, XDG_CACHE_HOME=str(path.parent / "cache"))
+    os.environ["PREFECT_API_URL"] = "http://127.0.0.1:9/api"  # nobody is there
     if call:
         kill_at("mlflow:MlflowClient.log_batch", call)
     session = open_session(path, silent, Options(workers=1))
-    outcome = conduct(session, silent, in_process=True, retry_failed=False, track=True)
+    outcome = conduct(session, silent, in_process=in_process, retry_failed=False, track=True)
     assert not outcome.troubled
+    return outcome.remarks
 
 
 @pytest.mark.timeout(1200)
