@@ -27,7 +27,9 @@ STOPPING = "stopping; what is under way has to end first"
 FRAMES_PER_SECOND = 8
 SHARE_COLUMNS, TIME_COLUMNS = 14, 7
 ECHO_COLUMNS = 4
-"""Left free at the end of a line: a terminal writes `^C` where the cursor stands, and must not begin a new line for it."""
+"""Left free at the end of a line: a terminal writes `^C` where the cursor stands, and must not begin a new line for
+it.
+"""
 MOST_BAR_COLUMNS, MOST_TEXT_COLUMNS = 40, 64
 
 

@@ -19,6 +19,8 @@ class AnyStatistic(Plugin, ABC):
     """What one result is called in logs and on pages."""
     cost: ClassVar[str] = ""
     """What it costs beside readings, as the end of a sentence in docs/methods.md."""
+    takes_data: ClassVar[bool] = False
+    """Whether it looks at more than weights, so that `mergecore.merge` must be handed its result."""
     registered: ClassVar[bool] = True
     """Whether it stands in the registry under its name."""
     chained: ClassVar[bool] = False

@@ -177,6 +177,7 @@ class DataStatistic(AnyStatistic, ABC):
     """A statistic that runs the model on data (scope EXPERT): Fisher, Gram matrices, router usage."""
 
     cost: ClassVar[str] = "which runs each expert on training items"
+    takes_data: ClassVar[bool] = True
 
     if TYPE_CHECKING:  # declared by every statistic, at the place among its fields where it stands on pages
         samples: int  # items that it looks at

@@ -15,7 +15,7 @@ from mergecore.checkpoints.select import SelectRule, check_left_out
 from mergecore.engine.executor import InProcess
 from mergecore.engine.pass_plan import MergeJob, PassPlan, StatisticJob, coarsest, plan_spans
 from mergecore.engine.run_pass import run_pass
-from mergecore.errors import SpecError
+from mergecore.errors import SpecError, nearest
 from mergecore.events import Report, silent
 from mergecore.native.library import Library
 from mergecore.plugins.adapter_method import AdapterMethod
@@ -54,7 +54,7 @@ def merge(
 
     Raise SpecError, MismatchError and NonFiniteError.
     """
-    _check(method, base, experts, ids)
+    _check(method, base, experts, ids, statistics or {})
     if not all(rule.plain for rule in select):
         raise SpecError("select: rules with a method, values or whom to copy from are for recipes (`mergeloom merge`)")
     threads = torch.get_num_threads()
@@ -106,6 +106,7 @@ def _check(
     base: Mapping[str, Tensor] | None,
     experts: Sequence[Mapping[str, Tensor]],
     ids: Sequence[str] | None,
+    statistics: Mapping[str, Sequence[Mapping[str, Tensor]]],
 ) -> None:
     if not experts:
         raise SpecError("no experts given: a merge needs at least one")
@@ -122,6 +123,12 @@ def _check(
         raise SpecError(f"ids: give one distinct id for each of the {len(experts)} experts")
     if ids is None and method.needs_ids:
         raise SpecError("a random drop depends on who the experts are: give `ids`, one string per expert")
+    taken = [name for name, statistic in method.statistics().items() if statistic.takes_data]
+    for name, results in statistics.items():
+        if name not in taken:
+            raise SpecError(f"statistics: method '{method.name}' takes no '{name}'; {nearest(name, taken)}")
+        if len(results) != len(experts):
+            raise SpecError(f"statistics: '{name}' has {len(results)} result(s) for {len(experts)} experts")
 
 
 def find_statistics(
