@@ -137,11 +137,11 @@ def network(shape: str, rows: int, ids: Mapping[str, int], image: int) -> Any:
     return transformers.LlavaForConditionalGeneration(config)
 
 
-def rewritten(model: Made, file: str, **changes: Any) -> Made:
+def rewritten(written: Made, file: str, **changes: Any) -> Made:
     """The same checkpoint with other values in a JSON file."""
-    path = model.folder / file
+    path = written.folder / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    return model
+    return written
 
 
 def rows_by_token(
