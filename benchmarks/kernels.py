@@ -46,7 +46,6 @@ from mergecore.engine.windows import window_of
 from mergecore.events import silent
 from mergecore.plugins.block import Beside, Block, Per
 from mergecore.plugins.method import Method
-from mergecore.plugins.statistic import DataStatistic
 from mergecore.recipes.in_memory import find_statistics
 from mergecore.registry import METHODS, method_from
 from mergecore.tensors.memory import MemoryTensors
@@ -142,7 +141,7 @@ def case_of(
 
 def given_data(method: Method, count: int, experts: int, device: str) -> dict[str, list[dict[str, Tensor]]]:
     """For what takes data some positive numbers, another array for each expert, where the models will be."""
-    needed = [name for name, statistic in method.statistics().items() if isinstance(statistic, DataStatistic)]
+    needed = [name for name, statistic in method.statistics().items() if statistic.takes_data]
     generator = torch.Generator().manual_seed(1)
     return {
         name: [{NAME: torch.rand(count, generator=generator).to(device)} for _ in range(experts)] for name in needed

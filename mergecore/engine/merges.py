@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from mergecore.engine.pass_plan import MergeJob, PassPlan
 from mergecore.engine.windows import Reading, Space, cut, space
 from mergecore.identity.content import BlockDigests
 from mergecore.plugins.block import Per
-from mergecore.plugins.method import Method
 from mergecore.tensors.finite import TAME, check_finite
 from mergecore.tensors.torch_dtypes import DTYPES
 
@@ -177,8 +176,8 @@ def _stage(device: str) -> Stage:
 
 def _loop_of(loops: Loops, job: MergeJob, reading: Reading) -> BoundFunction:
     """The method's loop with its arguments for the reading."""
-    method, dtype = job.method, DTYPES[job.outputs[reading.name].dtype]
-    assert isinstance(method, Method)  # a link sees whole tensors
+    # Links see whole tensors: what is merged element by element is a method.
+    method, dtype = cast("Method[Any]", job.method), DTYPES[job.outputs[reading.name].dtype]
     fused = loops.fused(("merge", job.key, dtype), method.merge_models, method.on, dtype, method.needs_base)
     return fused.bind(method.arguments(reading.without_values(job.experts), job.statistics))
 

@@ -15,7 +15,6 @@ from mergecore.errors import PluginError, SpecError, nearest
 from mergecore.plugins.adapter_method import AdapterMethod
 from mergecore.plugins.method import Method
 from mergecore.plugins.shelf import Shelf
-from mergecore.plugins.statistic import DataStatistic
 from mergecore.registry import EVALUATORS, METHODS, PRODUCTS, SEARCHES, STATISTICS
 
 Model = dict[str, Tensor]
@@ -83,7 +82,7 @@ def accepted(method: Method, at_most: int = 3) -> int:
 
 def data_statistics(method: Method, experts: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Model]] | None:
     """Return numbers between 0 and 1 in place of what the method works out with data; None where it needs no data."""
-    names = [name for name, statistic in method.statistics().items() if isinstance(statistic, DataStatistic)]
+    names = [name for name, statistic in method.statistics().items() if statistic.takes_data]
     numbers = [{name: (value.float() * 3).sin() ** 2 for name, value in expert.items()} for expert in experts]
     return dict.fromkeys(names, numbers) or None
 

@@ -58,7 +58,7 @@ class Colour(StrEnum):
         (1j, r"\$ is a complex"),
         ((item for item in ()), r"\$ is a generator"),
     ],
-    ids=str,
+    ids=lambda part: part if isinstance(part, str) else type(part).__name__,
 )
 def test_what_has_no_canonical_form_is_refused(value: Any, place: str) -> None:
     with pytest.raises(IdentityError, match=place):
