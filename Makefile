@@ -22,6 +22,8 @@ UV := $(shell command -v uv 2>/dev/null)
 # A folder of wheels that pip is configured to look into holds for uv as well.
 LINKS := $(or $(UV_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 EXTRAS := examples,search,dev,docs
+# The tests run in so many processes, each with whole files: servers and trained models are made once a process.
+PROCESSES ?= 2
 SPEC ?= examples/demo.yaml
 STORE ?= .mergeloom
 # Where `make serve` answers: the address it has left in the store. Settings are per process, nobody's profile is touched.
@@ -72,7 +74,7 @@ worker: setup
 	$(PREFECT) worker start --pool local --type process --limit 2
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from mergecore.engine.pass_plan import MergeJob, PassPlan
 from mergecore.engine.windows import Reading, Space, cut, space
 from mergecore.identity.content import BlockDigests
 from mergecore.plugins.block import Per
+from mergecore.plugins.method import Method
 from mergecore.tensors.finite import TAME, check_finite
 from mergecore.tensors.torch_dtypes import DTYPES
 
