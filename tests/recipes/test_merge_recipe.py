@@ -191,9 +191,9 @@ def test_shards_and_their_index(models: tuple[Path, list[Path]], tmp_path: Path)
     )
     assert parts.digest == whole.digest
     index = json.loads((tmp_path / "parts/model.safetensors.index.json").read_text())
-    whole = weights(tmp_path / "whole")
-    assert index["weight_map"].keys() == whole.keys()
-    assert index["metadata"]["total_size"] == sum(value.nbytes for value in whole.values())
+    values = weights(tmp_path / "whole")
+    assert index["weight_map"].keys() == values.keys()
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in values.values())
     files = sorted(path.name for path in (tmp_path / "parts").glob("*.safetensors"))
     assert len(files) > 3
     assert files == [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
@@ -202,7 +202,7 @@ def test_shards_and_their_index(models: tuple[Path, list[Path]], tmp_path: Path)
         with safe_open(tmp_path / "parts" / file, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
             assert {n for n, place in index["weight_map"].items() if place == file} == set(opened.keys())
-            assert all(torch.equal(opened.get_tensor(name), whole[name]) for name in opened.keys())
+            assert all(torch.equal(opened.get_tensor(name), values[name]) for name in opened.keys())
         big = (tmp_path / "parts" / file).stat().st_size > 102_000
         with safe_open(tmp_path / "parts" / file, "pt") as opened:
             assert not big or len(list(opened.keys())) == 1

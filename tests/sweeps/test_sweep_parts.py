@@ -74,8 +74,8 @@ def test_every_combination_is_a_cell_named_by_what_its_grids_came_to(swept: Swep
 
 def test_its_models_are_those_of_a_direct_computation(tier: DigitsTier, swept: Swept) -> None:
     base, first, second = (load_file(f / "model.safetensors") for f in (tier.base, *(tier.experts[n] for n in PAIR)))
-    for scale, (first, other) in ((0.25, (1, 3)), (0.5, (3, 1))):
-        merged = weights(swept, f"swapped(select.1.scale={scale}, select.2.weights={[first, other]}) n2 s0")
+    for scale, shares in ((0.25, [1, 3]), (0.5, [3, 1])):
+        merged = weights(swept, f"swapped(select.1.scale={scale}, select.2.weights={shares}) n2 s0")
         assert merged.keys() == base.keys()
         for name, value in merged.items():
             if name.startswith(("0.", "1.")):
@@ -84,7 +84,7 @@ def test_its_models_are_those_of_a_direct_computation(tier: DigitsTier, swept: S
                 wanted = base[name] + scale * ((first[name] - base[name]) + (second[name] - base[name]))
                 torch.testing.assert_close(value, wanted if value.is_floating_point() else base[name])
             elif value.is_floating_point():
-                torch.testing.assert_close(value, (first * first[name] + other * second[name]) / 4)
+                torch.testing.assert_close(value, (shares[0] * first[name] + shares[1] * second[name]) / 4)
 
 
 def test_validation_chooses_one_combination(swept: Swept) -> None:
