@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from mergecore.arithmetic.trims import folded_sum
-from mergecore.plugins.block import Block
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import DeltaMethod
-from mergecore.plugins.per_expert import check_each, each, moved
-from mergecore.plugins.statistic import Statistic, Statistics
-from mergecore.statistics.multi_task import (
-    MaskScale,
-    MultiTask,
-    MultiTaskArguments,
-    MultiTaskRule,
-    TrimDensity,
-    multi_task_vector,
-    task_masks,
-)
+from mergecore.statistics.multi_task import MultiTaskArguments, MultiTaskMethod, multi_task_vector
 
 
-class Consensus(DeltaMethod[MultiTaskArguments]):
+class Consensus(MultiTaskMethod):
     """θ_0 + α · [Σ_t M_t ≥ k] ⊙ τ_m with TALL masks M_t = |τ_t| > λ_t |τ_m − τ_t|, worked out where they are needed.
 
     With k = 2 what no task wants (catastrophic) and what one alone wants (selfish) goes, with k = 1 the former; k = 0
@@ -43,9 +31,6 @@ class Consensus(DeltaMethod[MultiTaskArguments]):
         "`multi_task: ties_published` its Consensus TIES",
     )
 
-    mask_scale: MaskScale = 0.4
-    multi_task: MultiTask = "sum"
-    density: TrimDensity = None
     scale: Annotated[float, Field(description="α, the factor of the masked multi-task vector")]
     minimum_tasks: Annotated[int, Field(ge=0, description="k, how many masks must hold a coordinate")] = 2
 
@@ -63,35 +48,8 @@ class Consensus(DeltaMethod[MultiTaskArguments]):
             ],
         )
 
-    @model_validator(mode="after")
-    def _only_ties_trims(self) -> Consensus:
-        self.rule.check()
-        return self
-
-    @property
-    def rule(self) -> MultiTaskRule:
-        """How the multi-task vector is formed."""
-        return MultiTaskRule(self.multi_task, self.density)
-
-    @property
-    def idempotent(self) -> bool:
-        return False
-
-    def statistics(self) -> Mapping[str, Statistic]:
-        return self.rule.statistics()
-
-    def validate_count(self, count: int) -> None:
-        check_each("mask_scale", self.mask_scale, count)
-
-    def bound(self, order: Sequence[int]) -> Consensus:
-        return self.model_copy(update={"mask_scale": moved(self.mask_scale, order)})
-
-    def arguments(self, block: Block, statistics: Statistics) -> MultiTaskArguments:
-        return self.rule.arguments(block, statistics)
-
     def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: MultiTaskArguments) -> Tensor:
         """Return θ_0 + α τ_m where at least k masks agree, θ_0 elsewhere."""
         together = multi_task_vector(deltas, arguments)
-        scales = each(self.mask_scale, len(deltas))
-        masks = [torch.where(mask, 1.0, 0.0) for mask in task_masks(deltas, together, scales)]
+        masks = [torch.where(mask, 1.0, 0.0) for mask in self.masks(deltas, together)]
         return base + torch.where(folded_sum(masks) >= self.minimum_tasks, together, 0.0) * self.scale

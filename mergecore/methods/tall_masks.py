@@ -6,29 +6,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from mergecore.plugins.block import Block, Per
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import DeltaMethod
-from mergecore.plugins.per_expert import check_each, each, moved
-from mergecore.plugins.statistic import Statistic, Statistics
-from mergecore.statistics.multi_task import (
-    MaskScale,
-    MultiTask,
-    MultiTaskArguments,
-    MultiTaskRule,
-    TrimDensity,
-    multi_task_vector,
-    task_masks,
-)
+from mergecore.plugins.statistic import Statistics
+from mergecore.statistics.multi_task import MultiTaskArguments, MultiTaskMethod, multi_task_vector
 from mergecore.tensors.dtypes import SAFETENSORS_DTYPE, Dtype
 from mergecore.tensors.masked import mask_block, mask_outputs
 from mergecore.tensors.source import TensorInfo
 
 
-class TallMasks(DeltaMethod[MultiTaskArguments]):
+class TallMasks(MultiTaskMethod):
     """Keeps of every expert one bit a weight: M_t = |τ_t| > λ_t |τ_m − τ_t|; the model of task t is θ_0 + M_t ⊙ τ_m.
 
     What is written is no model but a product of masks (mergecore/tensors/masked.py): base, shared vector and bits, from
@@ -46,9 +36,6 @@ class TallMasks(DeltaMethod[MultiTaskArguments]):
         "`multi_task: ties_published` their TIES masks",
     )
 
-    mask_scale: MaskScale = 0.4
-    multi_task: MultiTask = "sum"
-    density: TrimDensity = None
     vector: Annotated[Dtype, Field(description="dtype in which the shared vector is kept")] = "float32"
 
     @classmethod
@@ -59,32 +46,6 @@ class TallMasks(DeltaMethod[MultiTaskArguments]):
                 {"mask_scale": [0.2, 0.6, 0.4], "multi_task": "ties_published", "density": 0.4, "vector": "bfloat16"}
             ],
         )
-
-    @model_validator(mode="after")
-    def _only_ties_trims(self) -> TallMasks:
-        self.rule.check()
-        return self
-
-    @property
-    def rule(self) -> MultiTaskRule:
-        """How the multi-task vector is formed."""
-        return MultiTaskRule(self.multi_task, self.density)
-
-    @property
-    def idempotent(self) -> bool:
-        return False
-
-    def statistics(self) -> Mapping[str, Statistic]:
-        return self.rule.statistics()
-
-    def validate_count(self, count: int) -> None:
-        check_each("mask_scale", self.mask_scale, count)
-
-    def bound(self, order: Sequence[int]) -> TallMasks:
-        return self.model_copy(update={"mask_scale": moved(self.mask_scale, order)})
-
-    def arguments(self, block: Block, statistics: Statistics) -> MultiTaskArguments:
-        return self.rule.arguments(block, statistics)
 
     def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
         """Return base, shared vector and masks."""
@@ -98,5 +59,4 @@ class TallMasks(DeltaMethod[MultiTaskArguments]):
         """Return base, shared vector and masks of one tensor."""
         base, *deltas = block.models
         shared = self.merge(base, deltas, self.arguments(block, statistics))
-        masks = task_masks(deltas, shared, each(self.mask_scale, len(deltas)))
-        return mask_block(block.name, base, shared, masks, None)
+        return mask_block(block.name, base, shared, self.masks(deltas, shared), None)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mergecore.arithmetic.trims import agreeing, elected_sign, folded_sum
 from mergecore.plugins.block import Block
+from mergecore.plugins.method import DeltaMethod
+from mergecore.plugins.per_expert import check_each, each, moved
 from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.sign_majority import SignMajority
 from mergecore.statistics.threshold import Threshold, Trims, trimmed_deltas, trims
@@ -46,38 +48,57 @@ class MultiTaskArguments:
     zero: float | None = None
 
 
-@dataclass(frozen=True)
-class MultiTaskRule:
-    """How τ_m is formed: see `MultiTask` and `TrimDensity`."""
+class MultiTaskMethod(DeltaMethod[MultiTaskArguments]):
+    """A method that forms τ_m of all experts and asks of each task which coordinates of it the task wants."""
 
-    kind: Literal["sum", "ties", "ties_published"]
-    density: float | None
+    mask_scale: MaskScale = 0.4
+    multi_task: MultiTask = "sum"
+    density: TrimDensity = None
 
-    def check(self) -> None:
-        """Raise ValueError where a density is set that nothing uses."""
-        if self.kind == "sum" and self.density is not None:
+    @model_validator(mode="after")
+    def _only_ties_trims(self) -> Self:
+        if self.multi_task == "sum" and self.density is not None:
             raise ValueError("density is what 'ties' keeps: leave it out with multi_task 'sum'")
+        return self
+
+    @property
+    def idempotent(self) -> bool:
+        return False
 
     @property
     def threshold(self) -> Threshold:
-        """The trim as a statistic."""
+        """The trim of TIES as a statistic."""
         kept = DENSITY if self.density is None else self.density
-        return Threshold(density=kept, count="published" if self.kind == "ties_published" else "at_least")
+        return Threshold(density=kept, count="published" if self.multi_task == "ties_published" else "at_least")
 
-    def statistics(self) -> dict[str, Statistic]:
+    def statistics(self) -> Mapping[str, Statistic]:
         """Return nothing for the sum; for TIES each expert's threshold, and the majority sign where it decides."""
-        if self.kind == "sum":
+        if self.multi_task == "sum":
             return {}
-        majority = {"majority": SignMajority(threshold=self.threshold)} if self.kind == "ties_published" else {}
+        majority = {"majority": SignMajority(threshold=self.threshold)} if self.multi_task == "ties_published" else {}
         return {"threshold": self.threshold, **majority}
+
+    def validate_count(self, count: int) -> None:
+        check_each("mask_scale", self.mask_scale, count)
+
+    def bound(self, order: Sequence[int]) -> Self:
+        return self.model_copy(update={"mask_scale": moved(self.mask_scale, order)})
 
     def arguments(self, block: Block, statistics: Statistics) -> MultiTaskArguments:
         """Return what `multi_task_vector` needs for a block."""
-        if self.kind == "sum":
+        if self.multi_task == "sum":
             return MultiTaskArguments()
         # A majority of 0 leaves the sign at 0, and the authors' selector then takes the negatives (specs §4d).
         zero = float(statistics["majority"][0].numbers["sign"]) or -1.0 if "majority" in statistics else None
         return MultiTaskArguments(trims(self.threshold, block, statistics), zero)
+
+    def masks(self, deltas: Sequence[Tensor], together: Tensor) -> list[Tensor]:
+        """Return for each task M_t = |τ_t| > λ_t |τ_m − τ_t|, true where the task wants τ_m (`together`).
+
+        The comparison is strict, as in the authors' code: what nobody changes is in no mask.
+        """
+        scales = each(self.mask_scale, len(deltas))
+        return [delta.abs() > (together - delta).abs() * scale for delta, scale in zip(deltas, scales, strict=True)]
 
 
 def multi_task_vector(deltas: Sequence[Tensor], arguments: MultiTaskArguments) -> Tensor:
@@ -86,8 +107,3 @@ def multi_task_vector(deltas: Sequence[Tensor], arguments: MultiTaskArguments) -
         return folded_sum(deltas)
     trimmed = trimmed_deltas(deltas, arguments.trims)
     return folded_sum(agreeing(trimmed, elected_sign(trimmed, arguments.zero)))
-
-
-def task_masks(deltas: Sequence[Tensor], together: Tensor, scales: Sequence[float]) -> list[Tensor]:
-    """Return M_t = |τ_t| > λ_t |τ_m − τ_t|, strictly as in the authors' code: what nobody changes is in no mask."""
-    return [delta.abs() > (together - delta).abs() * scale for delta, scale in zip(deltas, scales, strict=True)]
