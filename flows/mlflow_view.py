@@ -25,19 +25,18 @@ def projected(session: Session, summaries: Summaries, rebuild: bool = False) -> 
     The result has no addresses of pages where that server is gone afterwards. What could not be registered is in its
     remarks. Raises ServiceError where MLflow does not answer.
     """
-    from tasks.tracking import project as track
+    from tasks.tracking.project import project
 
-    write = track.rebuild if rebuild else track.project
     files = {path.name: path for path in session.results.glob("*") if path.suffix in (".png", ".md", ".parquet")}
     store, uri = session.store.root, session.settings.mlflow.value
     _shown_file(session).unlink(missing_ok=True)
     if uri:
-        result = write(summaries, uri, files, {}, store, session.settings.registry)
+        result = project(summaries, uri, files, {}, store, session.settings.registry, rebuild)
     else:
         from flows.services.servers import mlflow_server
 
         with mlflow_server(store) as address:
-            result = write(summaries, address, files, {}, store)
+            result = project(summaries, address, files, {}, store, rebuild=rebuild)
     if not result.unregistered:
         _shown_file(session).parent.mkdir(parents=True, exist_ok=True)
         write_json(_shown_file(session), {"sweep": _content_digest(summaries.sweep), "mlflow": _named(session)})

@@ -77,33 +77,22 @@ def project(
     links: Mapping[str, str],
     store: Path,
     registry_uri: str | None = None,
+    rebuild: bool = False,
 ) -> TrackResult:
     """Make MLflow show exactly this sweep; a run that shows the same already is left alone.
 
     tracking_uri: of a server or a database. artifacts: name → file put on the sweep's run (report, figures). links:
     title → address, for the note. store: the sweep's folder, with a lock per sweep that keeps two projections apart.
-    registry_uri: None for the registry of the same server or database. Raises ServiceError, soon, where MLflow does not
-    answer; the projection can be made at any later time.
+    registry_uri: None for the registry of the same server or database. rebuild: first delete every run of the sweep,
+    retired ones too (MLflow can restore them). Raises ServiceError, soon, where MLflow does not answer; the projection
+    can be made at any later time.
     """
     name = summaries.sweep.name
     with _locked(store / "locks", name), connected(tracking_uri, registry_uri) as client:
-        return _project(client, _experiment(client, name, store), summaries, artifacts, links)
-
-
-def rebuild(
-    summaries: Summaries,
-    tracking_uri: str,
-    artifacts: Mapping[str, Path],
-    links: Mapping[str, str],
-    store: Path,
-    registry_uri: str | None = None,
-) -> TrackResult:
-    """Delete every run of the sweep, retired ones too (MLflow can restore them), and `project` it anew."""
-    name = summaries.sweep.name
-    with _locked(store / "locks", name), connected(tracking_uri, registry_uri) as client:
         experiment = _experiment(client, name, store)
-        for run in runs.existing(client, experiment.experiment_id, name):
-            client.delete_run(run.info.run_id)
+        if rebuild:
+            for run in runs.existing(client, experiment.experiment_id, name):
+                client.delete_run(run.info.run_id)
         return _project(client, experiment, summaries, artifacts, links)
 
 

@@ -57,7 +57,7 @@ def test_the_model_is_registered_in_the_database_given(tmp_path: Path, elsewhere
 
     again = track.project(registered(), uri, {}, {}, tmp_path / "store")
     assert (again.version, again.written) == ("1", 0)
-    rebuilt = track.rebuild(registered(), uri, {}, {}, tmp_path / "store")
+    rebuilt = track.project(registered(), uri, {}, {}, tmp_path / "store", rebuild=True)
     assert (rebuilt.version, rebuilt.unchanged) == ("2", 0)
     assert not list(elsewhere.iterdir())
 

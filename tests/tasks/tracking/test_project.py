@@ -242,11 +242,11 @@ def test_rebuild_makes_all_of_it_again(client: MlflowClient, server: str, tmp_pa
     before = project(example_sweep.sweep([*cells, example_sweep.refused()], "rebuilds"), server, tmp_path)
     old = {run.info.run_id for run in client.search_runs([before.experiment_id], max_results=1000)}
     sweep = example_sweep.sweep(cells, "rebuilds", registration)
-    result = track.rebuild(Summaries(sweep), server, {}, {}, tmp_path)
+    result = track.project(Summaries(sweep), server, {}, {}, tmp_path, rebuild=True)
     new = {run.info.run_id for run in client.search_runs([result.experiment_id], max_results=1000)}
     assert result.unchanged == 0 and not old & new
     assert set(shown(client, result)) == {cell.name for cell in cells}
-    once_more = track.rebuild(Summaries(sweep), server, {}, {}, tmp_path)
+    once_more = track.project(Summaries(sweep), server, {}, {}, tmp_path, rebuild=True)
     champion = client.get_model_version_by_alias("rebuilt-model", "champion")
     assert str(champion.version) == once_more.version == "2", "a version whose run is gone is replaced"
 
