@@ -30,15 +30,15 @@ class Cell:
     id: str
     kind: Kind
     name: str
-    method: str
-    values: Mapping[str, Any]
-    count: int
-    subset: int
-    experts: tuple[str, ...]
     model: Step
-    merge: MergeWork | None
-    member: Member | None
-    tasks: tuple[str, ...]
+    method: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    count: int = 0
+    subset: int = -1
+    experts: tuple[str, ...] = ()
+    merge: MergeWork | None = None
+    member: Member | None = None
+    tasks: tuple[str, ...] = ()
     refused: str = ""
     loads: Mapping[str, str] = field(default_factory=dict)
     """Of a product: task → id of the expert whose model is loaded for it."""

@@ -41,9 +41,7 @@ def make_plan(spec: Spec, pool: Pool, root: Path) -> Plan:
         {category: tuple(tasks) for category, tasks in evaluate.held_out.items()},
         {expert.name: expert.tasks for expert in spec.experts},
     )
-    names = list(
-        dict.fromkeys(task for group in (suite.held_in, suite.held_out) for own in group.values() for task in own)
-    )
+    names = list(suite.tasks)
     if not names:
         raise SpecError("evaluate: no task stands in held_in or held_out; a sweep needs something to measure")
     asked = {"test": names, "validation": deciding(spec, names)}
@@ -128,29 +126,18 @@ class Planner:
 
     def cells(self) -> Iterator[Cell]:
         """Yield the baselines, then every merge by count, subset and method."""
-        everything = tuple(
-            dict.fromkeys(t for g in (self.suite.held_in, self.suite.held_out) for h in g.values() for t in h)
-        )
         base = snapshot_step(self.pool.base.as_stored)
-        deciding = self._deciding(everything)
         yield Cell(
             id=base.key[:16],
             kind="base",
             name="base",
-            method="",
-            values={},
-            count=0,
-            subset=-1,
-            experts=(),
             model=base,
-            merge=None,
-            member=None,
-            tasks=everything,
-            deciding=deciding,
+            tasks=self.suite.tasks,
+            deciding=self._deciding(self.suite.tasks),
         )
         for member in self.pool.members:
             own = member.tasks if member.name in self.pool.experts else None
-            tasks = everything if own is None else self._tasks_of([member.name])
+            tasks = self.suite.tasks if own is None else self._tasks_of([member.name])
             yield self._baseline(member, tasks)
         seen: set[str] = set()
         variants = self.spec.variants
@@ -200,10 +187,7 @@ class Planner:
             id=key[:16],
             kind=kind,
             name=member.name,
-            method="",
-            values={},
             count=len(experts),
-            subset=-1,
             experts=experts,
             model=step,
             merge=merge,
@@ -233,15 +217,11 @@ class Planner:
                             id=model.key[:16],
                             kind="merge",
                             name=planned.name,
+                            model=model,
                             method=entry.label,
-                            values={},
                             count=count,
                             subset=subset,
                             experts=chosen,
-                            model=model,
-                            merge=None,
-                            member=None,
-                            tasks=(),
                             refused=str(error),
                         )
                     )
@@ -293,14 +273,13 @@ class Planner:
             id=model.key[:16],
             kind="merge",
             name=name,
+            model=model,
             method=variant.label,
             values=dict(variant.values),
             count=count,
             subset=subset,
             experts=chosen,
-            model=model,
             merge=merge,
-            member=None,
             tasks=tasks,
             refused=refused,
             loads=loads,

@@ -21,6 +21,12 @@ class Suite:
     held_out: Mapping[str, tuple[str, ...]]
     trained_for: Mapping[str, tuple[str, ...]]
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """All tasks, held-in ones first, each once."""
+        sides = self.held_in, self.held_out
+        return tuple(dict.fromkeys(task for side in sides for tasks in side.values() for task in tasks))
+
 
 @dataclass(frozen=True)
 class CellScores:

@@ -14,7 +14,7 @@ from mergecore.errors import EvaluationError
 from mergecore.reporting.averages import MEASURES, CellMeans, SplitScores
 from mergecore.reporting.bootstrap import Draws
 from mergecore.reporting.curves import DIFFERENCES, Point, Sampled, json_text, points
-from mergecore.reporting.scores import CellScores, Suite, Sweep, Trajectory
+from mergecore.reporting.scores import CellScores, Sweep, Trajectory
 
 REFERENCE = "average"
 """The method every other one is compared with, at the same count and on the same subsets."""
@@ -151,12 +151,6 @@ def best(sweep: Sweep, *, chance: Mapping[str, float] = NO_CHANCE) -> tuple[str,
     )
 
 
-def _tasks(suite: Suite) -> tuple[str, ...]:
-    return tuple(
-        dict.fromkeys(task for side in (suite.held_in, suite.held_out) for tasks in side.values() for task in tasks)
-    )
-
-
 def _cell_rows(sweep: Sweep, scores: SplitScores, averages: Mapping[str, CellMeans]) -> pa.Table:
     cells = sweep.cells
     columns: dict[str, pa.Array] = {
@@ -181,7 +175,7 @@ def _cell_rows(sweep: Sweep, scores: SplitScores, averages: Mapping[str, CellMea
         values = [float(means[number, row]) if measured[row][number] else None for row in range(len(cells))]
         columns[measure] = pa.array(values, pa.float64(), from_pandas=False)
     columns["unreliable"] = pa.array([list(averages[cell.cell].unreliable) for cell in cells], pa.list_(pa.string()))
-    for task in _tasks(sweep.suite):
+    for task in sweep.suite.tasks:
         columns[f"score/{task}"] = pa.array(
             [scores.mean(cell.cell, task) for cell in cells], pa.float64(), from_pandas=False
         )
