@@ -99,12 +99,14 @@ class LmEval(Evaluator):
         data: dict[str, Any] = {"evaluated": file.digests(evaluated)}
         fewshot = file.fewshot_split(evaluated)
         count = file.count(evaluated)
+        task = None
         if data["evaluated"] is None or count is None:
             task = _load(file, split)
-            count = len(task.eval_docs)
-            data["evaluated"] = data["evaluated"] or [documents_digest(task.eval_docs)]
+            documents = task.eval_docs
+            count = len(documents)
+            data["evaluated"] = data["evaluated"] or [documents_digest(documents)]
         if examples:
-            data["examples"] = file.digests(fewshot) or [documents_digest(_load(file, split).fewshot_docs())]
+            data["examples"] = file.digests(fewshot) or [documents_digest((task or _load(file, split)).fewshot_docs())]
         identity = {
             "config": {**file.plain, "num_fewshot": examples},
             "data": data,

@@ -174,10 +174,9 @@ def training_items(task: Any, lm: Any, prompt: Prompt, items: int, seed: int) ->
     """
     if not task.has_training_docs():
         raise EvaluationError(f"task '{task.config.task}' has no training split to take items from")
-    drawn = sorted(
-        (digest([seed, document_text(document)]), item) for item, document in enumerate(task.training_docs())
-    )
-    documents = [(item, task.training_docs()[item]) for _, item in drawn[:items]]
+    training = task.training_docs()
+    drawn = sorted((digest([seed, document_text(document)]), item) for item, document in enumerate(training))
+    documents = [(item, training[item]) for _, item in drawn[:items]]
     with quiet():
         pairs = [_answer(task, item, document, prompt(task, document, 0)) for item, document in documents]
     sequences = [(tuple(context + answer), len(answer)) for _, context, answer in _answer_tokens(task, lm, pairs)]
