@@ -49,7 +49,7 @@ def conduct(session: Session, report: Report, *, in_process: bool, retry_failed:
 
 
 def _show(session: Session, ended: Ending) -> None:
-    """Show the sweep in MLflow, which is a view: without it the sweep stands, and can be projected later."""
+    """Show the sweep in MLflow. If that fails, the sweep is complete all the same, and can be shown later."""
     try:
         result = projected(session, ended.summaries)
     except ServiceError as error:

@@ -28,7 +28,7 @@ def run_pass(plan: PassPlan, executor: Executor, report: Report) -> PassOutcome:
     everything = plan.merges or any(not isinstance(state, Rescan | Result) for state in begun.values())
     reading = PassReading(plan, states, None if everything else wanted)
     numbers = _spans_read(reading)
-    # Merges begin where their statistics ended, and each reading turns round: of a pool that is larger than the page
+    # Merges begin where their statistics ended, and each reading goes the other way. If a pool is larger than the page
     # cache, the cache has what was read last.
     backwards = bool(plan.merges)
     workers = at_once(plan, executor.workers, plan.memory)
@@ -66,7 +66,7 @@ def _read(
 ) -> SpanOutcome:
     """Return the digests and states of all spans together. States are combined as they come: only one is kept of each.
 
-    Whole tensors differ in size a thousandfold, and everybody waits for what is begun last: the largest are begun
+    Whole tensors differ in size a thousandfold, and all workers wait for the last one. So the largest are begun
     first.
     """
     together = SpanOutcome()

@@ -11,8 +11,8 @@ from mergecore.planning.pool import snapshot_step
 
 
 def fetch(place: Place, snapshot: Snapshot) -> Done:
-    """Have a checkpoint's files at hand, and record what it is. Files that differ from those that lie there are the
-    record's.
+    """Fetch a checkpoint's files, and record what it is. Files that differ from the fetched ones are written into the
+    record's folder.
     """
     began, before = time.monotonic(), Done()
     if snapshot.as_stored is not snapshot:

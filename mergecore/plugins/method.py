@@ -63,8 +63,8 @@ class Method(Plugin, ABC, Generic[A]):
     @property
     @abstractmethod
     def on(self) -> On:
-        """What it sees of the experts: 'weights' θ_t, 'deltas' τ_t = θ_t − θ_0, or 'state': nothing, its statistics
-        know all of them that counts."""
+        """What it sees of the experts: 'weights' θ_t, 'deltas' τ_t = θ_t − θ_0, or 'state': nothing. Its statistics
+        hold everything that it needs of the experts."""
 
     @property
     def needs_base(self) -> bool:
@@ -116,7 +116,7 @@ class Method(Plugin, ABC, Generic[A]):
     def arguments(self, block: Block, statistics: Statistics) -> A:
         """Return what `merge` needs for this block besides the models. The block has no values.
 
-        Of an element-wise method the fields are numbers, `flat_index()` and `read_beside(…)`, also in lists, tuples and
+        For element-wise methods the fields are numbers, `flat_index()` and `read_beside(…)`, also in lists, tuples and
         dataclasses. Texts, bools and None may stand there too: they decide the form of the fused loop.
         """
         return cast(A, NoArguments())  # a method with a type of its own overrides this

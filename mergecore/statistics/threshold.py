@@ -84,7 +84,7 @@ class Group:
 
 @dataclass
 class ThresholdState:
-    """What is looked for in which groups. others: all other groups, pickled, for no span needs them.
+    """What is still looked for, and in which groups. others: the other groups, pickled because no span needs them.
 
     There are up to three readings: 'bin' counts what lies in a group's bin, 'equal' how many elements of each window
     are exactly at its threshold, 'cut' looks into the window of the last element that is kept.

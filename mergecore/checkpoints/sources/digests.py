@@ -41,7 +41,7 @@ class _Job:
 class DigestCache:
     """SHA-256 of files, remembered by (path, inode, size, mtime_ns) in a file of JSON lines. path None: in memory only.
 
-    Files stand in a queue. Whoever waits for a file hashes what is in the queue for a quarter of a second, two files at
+    Files wait in a queue. A thread that waits for a file hashes queued files for a quarter of a second, two files at
     a time where `library` can (sha256_lanes.py), and then takes the files with most left.
 
     Several processes may use one cache file: each entry is appended in one write under a lock, lines that cannot be
@@ -117,7 +117,7 @@ class DigestCache:
     def _next(self) -> _Job | None:
         """Return the next job, where this thread has fewer files than it can take.
 
-        The last of an odd number of files joins them: so three files end together, or a thread that comes later takes
+        The last of an odd number of files joins two others. Then three files end together, or a later thread takes
         one.
         """
         with self._lock:

@@ -261,7 +261,7 @@ class HubClient:
             }.get(status, "start again later, what has been fetched is kept")
             return SourceError(f"{self._endpoint} answered {status} for '{asked}': {advice}")
         if isinstance(error, errors.OfflineModeIsEnabled):
-            return SourceError(f"'{asked}' must be asked for and HF_HUB_OFFLINE is set; unset it, or run offline")
+            return SourceError(f"'{asked}' needs the hub, but HF_HUB_OFFLINE is set; unset it, or run offline")
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return CapacityError(f"the disk of {self.cache} is full: no room for '{asked}'; free some and start again")
         if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
