@@ -1,13 +1,14 @@
 """Linear algebra that per-tensor methods share: pure functions of tensors, in float64 on the CPU.
 
-Float64: deltas are some 1e-4 of the weights and formed in float32, so float32's rounding is the noise of the inputs.
-Ranks, angles between experts and polar factors of nearly parallel bases can only be decided well below it. On the CPU:
+Why float64: deltas are about 1e-4 of the weights and are formed in float32, so their float32 rounding is noise.
+Ranks, angles and polar factors of nearly parallel bases need arithmetic far more exact than that. Why the CPU:
 the engine uses one thread there, and a factorisation by two threads differs in its last bits from one by one thread.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -44,9 +45,7 @@ Matrix = tuple[int, int]
 
 def matrix_of(name: str, shape: Sequence[int], convolutions: Convolutions, excluded: Sequence[str]) -> Matrix | None:
     """Return the matrix that a tensor is; None for vectors, scalars, empty tensors, and what counts as a vector."""
-    count = 1
-    for size in shape:
-        count *= size
+    count = math.prod(shape)
     if len(shape) < 2 or count == 0 or (len(shape) > 2 and convolutions == "mean"):
         return None
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in excluded):

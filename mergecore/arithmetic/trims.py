@@ -108,6 +108,14 @@ def folded_sum(values: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def largest_magnitude(values: Sequence[Tensor]) -> Tensor:
+    """Return the largest |v_t| of every coordinate."""
+    largest = values[0].abs()
+    for value in values[1:]:
+        largest = torch.maximum(largest, value.abs())
+    return largest
+
+
 def divided(values: Tensor, by: float) -> Tensor:
     """Return values / by, correctly rounded. On a GPU torch multiplies with the reciprocal of a Python number."""
     return values / (values.new_full((), by) if isinstance(by, float | int) else by)

@@ -47,16 +47,14 @@ class Expert(ABC):
 
     id: str
     name: str
+    stored: TensorSource
+    """The expert's own file or files."""
     complete: ClassVar[bool]
     """True: what is read are weights, and the base is not needed to know them."""
 
     @abstractmethod
     def carries(self, name: str) -> bool:
         """Return whether the expert's own files change this tensor of the base."""
-
-    @abstractmethod
-    def sources(self) -> tuple[TensorSource, ...]:
-        """Return what is read."""
 
     @abstractmethod
     def block(self, name: str, start: int, stop: int) -> Tensor:
@@ -83,10 +81,6 @@ class FullExpert(Expert):
     def carries(self, name: str) -> bool:
         """Return whether the checkpoint has the tensor."""
         return name in self.stored.tensors
-
-    def sources(self) -> tuple[TensorSource, ...]:
-        """Return the checkpoint."""
-        return (self.stored,)
 
     def block(self, name: str, start: int, stop: int) -> Tensor:
         """Read the weights in their own dtype."""
@@ -125,10 +119,6 @@ class AdapterExpert(Expert):
     def carries(self, name: str) -> bool:
         """Return whether the adapter has factors for the tensor."""
         return name in self.factors
-
-    def sources(self) -> tuple[TensorSource, ...]:
-        """Return the adapter's own file."""
-        return (self.stored,)
 
     def block(self, name: str, start: int, stop: int) -> Tensor:
         """Return the delta in float32. It is formed over fixed groups of `ROWS` rows."""

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mergecore.checkpoints.layout import _is_buffer, _tied_pairs
-from mergecore.checkpoints.select import SelectRule, _few, left_out
+from mergecore.checkpoints.layout import is_buffer, tied_pairs
+from mergecore.checkpoints.select import SelectRule, few, left_out
 from mergecore.errors import MismatchError
 from mergecore.tensors.dtypes import MERGED
 from mergecore.tensors.source import TensorInfo
@@ -27,13 +27,13 @@ def check_fit(
 
     rules: what they drop need not fit. config: the base's; what it ties need not fit either.
     """
-    ignored = {name for _, name in _tied_pairs(config)}
+    ignored = {name for _, name in tied_pairs(config)}
     ignored |= {name for tensors in (base, expert) for name in tensors if left_out(name, rules)}
-    ignored |= {name for tensors in (base, expert) for name in tensors if _is_buffer(name, tensors[name])}
+    ignored |= {name for tensors in (base, expert) for name in tensors if is_buffer(name, tensors[name])}
     missing = sorted(set(base) - set(expert) - ignored)
     unknown = sorted(set(expert) - set(base) - ignored)
     if missing or unknown:
-        differences = [f"lacks {_few(missing)}"] * bool(missing) + [f"has {_few(unknown)}, unknown to the base"] * bool(
+        differences = [f"lacks {few(missing)}"] * bool(missing) + [f"has {few(unknown)}, unknown to the base"] * bool(
             unknown
         )
         hint = f"; {_without((missing + unknown)[0])}" if len(missing) + len(unknown) <= HEAD else ""

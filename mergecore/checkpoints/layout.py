@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergecore.checkpoints.architectures import ALWAYS_TIED, BUFFER, HEAD_APART, TIED
-from mergecore.checkpoints.select import LEFT_OUT, SelectRule, _take, check_rules, left_out
+from mergecore.checkpoints.select import LEFT_OUT, SelectRule, check_rules, left_out, take
 from mergecore.errors import SpecError
 from mergecore.tensors.dtypes import MERGED
 from mergecore.tensors.source import TensorInfo
@@ -44,7 +44,7 @@ def lay_out(
         if left_out(name, rules):
             dropped[name] = LEFT_OUT
             continue
-        is_merged = name in carried_names and is_weight(name, base[name]) and _take(name, rules) == "merge"
+        is_merged = name in carried_names and is_weight(name, base[name]) and take(name, rules) == "merge"
         (merged if is_merged else copied)[name] = base[name]
     check_rules(base, rules)
     if not merged:
@@ -57,17 +57,17 @@ def lay_out(
 
 def is_weight(name: str, info: TensorInfo) -> bool:
     """Return whether a tensor can be merged: it is floating-point, and no constant that is saved with the weights."""
-    return info.dtype in MERGED and not _is_buffer(name, info)
+    return info.dtype in MERGED and not is_buffer(name, info)
 
 
 def tied_names(base: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, str]:
     """Return {name: owner} of the names that stand for another tensor of the base, whether its files hold them
     or not.
     """
-    return {name: owner for owner, name in _tied_pairs(config) if owner in base}
+    return {name: owner for owner, name in tied_pairs(config) if owner in base}
 
 
-def _tied_pairs(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+def tied_pairs(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """Return (owner, name) of each pair that is one tensor in a model of this configuration.
 
     Without a configuration nothing is known to be tied.
@@ -78,7 +78,7 @@ def _tied_pairs(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple(pair for pair in TIED if tied or (config and pair[1] in ALWAYS_TIED))
 
 
-def _is_buffer(name: str, info: TensorInfo) -> bool:
+def is_buffer(name: str, info: TensorInfo) -> bool:
     """Return whether a tensor is a constant. GPT-2's attention mask is called attn.bias; a bias that is a parameter is
     1-D.
     """

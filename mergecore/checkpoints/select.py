@@ -92,13 +92,13 @@ def check_rules(base: Iterable[str], rules: Sequence[SelectRule]) -> None:
         if rule.take != "drop" and not any(rule.matches(name) for name in base):
             raise SpecError(
                 f"select: the rule {rule.model_dump(exclude_defaults=True)} matches no tensor of the base; its tensors "
-                f"are named like {_few(sorted(base))} (`mergeloom inspect` tells more of it)"
+                f"are named like {few(sorted(base))} (`mergeloom inspect` tells more of it)"
             )
 
 
 def left_out(name: str, rules: Sequence[SelectRule]) -> bool:
     """Return whether `select` drops the tensor, in the base or in an expert."""
-    return bool(rules) and _take(name, rules) == "drop"
+    return bool(rules) and take(name, rules) == "drop"
 
 
 def check_left_out(rules: Sequence[SelectRule], models: Sequence[Iterable[str]]) -> None:
@@ -108,16 +108,21 @@ def check_left_out(rules: Sequence[SelectRule], models: Sequence[Iterable[str]])
         if rule.take == "drop" and not any(rule.matches(name) for name in known):
             raise SpecError(
                 f"select: the rule {rule.model_dump(exclude_defaults=True)} drops no tensor of the base or of an "
-                f"expert; they are named like {_few(sorted(known))}"
+                f"expert; they are named like {few(sorted(known))}"
             )
 
 
-def _take(name: str, rules: Sequence[SelectRule]) -> str:
+def take(name: str, rules: Sequence[SelectRule]) -> str:
+    """Return what happens to a tensor: the `take` of the first rule that matches, 'copy' where none does.
+
+    Without rules every tensor is merged.
+    """
     if not rules:
         return "merge"
     return next((rule.take for rule in rules if rule.matches(name)), "copy")
 
 
-def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:3])
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def few(names: Sequence[str], count: int = 3) -> str:
+    """Return the first `count` names, quoted, and how many more there are."""
+    shown = ", ".join(f"'{name}'" for name in names[:count])
+    return shown + (f" and {len(names) - count} more" if len(names) > count else "")

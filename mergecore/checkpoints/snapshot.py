@@ -11,6 +11,7 @@ from typing import Any, final
 
 from mergecore.checkpoints.architectures import Layers, at_layers
 from mergecore.checkpoints.sources import Source
+from mergecore.checkpoints.sources.selection import ADAPTER_CONFIG
 from mergecore.errors import SourceError
 from mergecore.identity.keys import digest
 from mergecore.tensors.files import FileTensors, Location, parse_header
@@ -119,7 +120,7 @@ def read_snapshot(source: Source) -> Snapshot:
     Raises SourceError for files that are no safetensors, truncated or of a dtype nobody knows, naming the file.
     """
     weights = sorted(name for name in source.files if name.endswith(".safetensors"))
-    kind = "adapter" if "adapter_config.json" in source.files else "full"
+    kind = "adapter" if ADAPTER_CONFIG in source.files else "full"
     tensors: dict[str, TensorInfo] = {}
     locations: dict[str, Location] = {}
     for name in weights:
@@ -127,9 +128,9 @@ def read_snapshot(source: Source) -> Snapshot:
             if tensor in tensors:
                 raise SourceError(f"{source.uri}: tensor '{tensor}' stands in {locations[tensor][0]} and in {name}")
             tensors[tensor], locations[tensor] = info, (name, offset)
-    counted = weights + (["adapter_config.json"] if kind == "adapter" else [])
+    counted = weights + ([ADAPTER_CONFIG] if kind == "adapter" else [])
     rest = sorted(name for name in source.files if name not in counted and not name.endswith(".index.json"))
-    config_name = "adapter_config.json" if kind == "adapter" else "config.json"
+    config_name = ADAPTER_CONFIG if kind == "adapter" else "config.json"
     return Snapshot(
         source,
         kind,

@@ -102,10 +102,10 @@ def in_smaller_windows(work: Callable[[int], None], size: int, stage: Stage) -> 
         try:
             return work(size)
         except torch.OutOfMemoryError as error:
-            if stage.kept:
-                stage.release()
-                continue
+            kept = bool(stage.kept)
             stage.release()
+            if kept:
+                continue
             if size <= SMALLEST:
                 raise CapacityError(
                     f"{stage.device} has too little free memory for a window of {size:,} elements of every model "

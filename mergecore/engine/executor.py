@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Protocol, TypeVar
 
 
 class InProcess:
-    """Runs spans in threads of this process."""
+    """Runs items in this process: in threads, or one after another where there is one worker."""
 
     def __init__(self, workers: int = 1) -> None:
         self.workers = workers
@@ -16,14 +16,12 @@ class InProcess:
     def each(
         self, function: Any, shared: Any, items: Sequence[Any], at_once: int | None = None
     ) -> Iterator[tuple[int, Any]]:
-        """As `Executor.each`; in order with one worker."""
+        """Do what `Executor.each` does. One worker takes the items in order."""
         workers = min(self.workers, at_once or self.workers)
         if workers == 1 or len(items) == 1:
             for position, item in enumerate(items):
                 yield position, function(shared, item)
             return
-        from concurrent.futures import as_completed
-
         with ThreadPoolExecutor(workers) as pool:
             futures = {pool.submit(function, shared, item): position for position, item in enumerate(items)}
             try:

@@ -97,7 +97,7 @@ def _scanned(statistics: Sequence[Statistic], block: int, count: int) -> int:
 
 def pass_models(plan: PassPlan) -> Models:
     """Return the models that a planned pass reads."""
-    sources = [expert.sources()[0] if expert.complete else None for expert in plan.experts]
+    sources = [expert.stored if expert.complete else None for expert in plan.experts]
     return Models(
         plan.base.tensors,
         tuple(None if source is None else source.tensors for source in sources),

@@ -9,7 +9,6 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from mergecore.checkpoints.experts import FullExpert
 from mergecore.engine.kernels.run import Window
 from mergecore.engine.pass_plan import BlockGroup, PassPlan
 from mergecore.identity.content import GRID, bytes_of
@@ -82,7 +81,7 @@ class Readers:
         self.plan, self.window = plan, window
         self.pinned = plan.device.startswith("cuda")
         self.complete = tuple(expert.complete for expert in plan.experts)
-        sources = [expert.stored for expert in plan.experts if isinstance(expert, FullExpert)]
+        sources = [expert.stored for expert in plan.experts if expert.complete]
         self._ahead = [source for source in (plan.base, *sources) if isinstance(source, ReadsAhead)]
         self._lanes: dict[int, tuple[torch.dtype, Filler | None]] = {}
         self._name = ""
@@ -96,7 +95,7 @@ class Readers:
 
     def source(self, position: int) -> TensorSource:
         """Return the base (−1) or the checkpoint of an expert."""
-        return self.plan.base if position < 0 else self.plan.experts[position].sources()[0]
+        return self.plan.base if position < 0 else self.plan.experts[position].stored
 
     def lane(self, position: int, name: str) -> tuple[torch.dtype, Filler | None]:
         """Return the dtype of a tensor in the base (−1) or an expert's checkpoint, and its filler where it has one."""
@@ -118,8 +117,6 @@ class Reading:
         self.readers, self.name, self.start, self.stop = readers, name, start, stop
         self.plan = readers.plan
         self.shape = tuple(self.plan.base.tensors[name].shape)
-        self.reuse = True
-        """Whether values lie in memory of this thread that the next window overwrites."""
         self._low, self._high, self._slot = start, stop, 0
         self._raw: dict[int, Tensor] = {}
         self._wide: dict[tuple[str, int], Tensor] = {}
@@ -137,8 +134,7 @@ class Reading:
 
     def windows(self) -> Iterator[tuple[int, int]]:
         """Yield (start, stop) of every window, after it has become the window."""
-        for start in range(self.start, self.stop, self.readers.window):
-            stop = min(start + self.readers.window, self.stop)
+        for start, stop in cut(self.start, self.stop, self.readers.window):
             self.window(start, stop)
             yield start, stop
 
@@ -155,13 +151,12 @@ class Reading:
     def _read(self, position: int) -> Tensor:
         low, high = self._low, self._high
         dtype, filler = self.readers.lane(position, self.name)
-        memory = space((position, self._slot), high - low, dtype, self.readers.pinned) if self.reuse else None
-        if memory is not None and filler is not None:
+        memory = space((position, self._slot), high - low, dtype, self.readers.pinned)
+        if filler is not None:
             filler(memory.bytes, low * dtype.itemsize)
             values = memory.values
         else:
-            source = self.readers.source(position)
-            values = source.read(self.name, low, high, None if memory is None else memory.values)
+            values = self.readers.source(position).read(self.name, low, high, memory.values)
         self._raw[position] = values
         return values
 

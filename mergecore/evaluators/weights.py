@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from mergecore.checkpoints.select import few
 from mergecore.errors import MismatchError
 from mergecore.tensors.finite import check_finite
 from mergecore.tensors.source import TensorSource
@@ -36,11 +36,6 @@ def _places(module: nn.Module) -> list[_Place]:
     return [_Place(tuple(names[key]), tensors[key]) for key in tensors]
 
 
-def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:5])
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def mismatches(module: nn.Module, weights: TensorSource) -> list[str]:
     """What keeps `weights` from being this module's, one sentence a kind: missing, unexpected, of another shape."""
     places = _places(module)
@@ -49,9 +44,9 @@ def mismatches(module: nn.Module, weights: TensorSource) -> list[str]:
     unexpected = sorted(set(weights.tensors) - known)
     problems = []
     if missing:
-        problems.append(f"missing: {_few(missing)}")
+        problems.append(f"missing: {few(missing, 5)}")
     if unexpected:
-        problems.append(f"not part of the model: {_few(unexpected)}")
+        problems.append(f"not part of the model: {few(unexpected, 5)}")
     for place in places:
         for name in place.names:
             if name in weights.tensors and weights.tensors[name].shape != tuple(place.tensor.shape):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mergecore.checkpoints.snapshot import Snapshot
+from mergecore.checkpoints.sources.selection import ADAPTER_CONFIG
 from mergecore.tensors.dtypes import CONFIG_DTYPE
 
 
@@ -18,7 +19,7 @@ def write_companions(folder: Path, snapshot: Snapshot, at: Path, dtypes: Sequenc
     dtypes: safetensors names of the floating-point tensors that were written. Where there is one, the config names it.
     """
     for name in snapshot.source.files:
-        if name.endswith((".safetensors", ".safetensors.index.json")) or name == "adapter_config.json":
+        if name.endswith((".safetensors", ".safetensors.index.json")) or name == ADAPTER_CONFIG:
             continue
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)

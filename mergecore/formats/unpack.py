@@ -14,6 +14,7 @@ from mergecore.tensors.dtypes import CONFIG_DTYPE, MERGED
 from mergecore.tensors.finite import check_finite
 from mergecore.tensors.masked import MaskedModel
 from mergecore.tensors.sinks import ShardSink, plan_shards
+from mergecore.tensors.source import stored_as
 
 
 def unpack(
@@ -34,14 +35,13 @@ def unpack(
     """
     product = open_product(folder)
     model = product.load(task)
-    tensors = {name: info.stored_as(dtype) if dtype else info for name, info in model.tensors.items()}
-    model = MaskedModel(product.tensors, model.row, tensors)
+    model = MaskedModel(product.tensors, model.row, stored_as(model.tensors, dtype))
     with whole_directory(out, durable) as draft:
         digest = _write(model, draft, shard_size, report)
         for path in sorted(folder.iterdir()):
             if path.is_file() and path.name not in {*OWN, *product.record.files}:
                 shutil.copyfile(path, draft / path.name)
-        _set_dtype(draft / "config.json", {info.dtype for info in tensors.values() if info.dtype in MERGED})
+        _set_dtype(draft / "config.json", {info.dtype for info in model.tensors.values() if info.dtype in MERGED})
         (draft / "README.md").write_text(_card(product.record, task, digest))
     return digest
 

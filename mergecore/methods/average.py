@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import fsum
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.trims import Drawn, RandomDrop, divided, dropped, folded_sum, weighted
+from mergecore.arithmetic.trims import RandomDrop, divided, dropped, folded_sum, weighted
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block
 from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method, On
 from mergecore.plugins.per_expert import check_each, moved
 from mergecore.plugins.statistic import Statistic, Statistics
-from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
+from mergecore.statistics.dropped_norms import DropArguments, drawn_for, drop_statistics
 
 
-@dataclass(frozen=True)
-class AverageArguments:
-    """drawn: what the drop draws; None: there is none."""
-
-    drawn: Drawn | None
-
-
-class Average(Method[AverageArguments]):
+class Average(Method[DropArguments]):
     """The (weighted) mean of the experts' weights. The base is used only where a drop needs deltas.
 
     With aggregate 'sum' it is the weighted sum itself: one expert with weight 0.5 is that expert, halved.
@@ -97,10 +89,10 @@ class Average(Method[AverageArguments]):
         drop = self.drop and self.drop.bound(order)
         return self.model_copy(update={"weights": moved(self.weights, order), "drop": drop})
 
-    def arguments(self, block: Block, statistics: Statistics) -> AverageArguments:
-        return AverageArguments(drawn_for(self.drop, block, statistics))
+    def arguments(self, block: Block, statistics: Statistics) -> DropArguments:
+        return DropArguments(drawn_for(self.drop, block, statistics))
 
-    def merge_models(self, models: Sequence[Tensor], arguments: AverageArguments) -> Tensor:
+    def merge_models(self, models: Sequence[Tensor], arguments: DropArguments) -> Tensor:
         """Return the mean of the θ_t, or θ_0 plus the mean of the dropped τ_t."""
         if self.drop is None:
             return self.joined(models)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mergecore.arithmetic.linear_algebra import blocks
 from mergecore.arithmetic.order_statistics import largest
+from mergecore.arithmetic.trims import folded_sum
 from mergecore.plugins.block import Per
 from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import DeltaMethod, NoArguments
@@ -48,9 +49,7 @@ class Sce(DeltaMethod[NoArguments]):
         weights = _matrix_weights(deltas, kept)
         result = torch.empty(base.numel(), dtype=torch.float32, device=base.device)
         for part, (origin, *changes) in blocks([base, *deltas]):
-            total = changes[0]
-            for change in changes[1:]:
-                total = total + change
+            total = folded_sum(changes)
             sign = torch.where(total >= 0, 1.0, -1.0)
             above, below = torch.zeros_like(origin), torch.zeros_like(origin)
             for change, weight in zip(changes, weights, strict=True):
@@ -72,9 +71,9 @@ class Sce(DeltaMethod[NoArguments]):
         # Float64: equal float32 values then have a variance of exactly 0.
         variance = torch.empty(count, dtype=torch.float64, device=deltas[0].device)
         for part, changes in blocks(deltas):
-            mean = sum(changes[1:], changes[0]) / len(changes)
+            mean = folded_sum(changes) / len(changes)
             squares = [(change - mean) * (change - mean) for change in changes]
-            variance[part] = sum(squares[1:], squares[0]) / len(changes)
+            variance[part] = folded_sum(squares) / len(changes)
         differing = int((variance > 0).sum())
         if differing == 0:
             return everything

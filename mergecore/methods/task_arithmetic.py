@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.trims import Drawn, RandomDrop, divided, dropped, folded_sum, sum_of_weights, weighted
+from mergecore.arithmetic.trims import RandomDrop, divided, dropped, folded_sum, sum_of_weights, weighted
 from mergecore.plugins.block import Block
 from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import DeltaMethod
 from mergecore.plugins.per_expert import check_each, moved
 from mergecore.plugins.statistic import Statistic, Statistics
-from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
+from mergecore.statistics.dropped_norms import DropArguments, drawn_for, drop_statistics
 
 
-@dataclass(frozen=True)
-class TaskArithmeticArguments:
-    """drawn: what the drop draws; None: there is none."""
-
-    drawn: Drawn | None
-
-
-class TaskArithmetic(DeltaMethod[TaskArithmeticArguments]):
+class TaskArithmetic(DeltaMethod[DropArguments]):
     """The base plus the scaled sum of the task vectors; a negative scale forgets (negation).
 
     With weights it is any arithmetic: `[1, 1, −1]` on experts C, B, A is the analogy C + (B − A).
@@ -93,10 +85,10 @@ class TaskArithmetic(DeltaMethod[TaskArithmeticArguments]):
         drop = self.drop and self.drop.bound(order)
         return self.model_copy(update={"weights": moved(self.weights, order), "drop": drop})
 
-    def arguments(self, block: Block, statistics: Statistics) -> TaskArithmeticArguments:
-        return TaskArithmeticArguments(drawn_for(self.drop, block, statistics))
+    def arguments(self, block: Block, statistics: Statistics) -> DropArguments:
+        return DropArguments(drawn_for(self.drop, block, statistics))
 
-    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: TaskArithmeticArguments) -> Tensor:
+    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: DropArguments) -> Tensor:
         """Return θ_0 + λ Σ w_t τ_t, summed in the experts' order."""
         total = folded_sum(weighted(dropped(deltas, arguments.drawn), self.weights))
         if self.aggregate == "mean":

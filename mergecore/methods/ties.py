@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from mergecore.arithmetic.trims import (
     agreeing,
     elected_sign,
     folded_sum,
+    largest_magnitude,
     weighted,
     weighted_mean,
 )
@@ -27,7 +27,7 @@ from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import DeltaMethod
 from mergecore.plugins.per_expert import check_each, each, moved
 from mergecore.plugins.statistic import Statistic, Statistics
-from mergecore.statistics.sign_majority import SignMajority
+from mergecore.statistics.sign_majority import SignMajority, majority_sign
 from mergecore.statistics.threshold import Count, Threshold, Trims, trimmed_deltas, trims
 from mergecore.statistics.trimmed_norms import shares_of
 
@@ -191,8 +191,7 @@ class Ties(DeltaMethod[TiesArguments]):
 
     def _zero(self, statistics: Statistics) -> float | None:
         if self.by_majority:
-            # A majority of 0 leaves the sign at 0, and the authors' selector then takes the negatives (specs §4d).
-            return float(statistics["majority"][0].numbers["sign"]) or -1.0
+            return majority_sign(statistics)
         return 1.0 if self.zero_sign == "positive" else None
 
     def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: TiesArguments) -> Tensor:
@@ -203,8 +202,5 @@ class Ties(DeltaMethod[TiesArguments]):
 
     def _joined(self, deltas: Sequence[Tensor], sign: Tensor) -> Tensor:
         if self.aggregate == "max":
-            largest = deltas[0].abs()
-            for delta in deltas[1:]:
-                largest = torch.maximum(largest, delta.abs())
-            return largest * sign
+            return largest_magnitude(deltas) * sign
         return folded_sum(deltas) if self.aggregate == "sum" else weighted_mean(deltas, self.weights)

@@ -24,7 +24,7 @@ from mergecore.plugins.method import Method
 from mergecore.plugins.statistic import DataStatistic, Scope, Statistic
 from mergecore.registry import product_of
 from mergecore.tensors.dtypes import MERGED, SAFETENSORS_DTYPE
-from mergecore.tensors.source import TensorInfo
+from mergecore.tensors.source import TensorInfo, stored_as
 
 ENGINE = 1
 """Version of the arithmetic that all merges share (deltas in float32, one rounding); bumped when numbers change."""
@@ -116,11 +116,8 @@ class MergeBuilder:
             {"values": bound.parameters(), "dtype": self.dtype, "tensors": tensors, "engine": ENGINE},
             {"base": base or self.pool.base.weights, "experts": list(ids), "statistics": keys_of(inputs)},
         )
-        outputs = self._outputs({**bound.outputs(layout.merged, len(ids)), **layout.copied})
+        outputs = stored_as({**bound.outputs(layout.merged, len(ids)), **layout.copied}, self.dtype)
         return Way(step, bound, ids, layout, outputs, inputs, base)
-
-    def _outputs(self, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
-        return {name: info.stored_as(self.dtype or info.dtype) for name, info in tensors.items()}
 
     def _layout(self, ids: frozenset[str], select: tuple[SelectRule, ...]) -> Laid:
         """Return the layout of the tensors that these experts carry. Experts that carry the same tensors share a
@@ -130,7 +127,7 @@ class MergeBuilder:
             union = frozenset[str]().union(*(self.by_id[expert].carried() for expert in ids))
             if (select, union) not in self._layouts:
                 layout = lay_out(self.pool.base.tensors, self.pool.base.config, [union], select)
-                outputs = self._outputs({**layout.merged, **layout.copied})
+                outputs = stored_as({**layout.merged, **layout.copied}, self.dtype)
                 tensors = digest([sorted(layout.merged), sorted(layout.copied)])
                 self._layouts[select, union] = Laid(layout, outputs, tensors, bytes_of(outputs))
             self._laid[select, ids] = self._layouts[select, union]

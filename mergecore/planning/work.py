@@ -25,7 +25,7 @@ from mergecore.plugins.statistic import DataStatistic, Found, Statistic
 from mergecore.store.results import TENSORS
 from mergecore.tensors.files import open_file
 from mergecore.tensors.sinks import Shard, plan_shards
-from mergecore.tensors.source import TensorInfo
+from mergecore.tensors.source import TensorInfo, stored_as
 
 Results = Callable[[Step], Found]
 """Reads the result of a step."""
@@ -143,14 +143,14 @@ class Work(ABC):
             yield self
 
     def missing_inputs(self, at_hand: Callable[[Work], bool]) -> Iterator[Work]:
-        """Yield what must still be worked out before it, what others need first; some works may come twice."""
+        """Yield the missing works that this one needs, each after the works that it needs; a work may come twice."""
         for works in self.inputs.values():
             for work in works:
                 yield from work.missing(at_hand)
 
     @cached_property
     def needed(self) -> tuple[Work, ...]:
-        """Everything that must be known for it, each once, what others need first."""
+        """All works that this one needs, each once, and each after the works that it needs itself."""
         works = {
             needed.step.key: needed for group in self.inputs.values() for work in group for needed in work.with_inputs()
         }
@@ -303,9 +303,8 @@ class MergeWork(Work):
     @property
     def model(self) -> dict[str, TensorInfo]:
         """The tensors of a dense model of it, as they are given out; of masks, those of one task's model."""
-        dtype = self.step.parameters["dtype"]
         tensors = {**self.layout.merged, **self.layout.copied}
-        return {name: info.stored_as(dtype or info.dtype) for name, info in sorted(tensors.items())}
+        return stored_as(dict(sorted(tensors.items())), self.step.parameters["dtype"])
 
     def shards(self, size: int) -> list[Shard]:
         """Return the files of the model, each of `size` bytes at most."""

@@ -13,7 +13,7 @@ from mergecore.plugins.product import FinishedMerge, Product, Published
 from mergecore.products.adapter_files import write_config, write_copy
 from mergecore.store.results import link_or_copy
 from mergecore.tensors.files import open_file
-from mergecore.tensors.source import TensorInfo
+from mergecore.tensors.source import TensorInfo, stored_as
 
 WRITTEN_IN = "F32"
 """The dtype of adapters in the store."""
@@ -41,7 +41,7 @@ class Adapter(Product):
 
     def stored(self, tensors: Mapping[str, TensorInfo], dtype: str | None) -> Mapping[str, TensorInfo]:
         """Return the tensors of the base plus the adapter, in `dtype`, or each in its own."""
-        return {name: info.stored_as(dtype or info.dtype) for name, info in tensors.items()}
+        return stored_as(tensors, dtype)
 
     def publish(self, contents: FinishedMerge, folder: Path, dtype: str | None) -> Published:
         """Write the factors, and a configuration that names the base. Factors are linked where the dtype stays."""

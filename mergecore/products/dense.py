@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from mergecore.plugins.product import FinishedMerge, Product, Published
 from mergecore.store.results import link_or_copy
-from mergecore.tensors.source import TensorInfo
+from mergecore.tensors.source import TensorInfo, stored_as
 
 
 class DenseModel(Product):
@@ -19,7 +19,7 @@ class DenseModel(Product):
 
     def stored(self, tensors: Mapping[str, TensorInfo], dtype: str | None) -> Mapping[str, TensorInfo]:
         """Return the tensors in `dtype`, or each in its own."""
-        return {name: info.stored_as(dtype or info.dtype) for name, info in tensors.items()}
+        return stored_as(tensors, dtype)
 
     def publish(self, contents: FinishedMerge, folder: Path, dtype: str | None) -> Published:
         """Link the weights. They are in the dtype that was asked for already."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,6 @@ class ExpertSpec(SourceSpec):
     @classmethod
     def _from_text(cls, value: Any) -> Any:
         return {"source": value, "name": Path(value.partition("@")[0]).name} if isinstance(value, str) else value
-
-
-def names_of(items: Sequence[ExpertSpec]) -> tuple[str, ...]:
-    """The experts' names."""
-    return tuple(item.name for item in items)
 
 
 Resolver = Callable[[SourceSpec], Source]

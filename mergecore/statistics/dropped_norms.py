@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -42,6 +43,13 @@ class DroppedNorms(BlockSums):
 def _magnitudes(experts: Sequence[Tensor], drawn: Drawn) -> list[Tensor]:
     magnitude = experts[0].abs()
     return [magnitude, *dropped([magnitude], drawn)]
+
+
+@dataclass(frozen=True)
+class DropArguments:
+    """drawn: what the drop draws; None: there is none."""
+
+    drawn: Drawn | None
 
 
 def drawn_for(drop: RandomDrop | None, block: Block, statistics: Statistics) -> Drawn | None:

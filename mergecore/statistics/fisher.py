@@ -138,9 +138,10 @@ class DiagonalFisher(DataStatistic):
                 )
         missing = [name for name in selection if name not in tensors]
         zeros = {name: torch.zeros(selection[name].shape) for name in missing}
-        norms = {name: float(value.double().square().sum()) for name, value in (tensors | zeros).items()}
+        every = tensors | zeros
+        norms = {name: float(value.double().square().sum()) for name, value in every.items()}
         numbers = {"items": count, "positions": positions, "squared_norm": norms, "without_gradient": missing}
-        return Result(tensors={name: (tensors | zeros)[name] for name in selection}, numbers=numbers)
+        return Result(tensors={name: every[name] for name in selection}, numbers=numbers)
 
 
 def _at(scores: Tensor, labels: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from mergecore.plugins.block import Block
 from mergecore.plugins.method import DeltaMethod
 from mergecore.plugins.per_expert import check_each, each, moved
 from mergecore.plugins.statistic import Statistic, Statistics
-from mergecore.statistics.sign_majority import SignMajority
+from mergecore.statistics.sign_majority import SignMajority, majority_sign
 from mergecore.statistics.threshold import Threshold, Trims, trimmed_deltas, trims
 
 DENSITY = 0.2
@@ -88,8 +88,7 @@ class MultiTaskMethod(DeltaMethod[MultiTaskArguments]):
         """Return what `multi_task_vector` needs for a block."""
         if self.multi_task == "sum":
             return MultiTaskArguments()
-        # A majority of 0 leaves the sign at 0, and the authors' selector then takes the negatives (specs §4d).
-        zero = float(statistics["majority"][0].numbers["sign"]) or -1.0 if "majority" in statistics else None
+        zero = majority_sign(statistics) if "majority" in statistics else None
         return MultiTaskArguments(trims(self.threshold, block, statistics), zero)
 
     def masks(self, deltas: Sequence[Tensor], together: Tensor) -> list[Tensor]:

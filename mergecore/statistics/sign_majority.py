@@ -55,3 +55,11 @@ class SignMajority(Statistic):
 
 def _elected(experts: Sequence[Tensor], trims: Trims, elect: Elect, shares: Sequence[float] | None) -> list[Tensor]:
     return [elected_sign(trimmed_deltas(experts, trims), None, elect, shares)]
+
+
+def majority_sign(statistics: Statistics) -> float:
+    """Return the sign of coordinates whose trimmed values cancel exactly, from the result "majority".
+
+    A majority of 0 leaves the sign at 0. The authors' selector then takes the negatives (specs §4d).
+    """
+    return float(statistics["majority"][0].numbers["sign"]) or -1.0

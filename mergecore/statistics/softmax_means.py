@@ -18,6 +18,7 @@ from mergecore.arithmetic.transcendental import exponential
 from mergecore.arithmetic.trims import divided
 from mergecore.plugins.block import Block
 from mergecore.plugins.statistic import Blocks, Look, Rescan, Result, Scope, Statistic, Statistics
+from mergecore.statistics.block_sums import folded
 from mergecore.tensors.source import TensorInfo
 
 PIECE = 1 << 16
@@ -91,9 +92,7 @@ class SoftmaxMeans(Statistic):
         if not state.ready and state.extremes:
             return Rescan(SoftmaxState(state.extremes, ready=True))
         total = sum(info.count for info in selection.values())
-        sums = [0.0] * (len(state.sums[0][2]) if state.sums else 0)
-        for _, _, of_block in sorted(state.sums):
-            sums = [total_so_far + value for total_so_far, value in zip(sums, of_block, strict=True)]
+        sums = folded(state.sums, lambda name: "").get("", [])
         means, split = [value / total for value in sums], len(state.extremes)
         low, high = [low for low, _ in state.extremes], [high for _, high in state.extremes]
         return Result({}, {"low": low, "high": high, "inter": means[:split], "intra": means[split:]})

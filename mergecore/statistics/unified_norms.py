@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.trims import agreeing, elected_sign
+from mergecore.arithmetic.trims import agreeing, elected_sign, largest_magnitude
 from mergecore.plugins.block import Block
 from mergecore.plugins.statistic import Result, Scope, Statistics, Sums
 from mergecore.statistics.block_sums import BlockSums, State, folded
@@ -57,10 +57,7 @@ def unified(deltas: Sequence[Tensor], zero_sign: str) -> tuple[Tensor, list[Tens
     """Return the largest |τ_t| of those with the sign of Σ τ_t, with that sign; and per task where it has that sign."""
     sign = elected_sign(deltas, -1.0 if zero_sign == "negative" else None)
     alike = agreeing(deltas, sign)
-    largest = alike[0].abs()
-    for delta in alike[1:]:
-        largest = torch.maximum(largest, delta.abs())
-    return largest * sign, [delta != 0 for delta in alike]
+    return largest_magnitude(alike) * sign, [delta != 0 for delta in alike]
 
 
 def _shares(experts: Sequence[Tensor], zero_sign: str) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,6 @@ def commit_result(store: Store, draft: Draft, result: Result, provenance: Mappin
         for name, value in tensors.items()
     }
     store.commit(draft, model_digest(digests), result.numbers, provenance)
-
-
-def read_inputs(store: Store, inputs: Mapping[str, Sequence[Step]]) -> dict[str, list[Found]]:
-    """Read the statistics that a method or statistic needs, by role."""
-    return {name: [read_statistic(store, step) for step in steps] for name, steps in inputs.items()}
 
 
 def read_statistic(store: Store, step: Step) -> Found:

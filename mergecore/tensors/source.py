@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 from torch import Tensor
@@ -21,10 +22,7 @@ class TensorInfo:
     @property
     def count(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return prod(self.shape)
 
     @property
     def size(self) -> int:
@@ -39,6 +37,11 @@ class TensorInfo:
     def stored_as(self, dtype: str) -> TensorInfo:
         """Return the tensor written in another dtype (safetensors' name). What is not merged keeps its own."""
         return TensorInfo(dtype, self.shape) if self.dtype in MERGED else self
+
+
+def stored_as(tensors: Mapping[str, TensorInfo], dtype: str | None) -> dict[str, TensorInfo]:
+    """Return the tensors written in `dtype` (safetensors' name), or each in its own where it is None."""
+    return {name: info.stored_as(dtype) if dtype else info for name, info in tensors.items()}
 
 
 class TensorSource(Protocol):

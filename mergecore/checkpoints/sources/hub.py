@@ -100,9 +100,14 @@ class HubSource(Source):
     def _listing(self, commit: str) -> Path:
         return self._client.folder / LIBRARY / f"{commit}.json"
 
+    @property
+    def _folder(self) -> Path:
+        """The commit's folder in the cache."""
+        return self._client.folder / "snapshots" / self._commit
+
     def _cached(self) -> dict[str, SourceFile]:
         """Return what the cache holds of the commit. The blob of a large file is named by its SHA-256."""
-        folder = self._client.folder / "snapshots" / self._commit
+        folder = self._folder
         if not folder.is_dir():
             raise not_cached(self.uri, self._client.cache)
         blobs = {name: (folder / name).resolve() for name in names_below(folder)}
@@ -122,7 +127,7 @@ class HubSource(Source):
 
     def _local(self, name: str) -> Path:
         """Return where the cache has a file, or would have it."""
-        return self._client.folder / "snapshots" / self._commit / name
+        return self._folder / name
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Read `length` bytes of a file from byte `start` on, from the cache or by range request.
@@ -166,7 +171,7 @@ class HubSource(Source):
                 path.resolve().unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
                 raise other_content(f"{self.uri}/{name}", sha256, file.sha256)
-        return self._client.folder / "snapshots" / self._commit
+        return self._folder
 
     def _check_room(self, total: int) -> None:
         """Raise CapacityError where `total` bytes, less what interrupted downloads have left, do not fit on the
