@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+from mergecore.errors import MergeloomError
 from mergecore.execution.outcome import Done
 from mergecore.execution.place import Place
-from mergecore.execution.scoring import ScoreTask, score_model
+from mergecore.execution.scoring import Scored, ScoreTask, score_model
 from mergecore.execution.spread import Job, spread
 from mergecore.formats.finished import finished_merge
 from mergecore.planning.cells import Scoring
 from mergecore.planning.work import MergeWork
 from mergecore.store.results import open_model
+from mergecore.store.store import State
 
 
 def run_scorings(place: Place, scorings: Sequence[Scoring]) -> Done:
@@ -19,7 +21,7 @@ def run_scorings(place: Place, scorings: Sequence[Scoring]) -> Done:
     tasks, names = [], []
     for scoring in scorings:
         merge = scoring.cell.merge
-        own = [_checkpoint(place, scoring)] if merge is None else list(_merged(place, scoring, merge))
+        own = [_checkpoint(place, scoring)] if merge is None else _merged(place, scoring, merge)
         tasks += own
         names += [scoring.cell.name] * len(own)
     return spread(place, Job(score_model, place.bench, "models scored"), tasks, names)
@@ -33,14 +35,26 @@ def _checkpoint(place: Place, scoring: Scoring) -> ScoreTask:
     return ScoreTask(snapshot.open(folder), folder, snapshot.companions, scoring.tasks)
 
 
-def _merged(place: Place, scoring: Scoring, merge: MergeWork) -> Iterator[ScoreTask]:
-    """Yield the scorings of a merge: one, or one for each expert whose model is loaded from the product."""
-    base, weights, loads = place.pool.base, open_model(place.store, merge.step), scoring.cell.loads
-    folder = place.folders[base.weights]
-    if not loads:
-        yield ScoreTask(weights, folder, base.companions, scoring.tasks)
-        return
-    contents = finished_merge(place.store, place.pool, merge)
-    for expert in dict.fromkeys(loads[identity.task] for _, identity, _ in scoring.tasks):
-        tasks = tuple(task for task in scoring.tasks if loads[task[1].task] == expert)
-        yield ScoreTask(merge.product.load(contents, weights, expert), folder, base.companions, tasks)
+def _merged(place: Place, scoring: Scoring, merge: MergeWork) -> list[ScoreTask]:
+    """Return the scorings of a merge: one, or one for each expert whose model is loaded from the product.
+
+    None where its bytes are gone: another run of the sweep has measured and dropped it since this round was planned.
+    """
+    base, loads = place.pool.base, scoring.cell.loads
+    folder, model = place.folders[base.weights], merge.step
+    try:
+        weights = open_model(place.store, model)
+        if not loads:
+            return [ScoreTask(weights, folder, base.companions, scoring.tasks, model)]
+        contents = finished_merge(place.store, place.pool, merge)
+        by_expert: dict[str, list[Scored]] = {}
+        for scored in scoring.tasks:
+            by_expert.setdefault(loads[scored[1].task], []).append(scored)
+        return [
+            ScoreTask(merge.product.load(contents, weights, expert), folder, base.companions, tuple(tasks), model)
+            for expert, tasks in by_expert.items()
+        ]
+    except (MergeloomError, OSError):
+        if place.store.state(model) is State.PRESENT:
+            raise
+        return []

@@ -21,8 +21,11 @@ from mergecore.identity.keys import Step
 from mergecore.planning.work import ModelWork
 from mergecore.plugins.evaluator import Evaluator, Resident, Split, TaskIdentity
 from mergecore.store.results import ITEMS, commit_result
-from mergecore.store.store import Store
+from mergecore.store.store import State, Store
 from mergecore.tensors.source import TensorSource
+
+Scored = tuple[Split, TaskIdentity, Step]
+"""What is measured: the split, the task, and the step that records its scores."""
 
 _RESIDENTS: dict[tuple[str, str], Resident] = {}
 _RESIDENT_LOCK = threading.Lock()
@@ -40,12 +43,13 @@ class Bench:
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """One model, and the tasks on which it is scored."""
+    """One model, and the tasks on which it is scored. model: the step that made it; None for a checkpoint."""
 
     weights: TensorSource
     companions: Path
     companions_digest: str
-    tasks: tuple[tuple[Split, TaskIdentity, Step], ...]
+    tasks: tuple[Scored, ...]
+    model: Step | None = None
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -89,6 +93,8 @@ def score_model(bench: Bench, task: ScoreTask) -> Done:
             shell = resident(bench, task.companions, task.companions_digest)
             shell.swap(task.weights)
         except RECORDED as error:
+            if task.model is not None and store.state(task.model) is not State.PRESENT:
+                return done  # another run of the sweep has measured and dropped it meanwhile
             return failed(store, task.steps, error)
         for _, identity, step in task.tasks:
             try:

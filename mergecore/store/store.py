@@ -203,16 +203,17 @@ class Store:
     def drop(self, step: Step) -> None:
         """Free the bytes of a done step and keep its record as a tombstone. Also free what a killed `drop` has left.
 
-        Nothing happens where the step is neither PRESENT nor DROPPED.
+        Nothing happens where the step is neither PRESENT nor DROPPED. Whoever makes it again waits until this is done.
         """
-        state, record = self.state(step), self.record(step)
-        if record is None or state not in (State.PRESENT, State.DROPPED):
-            return
-        folder = self.folder(step)
-        if state is State.PRESENT:
-            write_json(folder / RECORD, {**record.as_json(), "dropped": True})
-        for name in record.files:
-            (folder / name).unlink(missing_ok=True)
+        with self.lock(step.key):
+            state, record = self.state(step), self.record(step)
+            if record is None or state not in (State.PRESENT, State.DROPPED):
+                return
+            folder = self.folder(step)
+            if state is State.PRESENT:
+                write_json(folder / RECORD, {**record.as_json(), "dropped": True})
+            for name in record.files:
+                (folder / name).unlink(missing_ok=True)
 
     def remove(self, step: Step) -> None:
         """Forget the step altogether, its record included."""
@@ -324,8 +325,9 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write JSON so that a reader sees either the old file or the whole new one."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
-        with draft.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # what nobody holds was left by a killed process: `Store.clean` removes it
+        handle = _locked(draft)  # what nobody holds was left by a killed process: `Store.clean` removes it
+        assert handle is not None
+        with open(handle, "w") as file:  # noqa: PTH123 — an open handle, no path
             file.write(json.dumps(value, indent=1, sort_keys=True) + "\n")
             file.flush()
             draft.replace(path)

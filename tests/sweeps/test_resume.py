@@ -5,6 +5,7 @@ bytes.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save
 
+import mergecore.execution.evaluations
+import mergecore.sweeps.complete
 from mergecore.checkpoints.sources.hub import HubSource
 from mergecore.events import Event
+from mergecore.execution.outcome import Done
+from mergecore.execution.place import Place
+from mergecore.execution.scoring import Bench, ScoreTask
+from mergecore.planning.cells import Scoring
 from mergecore.store.store import Store
 from tests.digits import DigitsTier, digits_tier
 from tests.digits_sweep import EXPERTS, contents, digits_spec, leftovers, opened, stamps
@@ -149,6 +156,39 @@ def test_two_runs_of_one_sweep_at_once(tier: DigitsTier, tmp_path: Path, undistu
     assert contents(Store(tmp_path)) == undisturbed
     shutil.rmtree(tmp_path / "locks", ignore_errors=True)
     assert not leftovers(Store(tmp_path))
+
+
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is read"])
+def test_models_that_another_run_drops(
+    tier: DigitsTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Models are gone once, as where another run has measured and dropped them: no failure, and they are made again."""
+    gone: list[str] = []
+    if moment == "before it is opened":
+        original = mergecore.sweeps.complete.run_scorings
+
+        def scored(place: Place, scorings: Sequence[Scoring]) -> Done:
+            for scoring in scorings if not gone else ():
+                if scoring.cell.merge is not None:
+                    place.store.drop(scoring.cell.model)
+                    gone.append(scoring.cell.name)
+            return original(place, scorings)
+
+        monkeypatch.setattr(mergecore.sweeps.complete, "run_scorings", scored)
+    else:
+        score = mergecore.execution.evaluations.score_model
+
+        def score_late(bench: Bench, task: ScoreTask) -> Done:
+            if task.model is not None and not gone:
+                Store(bench.store).drop(task.model)
+                gone.append(task.model.name)
+            return score(bench, task)
+
+        monkeypatch.setattr(mergecore.execution.evaluations, "score_model", score_late)
+    swept = opened(spec(tier, tmp_path), room=2)
+    done = swept.run()
+    assert gone and not done.failures and swept.store.failures() == {}
+    assert not swept.frontier.round()
 
 
 def download(endpoint: str, cache: Path, fatal: int) -> None:
