@@ -7,6 +7,8 @@ import tempfile
 
 import pytest
 
+for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # `make test` runs this; a make that a test runs is not its sub-make
+    os.environ.pop(name, None)
 pytest.register_assert_rewrite("mergeloom.testing")
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="mergeloom-prefect-")
 atexit.register(shutil.rmtree, os.environ["PREFECT_HOME"], ignore_errors=True)

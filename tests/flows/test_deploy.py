@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from flows import deploy
 from flows.services.servers import servers
 from mergecore.errors import SpecError
-from tests.deployed import REPOSITORY, make
+from tests.deployed import REPOSITORY, answered, make
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -27,16 +25,7 @@ class Prefect:
         self.api, self.store = api, store
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
-        deadline = time.monotonic() + 120
-        while True:
-            answer = httpx.request(method, self.api + path, json=body, timeout=60)
-            if (
-                answer.status_code != 503 or time.monotonic() > deadline
-            ):  # its database is busy; Prefect's client waits too
-                break
-            time.sleep(1)
-        answer.raise_for_status()
-        return answer.json() if answer.content else None
+        return answered(method, self.api + path, body)
 
     def deployment(self, name: str) -> Any:
         return self.ask("GET", f"/deployments/name/{name}/{name}")
