@@ -104,7 +104,7 @@ class ParameterRow:
 def parameters(kind: type[BaseModel], prefix: str = "") -> Iterator[ParameterRow]:
     """Yield the parameters of a method, each followed by those inside it."""
     for field, info in kind.model_fields.items():
-        if prefix and field == "kind":
+        if prefix and (field == "kind" or not info.repr):  # what is there without being written
             continue
         yield ParameterRow(f"{prefix}{field}", _values(info), _default(info), info.description or "")
         inner = _inner(info.annotation)

@@ -178,8 +178,10 @@ def _stage(device: str) -> Stage:
 def _loop_of(loops: Loops, job: MergeJob, reading: Reading) -> BoundFunction:
     """The method's loop with its arguments for the reading."""
     # Links see whole tensors: what is merged element by element is a method.
-    method, dtype = cast("Method[Any]", job.method), DTYPES[job.outputs[reading.name].dtype]
-    fused = loops.fused(("merge", job.key, dtype), method.merge_models, method.on, dtype, method.needs_base)
+    whole, dtype = cast("Method[Any]", job.method), DTYPES[job.outputs[reading.name].dtype]
+    method = whole.of_tensor(reading.name)
+    own = () if method is whole else (str(method),)  # values of its own: one loop in the library, other numbers
+    fused = loops.fused(("merge", job.key, dtype, *own), method.merge_models, method.on, dtype, method.needs_base)
     return fused.bind(method.arguments(reading.without_values(job.experts), job.statistics))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from mergecore.arithmetic.order_statistics import largest
 from mergecore.arithmetic.trims import Shares, absolute_sum, joined, weighted
 from mergecore.plugins.block import Per
+from mergecore.plugins.by_layer import Scale
 from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import DeltaMethod, NoArguments
 from mergecore.plugins.per_expert import check_each, each, moved
@@ -39,7 +40,7 @@ class Breadcrumbs(DeltaMethod[NoArguments]):
     )
     per: ClassVar[Per] = Per.TENSOR
 
-    scale: Annotated[float, Field(description="α, the factor of the summed task vectors")]
+    scale: Annotated[Scale, Field(description="α, the factor of the summed task vectors")]
     density: Annotated[
         Shares, Field(description="β, the share that is kept, below the outliers; or one per expert")
     ] = 0.2

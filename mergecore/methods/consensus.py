@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.arithmetic.trims import folded_sum
+from mergecore.plugins.by_layer import Scale
 from mergecore.plugins.examples import Examples
 from mergecore.statistics.multi_task import MultiTaskArguments, MultiTaskMethod, multi_task_vector
 
@@ -31,7 +32,7 @@ class Consensus(MultiTaskMethod):
         "`multi_task: ties_published` its Consensus TIES",
     )
 
-    scale: Annotated[float, Field(description="α, the factor of the masked multi-task vector")]
+    scale: Annotated[Scale, Field(description="α, the factor of the masked multi-task vector")]
     minimum_tasks: Annotated[int, Field(ge=0, description="k, how many masks must hold a coordinate")] = 2
 
     @classmethod

@@ -17,6 +17,7 @@ from mergecore.arithmetic.order_statistics import ascending
 from mergecore.arithmetic.trims import absolute_sum, joined, weighted
 from mergecore.identity.draws import random_key, random_words
 from mergecore.plugins.block import Block, Per
+from mergecore.plugins.by_layer import Scale
 from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import DeltaMethod
 from mergecore.plugins.per_expert import EACH, ONE, ONE_OR_EACH, check_each, each, moved
@@ -62,7 +63,7 @@ class Della(DeltaMethod[DellaArguments]):
         Annotated[Annotated[Window, ONE] | Annotated[tuple[Window, ...], EACH], ONE_OR_EACH],
         Field(description="ε, highest minus lowest probability: density ± window/2; 0: DARE; or one per expert"),
     ] = 0.14
-    scale: Annotated[float, Field(description="λ, the factor of the joined task vector")] = 1.0
+    scale: Annotated[Scale, Field(description="λ, the factor of the joined task vector")] = 1.0
     weights: Annotated[
         tuple[float, ...] | None,
         Field(description="one factor per expert for its pruned changes, before signs are elected; none: 1 each"),

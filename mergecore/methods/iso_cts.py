@@ -15,6 +15,7 @@ from mergecore.arithmetic.linear_algebra import Convolutions, Excluded, Rank, ba
 from mergecore.arithmetic.spectral import MatrixArguments, directions_of, matrix_arguments, orthonormal, side_by_side
 from mergecore.arithmetic.trims import folded_sum
 from mergecore.plugins.block import Block, Per
+from mergecore.plugins.by_layer import Scale
 from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import DeltaMethod
 from mergecore.plugins.statistic import Statistics
@@ -32,7 +33,7 @@ class IsoCts(DeltaMethod[MatrixArguments]):
     per: ClassVar[Per] = Per.TENSOR
 
     scale: Annotated[
-        float,
+        Scale,
         Field(
             description="α, the factor of the merged task vector; the authors choose it out of 0.1 … 3.0 on validation "
             "data"

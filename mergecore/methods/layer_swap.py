@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from mergecore.arithmetic.trims import folded_sum, weighted
-from mergecore.checkpoints.architectures import LAYER, depths, outside
+from mergecore.checkpoints.architectures import LAYER, outside
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block
+from mergecore.plugins.by_layer import Stack, stacks_of
 from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import WeightMethod
 from mergecore.plugins.per_expert import experts_given
@@ -21,15 +22,6 @@ from mergecore.plugins.statistic import Statistics
 Taken = Literal["outer", "middle", "average"]
 SHARES: dict[Taken, float] = {"outer": 1.0, "middle": 0.0, "average": 0.5}
 """How much of the outer expert."""
-
-
-class Stack(BaseModel):
-    """Numbered layers of a model, first to last."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
-
-    stem: Annotated[str, Field(description="what stands before the number in the tensors' names")]
-    layers: Annotated[int, Field(ge=1, description="how many layers there are")]
 
 
 @dataclass(frozen=True)
@@ -91,7 +83,7 @@ class LayerSwap(WeightMethod[LayerSwapArguments]):
 
     def fitted(self, tensors: Iterable[str]) -> LayerSwap:
         """Return the method with the stacks of the base. Raises SpecError where a zone does not find its layers."""
-        stacks = tuple(Stack(stem=stem, layers=layers) for stem, layers in sorted(depths(tensors).items()))
+        stacks = stacks_of(tensors)
         if not stacks:
             raise SpecError(
                 "layer_swap: the base has no numbered layers; names like 'model.layers.0.…' are what it goes by"

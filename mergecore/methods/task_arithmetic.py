@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mergecore.arithmetic.trims import RandomDrop, divided, dropped, folded_sum, sum_of_weights, weighted
 from mergecore.plugins.block import Block
+from mergecore.plugins.by_layer import Scale
 from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import DeltaMethod
 from mergecore.plugins.per_expert import check_each, moved
@@ -32,9 +33,12 @@ class TaskArithmetic(DeltaMethod[DropArguments]):
         "the authors' code, with integer buffers copied",
         "with `weights` mergekit's `task_arithmetic`; its `normalize: true` is `aggregate: mean`",
         "`drop: {rescale: l1}` its `dare_linear`, of other random masks",
+        "`scale: {first: α, last: α + β}` LiNeS (Wang et al. 2024, arXiv:2410.17146), as the authors' code: of one "
+        "expert with last 1, of T experts with first 1/T. So does `scale` of every other method that has one; the "
+        "authors then take first = ‖Σ τ_t‖ / (T ‖τ‖), of the merged change τ",
     )
 
-    scale: Annotated[float, Field(description="λ, the factor of the summed task vectors; 1/T gives the average")]
+    scale: Annotated[Scale, Field(description="λ, the factor of the summed task vectors; 1/T gives the average")]
     weights: Annotated[
         tuple[float, ...] | None,
         Field(description="one factor per expert, in the order of the recipe, negative to forget; none: 1 each"),
@@ -54,6 +58,7 @@ class TaskArithmetic(DeltaMethod[DropArguments]):
                 {"scale": -0.3},
                 {"scale": 0.5, "drop": {"kind": "random", "rate": 0.75, "seed": 11}},
                 {"scale": 1.0, "drop": {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 3}},
+                {"scale": {"first": 0.25, "last": 1.0}},
             ],
             others=[
                 {

@@ -23,6 +23,7 @@ from mergecore.arithmetic.trims import (
 )
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block
+from mergecore.plugins.by_layer import Scale
 from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import DeltaMethod
 from mergecore.plugins.per_expert import check_each, each, moved
@@ -60,7 +61,7 @@ class Ties(DeltaMethod[TiesArguments]):
         Shares,
         Field(description="share of each task vector that is kept, or one share per expert in the order of the recipe"),
     ] = 0.2
-    scale: Annotated[float, Field(description="λ, the factor of the joined task vector")] = 1.0
+    scale: Annotated[Scale, Field(description="λ, the factor of the joined task vector")] = 1.0
     weights: Annotated[
         tuple[float, ...] | None,
         Field(description="one factor per expert for its trimmed changes, before signs are elected; none: 1 each"),

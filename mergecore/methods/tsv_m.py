@@ -12,6 +12,7 @@ from torch import Tensor
 from mergecore.arithmetic.linear_algebra import Convolutions, Excluded, Rank, base_and_matrix, base_and_mean, wide
 from mergecore.arithmetic.spectral import MatrixArguments, directions_of, matrix_arguments, orthonormal, side_by_side
 from mergecore.plugins.block import Block, Per
+from mergecore.plugins.by_layer import Scale
 from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import DeltaMethod
 from mergecore.plugins.statistic import Statistics
@@ -27,7 +28,7 @@ class TsvM(DeltaMethod[MatrixArguments]):
     published: ClassVar[tuple[str, ...]] = ("`rank: full, crowded: zero` the authors' code",)
     per: ClassVar[Per] = Per.TENSOR
 
-    scale: Annotated[float, Field(description="α, the factor of the merged task vector")] = 1.0
+    scale: Annotated[Scale, Field(description="α, the factor of the merged task vector")] = 1.0
     rank: Rank = "numerical"
     crowded: Annotated[
         Literal["mean", "zero"],
@@ -45,7 +46,7 @@ class TsvM(DeltaMethod[MatrixArguments]):
         return Examples(
             others=[
                 *({"scale": 0.8, "rank": rank, "convolutions": convolutions} for rank, convolutions in forms),
-                {"crowded": "zero"},
+                {"crowded": "zero", "scale": {"first": 0.3, "last": 1.2, "others": 0.5}},
             ],
         )
 

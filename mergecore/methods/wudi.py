@@ -23,6 +23,7 @@ from mergecore.arithmetic.linear_algebra import (
 )
 from mergecore.arithmetic.trims import folded_sum
 from mergecore.plugins.block import Block, Per
+from mergecore.plugins.by_layer import Scale
 from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import DeltaMethod
 from mergecore.plugins.statistic import Statistics
@@ -59,7 +60,7 @@ class Wudi(DeltaMethod[WudiArguments]):
         Literal["iterative", "closed"],
         Field(description="'iterative': Adam, stopped early (the paper's); 'closed': the minimum nearest to the sum"),
     ] = "iterative"
-    scale: Annotated[float, Field(description="factor of X; the authors need none")] = 1.0
+    scale: Annotated[Scale, Field(description="factor of X; the authors need none")] = 1.0
     steps: Annotated[int, Field(ge=0, description="steps of Adam; 'iterative' only")] = 300
     learning_rate: Annotated[
         float,

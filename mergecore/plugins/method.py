@@ -22,6 +22,7 @@ from typing_extensions import TypeVar
 
 from mergecore.plugins.any_statistic import AnyStatistic
 from mergecore.plugins.block import Block, Per
+from mergecore.plugins.by_layer import ByLayer
 from mergecore.plugins.examples import Examples
 from mergecore.plugins.plugin import Plugin
 from mergecore.plugins.statistic import Statistics
@@ -107,7 +108,18 @@ class Method(Plugin, ABC, Generic[A]):
 
         Raises SpecError where its values do not fit them.
         """
-        return self
+        names = list(tensors) if self._layered() else []
+        fit = {key: value.fitted(names, f"{self.name}.{key}") for key, value in self._layered().items()}
+        return self.model_copy(update=fit) if fit else self
+
+    @final
+    def of_tensor(self, name: str) -> Method[A]:
+        """Return the method as it is for one tensor: with numbers in place of factors that go by layer."""
+        layered = self._layered()
+        return self.model_copy(update={key: value.at(name) for key, value in layered.items()}) if layered else self
+
+    def _layered(self) -> dict[str, ByLayer]:
+        return {key: value for key, value in self if isinstance(value, ByLayer)}
 
     def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
         """Return names, dtypes and shapes of what is made from the merged tensors of `count` experts."""
@@ -134,7 +146,8 @@ class Method(Plugin, ABC, Generic[A]):
 
     def merge_block(self, block: Block, statistics: Statistics) -> dict[str, Tensor]:
         """Return the merged tensors of one block, by name; of methods that see whole tensors."""
-        return {block.name: self.merge_models(block.models, self.arguments(block, statistics))}
+        method = self.of_tensor(block.name)
+        return {block.name: method.merge_models(block.models, method.arguments(block, statistics))}
 
 
 class DeltaMethod(Method[A], ABC):

@@ -1,0 +1,85 @@
+"""A scale that goes by layer (LiNeS): the authors' factors for every tensor, in every method that has a `scale`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergecore import merge
+from mergecore.errors import SpecError
+from mergecore.plugins.by_layer import ByLayer
+from mergecore.plugins.examples import Values
+from mergecore.registry import METHODS
+
+WITH_SCALE: dict[str, Values] = {
+    "task_arithmetic": {}, "ties": {"density": 0.5}, "breadcrumbs": {}, "della": {}, "consensus": {},
+    "iso_c": {}, "iso_cts": {}, "tsv_m": {}, "wudi": {"steps": 3},
+}  # fmt: skip
+NAMES = ("model.embed.weight", *(f"model.layers.{n}.w" for n in range(5)), "model.norm.weight")
+
+
+def model(seed: int, around: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {name: torch.randn(6, 4, generator=generator) for name in NAMES}
+    return drawn if around is None else {name: around[name] + drawn[name] / 8 for name in NAMES}
+
+
+def factor(name: str, alpha: float, beta: float, layers: int) -> float:
+    """As the authors' code has it: α + β ℓ/(L − 1) in block ℓ, α everywhere else."""
+    block = next((n for n in range(layers) if f".{n}." in name), None)
+    return alpha if block is None else alpha + beta * block / (layers - 1)
+
+
+@pytest.mark.parametrize(("name", "values"), WITH_SCALE.items())
+def test_every_scale_may_go_by_layer(name: str, values: Values) -> None:
+    base = model(0)
+    experts = [model(seed, base) for seed in (1, 2)]
+
+    def merged(scale: Any) -> dict[str, Tensor]:
+        return merge(
+            METHODS[name].model_validate({**values, "scale": scale}), base=base, experts=experts, ids=["a", "b"]
+        )
+
+    whole, layered = merged(1.0), merged({"first": 0.2, "last": 0.9})
+    for tensor in NAMES:
+        expected = base[tensor] + (whole[tensor] - base[tensor]) * factor(tensor, 0.2, 0.7, 5)
+        torch.testing.assert_close(layered[tensor], expected, rtol=1e-5, atol=1e-6)
+    single = merged(0.2)
+    assert torch.equal(layered["model.embed.weight"], single["model.embed.weight"])
+    assert torch.equal(layered["model.layers.0.w"], single["model.layers.0.w"])
+    assert torch.equal(layered["model.layers.4.w"], merged(0.9)["model.layers.4.w"])
+
+
+def test_all_that_have_a_scale_of_one_number_are_tried() -> None:
+    have = {name for name in METHODS.own if "ByLayer" in str(METHODS[name].model_fields.get("scale"))}
+    assert have == set(WITH_SCALE)
+
+
+def test_factors_by_hand() -> None:
+    """Five layers from 0.2 to 1.0: 0.2, 0.4, 0.6, 0.8, 1.0. An encoder of two beside it has 0.2 and 1.0."""
+    names = [f"decoder.layers.{n}.w" for n in range(5)] + [f"encoder.layers.{n}.w" for n in range(2)]
+    scale = ByLayer(first=0.2, last=1.0, others=0.5).fitted([*names, "head.weight"], "scale")
+    assert [round(scale.at(name), 12) for name in names] == [0.2, 0.4, 0.6, 0.8, 1.0, 0.2, 1.0]
+    assert scale.at("head.weight") == 0.5
+    assert ByLayer(first=0.2, last=1.0).at("head.weight") == 0.2
+
+
+def test_the_only_layer_is_the_last() -> None:
+    scale = ByLayer(first=0.0, last=3.0).fitted(["layers.0.w"], "scale")
+    assert scale.at("layers.0.w") == 3.0
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    method = METHODS["task_arithmetic"].model_validate({"scale": {"first": 0.5, "last": 1.0}})
+    tensors = {"w": torch.ones(3)}
+    with pytest.raises(SpecError, match=r"task_arithmetic\.scale: goes by layer, and the base has no numbered layers"):
+        merge(method, base=tensors, experts=[tensors])
+
+
+def test_stacks_of_another_model_are_refused() -> None:
+    scale = ByLayer.model_validate({"first": 0.5, "last": 1.0, "stacks": [{"stem": "layers.", "layers": 3}]})
+    with pytest.raises(SpecError, match=r"scale\.stacks: not what the base has, 'layers\.' with 2"):
+        scale.fitted(["layers.0.w", "layers.1.w"], "scale")
