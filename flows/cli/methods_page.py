@@ -104,7 +104,7 @@ class ParameterRow:
 def parameters(kind: type[BaseModel], prefix: str = "") -> Iterator[ParameterRow]:
     """Yield the parameters of a method, each followed by those inside it."""
     for field, info in kind.model_fields.items():
-        if prefix and (field == "kind" or not info.repr):  # what is there without being written
+        if (prefix and not info.repr) or (field == "kind" and not info.is_required()):  # is there without being written
             continue
         yield ParameterRow(f"{prefix}{field}", _values(info), _default(info), info.description or "")
         inner = _inner(info.annotation)
@@ -233,7 +233,8 @@ def _nested_cost(kind: type[Method], field: str, info: FieldInfo, usual: int) ->
     if inner is None or not samples:
         return
     options = {name: _options(part.annotation) for name, part in inner.model_fields.items()}
-    plain = {name: value for name, value in samples[0].items() if not options.get(name)}
+    needed = {name for name, part in inner.model_fields.items() if part.is_required()}
+    plain = {name: value for name, value in samples[0].items() if not options.get(name) or name in needed}
     yield from _otherwise(kind, field, {field: plain}, usual)
     usual = _readings(built(kind, **{field: plain}))
     for name, choices in options.items():

@@ -17,6 +17,7 @@ from mergecore.methods.wudi import Wudi as Wudi
 from mergecore.methods.breadcrumbs import Breadcrumbs as Breadcrumbs
 from mergecore.methods.della import Della as Della
 from mergecore.methods.pcb import Pcb as Pcb
+from mergecore.methods.magmax import Magmax as Magmax
 from mergecore.methods.consensus import Consensus as Consensus
 from mergecore.methods.opcm import Opcm as Opcm
 from mergecore.methods.layer_swap import LayerSwap as LayerSwap
@@ -33,3 +34,4 @@ from mergecore.methods.emr import Emr as Emr
 # Parameters of methods that are written as mappings in YAML.
 from mergecore.methods.ram import Boost as Boost
 from mergecore.arithmetic.trims import RandomDrop as RandomDrop
+from mergecore.arithmetic.series import Series as Series

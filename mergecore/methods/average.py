@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import fsum
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
+from mergecore.arithmetic.series import Series
 from mergecore.arithmetic.trims import RandomDrop, divided, dropped, folded_sum, weighted
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block
@@ -23,17 +24,21 @@ class Average(Method[DropArguments]):
     """The (weighted) mean of the experts' weights. The base is used only where a drop needs deltas.
 
     With aggregate 'sum' it is the weighted sum itself: one expert with weight 0.5 is that expert, halved.
+
+    Of checkpoints of one training run, `series` gives the weights. List them from the oldest to the newest.
     """
 
     name: ClassVar[str] = "average"
     paper: ClassVar[str] = (
         "Wortsman et al. 2022, Model soups: averaging weights of multiple fine-tuned models improves "
         "accuracy without increasing inference time, arXiv:2203.05482; drop: Yu et al. 2024, "
-        "arXiv:2311.03099"
+        "arXiv:2311.03099; series: Kaddour 2022 (LAWA), arXiv:2209.14981; Li et al. 2025 (PMA), arXiv:2505.12082; Tian "
+        "et al. 2025 (WSM), arXiv:2507.17634"
     )
     published: ClassVar[tuple[str, ...]] = (
         "mergekit's `linear` (float32 sums instead of the checkpoint's dtype)",
         "`aggregate: sum` its `normalize: false`",
+        "`series: {kind: decay}` WSM's theorem, read at points of our choice; no code of LAWA, PMA or WSM was compared",
     )
 
     weights: Annotated[
@@ -44,6 +49,10 @@ class Average(Method[DropArguments]):
         Literal["mean", "sum"], Field(description="divide by the sum of the weights, or take them as they are")
     ] = "mean"
     drop: Annotated[RandomDrop | None, Field(description="random drop of deltas before the mean (DARE)")] = None
+    series: Annotated[
+        Series | None,
+        Field(description="weights of checkpoints of one training run, the oldest first, in place of `weights`"),
+    ] = None
 
     @classmethod
     def examples(cls) -> Examples:
@@ -55,11 +64,23 @@ class Average(Method[DropArguments]):
                 {"weights": [0.5, -0.25, 1.5], "aggregate": "sum"},
                 {"drop": {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 3}},
                 {"drop": {"kind": "random", "rate": 0.75, "seed": 11}},
+                {"series": {"kind": "ema", "share": 0.25}},
+                {"series": {"kind": "decay", "shape": "sqrt"}},
             ],
             others=[
-                {"weights": [3, -1, 2], "drop": {"kind": "random", "rate": [0.4, 0.1, 0.6], "rescale": "l1", "seed": 3}}
+                {"series": {"kind": "rising"}},
+                {"series": {"kind": "uniform"}},
+                {"series": {"kind": "decay", "shape": "cosine"}, "aggregate": "sum"},
+                {
+                    "weights": [3, -1, 2],
+                    "drop": {"kind": "random", "rate": [0.4, 0.1, 0.6], "rescale": "l1", "seed": 3},
+                },
             ],
         )
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the fields as plain JSON. A series is left out where there is none: keys are what they were before."""
+        return {key: value for key, value in super().parameters().items() if key != "series" or value is not None}
 
     @property
     def on(self) -> On:
@@ -77,6 +98,8 @@ class Average(Method[DropArguments]):
         return drop_statistics(self.drop)
 
     def validate_count(self, count: int) -> None:
+        if self.series is not None and self.weights is not None:
+            raise SpecError("series: gives the weights of the experts, and so does `weights`; leave one of them out")
         check_each("weights", self.weights, count)
         check_each("drop.rate", self.drop and self.drop.rate, count)
         if self.weights is not None and self.aggregate == "mean" and abs(fsum(self.weights)) < 1e-8:
@@ -86,8 +109,9 @@ class Average(Method[DropArguments]):
             raise SpecError(f"weights: {advice} weight, or set aggregate to 'sum', which does not divide by them")
 
     def bound(self, order: Sequence[int]) -> Average:
+        weights = self.weights if self.series is None else self.series.weights(len(order))
         drop = self.drop and self.drop.bound(order)
-        return self.model_copy(update={"weights": moved(self.weights, order), "drop": drop})
+        return self.model_copy(update={"weights": moved(weights, order), "drop": drop, "series": None})
 
     def arguments(self, block: Block, statistics: Statistics) -> DropArguments:
         return DropArguments(drawn_for(self.drop, block, statistics))

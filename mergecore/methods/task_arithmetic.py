@@ -22,6 +22,10 @@ class TaskArithmetic(DeltaMethod[DropArguments]):
     """The base plus the scaled sum of the task vectors; a negative scale forgets (negation).
 
     With weights it is any arithmetic: `[1, 1, −1]` on experts C, B, A is the analogy C + (B − A).
+
+    A scale that goes by layer is LiNeS: shallow layers stay near the base. So it is in every method that has a scale.
+    Of one expert the last layer's factor is 1; of T experts the authors take first = ‖Σ τ_t‖ / (T ‖τ‖), of the
+    merged change τ, which is 1/T here.
     """
 
     name: ClassVar[str] = "task_arithmetic"
@@ -33,9 +37,7 @@ class TaskArithmetic(DeltaMethod[DropArguments]):
         "the authors' code, with integer buffers copied",
         "with `weights` mergekit's `task_arithmetic`; its `normalize: true` is `aggregate: mean`",
         "`drop: {rescale: l1}` its `dare_linear`, of other random masks",
-        "`scale: {first: α, last: α + β}` LiNeS (Wang et al. 2024, arXiv:2410.17146), as the authors' code: of one "
-        "expert with last 1, of T experts with first 1/T. So does `scale` of every other method that has one; the "
-        "authors then take first = ‖Σ τ_t‖ / (T ‖τ‖), of the merged change τ",
+        "`scale: {first: 0.3, last: 1.0}` the authors' code of LiNeS (Wang et al. 2024, arXiv:2410.17146), of α 0.3, β 0.7",
     )
 
     scale: Annotated[Scale, Field(description="λ, the factor of the summed task vectors; 1/T gives the average")]

@@ -15,7 +15,7 @@ from mergecore.plugins.examples import Values
 from mergecore.registry import METHODS
 
 WITH_SCALE: dict[str, Values] = {
-    "task_arithmetic": {}, "ties": {"density": 0.5}, "breadcrumbs": {}, "della": {}, "consensus": {},
+    "task_arithmetic": {}, "ties": {"density": 0.5}, "magmax": {}, "breadcrumbs": {}, "della": {}, "consensus": {},
     "iso_c": {}, "iso_cts": {}, "tsv_m": {}, "wudi": {"steps": 3},
 }  # fmt: skip
 NAMES = ("model.embed.weight", *(f"model.layers.{n}.w" for n in range(5)), "model.norm.weight")
