@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
+
+from mergecore.checkpoints.architectures import STACKED
+from mergecore.tensors.source import TensorInfo
 
 BLOCK = 1 << 15
 """Elements of every tensor that are widened at a time: their float64 copies stay in the processor's cache."""
@@ -25,8 +28,8 @@ ROUNDING = 2.0**-23
 Convolutions = Annotated[
     Literal["mean", "flatten"],
     Field(
-        description="tensors of three or more dimensions: 'mean' treats them like vectors (the authors' code), "
-        "'flatten' as matrices of one row per output channel"
+        description="tensors of three or more dimensions that are no stacks: 'mean' treats them like vectors (the "
+        "authors' code), 'flatten' as matrices of one row per output channel"
     ),
 ]
 Rank = Annotated[
@@ -39,18 +42,59 @@ Rank = Annotated[
 Excluded = Annotated[
     tuple[str, ...], Field(description="shell patterns over tensor names: matrices that are treated like vectors")
 ]
+Stacks = Annotated[
+    tuple[str, ...] | None,
+    Field(
+        description="shell patterns over names: tensors of three dimensions that are stacks of matrices, each merged "
+        "by itself, as the fused experts of a mixture; none: by the names that such experts have"
+    ),
+]
 Matrix = tuple[int, int]
 """Rows (outputs) and columns (inputs)."""
 
 
-def matrix_of(name: str, shape: Sequence[int], convolutions: Convolutions, excluded: Sequence[str]) -> Matrix | None:
-    """Return the matrix that a tensor is; None for vectors, scalars, empty tensors, and what counts as a vector."""
+def matrix_of(
+    name: str,
+    shape: Sequence[int],
+    convolutions: Convolutions,
+    excluded: Sequence[str],
+    stacks: Sequence[str] | None = None,
+) -> Matrix | None:
+    """Return the matrix that a tensor is, or that each of a stack is.
+
+    None for vectors, scalars, empty tensors, and what counts as a vector.
+    """
     count = math.prod(shape)
-    if len(shape) < 2 or count == 0 or (len(shape) > 2 and convolutions == "mean"):
+    if len(shape) < 2 or count == 0 or _named(name, excluded):
         return None
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in excluded):
-        return None
-    return shape[0], count // shape[0]
+    if len(shape) == 3 and _named(name, STACKED if stacks is None else stacks):
+        return shape[1], shape[2]
+    return None if len(shape) > 2 and convolutions == "mean" else (shape[0], count // shape[0])
+
+
+def stacks_among(tensors: Mapping[str, TensorInfo], stacks: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the patterns (None: those of known names) under which a model has a stack of matrices."""
+    threefold = [name for name, info in tensors.items() if len(info.shape) == 3]
+    patterns = STACKED if stacks is None else stacks
+    return tuple(pattern for pattern in patterns if any(fnmatch.fnmatchcase(name, pattern) for name in threefold))
+
+
+def keyed(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a plug-in, without `stacks` where it has none: keys then stay what they were."""
+    return {key: value for key, value in parameters.items() if key != "stacks" or value}
+
+
+def _named(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def by_matrix(
+    base: Tensor, deltas: Sequence[Tensor], matrix: Matrix, merged: Callable[[Tensor, Sequence[Tensor]], Tensor]
+) -> Tensor:
+    """Return what `merged` makes of each matrix of a stack, in the base's shape. A matrix is a stack of one."""
+    stacks = [tensor.reshape(-1, *matrix) for tensor in (base, *deltas)]
+    parts = [merged(stacks[0][number], [stack[number] for stack in stacks[1:]]) for number in range(len(stacks[0]))]
+    return torch.stack(parts).reshape(base.shape)
 
 
 def wide(tensor: Tensor, matrix: Matrix) -> Tensor:

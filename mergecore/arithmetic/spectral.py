@@ -11,29 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergecore.arithmetic.linear_algebra import (
-    Convolutions,
-    Excluded,
-    Matrix,
-    Rank,
-    decomposition,
-    matrix_of,
-    polar_factor,
-    rank_of,
-)
-from mergecore.plugins.block import Block
-
-
-@dataclass(frozen=True)
-class MatrixArguments:
-    """matrix: rows and columns of the matrix that the tensor is; None: it is treated like a vector."""
-
-    matrix: Matrix | None
-
-
-def matrix_arguments(block: Block, convolutions: Convolutions, excluded: Excluded) -> MatrixArguments:
-    """Return the matrix that the block's tensor is, if it is one."""
-    return MatrixArguments(matrix_of(block.name, block.shape, convolutions, excluded))
+from mergecore.arithmetic.linear_algebra import Rank, decomposition, polar_factor, rank_of
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,12 @@ VOCABULARY = re.compile(
 PER_LAYER_TOKENS = re.compile(r"(?:^|\.)embed_tokens_per_layer\.weight$")
 """Tables that have rows for some of the tokens (Gemma 3n): what a token beyond them means is no matter of names."""
 
+STACKED: tuple[str, ...] = (
+    "*experts*", "*gate_up_proj", "*gate_proj", "*up_proj", "*down_proj", "*input_linear.weight",
+    "*output_linear.weight",
+)  # fmt: skip
+"""Shell patterns of tensors that, with three dimensions, are one matrix per expert: a mixture of experts, fused."""
+
 TRANSPOSED: dict[str, tuple[str, ...]] = dict.fromkeys(
     ("gpt2", "openai-gpt", "imagegpt", "decision_transformer"),
     ("*c_attn.weight", "*c_proj.weight", "*c_fc.weight", "*q_attn.weight"),

@@ -10,17 +10,15 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.linear_algebra import Convolutions, Excluded, Rank, base_and_matrix, base_and_mean, wide
-from mergecore.arithmetic.spectral import MatrixArguments, directions_of, matrix_arguments
+from mergecore.arithmetic.linear_algebra import Convolutions, Excluded, Matrix, Rank, Stacks, wide
+from mergecore.arithmetic.matrix_method import MatrixMethod
+from mergecore.arithmetic.spectral import directions_of
 from mergecore.arithmetic.trims import folded_sum
-from mergecore.plugins.block import Block, Per
 from mergecore.plugins.by_layer import Scale
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import DeltaMethod
-from mergecore.plugins.statistic import Statistics
 
 
-class IsoC(DeltaMethod[MatrixArguments]):
+class IsoC(MatrixMethod):
     """The base plus σ̄ U Vᵀ of the summed task vectors; whatever is not a matrix gets the mean task vector."""
 
     name: ClassVar[str] = "iso_c"
@@ -29,7 +27,6 @@ class IsoC(DeltaMethod[MatrixArguments]):
         "subspaces, arXiv:2502.04959"
     )
     published: ClassVar[tuple[str, ...]] = ("`rank: full` the authors' code",)
-    per: ClassVar[Per] = Per.TENSOR
 
     scale: Annotated[
         Scale,
@@ -41,6 +38,7 @@ class IsoC(DeltaMethod[MatrixArguments]):
     rank: Rank = "numerical"
     convolutions: Convolutions = "mean"
     excluded: Excluded = ("*text_projection*",)
+    stacks: Stacks = None
 
     @classmethod
     def examples(cls) -> Examples:
@@ -52,19 +50,9 @@ class IsoC(DeltaMethod[MatrixArguments]):
             ],
         )
 
-    @property
-    def idempotent(self) -> bool:
-        return False
-
-    def arguments(self, block: Block, statistics: Statistics) -> MatrixArguments:
-        return matrix_arguments(block, self.convolutions, self.excluded)
-
-    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: MatrixArguments) -> Tensor:
-        """Return θ_0 + α σ̄ U Vᵀ with U Σ Vᵀ = Σ τ_t; σ̄ is the mean of all min(m, n) singular values, zeros
-        included."""
-        if arguments.matrix is None:
-            return base_and_mean(base, deltas, self.scale)
-        matrices = [wide(delta, arguments.matrix) for delta in deltas]
-        size = sum(float(matrix.norm()) for matrix in matrices)
+    def change(self, deltas: Sequence[Tensor], matrix: Matrix) -> Tensor:
+        """Return σ̄ U Vᵀ with U Σ Vᵀ = Σ τ_t; σ̄ is the mean of all min(m, n) singular values, zeros included."""
+        matrices = [wide(delta, matrix) for delta in deltas]
+        size = sum(float(values.norm()) for values in matrices)
         main, strengths = directions_of(folded_sum(matrices), size, self.rank)
-        return base_and_matrix(base, main.left @ main.right * strengths.mean(), self.scale)
+        return main.left @ main.right * strengths.mean()

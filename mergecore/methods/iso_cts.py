@@ -11,17 +11,15 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.linear_algebra import Convolutions, Excluded, Rank, base_and_matrix, base_and_mean, wide
-from mergecore.arithmetic.spectral import MatrixArguments, directions_of, matrix_arguments, orthonormal, side_by_side
+from mergecore.arithmetic.linear_algebra import Convolutions, Excluded, Matrix, Rank, Stacks, wide
+from mergecore.arithmetic.matrix_method import MatrixMethod
+from mergecore.arithmetic.spectral import directions_of, orthonormal, side_by_side
 from mergecore.arithmetic.trims import folded_sum
-from mergecore.plugins.block import Block, Per
 from mergecore.plugins.by_layer import Scale
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import DeltaMethod
-from mergecore.plugins.statistic import Statistics
 
 
-class IsoCts(DeltaMethod[MatrixArguments]):
+class IsoCts(MatrixMethod):
     """σ̄ times orthonormal bases made of the sum's main directions and of each task's own; not matrices: the mean."""
 
     name: ClassVar[str] = "iso_cts"
@@ -30,7 +28,6 @@ class IsoCts(DeltaMethod[MatrixArguments]):
         "subspaces, arXiv:2502.04959"
     )
     published: ClassVar[tuple[str, ...]] = ("`rank: full` the authors' code",)
-    per: ClassVar[Per] = Per.TENSOR
 
     scale: Annotated[
         Scale,
@@ -46,6 +43,7 @@ class IsoCts(DeltaMethod[MatrixArguments]):
     rank: Rank = "numerical"
     convolutions: Convolutions = "mean"
     excluded: Excluded = ("*text_projection*",)
+    stacks: Stacks = None
 
     @classmethod
     def examples(cls) -> Examples:
@@ -58,13 +56,6 @@ class IsoCts(DeltaMethod[MatrixArguments]):
             ],
         )
 
-    @property
-    def idempotent(self) -> bool:
-        return False
-
-    def arguments(self, block: Block, statistics: Statistics) -> MatrixArguments:
-        return matrix_arguments(block, self.convolutions, self.excluded)
-
     def dealt(self, directions: int, tasks: int) -> tuple[int, int]:
         """Return how many of r directions are common, and how many each task gets: k + T·s = r.
 
@@ -75,21 +66,17 @@ class IsoCts(DeltaMethod[MatrixArguments]):
         own = min(round(Fraction(wanted, tasks)), directions // tasks)
         return directions - own * tasks, own
 
-    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: MatrixArguments) -> Tensor:
-        """Return θ_0 + α σ̄ P(U) P(V)ᵀ: U and V are the tasks' own directions, then the common ones; P is the polar
-        factor."""
-        if arguments.matrix is None:
-            return base_and_mean(base, deltas, self.scale)
-        matrices = [wide(delta, arguments.matrix) for delta in deltas]
-        norms = [float(matrix.norm()) for matrix in matrices]
-        common, own = self.dealt(min(arguments.matrix), len(matrices))
+    def change(self, deltas: Sequence[Tensor], matrix: Matrix) -> Tensor:
+        """Return σ̄ P(U) P(V)ᵀ: U and V are the tasks' own directions, then the common ones; P is the polar factor."""
+        matrices = [wide(delta, matrix) for delta in deltas]
+        norms = [float(values.norm()) for values in matrices]
+        common, own = self.dealt(min(matrix), len(matrices))
         shared = directions_of(folded_sum(matrices), sum(norms), self.rank)[0].strongest(common)
         parts = []
-        for matrix, norm in zip(matrices, norms, strict=True):
+        for values, norm in zip(matrices, norms, strict=True):
             # Only the left side is freed of the common part, so the right bases overlap until the polar step.
-            rest = matrix - shared.left @ (shared.left.mT @ matrix)
+            rest = values - shared.left @ (shared.left.mT @ values)
             parts.append(directions_of(rest, norm, self.rank)[0].strongest(own))
         merged = orthonormal(side_by_side([*parts, shared]), self.rank)
         # What was left out as rounding counts as 0 here, as the zeros of a deficient matrix do in Iso-C.
-        mean = merged.strengths.sum() / min(arguments.matrix)
-        return base_and_matrix(base, merged.left @ merged.right * mean, self.scale)
+        return merged.left @ merged.right * (merged.strengths.sum() / min(matrix))

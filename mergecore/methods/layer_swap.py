@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -18,6 +18,7 @@ from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import WeightMethod
 from mergecore.plugins.per_expert import experts_given
 from mergecore.plugins.statistic import Statistics
+from mergecore.tensors.source import TensorInfo
 
 Taken = Literal["outer", "middle", "average"]
 SHARES: dict[Taken, float] = {"outer": 1.0, "middle": 0.0, "average": 0.5}
@@ -81,7 +82,7 @@ class LayerSwap(WeightMethod[LayerSwapArguments]):
         if count != 2:
             raise SpecError(f"layer_swap puts layers of two experts together, {experts_given(count)}")
 
-    def fitted(self, tensors: Iterable[str]) -> LayerSwap:
+    def fitted(self, tensors: Mapping[str, TensorInfo]) -> LayerSwap:
         """Return the method with the stacks of the base. Raises SpecError where a zone does not find its layers."""
         stacks = stacks_of(tensors)
         if not stacks:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from mergecore.arithmetic.linear_algebra import Excluded
+from mergecore.arithmetic.linear_algebra import Excluded, Stacks, keyed, stacks_among
 from mergecore.checkpoints.architectures import EMBEDDINGS
 from mergecore.errors import SpecError
 from mergecore.identity.keys import digest
@@ -19,6 +19,7 @@ from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method, On
 from mergecore.plugins.statistic import Statistics
 from mergecore.statistics.projected_sum import ProjectedSum, Projection, Share, merged_factor
+from mergecore.tensors.source import TensorInfo
 
 
 class Shuffled(BaseModel):
@@ -61,6 +62,7 @@ class Opcm(Method[OpcmArguments]):
         ),
     ] = "recipe"
     excluded: Excluded = EMBEDDINGS
+    stacks: Stacks = None
 
     @classmethod
     def examples(cls) -> Examples:
@@ -86,7 +88,16 @@ class Opcm(Method[OpcmArguments]):
         return False
 
     def statistics(self) -> Mapping[str, Link]:
-        return {"sum": ProjectedSum(share=self.share, projection=self.projection, excluded=self.excluded)}
+        chain = ProjectedSum(share=self.share, projection=self.projection, excluded=self.excluded, stacks=self.stacks)
+        return {"sum": chain}
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the fields as plain JSON. Without stacks in the model there is no key for them."""
+        return keyed(super().parameters())
+
+    def fitted(self, tensors: Mapping[str, TensorInfo]) -> Method[OpcmArguments]:
+        """Return the method with the patterns under which the base has stacks of matrices."""
+        return super().fitted(tensors).model_copy(update={"stacks": stacks_among(tensors, self.stacks)})
 
     def validate_count(self, count: int) -> None:
         if isinstance(self.order, tuple) and sorted(self.order) != list(range(count)):

@@ -37,7 +37,7 @@ class TaskArithmetic(DeltaMethod[DropArguments]):
         "the authors' code, with integer buffers copied",
         "with `weights` mergekit's `task_arithmetic`; its `normalize: true` is `aggregate: mean`",
         "`drop: {rescale: l1}` its `dare_linear`, of other random masks",
-        "`scale: {first: 0.3, last: 1.0}` the authors' code of LiNeS (Wang et al. 2024, arXiv:2410.17146), of α 0.3, β 0.7",
+        "`scale: {first: 0.3, last: 1.0}` the authors' code of LiNeS (Wang et al. 2024, 2410.17146), α 0.3, β 0.7",
     )
 
     scale: Annotated[Scale, Field(description="λ, the factor of the summed task vectors; 1/T gives the average")]

@@ -9,16 +9,14 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.linear_algebra import Convolutions, Excluded, Rank, base_and_matrix, base_and_mean, wide
-from mergecore.arithmetic.spectral import MatrixArguments, directions_of, matrix_arguments, orthonormal, side_by_side
-from mergecore.plugins.block import Block, Per
+from mergecore.arithmetic.linear_algebra import Convolutions, Excluded, Matrix, Rank, Stacks, wide
+from mergecore.arithmetic.matrix_method import MatrixMethod
+from mergecore.arithmetic.spectral import directions_of, orthonormal, side_by_side
 from mergecore.plugins.by_layer import Scale
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import DeltaMethod
-from mergecore.plugins.statistic import Statistics
 
 
-class TsvM(DeltaMethod[MatrixArguments]):
+class TsvM(MatrixMethod):
     """The base plus P(Û) Σ̂ P(V̂)ᵀ of the tasks' top singular triplets; whatever is not a matrix gets the mean."""
 
     name: ClassVar[str] = "tsv_m"
@@ -26,7 +24,6 @@ class TsvM(DeltaMethod[MatrixArguments]):
         "Gargiulo et al. 2025, Task singular vectors: reducing task interference in model merging, arXiv:2412.00081"
     )
     published: ClassVar[tuple[str, ...]] = ("`rank: full, crowded: zero` the authors' code",)
-    per: ClassVar[Per] = Per.TENSOR
 
     scale: Annotated[Scale, Field(description="α, the factor of the merged task vector")] = 1.0
     rank: Rank = "numerical"
@@ -39,6 +36,7 @@ class TsvM(DeltaMethod[MatrixArguments]):
     ] = "mean"
     convolutions: Convolutions = "mean"
     excluded: Excluded = ("*text_projection*",)
+    stacks: Stacks = None
 
     @classmethod
     def examples(cls) -> Examples:
@@ -50,25 +48,19 @@ class TsvM(DeltaMethod[MatrixArguments]):
             ],
         )
 
-    @property
-    def idempotent(self) -> bool:
-        return False
+    def takes(self, matrix: Matrix, count: int) -> bool:
+        return min(matrix) >= count or self.crowded == "zero"
 
-    def arguments(self, block: Block, statistics: Statistics) -> MatrixArguments:
-        return matrix_arguments(block, self.convolutions, self.excluded)
-
-    def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: MatrixArguments) -> Tensor:
-        """Return θ_0 + α P(Û) Σ̂ P(V̂)ᵀ from the top ⌊r/T⌋ triplets of each τ_t, r = min(m, n) (Algorithm 1).
+    def change(self, deltas: Sequence[Tensor], matrix: Matrix) -> Tensor:
+        """Return P(Û) Σ̂ P(V̂)ᵀ from the top ⌊r/T⌋ triplets of each τ_t, r = min(m, n) (Algorithm 1).
 
         P is the polar factor, the paper's solution of the Procrustes problem (its equation 8).
         """
-        triplets = 0 if arguments.matrix is None else min(arguments.matrix) // len(deltas)
-        if arguments.matrix is None or (triplets == 0 and self.crowded == "mean"):
-            return base_and_mean(base, deltas, self.scale)
         parts = []
         for delta in deltas:
-            matrix = wide(delta, arguments.matrix)
+            values = wide(delta, matrix)
             # A triplet of strength 0 adds nothing by itself, but its arbitrary vectors would bend those of the others.
-            parts.append(directions_of(matrix, float(matrix.norm()), self.rank)[0].strongest(triplets))
+            strongest = directions_of(values, float(values.norm()), self.rank)[0].strongest(min(matrix) // len(deltas))
+            parts.append(strongest)
         merged = orthonormal(side_by_side(parts), self.rank)
-        return base_and_matrix(base, merged.left * merged.strengths @ merged.right, self.scale)
+        return merged.left * merged.strengths @ merged.right

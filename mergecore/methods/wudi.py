@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,17 +16,22 @@ from mergecore.arithmetic.linear_algebra import (
     Convolutions,
     Excluded,
     Matrix,
+    Stacks,
     base_and_matrix,
     base_and_mean,
+    by_matrix,
+    keyed,
     matrix_of,
+    stacks_among,
     wide,
 )
 from mergecore.arithmetic.trims import folded_sum
 from mergecore.plugins.block import Block, Per
 from mergecore.plugins.by_layer import Scale
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.method import DeltaMethod
+from mergecore.plugins.method import DeltaMethod, Method
 from mergecore.plugins.statistic import Statistics
+from mergecore.tensors.source import TensorInfo
 
 EMBEDDINGS = ("*embed*", "*wte.*", "*wpe.*", "*shared.weight", "*relative_attention_bias*")
 HEADS = ("*lm_head*", "*text_projection*", "*visual_projection*", "*classifier*", "*score.weight")
@@ -35,8 +40,8 @@ HEADS = ("*lm_head*", "*text_projection*", "*visual_projection*", "*classifier*"
 
 @dataclass(frozen=True)
 class WudiArguments:
-    """matrix: rows and columns of the matrix that the tensor is; None: it is no linear weight. transposed: its rows are
-    inputs."""
+    """matrix: rows and columns of the matrix that the tensor is, or each of a stack; None: it is no linear weight.
+    transposed: its rows are inputs."""
 
     matrix: Matrix | None
     transposed: bool
@@ -75,8 +80,10 @@ class Wudi(DeltaMethod[WudiArguments]):
     ] = "base"
     convolutions: Convolutions = "mean"
     excluded: Excluded = (*EMBEDDINGS, *HEADS)
+    stacks: Stacks = None
     transposed: Annotated[
-        tuple[str, ...], Field(description="shell patterns: weights kept as inputs × outputs, as GPT-2's Conv1D")
+        tuple[str, ...],
+        Field(description="shell patterns: weights kept as inputs × outputs, as GPT-2's Conv1D and GPT-OSS's experts"),
     ] = ()
 
     @classmethod
@@ -100,9 +107,17 @@ class Wudi(DeltaMethod[WudiArguments]):
     def idempotent(self) -> bool:
         return False
 
+    def parameters(self) -> dict[str, Any]:
+        """Return the fields as plain JSON. Without stacks in the model there is no key for them."""
+        return keyed(super().parameters())
+
+    def fitted(self, tensors: Mapping[str, TensorInfo]) -> Method[WudiArguments]:
+        """Return the method with the patterns under which the base has stacks of matrices."""
+        return super().fitted(tensors).model_copy(update={"stacks": stacks_among(tensors, self.stacks)})
+
     def arguments(self, block: Block, statistics: Statistics) -> WudiArguments:
         return WudiArguments(
-            matrix_of(block.name, block.shape, self.convolutions, self.excluded),
+            matrix_of(block.name, block.shape, self.convolutions, self.excluded, self.stacks),
             any(fnmatch.fnmatchcase(block.name, pattern) for pattern in self.transposed),
         )
 
@@ -110,10 +125,15 @@ class Wudi(DeltaMethod[WudiArguments]):
         """Return θ_0 + scale · X."""
         if arguments.matrix is None:
             return base if self.others == "base" else base_and_mean(base, deltas, self.scale)
-        matrices = [wide(delta, arguments.matrix) for delta in deltas]
-        if not arguments.transposed:
-            return base_and_matrix(base, self._minimum(matrices), self.scale)
-        return base_and_matrix(base, self._minimum([matrix.mT for matrix in matrices]).mT, self.scale)
+        matrix = arguments.matrix
+
+        def merged(part: Tensor, parts: Sequence[Tensor]) -> Tensor:
+            matrices = [wide(delta, matrix) for delta in parts]
+            if not arguments.transposed:
+                return base_and_matrix(part, self._minimum(matrices), self.scale)
+            return base_and_matrix(part, self._minimum([values.mT for values in matrices]).mT, self.scale)
+
+        return by_matrix(base, deltas, matrix, merged)
 
     def _minimum(self, deltas: Sequence[Tensor]) -> Tensor:
         """Return X (outputs × inputs) from the task vectors. The gradient of the loss is 2 (X D − N)."""

@@ -13,7 +13,7 @@ fields are all that enters a step's key. So whatever can change the numbers is a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, cast, final
 
@@ -103,13 +103,12 @@ class Method(Plugin, ABC, Generic[A]):
         """Return the method for experts in this order: values that are one per expert (weights, say) move along."""
         return self
 
-    def fitted(self, tensors: Iterable[str]) -> Method[A]:
-        """Return the method with what it takes from the names of the base's tensors, the number of layers say.
+    def fitted(self, tensors: Mapping[str, TensorInfo]) -> Method[A]:
+        """Return the method with what it takes from names and shapes of the base's tensors, the number of layers say.
 
         Raises SpecError where its values do not fit them.
         """
-        names = list(tensors) if self._layered() else []
-        fit = {key: value.fitted(names, f"{self.name}.{key}") for key, value in self._layered().items()}
+        fit = {key: value.fitted(tensors, f"{self.name}.{key}") for key, value in self._layered().items()}
         return self.model_copy(update=fit) if fit else self
 
     @final

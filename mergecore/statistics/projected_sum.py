@@ -14,7 +14,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.linear_algebra import Excluded, decomposition, matrix_of, rank_of, squared_norm, wide
+from mergecore.arithmetic.linear_algebra import (
+    Excluded,
+    Stacks,
+    by_matrix,
+    decomposition,
+    keyed,
+    matrix_of,
+    rank_of,
+    squared_norm,
+    wide,
+)
 from mergecore.checkpoints.architectures import EMBEDDINGS
 from mergecore.plugins.block import Block
 from mergecore.plugins.chain import BEFORE, Link
@@ -50,6 +60,11 @@ class ProjectedSum(Link):
     share: Share = 0.5
     projection: Projection = "block"
     excluded: Excluded = EMBEDDINGS
+    stacks: Stacks = None
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the fields as plain JSON. Without stacks in the model there is no key for them."""
+        return keyed(super().parameters())
 
     def outputs(self, selection: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
         """Return the sum, float32, and two squared norms for each tensor."""
@@ -63,14 +78,19 @@ class ProjectedSum(Link):
         total = delta
         if earlier is not None and block.name in earlier.tensors.tensors:
             before = earlier.tensors.read(block.name).reshape(block.shape)
-            matrix = matrix_of(block.name, block.shape, "mean", self.excluded)
+            matrix = matrix_of(block.name, block.shape, "mean", self.excluded, self.stacks)
             if matrix is None:
                 total = (before.to(torch.float64) + delta).to(torch.float32)
             else:
-                free = projected(wide(delta, matrix), wide(before, matrix), self.share, self.projection)
-                total = (wide(before, matrix) + free).to(torch.float32).reshape(block.shape)
+                total = by_matrix(before, [delta], matrix, lambda part, parts: self._added(part, parts[0]))
         norms = torch.tensor([squared_norm(delta), squared_norm(total)], dtype=torch.float64)
         return {block.name: total, block.name + NORMS: norms}
+
+    def _added(self, before: Tensor, delta: Tensor) -> Tensor:
+        """Return the sum of one matrix, float32, with what it leaves free of a delta."""
+        matrix = (before.shape[0], before.shape[1])
+        free = projected(wide(delta, matrix), wide(before, matrix), self.share, self.projection)
+        return (wide(before, matrix) + free).to(torch.float32)
 
     def numbers(
         self, written: TensorSource, selection: Mapping[str, TensorInfo], statistics: Statistics
