@@ -28,7 +28,10 @@ class Slerp(WeightMethod[Shares]):
     version: ClassVar[int] = 2
     ordered: ClassVar[bool] = True
 
-    t: Annotated[float, Field(ge=0, le=1, description="where on the arc: 0 is the first model, 1 the second")]
+    t: Annotated[
+        float,
+        Field(description="where on the arc: 0 is the first model, 1 the second; beyond them it goes on along the arc"),
+    ]
     start: Annotated[
         Literal["expert", "base"],
         Field(description="'expert': from the first of two experts to the second; 'base': from the base to one expert"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from mergecore.checkpoints.stack import BASE, StackRule, restacked
 from mergecore.errors import SpecError
 from mergecore.spec.mergekit.document import document_from, is_mergekit
 from mergecore.spec.mergekit.layers import Lookup
-from mergecore.spec.mergekit.reference import Reference
+from mergecore.spec.mergekit.reference import Reference, model_and_lora
+from mergecore.spec.mergekit.strangers import known_keys
 from mergecore.spec.mergekit.translate import Translation, recipe_from
 from mergecore.spec.recipe import Recipe, parse_recipe
 from mergecore.spec.sources import Resolver, SourceSpec
@@ -54,7 +55,7 @@ def read_orders(path: Path) -> tuple[RecipeDocument, ...]:
         if not is_mergekit(document):
             parse_recipe(document, where)
         else:
-            document_from(document, where)
+            document_from(known_keys(document, where)[0], where)
         orders[name] = RecipeDocument(name, where, document)
     known = frozenset(orders) - {""}
     linked = {
@@ -79,10 +80,18 @@ def _names(value: Any, known: frozenset[str]) -> Iterator[str]:
 def _named(value: Any) -> str:
     """The path of the model a value stands for, '' where it stands for none."""
     if isinstance(value, str) and value not in ("union", "base"):
-        return value.partition("+")[0]
+        return _split(value)[0]
     if isinstance(value, Mapping) and isinstance(value.get("path"), str):
         return str(value["path"])
     return ""
+
+
+def _split(text: str) -> tuple[str, str]:
+    """`model_and_lora`; the whole text where that is not clear, which the schema then refuses."""
+    try:
+        return model_and_lora(text)
+    except ValueError:
+        return text, ""
 
 
 def _in_order(orders: Mapping[str, RecipeDocument]) -> Iterator[RecipeDocument]:
@@ -109,7 +118,7 @@ def placed(value: Any, folders: Mapping[str, Path]) -> Any:
         if name and name in folders:
             place = {"path": str(folders[name])}
             if isinstance(value[key], str):
-                lora = value[key].partition("+")[2]
+                lora = _split(value[key])[1]
                 mapping[key] = {"model": place, **({"lora": lora} if lora else {})}
             else:
                 mapping[key] = {**value[key], **place}
@@ -131,8 +140,10 @@ class Translator:
         """The recipe as plain values. folders: where results of other documents lie, or will lie."""
         if not is_mergekit(order.document):
             return Translation(dict(order.document), ())
-        document = document_from(placed(order.document, folders), order.where)
+        known, notes = known_keys(order.document, order.where)
+        document = document_from(placed(known, folders), order.where)
         translation = recipe_from(document, self.lookup, order.where)
+        translation = replace(translation, notes=(*notes, *translation.notes))
         if order.name:
             stack = [StackRule(**rule) for rule in translation.recipe.get("stack", ())]
             base = translation.recipe["base"]

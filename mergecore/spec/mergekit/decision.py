@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mergecore.errors import SpecError, nearest
+from mergecore.errors import SpecError, close_to, nearest
 from mergecore.spec.mergekit.document import Document, Inputs, OutputSlice, Parameters
 from mergecore.spec.mergekit.layers import OutputTensor
 from mergecore.spec.mergekit.methods import ELSEWHERE, MergekitMethod, Parameter, Values
@@ -75,8 +75,14 @@ class Resolver:
             for parameter in self.method.parameters
             if parameter.per != "merge"
         }
-        ours = self.method.ours(Values(shared, each, self.document.random_seed, chosen is not None))
+        values = Values(shared, each, self.document.random_seed, chosen is not None)
+        ours = self.method.ours(values)
+        self.note(f"{self.where}: {note}" for note in values.notes)
         return Decision(ours, tuple(sources[number] for number in experts), chosen)
+
+    def note(self, notes: Iterable[str]) -> None:
+        """Keep what is to be said aloud, each once."""
+        self.notes += [note for note in dict.fromkeys(notes) if note not in self.notes]
 
     def check(self, parameters: Parameters, where: str) -> None:
         """Raise SpecError for parameters that cannot be read, here or anywhere."""
@@ -118,10 +124,11 @@ class Resolver:
         parameter = self.method.parameter(name)
         if parameter is None and name not in ELSEWHERE:
             own = [parameter.name for parameter in self.method.parameters]
-            raise SpecError(f"{where}.{name}: '{self.method.name}' has no such parameter; {nearest(name, own)}")
+            if close_to(name, own):
+                raise SpecError(f"{where}.{name}: '{self.method.name}' has no such parameter; {nearest(name, own)}")
         if parameter is None:
             note = f"{where}.{name}: has no effect with '{self.method.name}', in mergekit neither"
-            self.notes += [note] if note not in self.notes else []
+            self.note([note])
         return parameter
 
 

@@ -7,13 +7,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mergecore.errors import SpecError
 from mergecore.plugins.values import explained
 from mergecore.spec.mergekit.reference import Reference
 from mergecore.tensors.dtypes import Dtype
 
+
+def _plain(value: Any) -> Any:
+    """torch.bfloat16 as bfloat16, as mergekit reads it."""
+    return value.removeprefix("torch.") if isinstance(value, str) else value
+
+
+def _of_model(value: Any) -> Any:
+    """model:./a as ./a: how early versions of mergekit wrote a model's tokenizer."""
+    return value.removeprefix("model:") if isinstance(value, str) else value
+
+
+TheirDtype = Annotated[Dtype, BeforeValidator(_plain)]
 Bound = Annotated[int, Field(ge=0)]
 Parameters = Annotated[Mapping[str, Any], Field(description="values of the merge method")]
 
@@ -133,9 +145,9 @@ class Document(Inputs):
     merge_method: str
     modules: Annotated[Mapping[str, Module], Field(min_length=1)] | None = None
     base_model: Reference | None = None
-    dtype: Dtype | None = Field(None, description="of the file; mergekit computes in it too, we in float32")
-    out_dtype: Dtype | None = Field(None, description="of the file, where it is another than `dtype`")
-    tokenizer_source: Literal["union", "base"] | Reference | None = None
+    dtype: TheirDtype | None = Field(None, description="of the file; mergekit computes in it too, we in float32")
+    out_dtype: TheirDtype | None = Field(None, description="of the file, where it is another than `dtype`")
+    tokenizer_source: Annotated[Literal["union", "base"] | Reference | None, BeforeValidator(_of_model)] = None
     tokenizer: TokenizerRule | None = None
     chat_template: str | None = None
     random_seed: Annotated[int, Field(ge=0, description="seed of random masks (mergekit's --random-seed)")] = 0

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from mergecore.checkpoints.architectures import at_layer, layer_of
+from mergecore.checkpoints.architectures import LAYER, at_layer, depths, layer_of
 from mergecore.checkpoints.snapshot import Snapshot
 from mergecore.errors import SpecError, nearest
 from mergecore.spec.mergekit.document import Document, Inputs, OutputSlice, SliceInput
@@ -18,10 +18,23 @@ Lookup = Callable[[Reference], Snapshot]
 """Headers and configuration of a model (without its adapter)."""
 FIRST = re.compile(r"embed|wte|wpe|shared")
 """Tensors that stand before the first layer; what else belongs to no layer stands after the last."""
-MODULES: dict[str, Mapping[str, str]] = {
-    "t5": {"encoder": r"^encoder\.", "decoder": r"^(?!encoder\.)"},
+ENCODER = {"encoder": r"^(?:model\.)?encoder\.", "decoder": r"^(?!(?:model\.)?encoder\.)"}
+VISUAL = {
+    "text_decoder": r"^(?!(?:model\.)?visual\.)",
+    "multi_modal_projector": r"^(?:model\.)?visual\.(?:deepstack_)?merger",
+    "vision_tower": r"^(?:model\.)?visual\.(?!(?:deepstack_)?merger)",
 }
-"""Names of modules by model type, and which tensors are theirs."""
+TOWER = {
+    "text_decoder": r"^(?!(?:model\.)?(?:vision_tower|vision_model|multi_modal_projector)\.)",
+    "multi_modal_projector": r"^(?:model\.)?multi_modal_projector\.",
+    "vision_tower": r"^(?:model\.)?(?:vision_tower|vision_model)\.",
+}
+MODULES: dict[str, Mapping[str, str]] = {
+    **dict.fromkeys(("t5", "whisper"), ENCODER),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), VISUAL),
+    **dict.fromkeys(("gemma3", "llama4", "mistral3"), TOWER),
+}
+"""Names of modules by model type, as mergekit has them, and which tensors are theirs."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,12 @@ def depth_of(snapshot: Snapshot, module: str = "") -> int:
     return max(layers) + 1 if layers else 0
 
 
+def stacks_of(snapshot: Snapshot, module: str = "") -> dict[str, int]:
+    """{what stands before the number: how many layers} of every stack of a model, or of one of its modules."""
+    mine = MODULES.get(str(snapshot.config.get("model_type")), {}).get(module, "")
+    return depths(name for name in snapshot.tensors if re.search(mine, name))
+
+
 def slices_of(document: Document, module: str, lookup: Lookup, where: str) -> tuple[OutputSlice, ...]:
     """The slices of a document ('') or module; whole models are one slice, to which the base belongs where there is
     one.
@@ -65,6 +84,14 @@ def slices_of(document: Document, module: str, lookup: Lookup, where: str) -> tu
                     raise SpecError(
                         f"{where}.slices[{number}]: layer_range {list(source.layer_range)} of '{source.model}', which "
                         f"has {depth} layers: the end may be {depth} at most"
+                    )
+                stacks = stacks_of(lookup(source.model), module)
+                if len(set(stacks.values())) > 1:
+                    told = " and ".join(f"'{stem}' with {layers}" for stem, layers in stacks.items())
+                    raise SpecError(
+                        f"{where}.slices: '{source.model}' has several stacks of layers, {told}, and slices speak of "
+                        "one, in mergekit too; where every layer stays where it is, list the models under 'models', "
+                        "else write 'modules' with slices of each"
                     )
         return inputs.slices
     models = inputs.models or ()
@@ -88,11 +115,22 @@ def slices_of(document: Document, module: str, lookup: Lookup, where: str) -> tu
 
 
 def made_tensors(slices: Sequence[OutputSlice], inputs: Inputs, tensors: Sequence[str]) -> Iterator[OutputTensor]:
-    """Every tensor of the result. tensors: the names that one model has (of layer 0 and of no layer, at least)."""
+    """Every tensor of the result. tensors: the names that one model has.
+
+    Of whole models every layer stays, and its depth is that in its own stack: in mergekit each stack is a module.
+    """
     for name in tensors:
         if layer_of(name) is None:
             out = slices[0] if FIRST.search(name) else slices[-1]
             yield OutputTensor(name, out, inputs, (name,) * len(out.sources), 0.0)
+    if inputs.slices is None:
+        counts = depths(tensors)
+        for name in tensors:
+            if (layer := LAYER.search(name)) is not None:
+                last = counts[name[: layer.start(1)]] - 1
+                depth = int(layer[1]) / last if last else 1.0
+                yield OutputTensor(name, slices[0], inputs, (name,) * len(slices[0].sources), depth)
+        return
     within = {at_layer(name, 0): name for name in tensors if layer_of(name) is not None}
     number = 0
     for out in slices:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from math import fsum, inf
 from typing import Any, Literal
 
 from mergecore.errors import SpecError, nearest
@@ -26,7 +27,7 @@ class Parameter:
     def read(self, value: Any) -> Scalar:
         """The value as given in YAML. Raises ValueError where it is of another kind."""
         if self.kind == "switch":
-            if value in (True, False):
+            if isinstance(value, int | float):
                 return bool(value)
             raise ValueError(f"must be true or false (given: {value!r})")
         try:
@@ -44,13 +45,21 @@ class Parameter:
 class Values:
     """What holds for one tensor: values for all, and per expert (or per input) in order.
 
-    seed: of random masks. based: whether the experts are seen from a base.
+    seed: of random masks. based: whether the experts are seen from a base. notes: what is to be said aloud.
     """
 
     shared: Mapping[str, Any]
     each: Mapping[str, Sequence[Any]]
     seed: int
     based: bool
+    notes: list[str] = field(default_factory=list)
+
+    def bounded(self, name: str, value: float, least: float, most: float) -> float:
+        """A value that mergekit takes as well, as the nearest one that means the same; said aloud where it is moved."""
+        moved = min(max(float(value), least), most)
+        if moved != value:
+            self.notes.append(f"{name} {value:g} counts as {moved:g}, in mergekit too")
+        return moved
 
 
 @dataclass(frozen=True)
@@ -87,11 +96,17 @@ def _passthrough(values: Values) -> dict[str, Any] | None:
 
 
 def _slerp(values: Values) -> dict[str, Any]:
+    if not 0 <= values.shared["t"] <= 1:
+        values.notes.append(f"t {values.shared['t']:g} goes on along the arc, beyond the models, as in mergekit")
     return {"method": "slerp", "t": values.shared["t"], "start": "base"}
 
 
 def _karcher(values: Values) -> dict[str, Any]:
-    return {"method": "karcher", "iterations": values.shared["max_iter"], "tolerance": values.shared["tol"]}
+    return {
+        "method": "karcher",
+        "iterations": values.shared["max_iter"],
+        "tolerance": values.bounded("tol", values.shared["tol"], 1e-8, inf),
+    }
 
 
 def _model_stock(values: Values) -> dict[str, Any]:
@@ -100,7 +115,7 @@ def _model_stock(values: Values) -> dict[str, Any]:
 
 
 def _sce(values: Values) -> dict[str, Any]:
-    return {"method": "sce", "density": values.shared["select_topk"]}
+    return {"method": "sce", "density": values.bounded("select_topk", values.shared["select_topk"], 0, 1)}
 
 
 def _task_arithmetic(values: Values) -> dict[str, Any]:
@@ -109,17 +124,25 @@ def _task_arithmetic(values: Values) -> dict[str, Any]:
 
 
 def _dare_linear(values: Values) -> dict[str, Any]:
-    if values.shared["normalize"] and 0 in _shares(values):
-        raise SpecError("dare_linear: an expert of density 0 would still be divided by; take it out of the models")
-    values = _without_nothing(values)
+    values = _without_nothing(_divided(values))
     return {**_task_arithmetic(values), **_random_drop(values)}
 
 
 def _ties(values: Values) -> dict[str, Any]:
     if values.shared["rescale"]:  # only methods that see a whole tensor rescale; this one trims outliers, here none
-        none = Values(values.shared, {**values.each, "gamma": [0.0] * len(values.each["density"])}, values.seed, True)
-        return _breadcrumbs(none, "mass")
+        none = [0.0] * len(values.each["density"])
+        return _breadcrumbs(replace(values, each={**values.each, "gamma": none}), "mass")
     return {**_elected(values), "density": _one_or_each(_shares(values)), "least": 1}
+
+
+def _divided(values: Values) -> Values:
+    """Divide weights by their sum beforehand where an expert of which nothing is kept still counts in it."""
+    if not values.shared["normalize"] or 0 not in _shares(values):
+        return values
+    total = fsum(values.each["weight"])
+    total = total if abs(total) >= 1e-8 else 1.0
+    each = {**values.each, "weight": [weight / total for weight in values.each["weight"]]}
+    return replace(values, shared={**values.shared, "normalize": False}, each=each)
 
 
 def _without_nothing(values: Values) -> Values:
@@ -127,7 +150,7 @@ def _without_nothing(values: Values) -> Values:
     nothing = [share == 0 for share in _shares(values)]
     weights = [0.0 if is_nothing else weight for is_nothing, weight in zip(nothing, values.each["weight"], strict=True)]
     shares = [1.0 if is_nothing else share for is_nothing, share in zip(nothing, values.each["density"], strict=True)]
-    return Values(values.shared, {**values.each, "weight": weights, "density": shares}, values.seed, values.based)
+    return replace(values, each={**values.each, "weight": weights, "density": shares})
 
 
 def _dare_ties(values: Values) -> dict[str, Any]:
@@ -149,7 +172,7 @@ def _elected(values: Values) -> dict[str, Any]:
 
 
 def _breadcrumbs(values: Values, elect: str = "none") -> dict[str, Any]:
-    shares, outliers = _shares(values), [float(gamma) for gamma in values.each["gamma"]]
+    shares, outliers = _shares(values), [values.bounded("gamma", gamma, -inf, 1) for gamma in values.each["gamma"]]
     crowded = any(share + gamma > 1 for share, gamma in zip(shares, outliers, strict=True))
     return {
         "method": "breadcrumbs",
@@ -188,7 +211,7 @@ def _della(values: Values, elect: str = "mass") -> dict[str, Any]:
 
 
 def _della_linear(values: Values) -> dict[str, Any]:
-    return _della(values, "none")
+    return _della(_divided(values), "none")
 
 
 def _nuslerp(values: Values) -> dict[str, Any]:
@@ -209,14 +232,24 @@ def _multislerp(values: Values) -> dict[str, Any]:
 
 
 def _nearswap(values: Values) -> dict[str, Any]:
-    return {"method": "nearswap", "t": values.shared["t"]}
+    return {"method": "nearswap", "t": values.bounded("t", values.shared["t"], 0, inf)}
 
 
 def _ram(values: Values) -> dict[str, Any]:
+    if values.shared["epsilon"] < 0:
+        return _all_alike(values)
     return {"method": "ram", "epsilon": values.shared["epsilon"]}
 
 
+def _all_alike(values: Values) -> dict[str, Any]:
+    """RAM with an epsilon below 0: every expert counts everywhere, and no change is one expert's own."""
+    values.notes.append(f"epsilon {values.shared['epsilon']:g} counts every change, which makes the average")
+    return {"method": "average"}
+
+
 def _ramplus_tl(values: Values) -> dict[str, Any]:
+    if values.shared["epsilon"] < 0:
+        return _all_alike(values)
     boost = {"rate": values.shared["r"], "most": values.shared["alpha"], "scope": "tensor"}
     return {**_ram(values), "boost": boost}
 
@@ -233,7 +266,7 @@ def _weighed(values: Values, equal_is_none: bool = False) -> dict[str, Any]:
 
 
 def _shares(values: Values) -> list[float]:
-    return [min(max(float(share), 0.0), 1.0) for share in values.each["density"]]
+    return [values.bounded("density", share, 0, 1) for share in values.each["density"]]
 
 
 def _random_drop(values: Values) -> dict[str, Any]:

@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+
+
+def _is_there(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError:  # no name of a folder, as one that is too long
+        return False
+
+
+def model_and_lora(text: str) -> tuple[str, str]:
+    """Split `model+lora`; the second is '' where there is none. Raises ValueError where that can be meant in two ways.
+
+    The name of a folder may hold a '+': a text that is a folder is that folder, and of several '+' the one counts that
+    leaves folders on both sides, else on one.
+    """
+    if "+" not in text or _is_there(text):
+        return text, ""
+    places = [place for place, letter in enumerate(text) if letter == "+" and 0 < place < len(text) - 1]
+    splits = [(text[:place], text[place + 1 :]) for place in places] or [(text.rstrip("+"), "")]
+    there = [sum(map(_is_there, split)) for split in splits]
+    best = [split for split, count in zip(splits, there, strict=True) if count == max(there)]
+    if len(best) > 1:
+        raise ValueError(
+            f"'{text}' has more than one '+', and can be read in several ways; write {{model: {{path: …}}, "
+            "lora: {path: …}}"
+        )
+    return best[0]
 
 
 class ModelPath(BaseModel):
@@ -20,6 +48,8 @@ class ModelPath(BaseModel):
     def _from_text(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
+        if _is_there(value):
+            return {"path": value}  # a folder may have any name
         path, at, revision = value.partition("@")
         if "@" in revision:
             raise ValueError(f"'{value}' has more than one '@'; write path@revision")
@@ -43,9 +73,7 @@ class Reference(BaseModel):
     def _from_text(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        model, _, lora = value.partition("+")
-        if "+" in lora:
-            raise ValueError(f"'{value}' has more than one '+'; write model+lora")
+        model, lora = model_and_lora(value)
         return {"model": model, "lora": lora} if lora else {"model": model}
 
     @model_serializer

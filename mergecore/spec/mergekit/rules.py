@@ -63,11 +63,14 @@ def _names(combination: tuple[int, ...], conditions: Sequence[Condition]) -> dic
     text, expression = chosen[0]
     if len(chosen) == 1:
         return {"names": f"*{text}*" if text and not GLOB.search(text) else f"/{re.escape(text) or expression}/"}
-    return {
-        "names": "/^"
-        + "".join(f"(?=.*{re.escape(text) or expression.strip('^')})" for text, expression in chosen)
-        + "/"
-    }
+    return {"names": f"/^{''.join(_ahead(text, expression) for text, expression in chosen)}/"}
+
+
+def _ahead(text: str, expression: str) -> str:
+    """What must lie ahead of a name's beginning for the alternative to hold."""
+    if text:
+        return f"(?=.*{re.escape(text)})"
+    return f"(?={expression[1:]})" if expression.startswith("^") else f"(?=.*{expression})"
 
 
 def _by_layer(payloads: Mapping[str, Payload]) -> Iterator[dict[str, Any]]:

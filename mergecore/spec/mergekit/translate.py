@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from mergecore.spec.mergekit.layers import (
     made_tensors,
     module_tensors,
     slices_of,
+    stacks_of,
 )
 from mergecore.spec.mergekit.methods import mergekit_method
 from mergecore.spec.mergekit.reference import ModelPath, Reference
@@ -62,7 +64,10 @@ def recipe_from(document: Document, lookup: Lookup, where: str) -> Translation:
     head = cast.head(decisions)
     stack = _stack(piles, cast, where)
     payloads = {name: cast.payload(decision) for name, decision in decisions.items()}
-    select = rules_for(payloads, _conditions(document, cast))
+    conditions = _conditions(document, cast)
+    by_stack = Condition(tuple(("", f"^{re.escape(stem)}") for stem in stacks_of(cast.ground)))
+    # Rules that tell stacks apart are worth it where layers of one number are not merged alike in all of them.
+    select = min((rules_for(payloads, chosen) for chosen in (conditions, [by_stack, *conditions])), key=len)
     recipe = {
         **head,
         "base": cast.entry(cast.base),
@@ -168,8 +173,8 @@ def _conditions(document: Document, cast: Cast) -> list[Condition]:
     """What may tell tensors of one layer apart: modules, and the filters of each parameter."""
     ranges = []
     modules = MODULES.get(str(cast.ground.config.get("model_type")), {})
-    if len(document.inputs) > 1:
-        ranges.append(Condition(tuple(("", modules[module]) for module in document.inputs)))
+    if any(module in modules for module in document.inputs):
+        ranges.append(Condition(tuple(("", modules[module]) for module in document.inputs if module in modules)))
     for _, parameters in all_parameters(document):
         for name, value in parameters.items():
             setting = setting_from(value, lambda scalar: scalar, name) if value is not None else ()
@@ -184,7 +189,7 @@ def _stack(piles: Mapping[str, tuple[Level, ...]], cast: Cast, where: str) -> li
     moved = [module for module, pile in piles.items() if not _as_they_are(pile, module, cast)]
     if not moved:
         return []
-    if len(piles) > 1:
+    if len(piles) > 1 or len(stacks_of(cast.ground)) > 1:
         raise SpecError(
             f"{where}.modules.{moved[0]}: layers of a model with several modules cannot change place or number; "
             "give every layer of the module, each where it is"
