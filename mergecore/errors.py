@@ -63,15 +63,15 @@ class ServiceError(MergeloomError):
     """Prefect, Dask or MLflow did not answer."""
 
 
-def close_to(name: str, known: Iterable[str]) -> str:
+def close_to(name: str, known: Iterable[str], cutoff: float = 0.78) -> str:
     """Return the known name that `name` may be a slip for; '' where there is none."""
-    return next(iter(difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)), "")
+    return next(iter(difflib.get_close_matches(name, sorted(known), n=1, cutoff=cutoff)), "")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Half a sentence that offers the known name closest to `name`, else lists what is known."""
     choices = sorted(known)
-    close = close_to(name, choices)
+    close = close_to(name, choices, 0.5)
     if close:
         return f"did you mean '{close}'?"
     return "known: " + (", ".join(choices) if choices else "none")

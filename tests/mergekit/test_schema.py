@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from flows.cli.main import main
 from mergecore.engine.executor import InProcess
 from mergecore.events import silent
+from mergecore.spec.mergekit.reference import Reference
 from mergecore.spec.mergekit.rules import Condition, rules_for
 from mergecore.spec.mergekit.setting import setting_from, value_for
 from tests.mergekit.models import write_models
@@ -133,6 +134,58 @@ def test_rules_say_what_was_decided() -> None:
         rule = next(rule for rule in rules if SelectRule(**rule).matches(name))
         assert {key: value for key, value in rule.items() if key not in ("names", "layers")} == payload
     assert len(rules) < len(names)
+
+
+# --- what mergekit takes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "folders", "wanted"),
+    [
+        ("a+b", [], ("a", "b")),
+        ("org/base+org/lora", [], ("org/base", "org/lora")),
+        ("a+", [], ("a", "")),
+        ("a+b", ["a+b"], ("a+b", "")),
+        ("a+b+c", ["a+b"], ("a+b", "c")),
+        ("a+b+c", ["a", "b+c"], ("a", "b+c")),
+        ("a+b+c", ["a", "b+c", "c"], ("a", "b+c")),
+        ("c++", ["c++"], ("c++", "")),
+        ("c+++lora", ["c++"], ("c++", "lora")),
+    ],
+)
+def test_a_plus_may_be_part_of_a_name(
+    text: str, folders: list[str], wanted: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in folders:
+        Path(folder).mkdir()
+    reference = Reference.model_validate(text)
+    assert (reference.model.path, reference.lora.path if reference.lora else "") == wanted
+
+
+def test_a_plus_that_can_be_read_in_two_ways_is_refused(tmp_path: Path) -> None:
+    result = run(tmp_path, changed(models=[{"model": "x+y+z"}]), str(tmp_path / "out"))
+    assert result.exit_code == 1 and "can be read in several ways; write {model: {path" in result.output
+
+
+def test_an_at_may_be_part_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x@y").mkdir()
+    assert Reference.model_validate("x@y").model.revision is None
+    assert Reference.model_validate("x@z").model.revision == "z"
+    assert Reference.model_validate("n" * 9000).model.path == "n" * 9000
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
+def test_an_expert_of_which_nothing_is_kept_still_counts_in_the_divisor(method: str, tmp_path: Path) -> None:
+    """(1 · τ_a + 3 · 0) / 4, as mergekit has it."""
+    kept, none = {"density": 1, "weight": 1}, {"density": 0, "weight": 3}
+    models = [{"model": "./a", "parameters": kept}, {"model": "./b", "parameters": none}]
+    document = changed(merge_method=method, models=models, parameters={"normalize": True}, dtype="float32")
+    assert run(tmp_path, document, str(tmp_path / "out")).exit_code == 0
+    merged, base, a = (load_file(f"{folder}/model.safetensors") for folder in (tmp_path / "out", "base", "a"))
+    for name, value in merged.items():
+        torch.testing.assert_close(value, base[name] + (a[name] - base[name]) / 4, rtol=0, atol=1e-6)
 
 
 # --- what is printed ----------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 mergekit reads what it knows and ignores the rest. Recipes of model cards have such keys: parameters beside
 `merge_method`, a `layer_range` of a whole model, options of the command line, a card's own keys. A key that looks like
-a slip of the pen stays, so that the schema refuses it.
+a slip of the pen stays, and so does one of our own form: the schema refuses both.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ INSIDE: dict[type[BaseModel], dict[str, type[BaseModel]]] = {
 BY_NAME = ("modules", "tokens")
 ELSEWHERE_KEYS = frozenset({*ELSEWHERE, *SliceInput.model_fields, *Document.model_fields, *OutputSlice.model_fields})
 """Keys that are right in another place: no slips, however near they are to a key of this one."""
+OURS = ("method", "base", "experts", "select", "stack")
+"""Keys of a recipe in our form: who writes both means one of them."""
 
 
 def known_keys(document: Mapping[str, Any], where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -48,7 +50,7 @@ def _tidied(value: Mapping[str, Any], kind: type[BaseModel], where: str, notes: 
         name, place = str(key), f"{where}.{key}"
         if name in kind.model_fields:
             tidy[key] = _inside(inner, INSIDE.get(kind, {}).get(name), name in BY_NAME, place, notes)
-        elif name not in ELSEWHERE_KEYS and close_to(name, kind.model_fields):
+        elif name in OURS or (name not in ELSEWHERE_KEYS and close_to(name, kind.model_fields)):
             tidy[key] = inner
         else:
             notes.append(f"{place}: has no effect there, in mergekit neither")
