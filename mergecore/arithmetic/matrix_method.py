@@ -32,7 +32,7 @@ class MatrixArguments:
 
 
 class MatrixMethod(DeltaMethod[MatrixArguments], ABC):
-    """θ_0 + scale · X, with an X for each matrix; X of a vector is the mean task vector.
+    """θ_0 + factor · X, with an X for each matrix; X of a vector is the mean task vector.
 
     A stack of matrices in one tensor (the fused experts of a mixture) has an X for each of them.
     """
@@ -44,6 +44,11 @@ class MatrixMethod(DeltaMethod[MatrixArguments], ABC):
         convolutions: Any
         excluded: Any
         stacks: Any
+
+    @property
+    def factor(self) -> float:
+        """The factor of X, and of the mean task vector of what is no matrix."""
+        return self.scale
 
     @property
     def idempotent(self) -> bool:
@@ -62,14 +67,14 @@ class MatrixMethod(DeltaMethod[MatrixArguments], ABC):
         return MatrixArguments(matrix_of(block.name, block.shape, self.convolutions, self.excluded, self.stacks))
 
     def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: MatrixArguments) -> Tensor:
-        """Return θ_0 + scale · X, or θ_0 + scale · mean(τ_t)."""
+        """Return θ_0 + factor · X, or θ_0 + factor · mean(τ_t)."""
         matrix = arguments.matrix
         if matrix is None or not self.takes(matrix, len(deltas)):
             return self.of_vector(base, deltas)
         return by_matrix(base, deltas, matrix, lambda part, parts: self._of_matrix(part, parts, matrix))
 
     def _of_matrix(self, base: Tensor, deltas: Sequence[Tensor], matrix: Matrix) -> Tensor:
-        return base_and_matrix(base, self.change(deltas, matrix), self.scale)
+        return base_and_matrix(base, self.change(deltas, matrix), self.factor)
 
     def takes(self, matrix: Matrix, count: int) -> bool:
         """Return whether `change` can be asked for with matrices of this size of so many experts."""
@@ -77,7 +82,7 @@ class MatrixMethod(DeltaMethod[MatrixArguments], ABC):
 
     def of_vector(self, base: Tensor, deltas: Sequence[Tensor]) -> Tensor:
         """Return the merged weights of what is no matrix, float32."""
-        return base_and_mean(base, deltas, self.scale)
+        return base_and_mean(base, deltas, self.factor)
 
     @abstractmethod
     def change(self, deltas: Sequence[Tensor], matrix: Matrix) -> Tensor:

@@ -42,6 +42,9 @@ VOCABULARY = re.compile(
 PER_LAYER_TOKENS = re.compile(r"(?:^|\.)embed_tokens_per_layer\.weight$")
 """Tables that have rows for some of the tokens (Gemma 3n): what a token beyond them means is no matter of names."""
 
+HEADS: tuple[str, ...] = ("*lm_head*", "*text_projection*", "*visual_projection*", "*classifier*", "*score.weight")
+"""Shell patterns of what reads the last layer: linear maps, but none of attention or MLP."""
+
 STACKED: tuple[str, ...] = (
     "*experts*", "*gate_up_proj", "*gate_proj", "*up_proj", "*down_proj", "*input_linear.weight",
     "*output_linear.weight",

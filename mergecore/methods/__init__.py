@@ -13,6 +13,9 @@ from mergecore.methods.sce import Sce as Sce
 from mergecore.methods.iso_c import IsoC as IsoC
 from mergecore.methods.iso_cts import IsoCts as IsoCts
 from mergecore.methods.tsv_m import TsvM as TsvM
+from mergecore.methods.star import Star as Star
+from mergecore.methods.subspace_boosting import SubspaceBoosting as SubspaceBoosting
+from mergecore.methods.cart import Cart as Cart
 from mergecore.methods.wudi import Wudi as Wudi
 from mergecore.methods.breadcrumbs import Breadcrumbs as Breadcrumbs
 from mergecore.methods.della import Della as Della

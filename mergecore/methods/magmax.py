@@ -1,4 +1,4 @@
-"""MagMax: of every coordinate the largest change of all experts (Marczak et al. 2024, §4)."""
+"""MagMax: of every coordinate the largest change of all experts (Marczak et al. 2024)."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from mergecore.arithmetic.linear_algebra import (
     wide,
 )
 from mergecore.arithmetic.trims import folded_sum
+from mergecore.checkpoints.architectures import HEADS
 from mergecore.plugins.block import Block, Per
 from mergecore.plugins.by_layer import Scale
 from mergecore.plugins.examples import Examples
@@ -34,8 +35,7 @@ from mergecore.plugins.statistic import Statistics
 from mergecore.tensors.source import TensorInfo
 
 EMBEDDINGS = ("*embed*", "*wte.*", "*wpe.*", "*shared.weight", "*relative_attention_bias*")
-HEADS = ("*lm_head*", "*text_projection*", "*visual_projection*", "*classifier*", "*score.weight")
-"""With the embeddings, what the authors leave out: their argument holds for the linear maps of attention and MLP."""
+"""With the heads, what the authors leave out: their argument holds for the linear maps of attention and MLP."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class ByLayer(BaseModel):
     """One number per layer: λ_ℓ = first + (last − first) · ℓ / (L − 1) for layer ℓ of L, counted from 0.
 
     Each stack of a model (an encoder and a decoder, a vision tower) is counted by itself. The only layer of a stack of
-    one counts as the last. Source: Wang et al. 2024, LiNeS, arXiv:2410.17146, §3.2, with first = α and
+    one counts as the last. Source: Wang et al. 2024, LiNeS, arXiv:2410.17146, with first = α and
     last = α + β; so do the authors' code and, for tensors that belong to no layer, `others` left out.
     """
 

@@ -16,7 +16,7 @@ from mergecore.registry import METHODS
 
 WITH_SCALE: dict[str, Values] = {
     "task_arithmetic": {}, "ties": {"density": 0.5}, "magmax": {}, "breadcrumbs": {}, "della": {}, "consensus": {},
-    "iso_c": {}, "iso_cts": {}, "tsv_m": {}, "wudi": {"steps": 3},
+    "star": {}, "subspace_boosting": {}, "iso_c": {}, "iso_cts": {}, "tsv_m": {}, "wudi": {"steps": 3},
 }  # fmt: skip
 NAMES = ("model.embed.weight", *(f"model.layers.{n}.w" for n in range(5)), "model.norm.weight")
 
@@ -55,7 +55,20 @@ def test_every_scale_may_go_by_layer(name: str, values: Values) -> None:
 
 def test_all_that_have_a_scale_of_one_number_are_tried() -> None:
     have = {name for name in METHODS.own if "ByLayer" in str(METHODS[name].model_fields.get("scale"))}
-    assert have == set(WITH_SCALE)
+    assert have == {*WITH_SCALE, "cart"}  # whose scale is that of a part of the change
+
+
+def test_cart_scales_the_differences_by_layer() -> None:
+    base = model(0)
+    experts = [model(seed, base) for seed in (1, 2, 3)]
+
+    def merged(scale: Any) -> dict[str, Tensor]:
+        return merge(METHODS["cart"].model_validate({"scale": scale, "share": 0.3}), base=base, experts=experts)
+
+    mean, whole, layered = merged(0.0), merged(1.0), merged({"first": 0.2, "last": 0.9})
+    for tensor in NAMES:
+        expected = mean[tensor] + (whole[tensor] - mean[tensor]) * factor(tensor, 0.2, 0.7, 5)
+        torch.testing.assert_close(layered[tensor], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_factors_by_hand() -> None:

@@ -18,6 +18,7 @@ STACK = "model.layers.0.mlp.experts.gate_up_proj"
 MATRIX_METHODS: dict[str, list[Values]] = {
     "iso_c": [{}, {"rank": "full"}], "iso_cts": [{"common": 0.5}], "tsv_m": [{}, {"crowded": "zero"}],
     "wudi": [{"steps": 5}, {"variant": "closed"}, {"steps": 5, "transposed": ["*experts*"]}],
+    "star": [{}, {"share": 0.8}], "subspace_boosting": [{"scale": 0.5, "share": 0.3}], "cart": [{"share": 0.3}],
     "opcm": [{}, {"projection": "strict"}],
 }  # fmt: skip
 TRIED = [(name, values) for name, sets in MATRIX_METHODS.items() for values in sets]
