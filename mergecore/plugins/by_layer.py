@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
@@ -71,10 +71,14 @@ class ByLayer(BaseModel):
         return (1 - share) * self.first + share * self.last
 
 
+def _goes_by_layer(value: Any) -> bool:
+    return isinstance(value, ByLayer) or (isinstance(value, Mapping) and set(value) != {"grid"})
+
+
 if TYPE_CHECKING:
     Scale = float  # a method never sees anything else: `Method.of_tensor` puts the tensor's number in its place
 else:
     Scale = Annotated[
         Annotated[float, ONE] | Annotated[ByLayer, Tag("(layers)")],
-        Discriminator(lambda value: "(layers)" if isinstance(value, Mapping | ByLayer) else "(one)"),
+        Discriminator(lambda value: "(layers)" if _goes_by_layer(value) else "(one)"),
     ]

@@ -54,7 +54,8 @@ def _mapping(model: Any, problem: Mapping[str, Any]) -> str:
     kind = _model_at(model, problem["loc"])
     if problem["type"] == "dict_type" or kind is None:
         return "must be a mapping of keys"
-    keys = " and ".join(", ".join(key for key in _names(kind) if key != "kind").rsplit(", ", 1))
+    implied = {"kind"} if "kind" in kind.model_fields and not kind.model_fields["kind"].is_required() else set()
+    keys = " and ".join(", ".join(key for key in _names(kind) if key not in implied).rsplit(", ", 1))
     return f"must be a mapping with {keys}" + (", or text" if hasattr(kind, "_from_text") else "")
 
 

@@ -12,7 +12,8 @@ from mergecore import merge
 from mergecore.errors import SpecError
 from mergecore.plugins.by_layer import ByLayer
 from mergecore.plugins.examples import Values
-from mergecore.registry import METHODS
+from mergecore.registry import METHODS, method_from
+from mergecore.spec.variants import variants_of
 
 WITH_SCALE: dict[str, Values] = {
     "task_arithmetic": {}, "ties": {"density": 0.5}, "magmax": {}, "breadcrumbs": {}, "della": {}, "consensus": {},
@@ -96,3 +97,30 @@ def test_stacks_of_another_model_are_refused() -> None:
     scale = ByLayer.model_validate({"first": 0.5, "last": 1.0, "stacks": [{"stem": "layers.", "layers": 3}]})
     with pytest.raises(SpecError, match=r"scale\.stacks: not what the base has, 'layers\.' with 2"):
         scale.fitted(["layers.0.w", "layers.1.w"], "scale")
+
+
+def test_a_grid_of_scales_makes_variants() -> None:
+    entries = [
+        {"method": "ties", "scale": {"first": {"grid": [0.2, 0.4]}, "last": 1.0}},
+        {"method": "magmax", "scale": {"grid": [0.5, 1]}},
+    ]
+    variants = [v for v in variants_of(entries, [], ["a", "b"], [2]) if v.method.name != "average"]
+    assert [v.method.parameters()["scale"] for v in variants[2:]] == [0.5, 1.0]
+    assert [v.method.parameters()["scale"]["first"] for v in variants[:2]] == [0.2, 0.4]
+    assert variants[1].values == {"scale": {"first": 0.4, "last": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [
+        ({"first": 1}, r"scale\.last: must be given"),
+        ({"first": 1, "last": 2, "lst": 1}, r"scale\.lst: unknown key; did you mean 'last'\?"),
+        ({"grid": [1, 2]}, r"scale: a grid may stand in the methods of a sweep's spec only"),
+        ({"first": 1, "last": "x"}, r"scale\.last: must be a number"),
+        ("x", r"scale: must be a number"),
+        ([1, 2], r"scale: must be a number"),
+    ],
+)
+def test_what_is_no_scale_is_refused(scale: Any, said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        method_from("ties", {"scale": scale}, "recipe", ())
