@@ -1,4 +1,5 @@
-"""Makes results.safetensors and vocabularies.safetensors anew: what mergekit makes of the recipes in the two folders.
+"""Makes results.safetensors and vocabularies.safetensors anew: what mergekit makes of the recipes in the two folders;
+and depths.json, where tensors stand in its gradients.
 
 mergekit runs in an environment of its own, whose Python is the argument:
 python tests/mergekit/make_results.py ENVIRONMENT/bin/python
@@ -43,6 +44,7 @@ def main(python: str) -> None:
             command = [python, str(HERE / "inside_mergekit.py"), folder, str(paths[0].parent)]
             subprocess.run(command, check=True, env=environment)
             keep(Path(folder), paths, result)
+    subprocess.run([python, str(HERE / "make_depths.py"), str(HERE / "depths.json")], check=True)
 
 
 def keep(folder: Path, paths: list[Path], result: Path) -> None:

@@ -14,6 +14,7 @@ from mergecore.engine.executor import InProcess
 from mergecore.errors import SpecError
 from mergecore.events import silent
 from mergecore.recipes.merge_file import merge_file
+from mergecore.spec.mergekit.layers import whole_depths
 from tests.recipe_files import find
 
 STACKS: dict[str, dict[str, int]] = {
@@ -42,6 +43,16 @@ def kind(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     write(tmp_path / "b", request.param, 1.0)
     monkeypatch.chdir(tmp_path)
     return str(request.param)
+
+
+DEPTHS = json.loads(Path(__file__).with_name("depths.json").read_text())
+
+
+@pytest.mark.parametrize("of", [name for name in DEPTHS if name != "mergekit"])
+def test_every_tensor_stands_where_mergekit_has_it(of: str) -> None:
+    """Depths that mergekit 0.1.5 gave the tensors of tiny models of transformers (make_depths.py)."""
+    assert DEPTHS["mergekit"] == "0.1.5"
+    assert whole_depths(list(DEPTHS[of]), of) == pytest.approx(DEPTHS[of], abs=1e-6)
 
 
 def merged(document: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:

@@ -29,6 +29,9 @@ TOWER = {
     "multi_modal_projector": r"^(?:model\.)?multi_modal_projector\.",
     "vision_tower": r"^(?:model\.)?(?:vision_tower|vision_model)\.",
 }
+NUMBER = re.compile(r"\.(\d+)\.")
+AT_THE_END = dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), r"(?:^|\.)visual\.merger\.mlp\.")
+"""By model type, numbered tensors that mergekit takes for those of two layers each: the depth of the last holds."""
 MODULES: dict[str, Mapping[str, str]] = {
     **dict.fromkeys(("t5", "whisper"), ENCODER),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), VISUAL),
@@ -114,23 +117,39 @@ def slices_of(document: Document, module: str, lookup: Lookup, where: str) -> tu
     )
 
 
-def made_tensors(slices: Sequence[OutputSlice], inputs: Inputs, tensors: Sequence[str]) -> Iterator[OutputTensor]:
-    """Every tensor of the result. tensors: the names that one model has.
+def whole_depths(tensors: Sequence[str], kind: str) -> dict[str, float]:
+    """{name: depth} of every tensor of a model whose layers all stay. Without a number the depth is 0.
+
+    Whatever is numbered is a stack to mergekit, the parts of a projector too: there the first number of a name counts.
+    """
+    numbered = {name: number for name in tensors if (number := LAYER.search(name) or NUMBER.search(name)) is not None}
+    counts: dict[str, int] = {}
+    for name, number in numbered.items():
+        stem = name[: number.start(1)]
+        counts[stem] = max(counts.get(stem, 0), int(number[1]) + 1)
+    depth_by_name = dict.fromkeys(tensors, 0.0)
+    for name, number in numbered.items():
+        last = counts[name[: number.start(1)]] - 1
+        at_end = kind in AT_THE_END and re.search(AT_THE_END[kind], name)
+        depth_by_name[name] = 1.0 if at_end or not last else int(number[1]) / last
+    return depth_by_name
+
+
+def made_tensors(
+    slices: Sequence[OutputSlice], inputs: Inputs, tensors: Sequence[str], kind: str = ""
+) -> Iterator[OutputTensor]:
+    """Every tensor of the result. tensors: the names that one model has. kind: its model type.
 
     Of whole models every layer stays, and its depth is that in its own stack: in mergekit each stack is a module.
     """
+    if inputs.slices is None:
+        for name, depth in whole_depths(tensors, kind).items():
+            yield OutputTensor(name, slices[0], inputs, (name,) * len(slices[0].sources), depth)
+        return
     for name in tensors:
         if layer_of(name) is None:
             out = slices[0] if FIRST.search(name) else slices[-1]
             yield OutputTensor(name, out, inputs, (name,) * len(out.sources), 0.0)
-    if inputs.slices is None:
-        counts = depths(tensors)
-        for name in tensors:
-            if (layer := LAYER.search(name)) is not None:
-                last = counts[name[: layer.start(1)]] - 1
-                depth = int(layer[1]) / last if last else 1.0
-                yield OutputTensor(name, slices[0], inputs, (name,) * len(slices[0].sources), depth)
-        return
     within = {at_layer(name, 0): name for name in tensors if layer_of(name) is not None}
     number = 0
     for out in slices:

@@ -57,8 +57,9 @@ def recipe_from(document: Document, lookup: Lookup, where: str) -> Translation:
     piles: dict[str, tuple[Level, ...]] = {}
     for module, inputs in document.inputs.items():
         slices = slices_of(document, module, lookup, where)
-        mine = module_tensors(module, str(cast.ground.config.get("model_type")), cast.tensors(), where)
-        decisions |= {tensor.name: resolver.decision(tensor) for tensor in made_tensors(slices, inputs, mine)}
+        kind = str(cast.ground.config.get("model_type"))
+        mine = module_tensors(module, kind, cast.tensors(), where)
+        decisions |= {tensor.name: resolver.decision(tensor) for tensor in made_tensors(slices, inputs, mine, kind)}
         piles[module] = levels(slices)
     cast.settle(decisions)
     head = cast.head(decisions)
