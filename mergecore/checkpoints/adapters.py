@@ -28,11 +28,15 @@ STEM = "adapter_model"
 
 @dataclass(frozen=True)
 class LowRank:
-    """One adapter's update of one module, float64: scaling · up @ down, down (rank × in), up (out × rank)."""
+    """One adapter's update of one module, float64: scaling · up @ down, down (rank × in), up (out × rank).
+
+    owner: the id of the adapter.
+    """
 
     down: Tensor
     up: Tensor
     scaling: float
+    owner: str = ""
 
     @property
     def rank(self) -> int:
@@ -77,7 +81,7 @@ def low_rank(expert: AdapterExpert, target: str) -> LowRank | None:
         expert.stored.read(name).to(torch.float64).reshape(expert.stored.tensors[name].shape)
         for name in (factor.down, factor.up)
     )
-    return LowRank(down, up, factor.scaling)
+    return LowRank(down, up, factor.scaling, expert.id)
 
 
 def outputs(

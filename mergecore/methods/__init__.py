@@ -25,6 +25,8 @@ from mergecore.methods.consensus import Consensus as Consensus
 from mergecore.methods.opcm import Opcm as Opcm
 from mergecore.methods.layer_swap import LayerSwap as LayerSwap
 from mergecore.methods.lora_arithmetic import LoraArithmetic as LoraArithmetic
+from mergecore.methods.lora_linear import LoraLinear as LoraLinear
+from mergecore.methods.lora_ties import LoraTies as LoraTies
 from mergecore.methods.lora_lego import LoraLego as LoraLego
 from mergecore.methods.nearswap import Nearswap as Nearswap
 from mergecore.methods.ram import Ram as Ram

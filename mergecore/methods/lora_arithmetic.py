@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from mergecore.arithmetic.linear_algebra import decomposition
-from mergecore.checkpoints.adapters import LowRank, padded, relative_error
+from mergecore.arithmetic.low_rank import nearest_adapter
+from mergecore.checkpoints.adapters import LowRank, relative_error
 from mergecore.errors import SpecError
 from mergecore.plugins.adapter_method import AdapterMethod, Combined
 from mergecore.plugins.examples import Examples
@@ -59,16 +59,8 @@ class LoraArithmetic(AdapterMethod):
         up = torch.cat([update.up * (update.scaling * weight * whole) for update, weight in present], 1)
         if self.rank is None:
             return Combined(down, up, {})
-        # The sum's singular values are those of the small matrix between two orthonormal bases.
-        outer, left = torch.linalg.qr(up)
-        inner, right = torch.linalg.qr(down.mT)
-        rotated, values, turned = decomposition(left @ right.mT)
         shape = (up.shape[0], down.shape[1])
-        kept = self.rank_made(module, [update.rank for update, _ in present], shape)
-        root = values[:kept].sqrt()
-        down, up = padded(root[:, None] * (turned[:kept] @ inner.mT), outer @ rotated[:, :kept] * root, kept)
-        squares = values * values
-        return Combined(down, up, {"lost": float(squares[kept:].sum()), "whole": float(squares.sum())})
+        return nearest_adapter(down, up, self.rank_made(module, [update.rank for update, _ in present], shape))
 
     def total(self, modules: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         """Return the relative error of the cut: what was lost of the sum, in the Frobenius norm."""

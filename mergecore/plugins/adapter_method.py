@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, TypeVar
 
@@ -19,6 +19,10 @@ from mergecore.tensors.source import TensorInfo
 
 Answer_co = TypeVar("Answer_co", covariant=True)
 
+Updates = Sequence[LowRank | None]
+"""What every adapter changes of one module, in fold order; None for an adapter that lacks the module."""
+Walk = Callable[[], Iterator[tuple[str, Updates]]]
+"""Reads all modules once, in the order of their names: (base tensor, its updates)."""
 ADAPTER = "adapter"
 """The name under which a method's dense model is handed the adapter."""
 
@@ -69,10 +73,16 @@ class AdapterMethod(Method[AdapterDelta], ABC):
         """Return the rank of a module's update in the result. ranks: of the adapters that have it. shape: (out, in)."""
 
     @abstractmethod
-    def combined(self, module: str, updates: Sequence[LowRank | None]) -> Combined:
-        """Return one module of the result, float64, of the rank announced. updates: None for an adapter that lacks the
-        module.
+    def combined(self, module: str, updates: Updates) -> Combined:
+        """Return one module of the result, float64, of the rank announced."""
+
+    def combined_all(self, walk: Walk) -> Iterator[tuple[str, Combined]]:
+        """Yield (base tensor, its combined module) for every module, one at a time.
+
+        A method overrides this where a module depends on the others. It may walk several times.
         """
+        for target, updates in walk():
+            yield target, self.combined(module_of(target), updates)
 
     def total(self, modules: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         """Return numbers of the whole adapter. modules: {base tensor: its numbers}."""
@@ -110,8 +120,12 @@ def combined_modules(
     method: AdapterMethod, experts: Sequence[AdapterExpert], selection: Mapping[str, TensorInfo]
 ) -> Iterator[tuple[str, Combined]]:
     """Yield (base tensor, its combined module) for every selected tensor, one at a time."""
-    for target in sorted(selection):
-        yield target, method.combined(module_of(target), [low_rank(expert, target) for expert in experts])
+
+    def walk() -> Iterator[tuple[str, Updates]]:
+        for target in sorted(selection):
+            yield target, [low_rank(expert, target) for expert in experts]
+
+    yield from method.combined_all(walk)
 
 
 class MadeAdapter(AnyStatistic):

@@ -41,6 +41,7 @@ from tests.small_pool import merge_plan, place_in
 
 VALUES: dict[str, list[dict[str, Any]]] = {
     "lora_arithmetic": [{}, {"aggregate": "mean"}, {"rank": 64}, {"rank": 4, "aggregate": "mean", "weights": [1]}],
+    "lora_ties": [{"density": 1}],
     "lora_lego": [
         {"gauge": gauge, "reweight": reweight, "output": output}
         for gauge in ("as_given", "canonical")
@@ -109,7 +110,8 @@ def test_one_adapter_as_peft_folds_it(name: str, kind: str, bases: Callable[[str
     family, values = KINDS[kind]
     base = bases(family)
     adapter, folded = adapted(family, base, tmp_path, **values)
-    merge_into({"method": name, "base": base, "experts": [adapter]}, tmp_path / "out")
+    usual = VALUES.get(name, [{}])[0]
+    merge_into({"method": name, **usual, "base": base, "experts": [adapter]}, tmp_path / "out")
     actual, wanted = loaded(family, base, tmp_path / "out"), weights(folded)
     before = weights(base)
     for tensor in before:
