@@ -27,6 +27,8 @@ from mergecore.methods.layer_swap import LayerSwap as LayerSwap
 from mergecore.methods.lora_arithmetic import LoraArithmetic as LoraArithmetic
 from mergecore.methods.lora_linear import LoraLinear as LoraLinear
 from mergecore.methods.lora_ties import LoraTies as LoraTies
+from mergecore.methods.lora_knots import LoraKnots as LoraKnots
+from mergecore.methods.lora_core_space import LoraCoreSpace as LoraCoreSpace
 from mergecore.methods.lora_lego import LoraLego as LoraLego
 from mergecore.methods.nearswap import Nearswap as Nearswap
 from mergecore.methods.ram import Ram as Ram

@@ -42,6 +42,8 @@ from tests.small_pool import merge_plan, place_in
 VALUES: dict[str, list[dict[str, Any]]] = {
     "lora_arithmetic": [{}, {"aggregate": "mean"}, {"rank": 64}, {"rank": 4, "aggregate": "mean", "weights": [1]}],
     "lora_ties": [{"density": 1}],
+    "lora_knots": [{"density": 1}, {"density": 1, "side": "inputs"}, {"density": 1, "rank": 4, "scope": "module"}],
+    "lora_core_space": [{}, {"merge": "mean"}, {"merge": "ties", "density": 1}, {"rank": 4}],
     "lora_lego": [
         {"gauge": gauge, "reweight": reweight, "output": output}
         for gauge in ("as_given", "canonical")
