@@ -12,7 +12,8 @@ from mergecore.engine.executor import Executor
 from mergecore.events import Report
 from mergecore.execution.lanes import run_works
 from mergecore.native.library import Library
-from mergecore.recipes import merge_recipe as single
+from mergecore.recipes.make_recipe import make_recipe
+from mergecore.recipes.merge_recipe import Origin, WrittenModel
 from mergecore.spec.recipe import Recipe
 from mergecore.spec.sources import Resolver
 from mergecore.store.store import State as StoreState
@@ -38,16 +39,16 @@ class Order:
         report: Report,
         durable: bool,
         library: Library,
-        origin: single.Origin | None,
+        origin: Origin | None,
     ) -> None:
         self.recipe, self.out, self.resolve, self.origin = recipe, out, resolve, origin
         self.executor, self.report, self.durable, self.library = executor, report, durable, library
 
 
 @task(name="merge", task_run_name="merge {name}", **OPTIONS)
-def merge_recipe(name: str, order: Order) -> single.WrittenModel:
+def merge_recipe(name: str, order: Order) -> WrittenModel:
     """Make the model of a recipe. Raises a MergeloomError where that cannot be done; nothing is left then."""
-    return single.merge_recipe(
+    return make_recipe(
         order.recipe,
         order.out,
         order.resolve,

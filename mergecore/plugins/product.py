@@ -73,6 +73,8 @@ class Product(ABC):
     """Whether config, tokenizer and the like of the base lie beside it."""
     reads_base: ClassVar[bool] = True
     """Whether publishing it alone reads more of the base than its headers."""
+    as_lora: ClassVar[bool] = False
+    """Whether a recipe may ask for an adapter of it in its place (`lora`)."""
     registered_as: ClassVar[str] = "model"
     """What it is called in the key of its registration."""
 

@@ -16,6 +16,7 @@ class DenseModel(Product):
 
     name: ClassVar[str] = "model"
     noun: ClassVar[str] = "a model"
+    as_lora: ClassVar[bool] = True
 
     def stored(self, tensors: Mapping[str, TensorInfo], dtype: str | None) -> Mapping[str, TensorInfo]:
         """Return the tensors in `dtype`, or each in its own."""

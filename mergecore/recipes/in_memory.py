@@ -115,7 +115,7 @@ def _check(
     if not product.in_memory:
         raise SpecError(
             f"method '{method.name}' makes {product.noun} of {product.of}, which are folders: give a recipe of them to "
-            "`mergeloom merge`, or to mergecore.recipes.merge_recipe.merge_recipe"
+            "`mergeloom merge`, or to mergecore.recipes.make_recipe.make_recipe"
         )
     if base is None and method.needs_base:
         raise SpecError(f"method '{method.name}' works on task vectors; give the base they start from")

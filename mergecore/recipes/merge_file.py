@@ -13,7 +13,8 @@ from mergecore.engine.executor import Executor
 from mergecore.errors import SpecError
 from mergecore.events import Report
 from mergecore.native.library import Library
-from mergecore.recipes.merge_recipe import MERGEKIT, Origin, WrittenModel, merge_recipe
+from mergecore.recipes.make_recipe import make_recipe
+from mergecore.recipes.merge_recipe import MERGEKIT, Origin, WrittenModel
 from mergecore.spec.mergekit.document import is_mergekit
 from mergecore.spec.recipe import Recipe
 from mergecore.spec.recipe_documents import RecipeDocument, Translator, read_orders
@@ -39,7 +40,7 @@ def merge_file(
     """Make what a recipe file asks for, in this process or on the executor's workers (see `make_file`)."""
 
     def make(recipe: Recipe, folder: Path, origin: Origin | None) -> WrittenModel:
-        return merge_recipe(
+        return make_recipe(
             recipe, folder, resolve, executor, report, durable=durable, library=library, memory=memory, store=store,
             origin=origin,
         )  # fmt: skip

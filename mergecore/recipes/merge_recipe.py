@@ -71,7 +71,8 @@ def merge_recipe(
     store: Path | None = None,
     origin: Origin | None = None,
 ) -> WrittenModel:
-    """Make the recipe's model in `out`. It is written as `out`.tmp and renamed.
+    """Make the recipe's model in `out`. It is written as `out`.tmp and renamed. A recipe with `lora` goes to
+    `make_recipe`.
 
     durable: fsync before the rename. store: the folder that keeps statistics and chains for later merges; None: they go
     with the draft. origin: what the recipe was read from, where it was not written in our form; its text is kept beside
@@ -82,6 +83,8 @@ def merge_recipe(
     """
     if os.path.lexists(out):  # said before anything is fetched
         raise StoreError(f"{out} exists already; choose another name or remove it")
+    if recipe.lora is not None:
+        raise SpecError("recipe.lora: an adapter of the merge is made by mergecore.recipes.make_recipe.make_recipe")
     clock = _Clock()
     method = recipe.built()
     product = product_of(method)

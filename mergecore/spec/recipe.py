@@ -21,6 +21,15 @@ from mergecore.spec.variants import method_of
 from mergecore.tensors.dtypes import Dtype
 
 
+class LoraRules(SpecPart):
+    """An adapter that is written in place of the merge."""
+
+    rank: int = Field(ge=1, description="rank of every layer's update, at most")
+    modules: tuple[str, ...] = Field(
+        (), description="layers to take: names, their last parts or shell patterns; none: every linear layer"
+    )
+
+
 class Recipe(SpecPart):
     """One merge. Every key besides these is a parameter of the method."""
 
@@ -37,6 +46,9 @@ class Recipe(SpecPart):
     )
     chat_template: str | None = Field(None, description="Jinja text of the chat template; none: the tokenizer's own")
     shard_size: Size = "5GB"
+    lora: LoraRules | None = Field(
+        None, description="write the adapter of this rank that is nearest to the merge; none: the merge itself"
+    )
 
     @field_validator("experts")
     @classmethod
