@@ -10,11 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mergecore.errors import MergeloomError
 from mergecore.tensors.dtypes import DTYPE_CHOICES, SAFETENSORS_DTYPE, Dtype
+
+if TYPE_CHECKING:
+    from mergecore.arithmetic.approximation import Metric, Weighting
+    from mergecore.recipes.transplant_tokenizer import Approximation
 
 FAILED_CELLS = 3
 """Exit code of a sweep that went through but has failed or refused cells."""
@@ -78,6 +83,7 @@ def main() -> None:
     mergeloom inspect SOURCE          show what a checkpoint is
     mergeloom merge RECIPE OUT        make one model, in this process
     mergeloom extract-lora EXPERT OUT make an adapter of a full checkpoint
+    mergeloom transplant-tokenizer …  give a model another model's tokenizer
     mergeloom unpack PRODUCT TASK OUT make the model of one task from a product of masks
     mergeloom plan SPEC               show what a sweep will do, cost and reuse
     mergeloom sweep SPEC              run a sweep; the same command resumes and extends it
@@ -249,6 +255,71 @@ def extract_lora(
             click.echo(f"note: {warning}", err=True)
         click.echo(extraction_text(extraction))
         click.echo(f"{extraction.folder}  {readable(extraction.size)}  digest {extraction.digest[:16]}")
+
+
+@main.command(name="transplant-tokenizer")
+@click.argument("model")
+@click.argument("donor")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--method",
+    type=click.Choice(["omp", "nearest", "mean", "zero"]),
+    default="omp",
+    show_default=True,
+    help="rows of tokens that MODEL lacks: sparse combinations of shared tokens, of the nearest ones, a mean, zeros",
+)
+@click.option("--count", "-k", type=click.IntRange(1), default=64, show_default=True, help="shared tokens in each row")
+@click.option("--metric", type=click.Choice(["euclidean", "cosine"]), default="euclidean", help="of nearest")
+@click.option(
+    "--weighting",
+    type=click.Choice(["distance", "barycentric", "least_squares"]),
+    default="distance",
+    help="of nearest",
+)
+@click.option("--pad-to-multiple-of", "multiple", type=click.IntRange(1), default=1, help="of it is the number of rows")
+@click.option("--shard-size", default="5GB", show_default=True, help="at most so many bytes in a file")
+@click.option("--durable", is_flag=True, help="fsync every file before OUT appears")
+@click.option("--workers", type=click.IntRange(1), help="threads; default: one a core")
+def transplant_tokenizer(
+    model: str,
+    donor: str,
+    out: Path,
+    method: Approximation,
+    count: int,
+    metric: Metric,
+    weighting: Weighting,
+    multiple: int,
+    shard_size: str,
+    durable: bool,
+    workers: int | None,
+) -> None:
+    """Write MODEL with the tokenizer of DONOR into the new folder OUT, without training.
+
+    Rows of tokens that both have stay as they are. A row that MODEL lacks is put together of shared tokens: the
+    combination that approximates DONOR's row, taken of MODEL's rows. Both are directories or hub ids.
+    """
+    with errors(partial(left_of, out)):
+        from flows.cli.terminal import progress
+        from flows.cli.texts import transplant_text
+        from flows.session.limits import readable
+        from flows.session.session import resolver
+        from flows.session.settings import worker_setting
+        from flows.session.startup import digest_cache
+        from mergecore.engine.executor import InProcess
+        from mergecore.recipes.transplant_tokenizer import Rules
+        from mergecore.recipes.transplant_tokenizer import transplant_tokenizer as transplant
+        from mergecore.spec.sizes import size_in_bytes
+        from mergecore.spec.sources import SourceSpec
+
+        rules, size = Rules(method, count, metric, weighting, multiple), size_in_bytes(shard_size)
+        with progress() as report:
+            find, executor = resolver(digest_cache(), report), InProcess(worker_setting(workers).value)
+            result = transplant(
+                SourceSpec(source=model), SourceSpec(source=donor), out, find, executor, report, rules,
+                shard_size=size, durable=durable,
+            )  # fmt: skip
+        click.echo(transplant_text(result))
+        click.echo(f"{result.folder}  {readable(result.size)}  digest {result.digest[:16]}")
 
 
 @main.command()

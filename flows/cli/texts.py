@@ -20,6 +20,7 @@ from mergecore.checkpoints.architectures import layer_of
 from mergecore.checkpoints.snapshot import Snapshot
 from mergecore.errors import SpecError, nearest
 from mergecore.recipes.extract_lora import Extracted
+from mergecore.recipes.transplant_tokenizer import Transplanted
 from mergecore.registry import METHODS
 from mergecore.reporting.scores import Trajectory
 from mergecore.reporting.trajectories import outcome
@@ -198,6 +199,16 @@ def extraction_text(extracted: Extracted) -> str:
         count = len(extracted.left_out)
         lines.append(f"left out: {count} tensors that changed and are no layers taken here ({names} …)")
     lines.append(f"lost of the whole change: {extracted.total_error:.3%}")
+    return "\n".join(lines)
+
+
+def transplant_text(result: Transplanted) -> str:
+    """Return how many rows were kept and made, and how well the made ones meet the donor's."""
+    lines = [
+        f"{result.shared} of {result.rows} rows are the model's own, {result.approximated} were made, "
+        f"{result.rows - result.shared - result.approximated} stand for no token"
+    ]
+    lines += [f"mean relative error of rows in {name}: {error:.3%}" for name, error in result.errors.items() if error]
     return "\n".join(lines)
 
 

@@ -38,11 +38,14 @@ def largest(values: Tensor, density: float) -> Tensor:
     """Return the tensor with its ⌊density · n⌋ largest magnitudes, and 0 elsewhere. Of equal ones the first stay."""
     if density >= 1:
         return values
-    flat = values.reshape(-1)
-    order = flat.abs().argsort(descending=True, stable=True)[: int(density * len(flat))]
-    pruned = torch.zeros_like(flat)
-    pruned[order] = flat[order]
-    return pruned.reshape(values.shape)
+    magnitudes = values.abs().reshape(-1)
+    count = int(density * len(magnitudes))
+    if count == 0:
+        return torch.zeros_like(values)
+    least = magnitudes.kthvalue(len(magnitudes) - count + 1)[0]
+    kept = magnitudes > least
+    kept[(magnitudes == least).nonzero()[: count - int(kept.sum()), 0]] = True
+    return torch.where(kept.reshape(values.shape), values, 0.0)
 
 
 def dropped_at_random(values: Tensor, drop: RandomDrop | None, position: int, owner: str, name: str) -> Tensor:

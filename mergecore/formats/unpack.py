@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+from torch import Tensor
+
 from mergecore.events import Event, Report
+from mergecore.formats.weights import WeightsWriter, grid_blocks
 from mergecore.formats.whole_directory import whole_directory
-from mergecore.identity.content import GRID, BlockDigests, bytes_of, model_digest, tensor_digest
 from mergecore.products.masks import OWN, ProductRecord, open_product
 from mergecore.tensors.dtypes import CONFIG_DTYPE, MERGED
 from mergecore.tensors.finite import check_finite
 from mergecore.tensors.masked import MaskedModel
-from mergecore.tensors.sinks import ShardSink, plan_shards
 from mergecore.tensors.source import stored_as
 
 
@@ -47,22 +49,18 @@ def unpack(
 
 
 def _write(model: MaskedModel, folder: Path, shard_size: int, report: Report) -> str:
-    sink = ShardSink(folder, model.tensors, plan_shards(model.tensors, shard_size))
-    sink.prepare()
-    digested: dict[str, tuple[str, tuple[int, ...], str]] = {}
-    for done, (name, info) in enumerate(sorted(model.tensors.items())):
+    writer = WeightsWriter(folder, model.tensors, shard_size)
+    for done, name in enumerate(sorted(model.tensors)):
         report(Event("unpacking", done, len(model.tensors), "tensors"))
-        digests = BlockDigests()
-        for start in range(0, max(info.count, 1), GRID):
-            values = model.read(name, start, min(start + GRID, info.count))
-            if values.is_floating_point():
-                check_finite(values, name, "the unpacked model", "unpack it in a wider dtype")
-            data = bytes_of(values)
-            digests.update(data, values.numel())
-            sink.write(name, start, data)
-        blocks = digests.finished()
-        digested[name] = (info.dtype, info.shape, tensor_digest([blocks[at] for at in sorted(blocks)]))
-    return model_digest(digested)
+        writer.write(name, _finite(model, name))
+    return writer.digest
+
+
+def _finite(model: MaskedModel, name: str) -> Iterator[Tensor]:
+    for values in grid_blocks(model, name):
+        if values.is_floating_point():
+            check_finite(values, name, "the unpacked model", "unpack it in a wider dtype")
+        yield values
 
 
 def _set_dtype(path: Path, dtypes: set[str]) -> None:

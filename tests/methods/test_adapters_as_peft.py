@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from mergecore import merge
+from mergecore.arithmetic.low_rank import largest
 from mergecore.checkpoints.experts import AdapterExpert, Factor
 from mergecore.errors import SpecError
 from mergecore.identity.draws import drop_limit, random_key, random_words
@@ -221,6 +222,16 @@ def test_ties_count_where_signs_cancel_and_who_agrees() -> None:
     close(result(LoraTies(density=1, majority="frequency"), experts), torch.tensor([[1.0, -2, 3]], dtype=torch.float64))
     weighted = LoraTies(density=1, weights=(9, 1, 1), of="update", rank=1)
     close(result(weighted, experts), torch.tensor([[-5.0, -10, 27]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.34, 0.5, 0.99, 1.0])
+def test_the_largest_magnitudes_and_of_equal_ones_the_first(density: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randint(-3, 4, (7, 9), generator=draw).float()
+    order = np.argsort(-np.abs(values.reshape(-1).numpy()), kind="stable")[: int(density * 63)]
+    wanted = torch.zeros(63)
+    wanted[order] = values.reshape(-1)[order]
+    assert torch.equal(largest(values, density), wanted.reshape(7, 9))
 
 
 def test_what_does_not_fit_is_refused() -> None:

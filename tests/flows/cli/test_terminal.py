@@ -29,6 +29,7 @@ ENDINGS = {
     "merge": ("merge", "recipe.yaml", "merged"),
     "unpack": ("unpack", "product", "expert-1", "unpacked"),
     "extract-lora": ("extract-lora", "experts/expert-0", "lora", "--base", "base", "--rank", "2"),
+    "transplant-tokenizer": ("transplant-tokenizer", "base", "base", "transplanted"),
 }
 ELSEWHERE = {"sweep", "report", "track", "serve"}
 """Commands that the test of a whole sweep runs."""
@@ -94,11 +95,13 @@ def test_every_command_is_run_here() -> None:
         ("unpack", 80, "xterm-256color"),
         ("extract-lora", 200, "xterm-256color"),
         ("extract-lora", 80, "dumb"),
+        ("transplant-tokenizer", 80, "xterm-256color"),
     ],
 )
 def test_a_command_in_a_terminal(folder: Path, command: str, columns: int, term: str) -> None:
     arguments = [
-        f"{word}-{columns}-{term}" if word in ("merged", "unpacked", "lora") else word for word in ENDINGS[command]
+        f"{word}-{columns}-{term}" if word in ("merged", "unpacked", "lora", "transplanted") else word
+        for word in ENDINGS[command]
     ]
     ran = Terminal(folder, columns, term).mergeloom(*arguments)
     check_well(ran, columns, term)
@@ -166,9 +169,11 @@ def test_what_is_kept_is_said_and_true(folder: Path, monkeypatch: pytest.MonkeyP
         stopped.setattr("mergecore.engine.run_pass.run_span", stop)
         stopped.setattr("mergecore.recipes.extract_lora.extracted", stop)
         stopped.setattr("mergecore.formats.unpack._write", stop)
-        for command in ("merge", "unpack", "extract-lora"):
+        stopped.setattr("mergecore.recipes.transplant_tokenizer._new_table", stop)
+        for command in ("merge", "unpack", "extract-lora", "transplant-tokenizer"):
             arguments = [
-                word + "-in-vain" if word in ("merged", "unpacked", "lora") else word for word in ENDINGS[command]
+                word + "-in-vain" if word in ("merged", "unpacked", "lora", "transplanted") else word
+                for word in ENDINGS[command]
             ]
             result = CliRunner().invoke(main, arguments)
             assert result.exit_code == 130
