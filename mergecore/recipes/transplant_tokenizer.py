@@ -24,10 +24,10 @@ from mergecore.checkpoints.vocabulary.companions import CONFIG, files_of_tokeniz
 from mergecore.checkpoints.vocabulary.configuration import config_with, counts_in, ids_in, with_count
 from mergecore.checkpoints.vocabulary.shared import over_vocabulary
 from mergecore.checkpoints.vocabulary.spelling import matches
-from mergecore.checkpoints.vocabulary.tokenizer import Tokenizer, few, read_tokenizer
+from mergecore.checkpoints.vocabulary.tokenizer import ROLES, Tokenizer, few, read_tokenizer
 from mergecore.engine.executor import Executor
 from mergecore.errors import MismatchError, SourceError, SpecError
-from mergecore.events import Event, Report
+from mergecore.events import Event, Report, silent
 from mergecore.formats.companions import write_companions
 from mergecore.formats.weights import WeightsWriter, grid_blocks
 from mergecore.formats.whole_directory import whole_directory
@@ -211,7 +211,8 @@ def _rows(receiver: Party, giver: Party, rules: Rules) -> Rows:
             f"tokens; choose at most {len(shared)}" + ("" if shared else ", as 'mean' or 'zero' do")
         )
     count = -(-(max(ids) + 1) // rules.multiple) * rules.multiple
-    return Rows(torch.tensor(list(shared)), torch.tensor(list(shared.values())), torch.tensor(lacking), count)
+    theirs, ours, others = (torch.tensor(list(n), dtype=torch.int64) for n in (shared, shared.values(), lacking))
+    return Rows(theirs, ours, others, count)
 
 
 def _config(receiver: Party, giver: Party, count: int) -> dict[str, Any]:
@@ -222,6 +223,14 @@ def _config(receiver: Party, giver: Party, count: int) -> dict[str, Any]:
             raise MismatchError(
                 f"the donor ({giver.snapshot.source.uri}): config.json says {key} {number}, which is no token of its "
                 "tokenizer; correct the file"
+            )
+    plain = {role + "_id" for role in ROLES}
+    said = {key for key, _ in ids_in(giver.snapshot.config)}
+    for key, number in ids_in(receiver.snapshot.config):
+        if key.rpartition(".")[2] not in plain and key not in said:
+            raise MismatchError(
+                f"the model ({receiver.snapshot.source.uri}): config.json says {key} {number}, and the donor's says "
+                "nothing of such a token; take a donor of the model's kind"
             )
     config = config_with(receiver.snapshot.config, giver.snapshot.config)
     return with_count(config, count) or config
@@ -301,7 +310,7 @@ def _new_table(model: TensorSource, name: str, rows: Rows, combination: Combinat
 def _write_files(draft: Path, receiver: Party, giver: Party, config: Mapping[str, Any]) -> None:
     """Write the model's small files, the donor's of the tokenizer, and the configuration."""
     snapshot = receiver.snapshot
-    write_companions(draft, snapshot, snapshot.source.fetch(lambda event: None), ())
+    write_companions(draft, snapshot, snapshot.source.fetch(silent), ())
     for name, content in files_of_tokenizer(snapshot, giver.snapshot).items():
         path = draft / name
         if content is None:

@@ -150,6 +150,26 @@ def test_mean_and_zero(pair: tuple[Made, Made], tmp_path: Path) -> None:
         torch.testing.assert_close(rows[donor.tokens["efg"]], wanted, rtol=1e-2, atol=1e-3)
 
 
+def test_nothing_in_common(tmp_path: Path) -> None:
+    """Without a shared token there is nothing to combine; zeros are all that is left."""
+    model = write_model(tmp_path / "model", words(["a", "b"]))
+    donor = write_model(tmp_path / "donor", words(["x", "y", "z"]), seed=1)
+    for written in (model, donor):
+        settings = written.folder / "tokenizer_config.json"
+        roles = {key: value for key, value in json.loads(settings.read_text()).items() if not key.endswith("_token")}
+        settings.write_text(json.dumps(roles))
+    lexicon = donor.folder / "tokenizer.json"
+    renamed = lexicon.read_text()
+    for token in ("<s>", "</s>", "<unk>"):
+        renamed = renamed.replace(f'"{token}"', f'"{token[:-1]}!>"')
+    lexicon.write_text(renamed)
+    with pytest.raises(MergeloomError, match=r"share 0 of the donor's 6 tokens.*as 'mean' or 'zero' do"):
+        transplanted(model.folder, donor.folder, tmp_path / "out")
+    result = transplanted(model.folder, donor.folder, tmp_path / "out", method="zero")
+    assert (result.shared, result.approximated) == (0, 6)
+    assert not load_file(tmp_path / "out/model.safetensors")[EMBEDDING["llama"]].any()
+
+
 def test_the_same_bytes_for_any_number_of_workers(
     pair: tuple[Made, Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +244,9 @@ def test_what_cannot_be_transplanted_is_refused(tmp_path: Path) -> None:
         (alone.folder, {"count": 30}, "omp of 30"),
         (poor.folder, {"count": 2}, "the donor: tensor 'model.embed_tokens.weight' holds nan"),
     ]
+    pictures = rewritten(write_model(tmp_path / "pictures", byte_pairs(), seed=7), "config.json", image_token_index=3)
+    with pytest.raises(MergeloomError, match=r"the model .*image_token_index 3, and the donor's says nothing"):
+        transplanted(pictures.folder, donor.folder, tmp_path / "out", count=2)
     for path, rules, said in cases:
         with pytest.raises(MergeloomError, match=said):
             transplanted(model.folder, path, tmp_path / "out", **rules)
