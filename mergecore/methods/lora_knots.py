@@ -1,8 +1,8 @@
 """KnOTS: adapters in the common basis of one SVD, and TIES there (Stoica et al. 2024, arXiv 2410.19735).
 
-Checked against the authors' code (gstoica27/KnOTS, `SVDMerger` with `ties_masking` and `masked_merge`): the tests have
-its steps written anew on full matrices. Adapters with a scaling other than 1, different ranks and modules that some
-adapters lack do not occur there; the rules for these are ours.
+Checked against the authors' code (gstoica27/KnOTS, `SVDMerger` with `ties_masking` and `masked_merge`), number by
+number on random adapters; the tests have its steps written anew on full matrices. Adapters with a scaling other than 1,
+different ranks and modules that some adapters lack do not occur there; the rules for these are ours.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Gives a model another model's tokenizer: rows of tokens that it lacks are put together of tokens that both have.
 
 The rows are approximated in the donor's embedding space and the coefficients are used in the model's (Goddard and
-Fernandes Neto 2025, Training-free tokenizer transplantation via orthogonal matching pursuit, arXiv:2506.06607). The
-rules were compared with mergekit's `tokensurgeon` as its public code has them; none of its code is here.
+Fernandes Neto 2025, Training-free tokenizer transplantation via orthogonal matching pursuit, arXiv:2506.06607). How
+rows are combined was checked against mergekit's `tokensurgeon`; which tokens are the same is decided by rules of our
+own (`vocabulary/spelling.py`).
 """
 
 from __future__ import annotations
