@@ -156,12 +156,19 @@ def row_combination(coefficients: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def base_and_mean(base: Tensor, deltas: Sequence[Tensor], scale: float) -> Tensor:
-    """Return θ_0 + scale · mean of the τ_t: what spectral methods do with everything that is not a matrix."""
+    """Return θ_0 + scale · mean of the τ_t: what spectral methods do with everything that is not a matrix.
+
+    A scale of 0 gives the base bit for bit, here and in `base_and_matrix`: −0 + 0 would be +0.
+    """
+    if scale == 0:
+        return base
     return combination([1.0] + [scale / len(deltas)] * len(deltas), [base, *deltas])
 
 
 def base_and_matrix(base: Tensor, delta: Tensor, scale: float) -> Tensor:
     """Return θ_0 + scale · delta for a float64 matrix, in the base's shape, rounded once to float32."""
+    if scale == 0:
+        return base
     total = wide(base, (delta.shape[0], delta.shape[1])) + delta * scale
     return total.to(torch.float32).reshape(base.shape)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import fsum
 from typing import Annotated, Literal
 
 import torch
@@ -132,18 +131,28 @@ def elected_sign(
     shares: 1/‖τ_t‖² of every delta, for the other rules of the authors' code, which count τ²/‖τ_t‖², in float64.
     """
     if elect == "mass" or shares is None:
-        sign = torch.sign(folded_sum(deltas))
+        mass = folded_sum(deltas)
     else:
         parts = [delta.double() * delta.double() * share for delta, share in zip(deltas, shares, strict=True)]
         if elect == "normmass":
-            signed = [torch.sign(delta) * part for delta, part in zip(deltas, parts, strict=True)]
-            sign = torch.sign(folded_sum(signed)).float()
+            mass = folded_sum([torch.sign(delta) * part for delta, part in zip(deltas, parts, strict=True)])
         else:
-            sign, most = torch.sign(deltas[0]), parts[0]
+            mass, most = torch.sign(deltas[0]), parts[0]
             for delta, part in zip(deltas[1:], parts[1:], strict=True):
-                sign = torch.where(part > most, torch.sign(delta), sign)
+                mass = torch.where(part > most, torch.sign(delta), mass)
                 most = torch.maximum(most, part)
+    return signs_of(mass, zero)
+
+
+def signs_of(mass: Tensor, zero: float | None) -> Tensor:
+    """Return the signs, float32; `zero` where the mass is 0, and 0 there without it."""
+    sign = torch.sign(mass).float()
     return sign if zero is None else torch.where(sign == 0, zero, sign)
+
+
+def added(base: Tensor, change: Tensor, scale: float) -> Tensor:
+    """Return θ_0 + λ · change; for λ = 0 the base bit for bit, where −0 + 0 would be +0."""
+    return base if scale == 0 else base + change * scale
 
 
 def agreeing(deltas: Sequence[Tensor], sign: Tensor) -> list[Tensor]:
@@ -155,42 +164,6 @@ def disjoint_mean(deltas: Sequence[Tensor]) -> Tensor:
     """Return per coordinate the mean of the deltas that are not 0 there (TIES, §3.3)."""
     count = folded_sum([torch.where(delta != 0, 1.0, 0.0) for delta in deltas])
     return folded_sum(deltas) / count.clamp(min=1.0)
-
-
-def weighted(deltas: Sequence[Tensor], weights: Sequence[float] | None) -> list[Tensor]:
-    """Return the deltas times their weights; the deltas themselves without weights."""
-    return list(deltas) if weights is None else [delta * weight for delta, weight in zip(deltas, weights, strict=True)]
-
-
-def weighted_mean(deltas: Sequence[Tensor], weights: Sequence[float] | None) -> Tensor:
-    """Return per coordinate the sum of weighted deltas, divided by the weights of those that are not 0 there.
-
-    Where these weights cancel (some are negative) the sum is not divided, as in mergekit.
-    """
-    if weights is None:
-        return disjoint_mean(deltas)
-    below = folded_sum([torch.where(delta != 0, weight, 0.0) for delta, weight in zip(deltas, weights, strict=True)])
-    return folded_sum(deltas) / torch.where(below == 0, 1.0, below)
-
-
-def sum_of_weights(weights: Sequence[float] | None, count: int) -> float:
-    """Return the divisor of a weighted sum; 1 where the weights cancel."""
-    total = float(count) if weights is None else fsum(weights)
-    return total if abs(total) >= 1e-8 else 1.0
-
-
-def joined(
-    deltas: Sequence[Tensor],
-    weights: Sequence[float] | None,
-    elect: Literal["none", "mass"],
-    aggregate: Literal["sum", "mean"],
-) -> Tensor:
-    """Join weighted deltas, all or those of the elected sign: return their sum, or that divided by their weights."""
-    if elect == "mass":
-        agreed = agreeing(deltas, elected_sign(deltas, 1.0))
-        return folded_sum(agreed) if aggregate == "sum" else weighted_mean(agreed, weights)
-    total = folded_sum(deltas)
-    return total if aggregate == "sum" else divided(total, sum_of_weights(weights, len(deltas)))
 
 
 def absolute_sum(values: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import fsum
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,20 +11,31 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.arithmetic.series import Series
-from mergecore.arithmetic.trims import RandomDrop, divided, dropped, folded_sum, weighted
+from mergecore.arithmetic.trims import Drawn, RandomDrop, divided, dropped, folded_sum
+from mergecore.arithmetic.weights import weighted
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block
 from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import Method, On
-from mergecore.plugins.per_expert import check_each, moved
+from mergecore.plugins.per_expert import check_each, each, moved
 from mergecore.plugins.statistic import Statistic, Statistics
-from mergecore.statistics.dropped_norms import DropArguments, drawn_for, drop_statistics
+from mergecore.statistics.dropped_norms import drawn_for, drop_statistics
 
 
-class Average(Method[DropArguments]):
+@dataclass(frozen=True)
+class AverageArguments:
+    """drawn: what the drop draws; None: it drops nothing. divisor: the sum of the weights."""
+
+    drawn: Drawn | None
+    divisor: float
+
+
+class Average(Method[AverageArguments]):
     """The (weighted) mean of the experts' weights. The base is used only where a drop needs deltas.
 
-    With aggregate 'sum' it is the weighted sum itself: one expert with weight 0.5 is that expert, halved.
+    The mean is formed in float64 and rounded once: where all experts are equal, it is their value to the last bit.
+    Some weights may be negative: the mean then lies beyond the experts. With
+    aggregate 'sum' it is the weighted sum itself: one expert with weight 0.5 is that expert, halved.
 
     Of checkpoints of one training run, `series` gives the weights. List them from the oldest to the newest.
     """
@@ -84,18 +96,29 @@ class Average(Method[DropArguments]):
 
     @property
     def on(self) -> On:
-        return "weights" if self.drop is None else "deltas"
+        return "deltas" if self.drops else "weights"
+
+    def revision(self, count: int) -> int:
+        if self.drops:
+            return self.version + (self.aggregate == "sum")
+        # One expert, and the plain mean of two, were rounded once before.
+        return self.version + (self.aggregate == "mean" and (count > 2 or self.weights is not None))
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped: with a rate of 0 it is the average without a drop, bit for bit."""
+        return self.drop is not None and any(each(self.drop.rate, 1))
 
     @property
     def needs_ids(self) -> bool:
-        return self.drop is not None
+        return self.drops
 
     @property
     def idempotent(self) -> bool:
-        return self.drop is None and self.aggregate == "mean"
+        return not self.drops and self.aggregate == "mean"
 
     def statistics(self) -> Mapping[str, Statistic]:
-        return drop_statistics(self.drop)
+        return drop_statistics(self.drop if self.drops else None)
 
     def validate_count(self, count: int) -> None:
         if self.series is not None and self.weights is not None:
@@ -113,18 +136,20 @@ class Average(Method[DropArguments]):
         drop = self.drop and self.drop.bound(order)
         return self.model_copy(update={"weights": moved(weights, order), "drop": drop, "series": None})
 
-    def arguments(self, block: Block, statistics: Statistics) -> DropArguments:
-        return DropArguments(drawn_for(self.drop, block, statistics))
+    def arguments(self, block: Block, statistics: Statistics) -> AverageArguments:
+        drawn = drawn_for(self.drop, block, statistics) if self.drops else None
+        return AverageArguments(drawn, float(len(block.ids)) if self.weights is None else fsum(self.weights))
 
-    def merge_models(self, models: Sequence[Tensor], arguments: DropArguments) -> Tensor:
-        """Return the mean of the θ_t, or θ_0 plus the mean of the dropped τ_t."""
-        if self.drop is None:
-            return self.joined(models)
-        return models[0] + self.joined(dropped(models[1:], arguments.drawn))
-
-    def joined(self, values: Sequence[Tensor]) -> Tensor:
-        """Return Σ w_t x_t / Σ w_t, or the sum alone."""
-        total = folded_sum(weighted(values, self.weights))
-        if self.aggregate == "sum":
-            return total
-        return divided(total, len(values) if self.weights is None else fsum(self.weights))
+    def merge_models(self, models: Sequence[Tensor], arguments: AverageArguments) -> Tensor:
+        """Return Σ w_t θ_t, divided by Σ w_t for a mean; with a drop of θ_0 plus the dropped τ_t."""
+        if arguments.drawn is None:
+            if self.aggregate == "sum":
+                return folded_sum(weighted(models, self.weights))
+            return divided(
+                folded_sum(weighted([model.double() for model in models], self.weights)), arguments.divisor
+            ).float()
+        base, deltas = models[0], dropped(models[1:], arguments.drawn)
+        if self.aggregate == "mean":
+            return base + divided(folded_sum(weighted(deltas, self.weights)), arguments.divisor)
+        change = folded_sum(weighted([delta.double() for delta in deltas], self.weights))
+        return (base.double() * arguments.divisor + change).float()

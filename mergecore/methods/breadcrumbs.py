@@ -13,7 +13,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mergecore.arithmetic.order_statistics import largest
-from mergecore.arithmetic.trims import Shares, absolute_sum, joined, weighted
+from mergecore.arithmetic.trims import Shares, absolute_sum, added
+from mergecore.arithmetic.weights import AGGREGATE, Aggregate, joined, strength
 from mergecore.plugins.block import Per
 from mergecore.plugins.by_layer import Scale
 from mergecore.plugins.examples import Examples
@@ -61,9 +62,7 @@ class Breadcrumbs(DeltaMethod[NoArguments]):
     elect: Annotated[
         Literal["none", "mass"], Field(description="join all, or only what has the sign of the sum (0 counts as +)")
     ] = "none"
-    aggregate: Annotated[
-        Literal["sum", "mean"], Field(description="the sum of what is joined, or that divided by its weights")
-    ] = "sum"
+    aggregate: Annotated[Aggregate, Field(description=f"the sum of what is joined, or a mean; {AGGREGATE}")] = "sum"
     scope: Annotated[
         Literal["tensor", "row"],
         Field(
@@ -107,6 +106,9 @@ class Breadcrumbs(DeltaMethod[NoArguments]):
         names = ("density", "outliers", "weights")
         return self.model_copy(update={name: moved(getattr(self, name), order) for name in names})
 
+    def revision(self, count: int) -> int:
+        return self.version + (self.weights is not None or self.scale == 0)
+
     @property
     def idempotent(self) -> bool:
         return False
@@ -126,5 +128,6 @@ class Breadcrumbs(DeltaMethod[NoArguments]):
 
     def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: NoArguments) -> Tensor:
         """Return θ_0 + α Σ_t of the masked τ_t, summed in the experts' order."""
-        masked = weighted([self.masked(delta, expert) for expert, delta in enumerate(deltas)], self.weights)
-        return base + joined(masked, self.weights, self.elect, self.aggregate) * self.scale
+        masked = [self.masked(delta, expert) for expert, delta in enumerate(deltas)]
+        together = joined(masked, self.weights, self.elect, self.aggregate)
+        return added(base, together, strength(self.scale, self.weights))

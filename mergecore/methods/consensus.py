@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.trims import folded_sum
+from mergecore.arithmetic.trims import added, folded_sum
 from mergecore.plugins.by_layer import Scale
 from mergecore.plugins.examples import Examples
 from mergecore.statistics.multi_task import MultiTaskArguments, MultiTaskMethod, multi_task_vector
@@ -49,8 +49,12 @@ class Consensus(MultiTaskMethod):
             ],
         )
 
+    def revision(self, count: int) -> int:
+        return self.version + (self.scale == 0)
+
     def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: MultiTaskArguments) -> Tensor:
         """Return θ_0 + α τ_m where at least k masks agree, θ_0 elsewhere."""
         together = multi_task_vector(deltas, arguments)
         masks = [torch.where(mask, 1.0, 0.0) for mask in self.masks(deltas, together)]
-        return base + torch.where(folded_sum(masks) >= self.minimum_tasks, together, 0.0) * self.scale
+        kept = torch.where(folded_sum(masks) >= self.minimum_tasks, together, 0.0)
+        return added(base, kept, self.scale)

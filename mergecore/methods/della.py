@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mergecore.arithmetic.linear_algebra import BLOCK
 from mergecore.arithmetic.order_statistics import ascending
-from mergecore.arithmetic.trims import absolute_sum, joined, weighted
+from mergecore.arithmetic.trims import absolute_sum, added
+from mergecore.arithmetic.weights import AGGREGATE, Aggregate, joined, strength
 from mergecore.identity.draws import random_key, random_words
 from mergecore.plugins.block import Block, Per
 from mergecore.plugins.by_layer import Scale
@@ -78,7 +79,8 @@ class Della(DeltaMethod[DellaArguments]):
         Literal["mass", "none"], Field(description="join only what has the sign of the sum (0 counts as +), or all")
     ] = "mass"
     aggregate: Annotated[
-        Literal["mean", "sum"], Field(description="mean over the experts that take part in a coordinate, or their sum")
+        Aggregate,
+        Field(description=f"how the experts that take part in a coordinate are joined; {AGGREGATE}"),
     ] = "mean"
     seed: Annotated[int, Field(ge=0, description="seed of the masks")] = 0
 
@@ -113,6 +115,9 @@ class Della(DeltaMethod[DellaArguments]):
     def bound(self, order: Sequence[int]) -> Della:
         names = ("density", "window", "weights")
         return self.model_copy(update={name: moved(getattr(self, name), order) for name in names})
+
+    def revision(self, count: int) -> int:
+        return self.version + (self.weights is not None or self.scale == 0)
 
     @property
     def needs_ids(self) -> bool:
@@ -164,5 +169,6 @@ class Della(DeltaMethod[DellaArguments]):
     def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: DellaArguments) -> Tensor:
         """Return θ_0 + λ · (mean or sum of what takes part)."""
         keyed = enumerate(zip(deltas, arguments.keys, strict=True))
-        pruned = weighted([self.pruned(delta, key, expert) for expert, (delta, key) in keyed], self.weights)
-        return base + joined(pruned, self.weights, self.elect, self.aggregate) * self.scale
+        pruned = [self.pruned(delta, key, expert) for expert, (delta, key) in keyed]
+        together = joined(pruned, self.weights, self.elect, self.aggregate)
+        return added(base, together, strength(self.scale, self.weights))

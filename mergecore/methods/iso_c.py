@@ -50,6 +50,9 @@ class IsoC(MatrixMethod):
             ],
         )
 
+    def revision(self, count: int) -> int:
+        return self.version + (self.scale == 0)
+
     def change(self, deltas: Sequence[Tensor], matrix: Matrix) -> Tensor:
         """Return σ̄ U Vᵀ with U Σ Vᵀ = Σ τ_t; σ̄ is the mean of all min(m, n) singular values, zeros included."""
         matrices = [wide(delta, matrix) for delta in deltas]

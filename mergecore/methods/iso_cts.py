@@ -56,6 +56,9 @@ class IsoCts(MatrixMethod):
             ],
         )
 
+    def revision(self, count: int) -> int:
+        return self.version + (self.scale == 0)
+
     def dealt(self, directions: int, tasks: int) -> tuple[int, int]:
         """Return how many of r directions are common, and how many each task gets: k + T·s = r.
 

@@ -9,7 +9,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.trims import folded_sum, weighted
+from mergecore.arithmetic.trims import folded_sum
+from mergecore.arithmetic.weights import weighted
 from mergecore.checkpoints.architectures import LAYER, outside
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block

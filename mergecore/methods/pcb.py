@@ -93,6 +93,9 @@ class Pcb(DeltaMethod[PcbArguments]):
             raise ValueError("form 'paper' does not clip: leave clip out")
         return self
 
+    def revision(self, count: int) -> int:
+        return self.version + (not any(each(self.scale, count)))
+
     @property
     def idempotent(self) -> bool:
         return False
@@ -130,6 +133,8 @@ class Pcb(DeltaMethod[PcbArguments]):
 
     def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: PcbArguments) -> Tensor:
         """Return θ_0 + Σ_i λ_i w_i τ_i / Σ_i w_i, of task vectors clipped (but for 'paper')."""
+        if not any(each(self.scale, len(deltas))):
+            return base
         scored = zip(scores(deltas, arguments.balancing), arguments.cuts, strict=True)
         weights = [self._weight(score, cut) for score, cut in scored]
         clipped = deltas

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.trims import RandomDrop, divided, dropped, folded_sum, sum_of_weights, weighted
+from mergecore.arithmetic.trims import RandomDrop, added, dropped
+from mergecore.arithmetic.weights import AGGREGATE, Aggregate, strength, total
 from mergecore.plugins.block import Block
 from mergecore.plugins.by_layer import Scale
 from mergecore.plugins.examples import Examples
@@ -35,7 +36,8 @@ class TaskArithmetic(DeltaMethod[DropArguments]):
     )
     published: ClassVar[tuple[str, ...]] = (
         "the authors' code, with integer buffers copied",
-        "with `weights` mergekit's `task_arithmetic`; its `normalize: true` is `aggregate: mean`",
+        "with `weights` mergekit's `task_arithmetic`; its `normalize: true` is `aggregate: mean`, or "
+        "`signed_mean` where a weight is negative",
         "`drop: {rescale: l1}` its `dare_linear`, of other random masks",
         "`scale: {first: 0.3, last: 1.0}` the authors' code of LiNeS (Wang et al. 2024, 2410.17146), α 0.3, β 0.7",
     )
@@ -46,7 +48,7 @@ class TaskArithmetic(DeltaMethod[DropArguments]):
         Field(description="one factor per expert, in the order of the recipe, negative to forget; none: 1 each"),
     ] = None
     aggregate: Annotated[
-        Literal["sum", "mean"], Field(description="the sum of the weighted task vectors, or that divided by Σ weights")
+        Aggregate, Field(description=f"the sum of the weighted task vectors, or a mean; {AGGREGATE}")
     ] = "sum"
     drop: Annotated[RandomDrop | None, Field(description="random drop of deltas before the sum (DARE)")] = None
 
@@ -73,6 +75,11 @@ class TaskArithmetic(DeltaMethod[DropArguments]):
             ],
         )
 
+    def revision(self, count: int) -> int:
+        weights = self.weights or (1.0,)
+        divided = self.aggregate != "sum" and min(weights) < 0
+        return self.version + (divided or self.scale == 0 or not any(weights))
+
     @property
     def needs_ids(self) -> bool:
         return self.drop is not None
@@ -96,8 +103,6 @@ class TaskArithmetic(DeltaMethod[DropArguments]):
         return DropArguments(drawn_for(self.drop, block, statistics))
 
     def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: DropArguments) -> Tensor:
-        """Return θ_0 + λ Σ w_t τ_t, summed in the experts' order."""
-        total = folded_sum(weighted(dropped(deltas, arguments.drawn), self.weights))
-        if self.aggregate == "mean":
-            total = divided(total, sum_of_weights(self.weights, len(deltas)))
-        return base + total * self.scale
+        """Return θ_0 + λ Σ w_t τ_t, summed in the experts' order; of a mean, divided by Σ |w_t|."""
+        together = total(dropped(deltas, arguments.drawn), self.weights, self.aggregate)
+        return added(base, together, strength(self.scale, self.weights))

@@ -10,17 +10,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from mergecore.arithmetic.trims import (
-    Elect,
-    RandomDrop,
-    Shares,
-    agreeing,
-    elected_sign,
-    folded_sum,
-    largest_magnitude,
-    weighted,
-    weighted_mean,
-)
+from mergecore.arithmetic.trims import Elect, RandomDrop, Shares, added, agreeing, largest_magnitude
+from mergecore.arithmetic.weights import AGGREGATE, elected, joined_agreeing, strength, weighted
 from mergecore.errors import SpecError
 from mergecore.plugins.block import Block
 from mergecore.plugins.by_layer import Scale
@@ -53,7 +44,8 @@ class Ties(DeltaMethod[TiesArguments]):
     published: ClassVar[tuple[str, ...]] = (
         "`count: published` the authors' code, with `aggregate` as its mean, sum or max and `elect` as its "
         "`resolve_method`",
-        "`scope: tensor, count: exact, least: 1, zero_sign: positive` mergekit's `ties`",
+        "`scope: tensor, count: exact, least: 1, zero_sign: positive` mergekit's `ties`; where a weight is "
+        "negative, with `aggregate: signed_mean`",
         "with `drop: {rescale: l1}` and density 1 its `dare_ties`, of other random masks",
     )
 
@@ -79,7 +71,8 @@ class Ties(DeltaMethod[TiesArguments]):
         ),
     ] = "mass"
     aggregate: Annotated[
-        Literal["mean", "sum", "max"], Field(description="how the values that agree with the elected sign are joined")
+        Literal["mean", "sum", "max", "signed_mean"],
+        Field(description=f"how the values that agree with the elected sign are joined; {AGGREGATE}"),
     ] = "mean"
     count: Annotated[
         Count,
@@ -146,6 +139,9 @@ class Ties(DeltaMethod[TiesArguments]):
             ],
         )
 
+    def revision(self, count: int) -> int:
+        return self.version + (self.weights is not None or self.scale == 0)
+
     @property
     def needs_ids(self) -> bool:
         return self.drop is not None
@@ -197,11 +193,11 @@ class Ties(DeltaMethod[TiesArguments]):
 
     def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: TiesArguments) -> Tensor:
         """Return θ_0 + λ · (mean, sum or largest of the τ̂_t that agree with the elected sign)."""
-        trimmed = weighted(trimmed_deltas(deltas, arguments.trims), self.weights)
-        sign = elected_sign(trimmed, arguments.zero, self.elect, arguments.shares)
-        return base + self._joined(agreeing(trimmed, sign), sign) * self.scale
+        trimmed = trimmed_deltas(deltas, arguments.trims)
+        sign = elected(trimmed, self.weights, arguments.zero, self.elect, arguments.shares)
+        return added(base, self._joined(trimmed, sign), strength(self.scale, self.weights))
 
     def _joined(self, deltas: Sequence[Tensor], sign: Tensor) -> Tensor:
         if self.aggregate == "max":
-            return largest_magnitude(deltas) * sign
-        return folded_sum(deltas) if self.aggregate == "sum" else weighted_mean(deltas, self.weights)
+            return largest_magnitude(agreeing(weighted(deltas, self.weights), sign)) * sign
+        return joined_agreeing(deltas, self.weights, sign, self.aggregate)

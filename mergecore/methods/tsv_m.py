@@ -48,6 +48,9 @@ class TsvM(MatrixMethod):
             ],
         )
 
+    def revision(self, count: int) -> int:
+        return self.version + (self.scale == 0)
+
     def takes(self, matrix: Matrix, count: int) -> bool:
         return min(matrix) >= count or self.crowded == "zero"
 

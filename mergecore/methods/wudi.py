@@ -103,6 +103,9 @@ class Wudi(DeltaMethod[WudiArguments]):
             ],
         )
 
+    def revision(self, count: int) -> int:
+        return self.version + (self.scale == 0)
+
     @property
     def idempotent(self) -> bool:
         return False

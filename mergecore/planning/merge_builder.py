@@ -74,7 +74,7 @@ class MergeBuilder:
         step = Step(
             "merge",
             bound.name,
-            bound.version,
+            bound.revision(len(ids)),
             {"values": bound.parameters(), "dtype": self.dtype, "tensors": laid.tensors, "engine": ENGINE},
             {"base": self.pool.base.weights, "experts": list(ids), "statistics": keys_of(inputs)},
         )
@@ -112,7 +112,7 @@ class MergeBuilder:
         step = Step(
             "part",
             bound.name,
-            bound.version,
+            bound.revision(len(ids)),
             {"values": bound.parameters(), "dtype": self.dtype, "tensors": tensors, "engine": ENGINE},
             {"base": base or self.pool.base.weights, "experts": list(ids), "statistics": keys_of(inputs)},
         )
@@ -263,13 +263,13 @@ class Wrap:
         ids = self.subject.experts
         inputs = {"base": pool.base.weights, "experts": list(ids), "tensors": digest(sorted(selection))}
         parameters = {"values": method.parameters(), "engine": ENGINE}
-        step = Step("adapter", method.name, method.version, parameters, inputs)
+        step = Step("adapter", method.name, method.revision(len(ids)), parameters, inputs)
         return (AdapterWork(step, ids, selection, {}, "", method),)
 
 
 def _statistic_step(statistic: AnyStatistic, inputs: Mapping[str, Any]) -> Step:
     parameters = {"values": statistic.parameters(), "engine": ENGINE}
-    return Step("statistic", statistic.name, statistic.version, parameters, dict(inputs))
+    return Step("statistic", statistic.name, statistic.revision(len(inputs["experts"])), parameters, dict(inputs))
 
 
 def keys_of(inputs: Mapping[str, tuple[Work, ...]]) -> dict[str, list[str]]:

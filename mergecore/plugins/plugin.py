@@ -15,6 +15,14 @@ class Plugin(BaseModel):
     name: ClassVar[str]
     version: ClassVar[int] = 1
 
+    def revision(self, count: int) -> int:
+        """Return the version that enters the key: `version`, or a higher one where only some numbers changed.
+
+        A plug-in overrides it where other values, or other counts of experts, keep their numbers, and with them their
+        stored results. count: of the experts.
+        """
+        return self.version
+
     def parameters(self) -> dict[str, Any]:
         """Return the fields as plain JSON, with defaults. They enter the step's key."""
         return self.model_dump(mode="json")

@@ -137,7 +137,7 @@ def adapter() -> dict[str, Tensor]:
 
 def label_of(method: Method, values: Mapping[str, Any]) -> str:
     """How a variant is called in the file: method, version, values."""
-    return f"{method.name} v{method.version} {json.dumps(dict(values), sort_keys=True)}"
+    return f"{method.name} v{method.revision(accepted(method))} {json.dumps(dict(values), sort_keys=True)}"
 
 
 def variants() -> dict[str, Method]:

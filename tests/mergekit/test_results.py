@@ -99,6 +99,29 @@ def test_results_are_there_for_every_recipe() -> None:
         assert file.metadata() == {"mergekit": "0.1.5"}
 
 
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic", "breadcrumbs_ties", "della_linear"])
+def test_negative_weights_divide_as_mergekit_does(method: str, tmp_path: Path) -> None:
+    """Its divisor is the sum of the weights that take part, with their signs: Σ w τ / Σ w, numpy in float64."""
+    heavy = {"a": 1.0, "b": -0.25, "c": -0.9}
+    models = "".join(
+        f"  - {{model: ./{name}, parameters: {{weight: {weight}, density: 1, gamma: 0, epsilon: 0}}}}\n"
+        for name, weight in heavy.items()
+    )
+    recipe = tmp_path / "recipe.yml"
+    shared = "parameters: {normalize: true, rescale: false}\nbase_model: ./base\ndtype: float32\n"
+    recipe.write_text(f"models:\n{models}merge_method: {method}\n{shared}")
+    merge_file(recipe, tmp_path / "out", find, InProcess(), silent)
+    merged, base = load_file(tmp_path / "out" / "model.safetensors"), weights("base")
+    for name, value in base.items():
+        deltas = [weight * (weights(expert)[name] - value).double() for expert, weight in heavy.items()]
+        total = sum(deltas, torch.zeros_like(value).double())
+        sign = torch.where(total >= 0, 1.0, -1.0) if "ties" in method else torch.ones_like(total)
+        joins = [torch.ones_like(sign).bool() if "ties" not in method else delta * sign > 0 for delta in deltas]
+        above = sum(torch.where(join, delta, 0.0) for join, delta in zip(joins, deltas, strict=True))
+        below = sum(torch.where(join, weight, 0.0) for join, weight in zip(joins, heavy.values(), strict=True))
+        torch.testing.assert_close((merged[name] - value).double(), above / below, rtol=1e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("recipe", "factor", "rescaled"),
     [

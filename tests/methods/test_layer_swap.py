@@ -139,15 +139,17 @@ def test_zones_are_those_of_the_whole_model_whatever_is_selected(models: dict[st
 def test_it_is_what_rules_over_layers_make(models: dict[str, Path], tmp_path: Path) -> None:
     recipe = {"base": models["ground"], "experts": [models["a"], models["b"]]}
     swap = {"bottom": 1, "top": 1, "bottom_transition": 1, "top_transition": 0, "share": 0.3, "norm": "average"}
-    named, _ = result({**recipe, "method": "layer_swap", **swap}, tmp_path / "named")
+    _, named = result({**recipe, "method": "layer_swap", **swap}, tmp_path / "named")
     rules: list[dict[str, Any]] = [
         {"layers": [1, 1], "weights": [0.3, 0.7]},
         {"layers": [2, 2], "take": "copy", "of": "b"},
         {"names": "model.norm.weight"},
         {"take": "copy", "of": "a"},
     ]
-    ruled, _ = result({**recipe, "method": "average", "select": rules}, tmp_path / "ruled")
-    assert named.digest == ruled.digest
+    _, ruled = result({**recipe, "method": "average", "select": rules}, tmp_path / "ruled")
+    assert named.keys() == ruled.keys()
+    for name, value in named.items():  # an average is formed in float64
+        torch.testing.assert_close(value, ruled[name], rtol=2**-22, atol=1e-7, msg=name)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {

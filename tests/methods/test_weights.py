@@ -32,7 +32,13 @@ WORKED: dict[str, tuple[Method, list[float]]] = {
         methods.TaskArithmetic(weights=(1.0, 0.5), scale=2.0, aggregate="mean"), [10 / 3, 0.0, 10 / 3, 2 / 3],
     ),
     "changes whose weights cancel": (
-        methods.TaskArithmetic(weights=(1.0, -1.0), scale=1.0, aggregate="mean"), [7.0, -3.0, 1.0, 0.5],
+        methods.TaskArithmetic(weights=(1.0, -1.0), scale=1.0, aggregate="mean"), [3.5, -1.5, 0.5, 0.25],
+    ),
+    "changes whose weights cancel, as mergekit": (
+        methods.TaskArithmetic(weights=(1.0, -1.0), scale=1.0, aggregate="signed_mean"), [7.0, -3.0, 1.0, 0.5],
+    ),
+    "a change to forget": (
+        methods.TaskArithmetic(weights=(-2.0, 0.0), scale=1.0, aggregate="mean"), [-4.0, 1.0, -2.0, -0.5],
     ),
     # trimmed (4, 0, 2, 0) and (−3, 2, 1, 0); weighted, sums are (2.5, 1, 2.5, 0): all positive
     "ties": (methods.Ties(density=(0.5, 0.75), weights=(1.0, 0.5), **TENSOR), [4.0, 2.0, 5 / 3, 0.0]),
@@ -40,7 +46,25 @@ WORKED: dict[str, tuple[Method, list[float]]] = {
         methods.Ties(density=(0.5, 0.75), weights=(1.0, 0.5), aggregate="sum", **TENSOR), [4.0, 1.0, 2.5, 0.0],
     ),
     # weighted (4, −1, 2, .5) and (3, −2, −1, 0): signs + − + +; the weights of the first two coordinates cancel
-    "ties, a negative weight": (methods.Ties(density=1, weights=(1.0, -1.0), **TENSOR), [7.0, -3.0, 2.0, 0.5]),
+    "ties, a negative weight": (methods.Ties(density=1, weights=(1.0, -1.0), **TENSOR), [3.5, -1.5, 2.0, 0.5]),
+    "ties, a negative weight, as mergekit": (
+        methods.Ties(density=1, weights=(1.0, -1.0), aggregate="signed_mean", **TENSOR), [7.0, -3.0, 2.0, 0.5],
+    ),
+    # of one expert alone the mean is what it changes, turned round
+    "ties, forgetting": (
+        methods.Ties(density=1, weights=(-0.1, 0.0), **TENSOR), [-4.0, 1.0, -2.0, -0.5],
+    ),
+    "breadcrumbs, forgetting": (
+        methods.Breadcrumbs(scale=1, density=1, outliers=0.0, weights=(-0.5, 0.0), elect="mass", aggregate="mean"),
+        [-4.0, 1.0, -2.0, -0.5],
+    ),
+    "della, forgetting": (
+        methods.Della(density=1, window=0, weights=(0.0, -3.0), rescale="none"), [3.0, -2.0, -1.0, 0.0],
+    ),
+    "della, forgetting, as mergekit": (
+        methods.Della(density=1, window=0, weights=(0.0, -3.0), rescale="none", aggregate="signed_mean"),
+        [-3.0, 2.0, 1.0, 0.0],
+    ),
     "ties, one element at least": (methods.Ties(density=0.1, least=1, aggregate="sum", **TENSOR), [4.0, 0.0, 0.0, 0.0]),
     "breadcrumbs": (  # of the first the largest goes and two stay; of the second the two largest stay
         methods.Breadcrumbs(scale=1, density=0.5, outliers=(0.25, 0.0), weights=(1.0, 2.0)), [-6.0, 3.0, 2.0, 0.0],

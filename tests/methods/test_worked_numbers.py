@@ -92,7 +92,7 @@ def test_ties_elections_against_their_formulas(elect: str, weights: list[float] 
     elif elect == "normfrac":
         sign = np.sign(kept[parts.argmax(0), np.arange(400)])
     agreed = np.where(kept * sign > 0, kept, 0.0)
-    by = np.where(agreed != 0, 1.0 if weights is None else np.array(weights)[:, None], 0.0).sum(0)
+    by = np.where(agreed != 0, 1.0 if weights is None else np.abs(weights)[:, None], 0.0).sum(0)
     expected = agreed.sum(0) / np.where(by == 0, 1.0, by)
     actual = merged_by_ties(rows, 150, density=0.5, elect=elect, weights=weights)
     far = np.abs(actual.numpy() - expected) > 1e-4

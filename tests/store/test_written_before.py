@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ from tests.store import written_before
 EXACT = ("average", "task_arithmetic", "ties", "pcb", "consensus", "ram", "tall_masks", "emr")
 """Methods that give the same bytes on every machine."""
 SWEEPS = ("models", "adapters", "words")
+RAISED = {"average n4", "weighted n4", "parts n4"}
+"""Cells whose numbers changed since, each named in CHANGELOG.md: they are done again, and nothing else is.
+
+Averages of more than two experts, and weighted ones, are formed in float64.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +43,31 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
         yield results
 
 
+def is_raised(cell: str) -> bool:
+    """Whether a cell, called 'label(values) n2 s0 0', is one whose numbers changed since."""
+    return " ".join(re.sub(r"\(.*\)", "", cell).split()[:-2]) in RAISED
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_everything_is_found_done(scores: dict[str, Any], name: str) -> None:
     swept = written_before.sweep(name)
     before = stamps(swept.store)
-    missing = swept.frontier.round()
-    assert not missing, missing
-    assert finished(swept.frontier) is not None
-    assert not swept.run().steps and stamps(swept.store) == before
+    pending = {cell for cell, told in written_before.scores_of(swept).items() if told["status"] == "pending"}
+    assert pending == {cell for cell in scores["sweeps"][name] if is_raised(cell)}
+    assert not swept.run().failures
+    assert before.items() <= stamps(swept.store).items(), "nothing that was there is done again"
+    again = written_before.sweep(name)
+    assert not again.frontier.round() and finished(again.frontier) is not None
+    assert not again.run().steps
 
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_the_report_says_the_same(scores: dict[str, Any], name: str) -> None:
-    assert json.loads(json.dumps(written_before.scores_of(written_before.sweep(name)))) == scores["sweeps"][name]
+    told = json.loads(json.dumps(written_before.scores_of(written_before.sweep(name))))
+    assert told.keys() == scores["sweeps"][name].keys()
+    assert {cell: told[cell] for cell in told if not is_raised(cell)} == {
+        cell: before for cell, before in scores["sweeps"][name].items() if not is_raised(cell)
+    }
 
 
 def test_snapshots_have_their_keys(scores: dict[str, Any]) -> None:
@@ -68,13 +86,17 @@ def _snapshots(pool: Pool) -> list[Snapshot]:
     return [*snapshots, *(snapshot.as_stored for snapshot in snapshots)]
 
 
-def test_recipes_make_the_same_bytes_and_write_no_other_key(scores: dict[str, Any], tmp_path: Path) -> None:
+def test_recipes_make_the_same_bytes_and_write_no_other_key_but_an_averages(
+    scores: dict[str, Any], tmp_path: Path
+) -> None:
     """Their statistics are found; their models were dropped, are made again, and have the same digests."""
     store = Store("store")
     before = records(store)
     digests = {name: written_before.merge(name, tmp_path / name) for name in written_before.recipes()}
     assert digests == scores["recipes"]
-    assert records(store) == before
+    added = records(store)
+    assert all(added.pop(name) == record for name, record in before.items())
+    assert [name.partition("-")[0] for name in added] == ["merge/average"], "one with weights"
 
 
 def test_models_and_statistics_made_anew_are_the_same(scores: dict[str, Any]) -> None:
@@ -91,9 +113,12 @@ def test_models_and_statistics_made_anew_are_the_same(scores: dict[str, Any]) ->
         }
         for store in (Store("store"), anew.store)
     )
-    assert len(after) > 50
-    for name, record in after.items():
-        assert record == before[name]
+    known = after.keys() & before.keys()
+    assert len(known) > 50
+    for name in known:
+        assert after[name] == before[name]
+    raised = {name.partition("-")[0] for name in after.keys() - known}
+    assert raised <= {"merge/average", "merge/ties"} and len(after.keys() - known) <= len(RAISED)
 
 
 # --- the test sees what it should -----------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def _sce(values: Values) -> dict[str, Any]:
 
 
 def _task_arithmetic(values: Values) -> dict[str, Any]:
-    aggregate = {"aggregate": "mean"} if values.shared["normalize"] else {}
+    aggregate = {"aggregate": _mean(values)} if values.shared["normalize"] else {}
     return {"method": "task_arithmetic", "scale": values.shared["lambda"], **_weighed(values), **aggregate}
 
 
@@ -164,7 +164,7 @@ def _elected(values: Values) -> dict[str, Any]:
         "method": "ties",
         "scale": values.shared["lambda"],
         "scope": "tensor",
-        "aggregate": "mean" if values.shared["normalize"] else "sum",
+        "aggregate": _mean(values) if values.shared["normalize"] else "sum",
         "count": "exact",
         "zero_sign": "positive",
         **_weighed(values, equal_is_none=bool(values.shared["normalize"])),
@@ -183,7 +183,7 @@ def _breadcrumbs(values: Values, elect: str = "none") -> dict[str, Any]:
         **({"rescale": "l1"} if values.shared["rescale"] else {}),
         **_weighed(values, equal_is_none=elect == "mass" and bool(values.shared["normalize"])),
         **({} if elect == "none" else {"elect": elect}),
-        **({"aggregate": "mean"} if values.shared["normalize"] else {}),
+        **({"aggregate": _mean(values)} if values.shared["normalize"] else {}),
     }
 
 
@@ -204,7 +204,7 @@ def _della(values: Values, elect: str = "mass") -> dict[str, Any]:
         "window": _one_or_each(windows),
         "rescale": "l1" if values.shared["rescale"] else "none",
         "elect": elect,
-        "aggregate": "mean" if values.shared["normalize"] else "sum",
+        "aggregate": _mean(values) if values.shared["normalize"] else "sum",
         **_weighed(values, equal_is_none=bool(values.shared["normalize"])),
         "seed": values.seed,
     }
@@ -263,6 +263,11 @@ def _weighed(values: Values, equal_is_none: bool = False) -> dict[str, Any]:
     weights = list(values.each["weight"])
     same = len(set(weights)) == 1 and (weights[0] == 1 or (equal_is_none and weights[0] > 0))
     return {} if same else {"weights": weights}
+
+
+def _mean(values: Values) -> str:
+    """mergekit divides by the sum of the weights that take part; without negative ones that is our mean."""
+    return "signed_mean" if any(weight < 0 for weight in values.each["weight"]) else "mean"
 
 
 def _shares(values: Values) -> list[float]:
