@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from mergecore.checkpoints.layout import is_buffer
 from mergecore.engine.device_windows import Launched, Stage, in_smaller_windows
 from mergecore.engine.kernels.run import BoundFunction, Window
 from mergecore.engine.loops import Loops
@@ -17,7 +18,7 @@ from mergecore.engine.windows import Reading, Space, cut, space
 from mergecore.identity.content import BlockDigests
 from mergecore.plugins.block import Per
 from mergecore.plugins.method import Method
-from mergecore.tensors.finite import TAME, check_finite
+from mergecore.tensors.finite import DROP, NARROW, TAME, check_copied, check_finite
 from mergecore.tensors.torch_dtypes import DTYPES
 
 ON_DEVICE = 1 << 20
@@ -46,10 +47,16 @@ class Merges:
         copying = [job for job in self._jobs if reading.name in job.outputs and reading.name not in job.merged]
         merging = [job for job in self._jobs if job.method.per is Per.ELEMENT and reading.name in job.merged]
         digests = {job.key: BlockDigests(reading.start) for job in (*copying, *merging)}
+        constant = is_buffer(reading.name, reading.info)
         for start, stop in reading.windows() if copying else ():
+            raw = reading.raw_base()
+            if not constant:
+                check_copied(raw, reading.name, DROP.format(name=reading.name))
             for job in copying:
                 target = _target(job, reading.name, stop - start)
-                target.values.copy_(reading.raw_base())
+                target.values.copy_(raw)
+                if target.values.dtype != raw.dtype and not constant:
+                    check_copied(target.values, reading.name, NARROW)
                 _write(job, reading.name, start, target, digests[job.key])
         if merging:
             self._by_element.merge(merging, reading, digests)

@@ -13,7 +13,7 @@ from mergecore.engine.kernels.run import Window
 from mergecore.engine.pass_plan import BlockGroup, PassPlan
 from mergecore.identity.content import GRID, bytes_of
 from mergecore.plugins.block import Block
-from mergecore.tensors.finite import KEEP_OUT, check_finite
+from mergecore.tensors.finite import DROP, KEEP_OUT, check_finite
 from mergecore.tensors.source import TensorSource
 from mergecore.tensors.torch_dtypes import DTYPES
 
@@ -116,7 +116,8 @@ class Reading:
     def __init__(self, readers: Readers, name: str, start: int, stop: int) -> None:
         self.readers, self.name, self.start, self.stop = readers, name, start, stop
         self.plan = readers.plan
-        self.shape = tuple(self.plan.base.tensors[name].shape)
+        self.info = self.plan.base.tensors[name]
+        self.shape = tuple(self.info.shape)
         self._low, self._high, self._slot = start, stop, 0
         self._raw: dict[int, Tensor] = {}
         self._wide: dict[tuple[str, int], Tensor] = {}
@@ -183,7 +184,7 @@ class Reading:
         """Return the window of the base in float32. Raises NonFiniteError."""
         if ("base", -1) not in self._wide:
             wide = self.raw_base().to(self.plan.device).to(torch.float32)
-            self._wide["base", -1] = self._checked(wide, "the base")
+            self._wide["base", -1] = self._checked(wide, "the base", DROP)
         return self._wide["base", -1]
 
     def expert(self, on: str, position: int) -> Tensor:
@@ -195,11 +196,11 @@ class Reading:
             else:
                 wide = expert.delta(stored, self.base())
             # Weights of a float32 checkpoint are the buffer itself, which the next window overwrites.
-            self._wide[on, position] = self._checked(wide, f"expert '{expert.name}'")
+            self._wide[on, position] = self._checked(wide, f"expert '{expert.name}'", KEEP_OUT)
         return self._wide[on, position]
 
-    def _checked(self, values: Tensor, owner: str) -> Tensor:
-        check_finite(values, self.name, owner, KEEP_OUT.format(name=self.name))
+    def _checked(self, values: Tensor, owner: str, remedy: str) -> Tensor:
+        check_finite(values, self.name, owner, remedy.format(name=self.name))
         return values
 
     def block(self, on: str, with_base: bool, positions: Sequence[int], flat: bool) -> Block:
