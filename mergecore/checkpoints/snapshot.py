@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 from mergecore.checkpoints.architectures import Layers, at_layers
+from mergecore.checkpoints.leftovers import check_whole
 from mergecore.checkpoints.sources import Source
 from mergecore.checkpoints.sources.selection import ADAPTER_CONFIG
 from mergecore.errors import SourceError
@@ -117,7 +118,8 @@ class Snapshot:
 def read_snapshot(source: Source) -> Snapshot:
     """Return the snapshot of a source. Reads safetensors headers and small files only, never weights.
 
-    Raises SourceError for files that are no safetensors, truncated or of a dtype nobody knows, naming the file.
+    Raises SourceError for files that are no safetensors, truncated or of a dtype nobody knows, naming the file, and for
+    what is no whole checkpoint (see leftovers.py).
     """
     weights = sorted(name for name in source.files if name.endswith(".safetensors"))
     kind = "adapter" if ADAPTER_CONFIG in source.files else "full"
@@ -128,6 +130,7 @@ def read_snapshot(source: Source) -> Snapshot:
             if tensor in tensors:
                 raise SourceError(f"{source.uri}: tensor '{tensor}' stands in {locations[tensor][0]} and in {name}")
             tensors[tensor], locations[tensor] = info, (name, offset)
+    check_whole(tensors, {tensor: file for tensor, (file, _) in locations.items()}, source.uri)
     counted = weights + ([ADAPTER_CONFIG] if kind == "adapter" else [])
     rest = sorted(name for name in source.files if name not in counted and not name.endswith(".index.json"))
     config_name = ADAPTER_CONFIG if kind == "adapter" else "config.json"
