@@ -21,6 +21,13 @@ Shares = Annotated[Annotated[Share, ONE] | Annotated[tuple[Share, ...], EACH], O
 Elect = Literal["mass", "normfrac", "normmass"]
 """How a coordinate's sign is elected: see `elected_sign`."""
 Rate = Annotated[float, Field(ge=0, lt=1)]
+Ids = Annotated[
+    Literal["tensors", "files"],
+    Field(
+        description="what stands for an expert in its masks: the digest of its 'tensors', however these are cut into "
+        "files, or the digest of its 'files', as in version 0.1.0"
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,8 @@ class Drawn:
 class RandomDrop(BaseModel):
     """Drops each element with probability `rate` and rescales what is left (DARE, Yu et al. 2024, §3.1).
 
-    An element is dropped by a hash of (seed, expert id, tensor name, flat index): experts have independent masks, which
-    are the same for any window, worker or device.
+    An element is dropped by a hash of (seed, id of the expert, tensor name, flat index): experts have independent
+    masks, which are the same for any window, worker or device.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
@@ -59,6 +66,12 @@ class RandomDrop(BaseModel):
         ),
     ] = "inverse"
     seed: Annotated[int, Field(ge=0, description="seed of the masks")] = 0
+    ids: Ids = "tensors"
+
+    @property
+    def drawn_by(self) -> frozenset[str]:
+        """By which ids of the experts masks are drawn."""
+        return frozenset({self.ids})
 
     def of_expert(self, position: int) -> RandomDrop:
         """Return the drop of one expert."""
@@ -70,7 +83,7 @@ class RandomDrop(BaseModel):
 
     def drawn(self, block: Block, factors: Sequence[float] | None) -> Drawn:
         """Return what `dropped` needs for a block. factors: those of what is left, per expert; None: the drop's own."""
-        keys = [word_key(random_key(self.seed, expert, block.name), block.start) for expert in block.ids]
+        keys = [word_key(random_key(self.seed, expert, block.name), block.start) for expert in block.ids_by(self.ids)]
         rates = each(self.rate, len(keys))
         chosen = list(factors or [1.0 / (1.0 - rate) if self.rescale == "inverse" else 1.0 for rate in rates])
         return Drawn(flat_index(), keys, [drop_limit(rate) for rate in rates], chosen)

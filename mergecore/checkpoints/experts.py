@@ -9,13 +9,15 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from mergecore.checkpoints.tensor_ids import tensor_id, tensors_id
 from mergecore.errors import MismatchError
+from mergecore.identity.keys import digest
 from mergecore.tensors.source import TensorInfo, TensorSource
 
 ROWS = 256
@@ -49,8 +51,18 @@ class Expert(ABC):
     name: str
     stored: TensorSource
     """The expert's own file or files."""
+    tensors_id: str
+    """What random masks are drawn with (tensor_ids.py); '' where nobody asked for it."""
     complete: ClassVar[bool]
     """True: what is read are weights, and the base is not needed to know them."""
+
+    @abstractmethod
+    def identify(self) -> str:
+        """Return the digest of what its tensors hold, 64 hex digits. Reads all of them."""
+
+    @abstractmethod
+    def identified(self, tensors_id: str) -> Expert:
+        """Return the expert with the id of its tensors."""
 
     @abstractmethod
     def carries(self, name: str) -> bool:
@@ -76,7 +88,16 @@ class FullExpert(Expert):
     id: str
     name: str
     stored: TensorSource
+    tensors_id: str = ""
     complete: ClassVar[bool] = True
+
+    def identify(self) -> str:
+        """Return the id of the checkpoint's tensors."""
+        return tensors_id(self.stored)
+
+    def identified(self, tensors_id: str) -> FullExpert:
+        """Return the expert with the id of its tensors."""
+        return replace(self, tensors_id=tensors_id)
 
     def carries(self, name: str) -> bool:
         """Return whether the checkpoint has the tensor."""
@@ -114,7 +135,20 @@ class AdapterExpert(Expert):
     stored: TensorSource
     factors: Mapping[str, Factor]
     shapes: Mapping[str, tuple[int, ...]]
+    tensors_id: str = ""
     complete: ClassVar[bool] = False
+
+    def identify(self) -> str:
+        """Return the id of the factors and their scalings, by the tensors that they change."""
+        factors = {
+            target: [*map(self._described, (factor.down, factor.up)), factor.scaling, factor.transposed]
+            for target, factor in self.factors.items()
+        }
+        return digest(["adapter", factors])
+
+    def identified(self, tensors_id: str) -> AdapterExpert:
+        """Return the expert with the id of its factors."""
+        return replace(self, tensors_id=tensors_id)
 
     def carries(self, name: str) -> bool:
         """Return whether the adapter has factors for the tensor."""
@@ -140,6 +174,10 @@ class AdapterExpert(Expert):
     def delta(self, values: Tensor, base: Tensor) -> Tensor:
         """Return the delta."""
         return values
+
+    def _described(self, name: str) -> list[Any]:
+        info = self.stored.tensors[name]
+        return [info.dtype, list(info.shape), tensor_id(self.stored, name, info)]
 
     def _matrix(self, name: str) -> Tensor:
         return self.stored.read(name).to(torch.float32).reshape(self.stored.tensors[name].shape)

@@ -52,6 +52,19 @@ def check_fit(
             )
 
 
+def float64_names(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Return the tensors that are float64."""
+    return sorted(name for name, info in tensors.items() if info.dtype == "F64")
+
+
+def float64_loss(name: str) -> str:
+    """Return a sentence about float64 tensors, of which `name` is one."""
+    return (
+        f"'{name}' and the like are float64; merges work in float32, so of about 16 digits 7 are kept (what is copied "
+        "keeps all of its digits)"
+    )
+
+
 def _without(name: str) -> str:
     """Say what can be done about a tensor that does not fit."""
     return f"a task's head may be left out of the result: select: [{{names: '{name}', take: drop}}, {{}}]"

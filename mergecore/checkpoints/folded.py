@@ -17,6 +17,7 @@ from mergecore.checkpoints.experts import AdapterExpert, Expert, Factor, adapter
 from mergecore.checkpoints.layout import tied_names
 from mergecore.checkpoints.snapshot import Contents, Snapshot
 from mergecore.checkpoints.sources import Source
+from mergecore.checkpoints.tensor_ids import tensors_id
 from mergecore.errors import SpecError
 from mergecore.events import silent
 from mergecore.identity.keys import digest
@@ -39,6 +40,10 @@ class FoldedTensors:
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor of the base, by name."""
         return {name: _formed(info) if self.expert.carries(name) else info for name, info in self.base.tensors.items()}
+
+    def identify(self) -> str:
+        """Return the id of base and adapter together: sums of products differ in their last bits between machines."""
+        return digest(["folded", tensors_id(self.base), self.expert.identify()])
 
     def read(self, name: str, start: int = 0, stop: int | None = None, space: Tensor | None = None) -> Tensor:
         """Read elements start … stop−1 of the flattened tensor. What the expert does not carry is the base's."""

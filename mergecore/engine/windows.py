@@ -213,14 +213,15 @@ class Reading:
         if not flat:
             base = None if base is None else base.view(self.shape)
             experts = tuple(values.view(self.shape) for values in experts)
-        return Block(self.name, self.shape, self._low, self._high, base, experts, self._ids(positions))
+        return Block(self.name, self.shape, self._low, self._high, base, experts, *self._ids(positions))
 
     def without_values(self, positions: Sequence[int]) -> Block:
         """Return the window without its values."""
-        return Block(self.name, self.shape, self._low, self._high, None, (), self._ids(positions))
+        return Block(self.name, self.shape, self._low, self._high, None, (), *self._ids(positions))
 
-    def _ids(self, positions: Sequence[int]) -> tuple[str, ...]:
-        return tuple(self.plan.experts[position].id for position in positions)
+    def _ids(self, positions: Sequence[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        experts = [self.plan.experts[position] for position in positions]
+        return tuple(expert.id for expert in experts), tuple(expert.tensors_id or expert.id for expert in experts)
 
 
 def cut(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:

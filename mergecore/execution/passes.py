@@ -21,6 +21,7 @@ from mergecore.engine.run_pass import run_pass
 from mergecore.events import Event
 from mergecore.execution.outcome import RECORDED, Done, failed, made_with
 from mergecore.execution.place import Place
+from mergecore.execution.tensor_ids import drawn_with, with_tensors_ids
 from mergecore.identity.content import model_digest
 from mergecore.identity.keys import Step
 from mergecore.planning.pool import opened
@@ -82,7 +83,8 @@ def _commit(place: Place, work: MergeWork | LinkWork, draft: Draft, digests: Map
     def results(step: Step) -> Found:
         return read_statistic(store, step)
 
-    store.commit(draft, digest, work.record(draft.path, digests, results), made_with(began))
+    record = {**work.record(draft.path, digests, results), **drawn_with(place, work)}
+    store.commit(draft, digest, record, made_with(began))
     if earlier is not None and earlier.digest != digest:
         place.report(
             Event(f"{work.step.name} was made again and differs from what is on record (other library or device?)")
@@ -206,6 +208,11 @@ def _pass(
 ) -> PassPlan:
     """Return what the engine needs: each expert of the pool once, every job's share of them, and the spans."""
     pool_base, experts = opened(place.pool, place.folders)
+    drawing = [job.experts for job in merges if "tensors" in job.method.drawn_by]
+    drawing += [job.experts for job in statistics if "tensors" in job.statistic.drawn_by]
+    ids = tuple(position)
+    drawn = sorted({ids[number] for numbers in drawing for number in numbers})
+    experts |= with_tensors_ids(place, {expert: experts[expert] for expert in drawn})
     instead = experts[base] if base else None
     return PassPlan(
         instead.stored if isinstance(instead, FullExpert) else pool_base,

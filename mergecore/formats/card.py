@@ -7,6 +7,14 @@ from typing import Any
 
 from mergecore.spec.yaml_files import as_yaml
 
+DRAWN = {
+    "tensors": "Random masks were drawn with these ids (`ids: tensors`): digests of the experts' tensors, however they "
+    "lie in files.",
+    "files": "Random masks were drawn with these ids (`ids: files`): digests of the experts' files. In other files the "
+    "same tensors get other masks.",
+}
+"""What the card says of random masks, by the kind of id."""
+
 
 def model_card(
     recipe: Mapping[str, Any],
@@ -41,6 +49,10 @@ def model_card(
     if origin.get("kept_density"):
         kept = ", ".join(f"{name} {share:.4%}" for name, share in origin["kept_density"].items())
         lines += ["", f"Share of each task vector that the threshold kept: {kept}."]
+    for kind, ids in origin.get("drawn_with", {}).items():
+        lines += ["", DRAWN[kind], "", "| expert | id |", "|---|---|"]
+        named = [expert["name"] for expert in origin["experts"] if expert["name"] in ids]
+        lines += [f"| {name} | `{ids[name]}` |" for name in named]
     lines += ["", *of_product] if of_product else []
     if scores:
         lines += ["", "| score | value |", "|---|---|"]

@@ -110,6 +110,10 @@ class Average(Method[AverageArguments]):
         return self.drop is not None and any(each(self.drop.rate, 1))
 
     @property
+    def drawn_by(self) -> frozenset[str]:
+        return super().drawn_by if self.drops else frozenset()
+
+    @property
     def needs_ids(self) -> bool:
         return self.drops
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergecore.arithmetic.linear_algebra import BLOCK
 from mergecore.arithmetic.order_statistics import ascending
-from mergecore.arithmetic.trims import absolute_sum, added
+from mergecore.arithmetic.trims import Ids, absolute_sum, added
 from mergecore.arithmetic.weights import AGGREGATE, Aggregate, joined, strength
 from mergecore.identity.draws import random_key, random_words
 from mergecore.plugins.block import Block, Per
@@ -40,8 +40,8 @@ class Della(DeltaMethod[DellaArguments]):
 
     A row is what one output sees: the first axis counts rows, a tensor of one axis is one row. Of equal magnitudes the
     later ranks higher; a row of one element is kept with the mean probability. Elements are kept by a hash of (seed,
-    expert id, tensor name, flat index). rescale 'l1' is mergekit's `della`; with elect 'none' and aggregate 'sum' it is
-    its `della_linear` (its epsilon is half of `window`).
+    id of the expert, tensor name, flat index). rescale 'l1' is mergekit's `della`; with elect 'none' and aggregate
+    'sum' it is its `della_linear` (its epsilon is half of `window`).
     """
 
     name: ClassVar[str] = "della"
@@ -83,6 +83,7 @@ class Della(DeltaMethod[DellaArguments]):
         Field(description=f"how the experts that take part in a coordinate are joined; {AGGREGATE}"),
     ] = "mean"
     seed: Annotated[int, Field(ge=0, description="seed of the masks")] = 0
+    ids: Ids = "tensors"
 
     @classmethod
     def examples(cls) -> Examples:
@@ -118,6 +119,10 @@ class Della(DeltaMethod[DellaArguments]):
 
     def revision(self, count: int) -> int:
         return self.version + (self.weights is not None or self.scale == 0)
+
+    @property
+    def drawn_by(self) -> frozenset[str]:
+        return frozenset({self.ids})
 
     @property
     def needs_ids(self) -> bool:
@@ -164,7 +169,7 @@ class Della(DeltaMethod[DellaArguments]):
         return pruned * (absolute_sum(delta) / left) if left else pruned
 
     def arguments(self, block: Block, statistics: Statistics) -> DellaArguments:
-        return DellaArguments([random_key(self.seed, expert, block.name) for expert in block.ids])
+        return DellaArguments([random_key(self.seed, expert, block.name) for expert in block.ids_by(self.ids)])
 
     def merge(self, base: Tensor, deltas: Sequence[Tensor], arguments: DellaArguments) -> Tensor:
         """Return θ_0 + λ · (mean or sum of what takes part)."""

@@ -47,7 +47,8 @@ class ModelStock(DeltaMethod[Shares]):
         Literal["clamp", "extrapolate"],
         Field(
             description="experts more than 90° apart: stay at the base, or the formula as it stands, which leaves the "
-            "base away from the experts and has a pole where they cancel"
+            "base away from the experts, ever further up to a pole where they cancel; at the pole and beyond it, where "
+            "`mean_angle` of four or more may be, the result is the base"
         ),
     ] = "clamp"
 

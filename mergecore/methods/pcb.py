@@ -48,7 +48,9 @@ class Pcb(DeltaMethod[PcbArguments]):
 
     A coordinate that a single expert keeps gets that expert's full change: the drop decides, the score only arbitrates
     between those that survive. Forms other than 'paper' clip magnitudes, and weigh by min–max scaled scores (0 at the
-    cut). Where Norm would divide 0 by 0 all coordinates count as equal, and those of an all-zero task vector as absent.
+    cut). Scores that are equal at the cut share one fate, whatever the density: with 'paper' they all survive, else
+    none does, as in the authors' scripts. Checkpoints in bfloat16 have many such scores. Where Norm would divide 0 by 0
+    all coordinates count as equal, and those of an all-zero task vector as absent.
     exp and tanh come from mergecore.arithmetic.transcendental, so that results do not depend on the device.
     """
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mergecore.checkpoints.fit import float64_loss, float64_names
 from mergecore.checkpoints.layout import tied_names
 from mergecore.checkpoints.snapshot import Snapshot, read_json
 from mergecore.checkpoints.vocabulary.configuration import counts_in
@@ -33,6 +34,15 @@ def _refuse_quantized(snapshot: Snapshot, where: str) -> None:
             "numbers "
             "are codes, not weights; give the checkpoint before it was quantized, or a dequantized copy"
         )
+
+
+def float64_warnings(checkpoints: Mapping[str, Snapshot]) -> list[str]:
+    """Say whose float64 tensors lose digits. checkpoints: full ones, by what messages call them."""
+    wide = [where for where, snapshot in checkpoints.items() if float64_names(snapshot.tensors)]
+    if not wide:
+        return []
+    name = float64_names(checkpoints[wide[0]].tensors)[0]
+    return [f"{', '.join(wide)}: {float64_loss(name)}"]
 
 
 def _refuse_lost_head(snapshot: Snapshot, base: Snapshot, where: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from mergecore.checkpoints.architectures import at_layers, layer_of
 from mergecore.checkpoints.experts import AdapterExpert, Expert, Factor, FullExpert, adapter_factors
@@ -32,6 +33,7 @@ from mergecore.planning.compatibility import (
     _same_base,
     _sizes,
     _vocabulary,
+    float64_warnings,
     tokenizer_warnings,
 )
 from mergecore.spec.sources import BaseSpec, ExpertSpec, Resolver, SourceSpec
@@ -69,6 +71,9 @@ class Member:
         return AdapterExpert(self.id, self.name, self.snapshot.open(folder), dict(self.factors), shapes)
 
 
+Value = TypeVar("Value")
+
+
 @dataclass(frozen=True)
 class Pool:
     """Base, experts by name and the multitask model; `warnings` are to be said aloud."""
@@ -82,6 +87,11 @@ class Pool:
     def members(self) -> tuple[Member, ...]:
         """Experts, then the multitask model."""
         return (*self.experts.values(), *([self.multitask] if self.multitask else []))
+
+    def by_name(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """Return values that are by expert id by the experts' names."""
+        names = {member.id: member.name for member in self.members}
+        return {names.get(expert, expert): value for expert, value in values.items()}
 
     @property
     def tied(self) -> bool:
@@ -172,6 +182,8 @@ def resolve_pool(
         several = _multitask(read_snapshot(resolve(multitask)), ground, rows)
         if tokenizer is None:
             warnings += tokenizer_warnings(several.snapshot, ground, _called(several.name, several.snapshot))
+    full = {"base": ground, **{_called(m.name, m.snapshot): m.snapshot for m in members.values() if m.factors is None}}
+    warnings += float64_warnings(full)
     warnings += _base_warnings([*members.values(), *([several] if several else [])], ground, base)
     return Pool(ground, members, several, tuple(warnings))
 

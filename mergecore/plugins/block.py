@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -71,6 +71,12 @@ class Block:
     base: Tensor | None
     experts: tuple[Tensor, ...]
     ids: tuple[str, ...]
+    tensor_ids: tuple[str, ...] = ()
+    """The experts' ids by what their tensors hold; () where they have no others than `ids`."""
+
+    def ids_by(self, kind: Literal["tensors", "files"]) -> tuple[str, ...]:
+        """Return the ids that random numbers are drawn with."""
+        return self.ids if kind == "files" else self.tensor_ids or self.ids
 
     @property
     def models(self) -> tuple[Tensor, ...]:

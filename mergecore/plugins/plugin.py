@@ -23,6 +23,12 @@ class Plugin(BaseModel):
         """
         return self.version
 
+    @property
+    def drawn_by(self) -> frozenset[str]:
+        """By which ids of the experts its random numbers are drawn: 'tensors', 'files', or none; of its parts too."""
+        parts = (getattr(self, name) for name in type(self).model_fields)
+        return frozenset[str]().union(*(getattr(part, "drawn_by", ()) for part in parts))
+
     def parameters(self) -> dict[str, Any]:
         """Return the fields as plain JSON, with defaults. They enter the step's key."""
         return self.model_dump(mode="json")

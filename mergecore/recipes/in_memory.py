@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergecore.checkpoints.experts import Expert, FullExpert
-from mergecore.checkpoints.fit import check_fit
+from mergecore.checkpoints.fit import check_fit, float64_loss, float64_names
 from mergecore.checkpoints.layout import lay_out
 from mergecore.checkpoints.select import SelectRule, check_left_out
 from mergecore.engine.executor import InProcess
@@ -45,12 +46,11 @@ def merge(
     """Merge `experts` (and `base`) by `method` into {name: tensor}.
 
     The result has the names and shapes of the base and, unless `dtype` is given, its dtypes. base may be left out where
-    the
-    method does not need it; the first expert's tensors are then copied where nothing is merged. ids: the experts' ids.
-    With
-    ids, experts are folded by ascending id as in the pipeline; without, in list order. A random drop needs ids.
-    statistics:
-    {name: one mapping per expert} for what weights alone do not tell (Fisher). select: plain rules only.
+    the method does not need it; the first expert's tensors are then copied where nothing is merged. ids: the experts'
+    ids. With ids, experts are folded by ascending id as in the pipeline, and random masks are drawn with them; without,
+    experts are folded in list order, and masks are drawn by their tensors, as in the pipeline. statistics: {name: one
+    mapping per expert} for what weights alone do not tell (Fisher). select: plain rules only. A warning says where
+    float64 tensors lose digits: merges work in float32.
 
     Raise SpecError, MismatchError and NonFiniteError.
     """
@@ -81,12 +81,17 @@ def _merged(
         check_fit(shapes.tensors, MemoryTensors(expert).tensors, f"expert {position}", {}, select)
     check_left_out(select, [first, *experts])
     layout = lay_out(shapes.tensors, {}, [tuple(expert) for expert in experts], select)
+    wide = {name for model in (first, *experts) for name in float64_names(MemoryTensors(model).tensors)}
+    if merged := sorted(wide & layout.merged.keys()):
+        warnings.warn(float64_loss(merged[0]), stacklevel=4)
     order = method.arranged([""] * len(experts) if ids is None else ids)
     named = [str(position) for position in order] if ids is None else [ids[position] for position in order]
-    pool = tuple(
+    pool: tuple[Expert, ...] = tuple(
         FullExpert(name, f"{position}", MemoryTensors(experts[position]))
         for name, position in zip(named, order, strict=True)
     )
+    if ids is None and "tensors" in method.drawn_by:
+        pool = tuple(expert.identified(expert.identify()) for expert in pool)
     handed = {name: [values[position] for position in order] for name, values in (statistics or {}).items()}
     bound = method.bound(order).fitted(shapes.tensors)
     known = find_statistics(bound, shapes, pool, layout.merged, handed, report, library)
@@ -121,8 +126,8 @@ def _check(
         raise SpecError(f"method '{method.name}' works on task vectors; give the base they start from")
     if ids is not None and (len(ids) != len(experts) or len(set(ids)) != len(ids)):
         raise SpecError(f"ids: give one distinct id for each of the {len(experts)} experts")
-    if ids is None and method.needs_ids:
-        raise SpecError("a random drop depends on who the experts are: give `ids`, one string per expert")
+    if ids is None and method.needs_ids and "tensors" not in method.drawn_by:
+        raise SpecError("what is random here depends on who the experts are: give `ids`, one string per expert")
     taken = [name for name, statistic in method.statistics().items() if statistic.takes_data]
     for name, results in statistics.items():
         if name not in taken:

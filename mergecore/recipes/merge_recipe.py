@@ -242,8 +242,6 @@ def _pinned(recipe: Recipe, pool: Pool) -> dict[str, Any]:
 
 
 def _origin(pool: Pool, step: Step, result: Any) -> dict[str, Any]:
-    names = {member.id: member.name for member in pool.members}
-    kept = {names.get(expert, expert): share for expert, share in result.get("kept_density", {}).items()}
     base, experts = pool.base.as_stored, {name: member.snapshot.as_stored for name, member in pool.experts.items()}
     return {
         "base": {"source": base.source.uri, "weights": base.weights},
@@ -252,5 +250,6 @@ def _origin(pool: Pool, step: Step, result: Any) -> dict[str, Any]:
             for name, snapshot in experts.items()
         ],
         "step": step.as_json(),
-        "kept_density": kept,
+        "kept_density": pool.by_name(result.get("kept_density", {})),
+        "drawn_with": {kind: pool.by_name(ids) for kind, ids in result.get("drawn_with", {}).items()},
     }

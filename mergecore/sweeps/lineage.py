@@ -25,8 +25,9 @@ def lineage(plan: Plan, cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]
         "step": cell.model.as_json(),
     }
     if "kept_density" in result:
-        names = {member.id: member.name for member in plan.pool.members}
-        origin["kept_density"] = {names.get(expert, expert): kept for expert, kept in result["kept_density"].items()}
+        origin["kept_density"] = plan.pool.by_name(result["kept_density"])
+    if "drawn_with" in result:
+        origin["drawn_with"] = {kind: plan.pool.by_name(ids) for kind, ids in result["drawn_with"].items()}
     return origin
 
 

@@ -11,6 +11,7 @@ from mergecore.methods import Della, RandomDrop, Ties
 from mergecore.registry import METHODS
 from mergeloom.testing.method_contract import *  # noqa: F403 — every test of the contract
 from mergeloom.testing.method_contract import models
+from mergeloom.testing.variants import same
 
 
 def test_overflow_of_the_result_names_the_method() -> None:
@@ -29,11 +30,20 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         merge(METHODS["average"](), base=base, experts=experts)
 
 
-def test_a_drop_demands_ids() -> None:
+def test_a_drop_by_files_demands_ids() -> None:
     base, experts = models()
-    for method in (Ties(drop=RandomDrop(rate=0.5)), Della()):
+    for method in (Ties(drop=RandomDrop(rate=0.5, ids="files")), Della(ids="files")):
         with pytest.raises(MergeloomError, match="ids"):
             merge(method, base=base, experts=experts)
+
+
+def test_without_ids_masks_are_drawn_by_the_tensors() -> None:
+    """So an expert keeps its masks in any position; with ids, they are the ids' masks."""
+    base, experts = models()
+    for method in (Ties(drop=RandomDrop(rate=0.5), count="exact"), Della()):
+        first = merge(method, base=base, experts=experts[:2])
+        assert same(first, merge(method, base=base, experts=[experts[1], experts[0]]))
+        assert not same(first, merge(method, base=base, experts=experts[:2], ids=["a", "b"]))
 
 
 def test_dtype_of_the_result() -> None:

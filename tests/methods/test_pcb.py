@@ -103,7 +103,7 @@ def test_against_plain_float64(form: str, experts: int, density: float, clip: fl
 @pytest.mark.parametrize("form", FORMS)
 def test_equal_experts_give_what_survives_in_full(form: str) -> None:
     row = torch.randn(1, 500, generator=torch.Generator().manual_seed(1)) * 0.3
-    clip = {} if form == "paper" else {"clip": 0}
+    clip: dict[str, Any] = {} if form == "paper" else {"clip": 0}
     actual = merged(row.expand(4, -1), form=form, density=0.2, scale=0.5, **clip)
     kept = actual != 0
     # A weight of exactly 0 at the cut loses that element in the authors' forms: d − ⌊d(1−r)⌋ − 1 survive.
@@ -171,6 +171,17 @@ def test_bfloat16_and_odd_shapes(form: str) -> None:
     wide = [{n: v.float() for n, v in model.items()} for model in (base, *experts)]
     expected = merge(method, base=wide[0], experts=wide[1:])
     assert all(torch.equal(actual[n], expected[n]) for n in base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+def test_scores_equal_at_the_cut_share_one_fate(form: str, dtype: torch.dtype) -> None:
+    """Of one expert the score grows with |τ|. At density 0.5 the cut is the fifth of ten: four equal ones lie on it."""
+    row = torch.tensor([4.0, -3.0, 2.0, -2.0, 2.0, 2.0, 1.0, -1.0, 1.0, 0.5])
+    survives = row.abs() >= (2 if form == "paper" else 3)
+    expected = torch.where(survives, row, 0.0).to(dtype)
+    clip = {} if form == "paper" else {"clip": 0}
+    torch.testing.assert_close(merged(row[None], dtype=dtype, form=form, density=0.5, **clip), expected)
 
 
 def test_the_paper_does_not_clip() -> None:

@@ -230,6 +230,23 @@ def test_model_stock_right_angles_obtuse_angles_and_zeros() -> None:
     close(of_deltas(methods.ModelStock(negative="extrapolate"), obtuse), [-3 * 0.2, -3 * 0.4])
 
 
+@pytest.mark.parametrize("group", ["tensor", "filter"])
+def test_model_stock_beyond_the_pole_is_the_base(group: str) -> None:
+    """Four experts whose mean angle is above 109.5°: 1 + 3 cos Ω is below 0, and the formula would change its sign."""
+    deltas = [[1.0, 0.0], [1.0, 0.0], [-1.0, 0.1], [-1.0, -0.3]]
+    vectors = [np.array(delta) for delta in deltas]
+    pairs = itertools.combinations(vectors, 2)
+    cosines = np.array([x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x, y in pairs])
+    assert 1 + 3 * np.cos(np.arccos(cosines).mean()) < -0.3 and np.linalg.norm(np.mean(vectors, 0)) > 0.04
+    for negative in ("clamp", "extrapolate"):
+        values = {"angle": "mean_angle", "group": group, "negative": negative}
+        close(of_deltas(methods.ModelStock.model_validate(values), deltas), [0, 0])
+    cosine = cosines.mean()  # the mean of cosines is never beyond it
+    expected = 4 * cosine / (1 + 3 * cosine) * np.mean(vectors, 0)
+    actual = of_deltas(methods.ModelStock.model_validate({"group": group, "negative": "extrapolate"}), deltas)
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float32), rtol=1e-3, atol=1e-5)
+
+
 def test_model_stock_refuses_one_expert() -> None:
     with pytest.raises(SpecError, match="at least two"):
         of_deltas(methods.ModelStock(), [[1.0]])

@@ -111,7 +111,7 @@ def test_the_same_numbers_as_in_memory(models: tuple[Path, list[Path]], tmp_path
         merge_into(
             {"method": method.name, "base": base, "experts": experts, **method.parameters()}, tmp_path / f"{number}"
         )
-        in_memory = merge(method, base=state, experts=changed, ids=ids)
+        in_memory = merge(method, base=state, experts=changed, ids=None if method.needs_ids else ids)
         assert equal(weights(tmp_path / f"{number}"), in_memory), method
 
 

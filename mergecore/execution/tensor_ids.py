@@ -1,0 +1,54 @@
+"""The ids by which random masks are drawn: taken once, kept in the store, told in the record of a model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from mergecore.checkpoints.experts import Expert
+from mergecore.events import Event
+from mergecore.execution.outcome import made_with
+from mergecore.execution.place import Place
+from mergecore.identity.keys import Step
+from mergecore.planning.work import LinkWork, MergeWork
+
+AT_ONCE = 4
+"""Experts whose tensors are read side by side."""
+
+
+def tensors_step(expert: str) -> Step:
+    """Return the step that takes the id of an expert's tensors. expert: its id, the digest of its files."""
+    return Step("snapshot", "tensors", 1, {}, {"weights": expert})
+
+
+def with_tensors_ids(place: Place, experts: Mapping[str, Expert]) -> dict[str, Expert]:
+    """Return the experts with the ids of their tensors. What the store does not know is read."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        ids = list(pool.map(lambda expert: _tensors_id(place, expert), experts.values()))
+    return {
+        name: expert.identified(tensors_id) for (name, expert), tensors_id in zip(experts.items(), ids, strict=True)
+    }
+
+
+def _tensors_id(place: Place, expert: Expert) -> str:
+    step = tensors_step(expert.id)
+    record = place.store.record(step)
+    if record is not None:
+        return record.digest
+    place.report(Event(f"identify the tensors of '{expert.name}'"))
+    began = time.monotonic()
+    with place.store.draft(step) as draft:
+        return place.store.commit(draft, expert.identify(), {}, made_with(began)).digest
+
+
+def drawn_with(place: Place, work: MergeWork | LinkWork) -> dict[str, Any]:
+    """Return what the record says of random masks: {'drawn_with': {kind of id: {expert: id}}}, or nothing."""
+    told: dict[str, dict[str, str]] = {}
+    for way in work.ways:
+        for kind in sorted(way.method.drawn_by):
+            for expert in way.experts:
+                record = place.store.record(tensors_step(expert)) if kind == "tensors" else None
+                told.setdefault(kind, {})[expert] = expert if record is None else record.digest
+    return {"drawn_with": told} if told else {}
