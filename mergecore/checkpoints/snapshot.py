@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,11 +11,15 @@ from typing import Any, final
 from mergecore.checkpoints.architectures import Layers, at_layers
 from mergecore.checkpoints.leftovers import check_whole
 from mergecore.checkpoints.sources import Source
-from mergecore.checkpoints.sources.selection import ADAPTER_CONFIG
+from mergecore.checkpoints.sources.selection import ADAPTER_CONFIG, INDEX_ENDING, read_object, weight_map
 from mergecore.errors import SourceError
 from mergecore.identity.keys import digest
-from mergecore.tensors.files import FileTensors, Location, parse_header
+from mergecore.tensors.files import FileTensors, Location
+from mergecore.tensors.header import parse_header
 from mergecore.tensors.source import TensorInfo, TensorSource
+
+LARGEST_JSON = 1 << 28
+"""Bytes of a JSON file beside the weights at most."""
 
 
 class Contents(ABC):
@@ -130,6 +133,7 @@ def read_snapshot(source: Source) -> Snapshot:
             if tensor in tensors:
                 raise SourceError(f"{source.uri}: tensor '{tensor}' stands in {locations[tensor][0]} and in {name}")
             tensors[tensor], locations[tensor] = info, (name, offset)
+    _check_index(source, locations)
     check_whole(tensors, {tensor: file for tensor, (file, _) in locations.items()}, source.uri)
     counted = weights + ([ADAPTER_CONFIG] if kind == "adapter" else [])
     rest = sorted(name for name in source.files if name not in counted and not name.endswith(".index.json"))
@@ -145,15 +149,31 @@ def read_snapshot(source: Source) -> Snapshot:
     )
 
 
+def _check_index(source: Source, locations: Mapping[str, Location]) -> None:
+    """Raise SourceError where an index names tensors that its file does not hold."""
+    index = next((name for name in source.files if name.endswith(INDEX_ENDING)), None)
+    if index is None:
+        return
+    where = f"{source.uri}/{index}"
+    named = weight_map(source.read(index, 0, source.files[index].size), where)
+    astray = [tensor for tensor, file in named.items() if locations.get(tensor, ("", 0))[0] != file]
+    if astray:
+        file, there = named[astray[0]], locations.get(astray[0])
+        stands = f"that one is in {there[0]}" if there else "no file that it names holds it"
+        raise SourceError(
+            f"{where} names {len(astray)} tensors that the shards do not hold, the first being '{astray[0]}' in "
+            f"{file}: {stands}. Index and shards are not of one version of the model; fetch them again"
+        )
+
+
 def read_json(source: Source, name: str) -> dict[str, Any]:
     """Return the object in a JSON file of a source. Raises SourceError where the file holds something else."""
-    try:
-        content = json.loads(source.read(name, 0, source.files[name].size))
-    except ValueError as error:
-        raise SourceError(f"{source.uri}/{name} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise SourceError(f"{source.uri}/{name} holds {type(content).__name__}, not an object")
-    return content
+    size = source.files[name].size
+    if size > LARGEST_JSON:
+        raise SourceError(
+            f"{source.uri}/{name} has {size:,} bytes; a JSON file of a checkpoint has {LARGEST_JSON:,} at most"
+        )
+    return read_object(source.read(name, 0, size), f"{source.uri}/{name}")
 
 
 def read_header(source: Source, name: str) -> dict[str, tuple[TensorInfo, int]]:

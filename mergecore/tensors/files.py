@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from mergecore.errors import SourceError
 from mergecore.identity.content import bytes_of
-from mergecore.tensors.dtypes import ELEMENT_TYPES
+from mergecore.tensors.header import parse_header
 from mergecore.tensors.source import TensorInfo
 from mergecore.tensors.torch_dtypes import DTYPES
 
@@ -149,46 +148,3 @@ def open_files(folder: Path, names: Sequence[str]) -> FileTensors:
             ).items():
                 tensors[tensor], locations[tensor] = info, (name, offset)
     return FileTensors(str(folder), tensors, locations)
-
-
-def parse_header(read: Callable[[int, int], bytes], size: int, where: str) -> dict[str, tuple[TensorInfo, int]]:
-    """Return {tensor: (info, offset in the file)} from the header of a safetensors file.
-
-    read: (start, length) → bytes. size: of the whole file. Raises SourceError where the header is damaged, a dtype is
-    unknown, or the file ends before a tensor does.
-    """
-    if size < 8:
-        raise SourceError(f"{where} has {size} bytes: not a safetensors file; fetch or write it again")
-    length = int.from_bytes(read(0, 8), "little")
-    if length > min(size - 8, 100 << 20):
-        raise SourceError(
-            f"{where} is no safetensors file, or is truncated (header of {length:,} bytes in {size:,}); fetch it again"
-        )
-    try:
-        header = json.loads(read(8, length))
-        header.pop("__metadata__", None)
-        entries = {tensor: _entry(tensor, entry, 8 + length) for tensor, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise SourceError(f"{where} has a header that cannot be read ({reason}); fetch or write it again") from error
-    for tensor, (info, offset) in entries.items():
-        if info.dtype not in ELEMENT_TYPES:
-            raise SourceError(
-                f"{where}: tensor '{tensor}' has dtype {info.dtype}, which cannot be read; give the checkpoint in "
-                "float32, float16 or bfloat16"
-            )
-        if offset + info.size > size:
-            raise SourceError(
-                f"{where} is truncated: tensor '{tensor}' ends after the file's {size:,} bytes; fetch it again"
-            )
-    return entries
-
-
-def _entry(tensor: str, entry: Mapping[str, Any], data_start: int) -> tuple[TensorInfo, int]:
-    info = TensorInfo(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]))
-    start, stop = (int(position) for position in entry["data_offsets"])
-    if start < 0 or any(size < 0 for size in info.shape):
-        raise ValueError(f"tensor '{tensor}' has shape {list(info.shape)} at byte {start}")
-    if info.dtype in ELEMENT_TYPES and stop - start != info.size:
-        raise ValueError(f"tensor '{tensor}' has {stop - start} bytes for shape {list(info.shape)} of {info.dtype}")
-    return info, data_start + start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from fnmatch import fnmatch
+from typing import Any
 
 from mergecore.errors import SourceError
 
@@ -27,6 +28,7 @@ COMPANIONS = (
 """Patterns of the files beside the weights, all at the top of the folder."""
 
 INDEX = "model.safetensors.index.json"
+INDEX_ENDING = ".safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -37,17 +39,20 @@ def files_that_matter(names: Collection[str], read: Callable[[str], bytes], wher
     """Return the files of a checkpoint, sorted. names: all files, '/' between folders. read: returns a small file's
     bytes.
 
-    An index decides where there is one, then model.safetensors, then an adapter, then every safetensors file at the
-    top. Raises SourceError where there are no safetensors, or where the index cannot be read or names what is missing.
+    model.safetensors decides where there is one, as `transformers` reads it; an index beside it is left over, unless it
+    names that file. Then an index decides, then an adapter, then every safetensors file at the top. Raises SourceError
+    where there are no safetensors, or where the index cannot be read or names what is missing.
     """
     top = {name for name in names if "/" not in name}
     kept = {name for name in top if any(fnmatch(name, pattern) for pattern in COMPANIONS)}
     kept |= {name for name in names if name.startswith(TEMPLATES)}
     weights = sorted(name for name in top if name.endswith(".safetensors"))
-    indices = sorted(name for name in top if name.endswith(".safetensors.index.json"))
+    indices = sorted(name for name in top if name.endswith(INDEX_ENDING))
     index = INDEX if INDEX in top else indices[0] if len(indices) == 1 and SINGLE not in top else None
-    if index is not None:
-        kept |= {index, *_shards(index, read(index), names, where)}
+    shards = set[str]() if index is None else set(weight_map(read(index), f"{where}/{index}").values())
+    if index is not None and (SINGLE not in top or SINGLE in shards):
+        _check_shards(index, shards, names, where)
+        kept |= {index, *shards}
     elif SINGLE in top:
         kept.add(SINGLE)
     elif ADAPTER in top:
@@ -61,21 +66,39 @@ def files_that_matter(names: Collection[str], read: Callable[[str], bytes], wher
     return tuple(sorted(kept))
 
 
-def _shards(index: str, content: bytes, names: Collection[str], where: str) -> set[str]:
+def weight_map(content: bytes, where: str) -> dict[str, str]:
+    """Return {tensor: file} of an index. Raises SourceError where it is none."""
     try:
-        named = {str(shard) for shard in json.loads(content)["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise SourceError(
-            f"{where}/{index} is not an index: it must be JSON with a 'weight_map' of tensor to file; fetch it again"
-        ) from None
-    missing = sorted(named - set(names))
+        index = read_object(content, where)
+        files = index["weight_map"]
+        if isinstance(files, dict) and all(isinstance(file, str) and file for file in files.values()):
+            return dict(files)
+    except (SourceError, KeyError):
+        pass
+    raise SourceError(f"{where} is not an index: it must be JSON with a 'weight_map' of tensor to file; fetch it again")
+
+
+def read_object(content: bytes, where: str) -> dict[str, Any]:
+    """Return the object that a JSON file holds. Raises SourceError where it holds something else."""
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise SourceError(f"{where} is not JSON: {reason}; fetch or write it again") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{where} holds {type(value).__name__}, not an object")
+    return value
+
+
+def _check_shards(index: str, named: Collection[str], names: Collection[str], where: str) -> None:
+    """Raise SourceError where a file that an index names is not there."""
+    missing = sorted(set(named) - set(names))
     if missing or not named:
         lacking = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "") if named else "no file at all"
         raise SourceError(
             f"{where}/{index} names {lacking}; {len(named) - len(missing)} of {len(named)} shards are there: "
             "the copy is not complete, fetch it again"
         )
-    return named
 
 
 def _remedy(top: list[str], where: str) -> str:
