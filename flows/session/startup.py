@@ -79,9 +79,9 @@ def hash_ahead(recipe: Path, digests: DigestCache) -> None:
 
 def _weights(recipe: Path) -> Iterator[Path]:
     """Yield the files of weights in every folder that a text in the recipe names."""
-    import yaml
+    from mergecore.spec.yaml_files import read_documents
 
-    for document in yaml.safe_load_all(recipe.read_text()):
+    for document in read_documents(recipe):
         for text in _texts(document):
             folder = Path(text).expanduser()
             if folder.is_dir():

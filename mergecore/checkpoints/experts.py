@@ -15,8 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mergecore.checkpoints.patterns import matches
+from mergecore.checkpoints.sources.selection import ADAPTER_CONFIG
 from mergecore.checkpoints.tensor_ids import tensor_id, tensors_id
-from mergecore.errors import MismatchError
+from mergecore.errors import MismatchError, SpecError
 from mergecore.identity.keys import digest
 from mergecore.tensors.source import TensorInfo, TensorSource
 
@@ -40,6 +42,8 @@ NEUTRAL: dict[str, Any] = {
     "trainable_token_indices": None,
 }
 """Settings of a PEFT adapter that make it more than W + scaling · B @ A, and the values at which they do not."""
+LARGEST_ALPHA = 1e30
+"""No adapter is scaled by that much."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to start LoRA factors that change the base's weights as well (PEFT's `init_lora_weights`)."""
 
@@ -198,6 +202,7 @@ def adapter_factors(
     modules_to_save, convolutions) and for factors that do not fit the base.
     """
     _refuse(config, where)
+    alphas = _Alphas.of(config, where)
     factors: dict[str, Factor] = {}
     for name in sorted(tensors):
         stem = re.sub(r"\.default(?=\.|$)", "", name).removeprefix("base_model.model.")
@@ -219,9 +224,9 @@ def adapter_factors(
             raise MismatchError(f"{where}: its target '{target}' is not in the base; is this the adapter's base?")
         if up not in tensors:
             raise MismatchError(f"{where}: '{name}' has no '{up}' beside it; the file is incomplete")
-        factor = Factor(name, up, _scaling(config, module, tensors[name].shape[0]), bool(config.get("fan_in_fan_out")))
-        _check_shapes(factor, tensors, base[target], target, where)
-        factors[target] = factor
+        transposed = bool(config.get("fan_in_fan_out"))
+        _check_shapes(Factor(name, up, 1.0, transposed), tensors, base[target], target, where)
+        factors[target] = Factor(name, up, alphas.scaling(module, tensors[name].shape[0]), transposed)
     return factors
 
 
@@ -247,20 +252,57 @@ def _refuse(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Return alpha/rank, or alpha/√rank for rsLoRA. A pattern matches the module's whole name or its end, as in
-    PEFT.
-    """
-    alpha = float(config.get("lora_alpha", 8))
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = float(value)
-            break
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+@dataclass(frozen=True)
+class _Alphas:
+    """What the factors of an adapter are scaled by, as its configuration says it."""
+
+    alpha: float
+    patterns: Mapping[str, float]
+    rank_stabilised: bool
+    where: str
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], where: str) -> _Alphas:
+        """Return what a configuration says. Raises MismatchError where it says something else than numbers."""
+        patterns = config.get("alpha_pattern") or {}
+        if not isinstance(patterns, Mapping):
+            raise MismatchError(f"{where}: alpha_pattern in its {ADAPTER_CONFIG} must map modules to numbers")
+        return cls(
+            _number(config.get("lora_alpha", 8), "lora_alpha", where),
+            {
+                str(pattern): _number(value, f"alpha_pattern of '{pattern}'", where)
+                for pattern, value in patterns.items()
+            },
+            bool(config.get("use_rslora")),
+            where,
+        )
+
+    def scaling(self, module: str, rank: int) -> float:
+        """Return alpha/rank, or alpha/√rank for rsLoRA. A pattern matches the module's whole name or its end, as in
+        PEFT.
+        """
+        try:
+            of_module = (value for pattern, value in self.patterns.items() if matches(rf"(.*\.)?({pattern})$", module))
+            alpha = next(of_module, self.alpha)
+        except SpecError as error:
+            raise MismatchError(f"{self.where}: alpha_pattern in its {ADAPTER_CONFIG}: {error}") from None
+        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+
+
+def _number(value: Any, key: str, where: str) -> float:
+    """Return a finite number of a configuration."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST_ALPHA:
+        return float(value)
+    raise MismatchError(f"{where}: {key} in its {ADAPTER_CONFIG} must be a number (given: {value!r:.60})")
 
 
 def _check_shapes(factor: Factor, tensors: Mapping[str, TensorInfo], target: TensorInfo, name: str, where: str) -> None:
     down, up = tensors[factor.down].shape, tensors[factor.up].shape
+    if len(down) == len(up) == 2 and 0 in (*down, *up):
+        raise MismatchError(
+            f"{where}: '{factor.down}' {list(down)} and '{factor.up}' {list(up)} are empty, an update of rank 0; save "
+            "the adapter again with its weights gathered"
+        )
     if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
         raise MismatchError(
             f"{where}: '{factor.down}' {list(down)} and '{factor.up}' {list(up)} make no matrix product"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mergecore.checkpoints.architectures import layer_of
+from mergecore.checkpoints.patterns import check_pattern, search
 from mergecore.errors import SpecError, nearest
 
 
@@ -35,10 +35,7 @@ class SelectRule(BaseModel):
     @classmethod
     def _can_be_read(cls, names: str) -> str:
         if _is_expression(names):
-            try:
-                re.compile(names[1:-1])
-            except re.error as error:
-                raise ValueError(f"not a regular expression: {error}") from None
+            check_pattern(names[1:-1])
         return names
 
     @model_validator(mode="after")
@@ -73,7 +70,7 @@ class SelectRule(BaseModel):
             if layer is None or not self.layers[0] <= layer <= self.layers[1]:
                 return False
         if _is_expression(self.names):
-            return re.search(self.names[1:-1], name) is not None
+            return search(self.names[1:-1], name)
         return fnmatch.fnmatchcase(name, self.names)
 
 

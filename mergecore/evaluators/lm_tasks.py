@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from mergecore.checkpoints.sources.digests import file_sha256
-from mergecore.errors import EvaluationError, nearest
+from mergecore.errors import EvaluationError, SpecError, nearest
+from mergecore.plugins.bounded_yaml import BoundedConstructor, check_depth, check_ordinary
 from mergecore.plugins.evaluator import Split
 
 READERS = ("json", "parquet", "csv", "text")
@@ -38,7 +39,7 @@ _DEFAULT_METRICS = {
 """lm-eval's first metric per output type, for a task that lists none."""
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+class _Loader(BoundedConstructor, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """YAML whose `!function module.name` becomes the name and the digest of the module beside the file."""
 
 
@@ -60,9 +61,12 @@ def read_yaml(path: Path, seen: frozenset[Path] = frozenset()) -> dict[str, Any]
     if path in seen:
         raise EvaluationError(f"{path.name} includes itself")
     try:
+        check_ordinary(path)
         with path.open("rb") as file:
+            check_depth(file, _Loader)
+            file.seek(0)
             config = yaml.load(file, Loader=_Loader)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError, SpecError) as error:
         raise EvaluationError(f"the task file {path.name} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise EvaluationError(f"the task file {path.name} holds no mapping")

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from mergecore.errors import SpecError
+from mergecore.plugins.bounded_yaml import BoundedConstructor, read_text
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def read_documents(path: Path) -> tuple[dict[str, Any], ...]:
     """The mappings of a YAML file's documents, at least one. Raises SpecError with line and column."""
     try:
-        loaded = list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=_Loader))
+        loaded = list(yaml.load_all(read_text(path), Loader=_Loader))
     except FileNotFoundError:
         beside = sorted(other.name for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         raise SpecError(f"{path} does not exist" + (f"; there is {', '.join(beside[:5])}" if beside else "")) from None
@@ -33,7 +34,9 @@ def read_documents(path: Path) -> tuple[dict[str, Any], ...]:
         mark = error.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise SpecError(f"{path}{place}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except RecursionError:
+        raise SpecError(f"{path} is not valid YAML: it is nested too deep") from None
+    except (yaml.YAMLError, ValueError) as error:  # a date like 2026-99-99 is a ValueError
         raise SpecError(f"{path} is not valid YAML: {error}") from None
     documents = [document for document in loaded if document is not None]  # a file may begin or end with ---
     for document in documents or [None]:
@@ -43,7 +46,7 @@ def read_documents(path: Path) -> tuple[dict[str, Any], ...]:
     return tuple(documents)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(BoundedConstructor, yaml.SafeLoader):
     """YAML where a key that stands twice is an error: the first would be ignored without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

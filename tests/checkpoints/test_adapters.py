@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mergecore import merge
-from mergecore.checkpoints.experts import ROWS, AdapterExpert
+from mergecore.checkpoints.experts import ROWS, AdapterExpert, adapter_factors
 from mergecore.engine import pass_plan as passes
 from mergecore.engine import windows as reading
 from mergecore.errors import MismatchError, SourceError
@@ -24,6 +24,7 @@ from mergecore.methods import Average
 from mergecore.planning.pool import Pool, resolve_pool
 from mergecore.registry import METHODS
 from mergecore.spec.sources import BaseSpec, ExpertSpec
+from mergecore.tensors.source import TensorInfo
 from mergeloom.testing.grid import set_grid
 from tests.recipe_files import find, merge_into
 
@@ -370,3 +371,33 @@ def test_in_memory_and_folded_agree(llama: tuple[Path, Path], tmp_path: Path) ->
     merge_into({"method": "average", "base": base, "experts": [adapter]}, tmp_path / "one")
     stored_tensors = weights(tmp_path / "one")
     close(merge(Average(), experts=[stored_tensors, stored_tensors]), stored_tensors, 0, 0)
+
+
+BASE_OF_ONE = {"m.weight": TensorInfo("F32", (4, 6))}
+
+
+@pytest.mark.parametrize(
+    ("config", "shapes", "said"),
+    [
+        (
+            {"lora_alpha": "sixteen"},
+            ((2, 6), (4, 2)),
+            "lora_alpha in its adapter_config.json must be a number .*'sixteen'",
+        ),
+        ({"lora_alpha": True}, ((2, 6), (4, 2)), "lora_alpha .* must be a number .given: True"),
+        ({"lora_alpha": 10**400}, ((2, 6), (4, 2)), "lora_alpha .* must be a number"),
+        ({"lora_alpha": None}, ((2, 6), (4, 2)), "lora_alpha .* must be a number"),
+        ({"alpha_pattern": {"m": [1]}}, ((2, 6), (4, 2)), "alpha_pattern of 'm' in its .* must be a number"),
+        ({"alpha_pattern": ["m"]}, ((2, 6), (4, 2)), "alpha_pattern in its .* must map modules to numbers"),
+        ({"alpha_pattern": {"(": 1}}, ((2, 6), (4, 2)), "alpha_pattern in its .*not a regular expression"),
+        ({}, ((0, 6), (4, 0)), "'m.lora_A.weight' .0, 6. and 'm.lora_B.weight' .4, 0. are empty"),
+        ({}, ((), ()), "'m.lora_A.weight' .. and 'm.lora_B.weight' .. make no matrix product"),
+        ({}, ((), (4, 2)), "make no matrix product"),
+        ({}, ((2,), (4, 2)), "make no matrix product"),
+    ],
+)
+def test_adapters_that_cannot_be_meant(config: dict[str, Any], shapes: Any, said: str) -> None:
+    names = ("m.lora_A.weight", "m.lora_B.weight")
+    factors = {name: TensorInfo("F32", shape) for name, shape in zip(names, shapes, strict=True)}
+    with pytest.raises(MismatchError, match=f"expert 'e'.*{said}"):
+        adapter_factors(factors, config, BASE_OF_ONE, "expert 'e'")
