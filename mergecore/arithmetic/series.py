@@ -7,7 +7,7 @@ from itertools import pairwise
 from math import cos, pi, sqrt
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 Shape = Literal["linear", "cosine", "sqrt"]
 DECAYS: Mapping[Shape, Callable[[float], float]] = {
@@ -18,7 +18,7 @@ DECAYS: Mapping[Shape, Callable[[float], float]] = {
 """The learning rate, of a peak of 1, when a share x of the decay is over."""
 
 
-class Series(BaseModel):
+class Series(Numbers):
     """Weights by place in a series of checkpoints, the oldest first.
 
     'decay' follows WSM (Tian et al. 2025): checkpoints θ_0 … θ_k of a constant learning rate, averaged with weights

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from mergecore.identity.content import GRID
 from mergecore.identity.draws import drop_limit, random_key, word_key, words_at
+from mergecore.identity.numbers import Numbers
 from mergecore.plugins.block import Block, flat_index
 from mergecore.plugins.per_expert import EACH, ONE, ONE_OR_EACH, each, moved
 
@@ -44,7 +45,7 @@ class Drawn:
     factors: Sequence[float]
 
 
-class RandomDrop(BaseModel):
+class RandomDrop(Numbers):
     """Drops each element with probability `rate` and rescales what is left (DARE, Yu et al. 2024, §3.1).
 
     An element is dropped by a hash of (seed, id of the expert, tensor name, flat index): experts have independent

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mergecore.checkpoints.architectures import layer_of, outside
 from mergecore.checkpoints.layout import is_buffer, tied_pairs
 from mergecore.checkpoints.select import SelectRule, few, left_out
 from mergecore.errors import MismatchError
@@ -14,6 +15,9 @@ from mergecore.tensors.source import TensorInfo
 
 HEAD = 3
 """At most so many tensors that do not fit may be a task's head; more are another architecture."""
+INCOMPLETE = "the checkpoint is not complete, or of another model: fetch or save it again"
+OTHER_MODEL = "give an expert that was trained from this base"
+VOCABULARIES_DIFFER = "the vocabularies differ: `tokenizer: union` brings them together"
 
 
 def check_fit(
@@ -36,12 +40,15 @@ def check_fit(
         differences = [f"lacks {few(missing)}"] * bool(missing) + [f"has {few(unknown)}, unknown to the base"] * bool(
             unknown
         )
-        hint = f"; {_without((missing + unknown)[0])}" if len(missing) + len(unknown) <= HEAD else ""
-        raise MismatchError(f"{where} does not have the base's architecture: it {' and '.join(differences)}{hint}")
+        astray = missing + unknown
+        is_head = len(astray) <= HEAD and all(layer_of(name) is None and outside(name) == "head" for name in astray)
+        hint = _without(astray[0]) if is_head else INCOMPLETE if missing and not unknown else OTHER_MODEL
+        raise MismatchError(f"{where} does not have the base's architecture: it {' and '.join(differences)}; {hint}")
     for name in sorted(base):
         if name in expert and name not in ignored and tuple(base[name].shape) != tuple(expert[name].shape):
             wide = re.search(r"embed|wte|lm_head|shared", name)
-            hint = "the vocabularies differ: `tokenizer: union` brings them together" if wide else _without(name)
+            is_head = layer_of(name) is None and outside(name) == "head"
+            hint = VOCABULARIES_DIFFER if wide else _without(name) if is_head else OTHER_MODEL
             raise MismatchError(
                 f"{where}: '{name}' has shape {list(expert[name].shape)}, in the base {list(base[name].shape)}; {hint}"
             )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mergecore.checkpoints.architectures import ALWAYS_TIED, BUFFER, HEAD_APART, TIED
 from mergecore.checkpoints.select import LEFT_OUT, SelectRule, check_rules, left_out, take
-from mergecore.errors import SpecError
+from mergecore.errors import MismatchError, SpecError
 from mergecore.tensors.dtypes import MERGED
 from mergecore.tensors.source import TensorInfo
 
@@ -32,7 +32,8 @@ def lay_out(
     """Return the layout of a merge. carried: for each expert the base tensors that its own files hold.
 
     Without rules every floating-point tensor that at least one expert carries is merged. Tied weights count once.
-    Raises SpecError for a rule that matches nothing, and for a selection that is empty.
+    Raises SpecError for a rule that matches nothing or names layers that are not there, and for a selection that is
+    empty; MismatchError where most of it is quantized.
     """
     dropped = {name: f"tied to '{owner}'" for name, owner in tied_names(base, config).items() if name in base}
     carried_names = {name for names in carried for name in names}
@@ -47,12 +48,29 @@ def lay_out(
         is_merged = name in carried_names and is_weight(name, base[name]) and take(name, rules) == "merge"
         (merged if is_merged else copied)[name] = base[name]
     check_rules(base, rules)
+    _refuse_codes(base, carried_names, dropped, rules)
     if not merged:
         raise SpecError(
             "select leaves no tensor to merge: no floating-point tensor that an expert carries is taken; add a rule, "
             "as in select: [{names: '*'}]"
         )
     return Layout(merged, copied, dropped)
+
+
+def _refuse_codes(
+    base: Mapping[str, TensorInfo], carried: Collection[str], dropped: Collection[str], rules: Sequence[SelectRule]
+) -> None:
+    """Raise MismatchError where most matrices that should be merged hold codes of a quantization, not weights."""
+    matrices = [name for name in base if name in carried and name not in dropped and len(base[name].shape) > 1]
+    wanted = [name for name in matrices if take(name, rules) == "merge" and not is_buffer(name, base[name])]
+    codes = sorted(name for name in wanted if base[name].dtype not in MERGED)
+    if 2 * len(codes) > len(wanted):
+        dtypes = ", ".join(sorted({base[name].dtype for name in codes}))
+        raise MismatchError(
+            f"{len(codes)} of {len(wanted)} matrices that should be merged are {dtypes} ('{codes[0]}', …): quantized "
+            "values are codes, which cannot be merged; give the checkpoints before they were quantized, or copy these "
+            "tensors by `select`"
+        )
 
 
 def is_weight(name: str, info: TensorInfo) -> bool:

@@ -6,14 +6,15 @@ import fnmatch
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from mergecore.checkpoints.architectures import layer_of
+from mergecore.checkpoints.architectures import depths, layer_of
 from mergecore.checkpoints.patterns import check_pattern, search
 from mergecore.errors import SpecError, nearest
+from mergecore.identity.numbers import Numbers
 
 
-class SelectRule(BaseModel):
+class SelectRule(Numbers):
     """One rule of `select`. The first rule that matches a tensor decides.
 
     Every other key is a value of the method for the tensors that the rule matches.
@@ -37,6 +38,13 @@ class SelectRule(BaseModel):
         if _is_expression(names):
             check_pattern(names[1:-1])
         return names
+
+    @field_validator("layers")
+    @classmethod
+    def _forward(cls, layers: tuple[int, int] | None) -> tuple[int, int] | None:
+        if layers is not None and not 0 <= layers[0] <= layers[1]:
+            raise ValueError(f"{list(layers)} is no run of layers; give the first and the last, from 0")
+        return layers
 
     @model_validator(mode="after")
     def _fit_together(self) -> SelectRule:
@@ -82,14 +90,22 @@ def _is_expression(names: str) -> bool:
 
 
 def check_rules(base: Iterable[str], rules: Sequence[SelectRule]) -> None:
-    """Raise SpecError for a rule that matches none of these names. A rule that drops may match an expert's tensor
-    alone.
+    """Raise SpecError for a rule that matches none of these names, or names layers that they do not have.
+
+    A rule that drops may match an expert's tensor alone.
     """
     for rule in rules:
         if rule.take != "drop" and not any(rule.matches(name) for name in base):
             raise SpecError(
                 f"select: the rule {rule.model_dump(exclude_defaults=True)} matches no tensor of the base; its tensors "
                 f"are named like {few(sorted(base))} (`mergeloom inspect` tells more of it)"
+            )
+    deepest = max(depths(base).values(), default=0)
+    for rule in rules:
+        if rule.take != "drop" and rule.layers is not None and rule.layers[1] >= deepest:
+            raise SpecError(
+                f"select: the rule {rule.model_dump(exclude_defaults=True)} names layers up to {rule.layers[1]}; the "
+                f"base has layers 0 to {deepest - 1}"
             )
 
 

@@ -9,12 +9,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from mergecore.checkpoints.architectures import at_layers, depths
 from mergecore.checkpoints.snapshot import Snapshot
 from mergecore.errors import MismatchError
 from mergecore.identity.keys import digest
+from mergecore.identity.numbers import Numbers
 
 BASE = "base"
 """What the base is called beside the experts' names."""
@@ -26,7 +27,7 @@ PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 LayerRange = Annotated[tuple[int, int], Field(description="first and last layer (counted from 0), both included")]
 
 
-class StackRule(BaseModel):
+class StackRule(Numbers):
     """The next layers of the result, and which layers of the inputs they are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)

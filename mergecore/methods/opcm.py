@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from mergecore.arithmetic.linear_algebra import Excluded, Stacks, keyed, stacks_among
 from mergecore.checkpoints.architectures import EMBEDDINGS
 from mergecore.errors import SpecError
 from mergecore.identity.keys import digest
+from mergecore.identity.numbers import Numbers
 from mergecore.plugins.block import Block, read_beside
 from mergecore.plugins.chain import Link
 from mergecore.plugins.examples import Examples
@@ -22,7 +23,7 @@ from mergecore.statistics.projected_sum import ProjectedSum, Projection, Share, 
 from mergecore.tensors.source import TensorInfo
 
 
-class Shuffled(BaseModel):
+class Shuffled(Numbers):
     """Experts by hash(seed, weights digest): an order of its own for every seed, whatever the recipe's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)

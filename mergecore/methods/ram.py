@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from mergecore.arithmetic.trims import folded_sum
+from mergecore.identity.numbers import Numbers
 from mergecore.plugins.block import Block
 from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import DeltaMethod
@@ -18,7 +19,7 @@ from mergecore.plugins.statistic import Statistic, Statistics
 from mergecore.statistics.overlap_counts import SHARED, UNIQUE, OverlapCounts
 
 
-class Boost(BaseModel):
+class Boost(Numbers):
     """RAM+: an expert's own changes times 1 + rate · min(shared / unique, most), for what averaging took from the
     shared.
 

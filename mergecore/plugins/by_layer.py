@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from mergecore.checkpoints.architectures import LAYER, depths
 from mergecore.errors import SpecError
+from mergecore.identity.numbers import Numbers
 from mergecore.plugins.per_expert import ONE
 
 
-class Stack(BaseModel):
+class Stack(Numbers):
     """Numbered layers of a model, first to last."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
@@ -26,7 +27,7 @@ def stacks_of(tensors: Iterable[str]) -> tuple[Stack, ...]:
     return tuple(Stack(stem=stem, layers=layers) for stem, layers in sorted(depths(tensors).items()))
 
 
-class ByLayer(BaseModel):
+class ByLayer(Numbers):
     """One number per layer: λ_ℓ = first + (last − first) · ℓ / (L − 1) for layer ℓ of L, counted from 0.
 
     Each stack of a model (an encoder and a decoder, a vision tower) is counted by itself. The only layer of a stack of

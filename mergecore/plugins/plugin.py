@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
+
+from mergecore.identity.numbers import Numbers
 
 
-class Plugin(BaseModel):
+class Plugin(Numbers):
     """Parameters and nothing else. `name` is how a spec calls it. Bump `version` by hand when numbers change."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)

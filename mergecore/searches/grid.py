@@ -6,18 +6,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from statistics import fmean
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from mergecore.errors import SpecError
+from mergecore.identity.numbers import Numbers
 from mergecore.plugins.search import Ask, Candidate, Ground, Rounds, Score, Search
 
 Combination = Mapping[str, float]
+MOST_COMBINATIONS = 10_000
+"""More are no list that anybody measures."""
 
 
-class Listed(BaseModel):
+class Listed(Numbers):
     """A parameter and the values that it may have."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
@@ -44,6 +48,11 @@ class Grid(Search):
     @field_validator("over")
     @classmethod
     def _each_once(cls, over: tuple[Listed, ...]) -> tuple[Listed, ...]:
+        count = prod(len(axis.values) for axis in over)
+        if count > MOST_COMBINATIONS:
+            raise ValueError(
+                f"{count:,} combinations, more than {MOST_COMBINATIONS:,}: list fewer values, or take `by: nevergrad`"
+            )
         return each_once(over)
 
     @property

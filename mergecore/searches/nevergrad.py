@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from mergecore.errors import EvaluationError, SpecError
+from mergecore.identity.numbers import Numbers
 from mergecore.plugins.search import Ask, Candidate, Ground, Rounds, Search
 from mergecore.searches.grid import each_once
 
@@ -21,7 +22,7 @@ DIGITS = 6
 """Significant digits of a proposal: a last bit that differs between machines then makes no other model."""
 
 
-class Between(BaseModel):
+class Between(Numbers):
     """A parameter and the bounds that it is searched in."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
@@ -61,11 +62,17 @@ class Nevergrad(Search):
 
     name: ClassVar[str] = "nevergrad"
     over: Annotated[tuple[Between, ...], Field(min_length=1, description="parameters and their bounds")]
-    budget: Annotated[int, Field(ge=1, description="how many proposals, the starting values included")] = 100
+    budget: Annotated[
+        int, Field(ge=1, le=1_000_000, description="how many proposals, the starting values included")
+    ] = 100
     seed: Annotated[int, Field(ge=0, lt=2**32, description="of the optimiser's own draws")] = 0
     at_once: Annotated[
         int,
-        Field(ge=1, description="proposals in a round: made in one pass, measured side by side; changes what is found"),
+        Field(
+            ge=1,
+            le=10_000,
+            description="proposals in a round: made in one pass, measured side by side; changes what is found",
+        ),
     ] = 1
     optimizer: Annotated[
         Literal["cma", "one_plus_one", "two_points_de", "ngopt"],

@@ -142,6 +142,8 @@ class Translator:
             return Translation(dict(order.document), ())
         known, notes = known_keys(order.document, order.where)
         document = document_from(placed(known, folders), order.where)
+        for model in document.references():
+            self._check_adapter(model, order.where)
         translation = recipe_from(document, self.lookup, order.where)
         translation = replace(translation, notes=(*notes, *translation.notes))
         if order.name:
@@ -150,6 +152,14 @@ class Translator:
             ground = self._shapes.get(base["source"]) or self._read(base["source"], base.get("revision"))
             self._shapes[str(folders[order.name])] = restacked(ground, stack, BASE)
         return translation
+
+    def _check_adapter(self, model: Reference, where: str) -> None:
+        """Raise SpecError where a full checkpoint stands behind a '+'."""
+        if model.lora is not None and self._read(model.lora.path, model.lora.revision).kind != "adapter":
+            raise SpecError(
+                f"{where}: '{model}': '{model.lora}' is a full checkpoint, and behind a '+' stands a LoRA adapter; "
+                "list it as a model of its own"
+            )
 
     def recipe(self, order: RecipeDocument, folders: Mapping[str, Path]) -> tuple[Recipe, tuple[str, ...]]:
         """The checked recipe, and what is to be said aloud about it."""

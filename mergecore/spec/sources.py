@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from mergecore.checkpoints.sources import Source
+from mergecore.identity.numbers import Numbers
 
 
-class SpecPart(BaseModel):
+class SpecPart(Numbers):
     """A part of a spec: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)

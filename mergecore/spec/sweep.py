@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mergecore.checkpoints.vocabulary.rules import TokenizerRules
 from mergecore.errors import SpecError, nearest
+from mergecore.identity.numbers import Numbers
 from mergecore.plugins.values import explained
+from mergecore.spec.cell_limit import check_cells
 from mergecore.spec.search_entry import Searched, searched_from
 from mergecore.spec.sizes import Size
 from mergecore.spec.sources import BaseSpec, ExpertSpec, SourceSpec, SpecPart
@@ -35,7 +37,7 @@ class Validation(SpecPart):
     limit: Annotated[int | None, Field(ge=1, description="items a task; none: all of the validation split")] = None
 
 
-class Evaluate(BaseModel):
+class Evaluate(Numbers):
     """What is measured. Every other key is a setting of the evaluator (limit, batch_size, dtype, num_fewshot …)."""
 
     model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)
@@ -85,6 +87,9 @@ class Run(SpecPart):
     workers: Annotated[int | None, Field(ge=1, description="local worker processes; none: one a core")] = None
     memory: Size | None = Field(None, description="memory that a pass may use, 8GB say; none: half of what is free")
     disk: Size | None = Field(None, description="disk that models under way may use; none: half of what is free")
+    most_cells: Annotated[int, Field(ge=1, description="a sweep of more cells is refused; raise it if you mean it")] = (
+        100_000
+    )
 
 
 class Spec(SpecPart):
@@ -139,7 +144,11 @@ class Spec(SpecPart):
 
     @cached_property
     def variants(self) -> tuple[Variant, ...]:
-        """Every method with every combination of its grids; average is always there, and equal ones are one."""
+        """Every method with every combination of its grids; average is always there, and equal ones are one.
+
+        Raises SpecError where they come to more cells than `run.most_cells`.
+        """
+        check_cells(self.methods, self.select, self.counts, self.subsets.per_count, self.run.most_cells)
         return variants_of(self.methods, self.select, [expert.name for expert in self.experts], self.counts)
 
     @cached_property

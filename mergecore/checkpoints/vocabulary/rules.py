@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
+
+from mergecore.identity.numbers import Numbers
 
 BASE = "base"
 UNION = "union"
 
 
-class Rule(BaseModel):
+class Rule(Numbers):
     """A part of the rules: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)

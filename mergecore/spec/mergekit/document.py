@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mergecore.errors import SpecError
+from mergecore.identity.numbers import Numbers
 from mergecore.plugins.values import explained
 from mergecore.spec.mergekit.reference import Reference
 from mergecore.tensors.dtypes import Dtype
@@ -30,7 +31,7 @@ Bound = Annotated[int, Field(ge=0)]
 Parameters = Annotated[Mapping[str, Any], Field(description="values of the merge method")]
 
 
-class DocumentPart(BaseModel):
+class DocumentPart(Numbers):
     """A part of a document: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
@@ -48,7 +49,7 @@ class ModelInput(DocumentPart):
     """A model that takes part with all of its layers."""
 
     model: Reference
-    parameters: Parameters = {}
+    parameters: Parameters = Field({})
 
 
 class SliceInput(ModelInput):
@@ -74,7 +75,7 @@ class OutputSlice(DocumentPart):
     sources: Annotated[tuple[SliceInput, ...], Field(min_length=1)]
     base_model: Reference | None = None
     residual_weight: None = Field(None, description="not supported: mergekit itself makes no use of it")
-    parameters: Parameters = {}
+    parameters: Parameters = Field({})
 
     @model_validator(mode="after")
     def _equally_long(self) -> OutputSlice:
@@ -89,7 +90,7 @@ class Inputs(DocumentPart):
 
     slices: Annotated[tuple[OutputSlice, ...], Field(min_length=1)] | None = None
     models: Annotated[tuple[ModelInput, ...], Field(min_length=1)] | None = None
-    parameters: Parameters = {}
+    parameters: Parameters = Field({})
 
 
 class Module(Inputs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import fsum, inf
@@ -31,8 +32,10 @@ class Parameter:
                 return bool(value)
             raise ValueError(f"must be true or false (given: {value!r})")
         try:
-            number = float(value)  # YAML takes 1e-5 for text
-        except (TypeError, ValueError):
+            number = float("no number" if isinstance(value, bool) else value)  # YAML takes 1e-5 for text
+            if not math.isfinite(number):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"must be a number (given: {value!r})") from None
         if self.kind == "number":
             return number
