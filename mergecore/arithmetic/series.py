@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from mergecore.identity.numbers import Numbers
+
 Shape = Literal["linear", "cosine", "sqrt"]
 DECAYS: Mapping[Shape, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,

@@ -100,8 +100,12 @@ class SpanOutcome:
 
 @dataclass
 class PassOutcome:
-    """What a pass completed. tensors: per merge the digest of each tensor. models: per merge the model's digest."""
+    """What a pass completed. models: per merge the model's digest.
 
+    blocks: per merge and tensor the digests of its grid blocks, in order. tensors: likewise one of the whole tensor.
+    """
+
+    blocks: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     tensors: dict[str, dict[str, str]] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
     results: dict[str, Result] = field(default_factory=dict)

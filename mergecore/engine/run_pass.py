@@ -50,10 +50,11 @@ def run_pass(plan: PassPlan, executor: Executor, report: Report) -> PassOutcome:
         reading = PassReading(plan, states, wanted)
         numbers = _spans_read(reading)
     for job in plan.merges:
-        written = {
-            name: tensor_digest([blocks[start] for start in sorted(blocks)])
-            for name, blocks in digests[job.key].items()
+        in_order = {
+            name: [by_start[start] for start in sorted(by_start)] for name, by_start in digests[job.key].items()
         }
+        written = {name: tensor_digest(blocks) for name, blocks in in_order.items()}
+        outcome.blocks[job.key] = in_order
         outcome.tensors[job.key] = written
         outcome.models[job.key] = model_digest(
             {name: (info.dtype, info.shape, written[name]) for name, info in job.outputs.items()}

@@ -29,6 +29,7 @@ from mergecore.planning.work import LinkWork, MergeWork, ScanWork, Way, Work
 from mergecore.plugins.statistic import Found
 from mergecore.store.results import commit_result, read_statistic
 from mergecore.store.store import Draft, State, Store
+from mergecore.store.verified import write_digests
 from mergecore.tensors.sinks import ShardSink
 from mergecore.tensors.source import TensorInfo
 
@@ -61,13 +62,16 @@ def run_written(place: Place, works: Sequence[MergeWork | LinkWork]) -> Done:
             open_works = [work for work in asked if work.step in drafts]
             parts = [part for work in open_works for part in _parts(place, work, drafts[work.step])]
             digests: dict[str, dict[str, str]] = {}
+            blocks: dict[str, dict[str, list[str]]] = {}
             for group in _grouped(parts, lambda part: part.way.base):
                 outcome = run_pass(_writing(place, group), place.executor, place.report)
                 for part in group:
                     digests.setdefault(part.model, {}).update(outcome.tensors[part.key])
+                    blocks.setdefault(part.model, {}).update(outcome.blocks[part.key])
             for part in parts:
                 shutil.rmtree(part.journals, ignore_errors=True)
             for work in open_works:
+                write_digests(drafts[work.step].path, blocks[work.step.key])
                 _commit(place, work, drafts[work.step], digests[work.step.key], began)
         return [work.step.name for work in open_works]
 

@@ -7,6 +7,7 @@ from mergecore.planning.pool import Pool
 from mergecore.planning.work import MergeWork
 from mergecore.plugins.product import FinishedMerge
 from mergecore.store.store import Store
+from mergecore.store.verified import DIGESTS
 
 
 def finished_merge(store: Store, pool: Pool, merge: MergeWork) -> FinishedMerge:
@@ -24,7 +25,7 @@ def finished_merge(store: Store, pool: Pool, merge: MergeWork) -> FinishedMerge:
         pool.base.tensors,
         pool.base.source.uri,
         store.folder(published.step),
-        tuple(record.files),
+        tuple(name for name in record.files if name != DIGESTS),
         record.digest,
         published.size,
         record.result,

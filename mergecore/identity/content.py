@@ -46,6 +46,18 @@ class BlockDigests:
         self._digests[start] = self._state.hexdigest()
         self._state = xxhash.xxh3_128()
 
+    @property
+    def at(self) -> int:
+        """The element that comes next."""
+        return self._at
+
+    def taken(self, last: bool) -> dict[int, str]:
+        """Return the digests of the blocks that are whole, and forget them. last: the tensor ends here."""
+        if last and self._at % GRID:
+            self._close(self._at // GRID * GRID)
+        whole, self._digests = self._digests, {}
+        return whole
+
     def finished(self) -> dict[int, str]:
         """Return {first element: digest} of all blocks. An empty tensor has one block."""
         if self._at % GRID or not self._digests:

@@ -14,7 +14,8 @@ from mergecore.identity.content import block_digests, bytes_of, model_digest, te
 from mergecore.identity.keys import Step
 from mergecore.plugins.statistic import Found, Result
 from mergecore.store.store import Draft, Store
-from mergecore.tensors.files import FileTensors, open_file, open_files
+from mergecore.store.verified import verified, write_digests
+from mergecore.tensors.files import open_file, open_files
 from mergecore.tensors.memory import MemoryTensors
 from mergecore.tensors.sinks import ShardSink, plan_shards
 from mergecore.tensors.source import TensorInfo, TensorSource
@@ -34,19 +35,18 @@ def commit_result(store: Store, draft: Draft, result: Result, provenance: Mappin
         sink.prepare()
         for name, value in tensors.items():
             sink.write(name, 0, bytes_of(value.reshape(-1)))
+    blocks = {name: list(block_digests(value.reshape(-1)).values()) for name, value in tensors.items()}
+    if blocks:
+        write_digests(draft.path, blocks)
     digests = {
-        name: (
-            DTYPE_NAMES[value.dtype],
-            tuple(value.shape),
-            tensor_digest(list(block_digests(value.reshape(-1)).values())),
-        )
+        name: (DTYPE_NAMES[value.dtype], tuple(value.shape), tensor_digest(blocks[name]))
         for name, value in tensors.items()
     }
     store.commit(draft, model_digest(digests), result.numbers, provenance)
 
 
 def read_statistic(store: Store, step: Step) -> Found:
-    """Return one statistic's result. Its tensors are read when they are asked for.
+    """Return one statistic's result. Its tensors are read, and checked, when they are asked for.
 
     Raises MergeloomError where the statistic has not been worked out.
     """
@@ -54,15 +54,17 @@ def read_statistic(store: Store, step: Step) -> Found:
     if record is None:
         raise MergeloomError(f"statistic {step.name} is asked for before it was worked out")
     file = next((name for name in record.files if name.endswith(".safetensors")), None)
-    tensors: TensorSource = MemoryTensors({}) if file is None else open_file(store.folder(step) / file)
-    return Found(tensors, record.result)
+    if file is None:
+        return Found(MemoryTensors({}), record.result)
+    return Found(verified(open_file(store.folder(step) / file), record.files), record.result)
 
 
-def open_model(store: Store, step: Step) -> FileTensors:
-    """Open the tensors of a model in the store."""
+def open_model(store: Store, step: Step) -> TensorSource:
+    """Open the tensors of a model in the store. They are checked while they are read."""
     record = store.record(step)
     names = [] if record is None else [name for name in record.files if name.endswith(".safetensors")]
-    return open_files(store.folder(step), names)
+    tensors = open_files(store.folder(step), names)
+    return tensors if record is None else verified(tensors, record.files)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -184,6 +184,22 @@ def test_a_file_is_hashed_once_and_again_when_it_changes(tmp_path: Path, hashed:
     assert hashed[4:] == ["config.json"]
 
 
+def test_a_file_whose_time_was_set_back_is_hashed_again(tmp_path: Path, hashed: list[str]) -> None:
+    """Another content of the same size at the same time, as `cp -p` over a file leaves it."""
+    path = folder(tmp_path / "model", SINGLE) / "config.json"
+    before, cache = path.stat(), tmp_path / "digests.jsonl"
+    digest = DigestCache(cache).sha256(path)
+    source = LocalSource(path.parent, DigestCache(cache))
+    with path.open("r+b") as file:
+        file.write(b"[")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert DigestCache(cache).sha256(path) != digest
+    assert hashed == ["config.json", "config.json"]
+    with pytest.raises(SourceError, match="has changed since this run began"):
+        source.fetch(silent)
+
+
 def test_lines_that_cannot_be_read_are_ignored(tmp_path: Path, hashed: list[str]) -> None:
     path = folder(tmp_path / "model", SINGLE) / "config.json"
     cache = tmp_path / "digests.jsonl"
@@ -220,7 +236,7 @@ def test_several_processes_write_one_cache(tmp_path: Path) -> None:
         writer.join()
     lines = [line for line in (tmp_path / "digests.jsonl").read_text().splitlines() if line]
     assert len(lines) == 180
-    assert all(len(json.loads(line)) == 5 for line in lines)
+    assert all(len(json.loads(line)) == 6 for line in lines)
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path) -> None:

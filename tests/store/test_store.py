@@ -384,7 +384,7 @@ def test_a_killed_merge_goes_on_with_files_of_another_size(
     pool = open_pool(pool_folder)
     place, plan = place_in(tmp_path, pool), merge_plan(pool, "ties", density=0.3)
     completed(dataclasses.replace(place, shard_size=1_000_000), plan)
-    assert set(model(place.store, plan)) == {"model.safetensors", "digest"}
+    assert set(model(place.store, plan)) == {"model.safetensors", "digest", "digests.json"}
     assert model(place.store, plan)["digest"] == undisturbed["digest"]
 
 

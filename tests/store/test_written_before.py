@@ -17,6 +17,7 @@ from mergecore.planning.pool import Pool, snapshot_step
 from mergecore.statistics.fisher import DiagonalFisher
 from mergecore.statistics.threshold import Threshold
 from mergecore.store.store import Store
+from mergecore.store.verified import DIGESTS
 from mergecore.sweeps.complete import finished
 from tests.digits_sweep import opened, records, stamps
 from tests.store import written_before
@@ -98,12 +99,19 @@ def test_recipes_make_the_same_bytes_and_write_no_other_key_but_an_averages(
 ) -> None:
     """Their statistics are found; their models were dropped, are made again, and have the same digests."""
     store = Store("store")
-    before = records(store)
+    before = _without_block_digests(records(store))
     digests = {name: written_before.merge(name, tmp_path / name) for name in written_before.recipes()}
     assert digests == scores["recipes"]
-    added = records(store)
+    added = _without_block_digests(records(store))
     assert all(added.pop(name) == record for name, record in before.items())
     assert [name.partition("-")[0] for name in added] == ["merge/average"], "one with weights"
+
+
+def _without_block_digests(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The records as older versions wrote them: without the file of digests that bytes are checked with."""
+    for record in records.values():
+        record["files"].pop(DIGESTS, None)
+    return records
 
 
 def test_models_and_statistics_made_anew_are_the_same(scores: dict[str, Any]) -> None:
@@ -115,7 +123,7 @@ def test_models_and_statistics_made_anew_are_the_same(scores: dict[str, Any]) ->
     before, after = (
         {
             name: {key: value for key, value in record.items() if key != "dropped"}
-            for name, record in records(store).items()
+            for name, record in _without_block_digests(records(store)).items()
             if name.partition("/")[0] in ("merge", "statistic")
         }
         for store in (Store("store"), anew.store)

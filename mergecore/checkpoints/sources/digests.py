@@ -24,8 +24,11 @@ CHUNK = 1 << 18
 """Bytes of a file that are read and hashed at a time."""
 SMALL = 1 << 20
 """Bytes below which a file is not worth a lane."""
-Stamp = tuple[str, int, int, int]
-"""What a file is recognised by: real path, inode, size in bytes, mtime in nanoseconds."""
+Stamp = tuple[str, int, int, int, int]
+"""What a file is recognised by: real path, inode, size in bytes, mtime and ctime in nanoseconds.
+
+Tools that copy keep the mtime, and anybody may set it; the ctime changes with every write and no call sets it.
+"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class _Job:
 
 
 class DigestCache:
-    """SHA-256 of files, remembered by (path, inode, size, mtime_ns) in a file of JSON lines. path None: in memory only.
+    """SHA-256 of files, remembered by stamp (see above) in a file of JSON lines. path None: in memory only.
 
     Files wait in a queue. A thread that waits for a file hashes queued files for a quarter of a second, two files at
     a time where `library` can (sha256_lanes.py), and then takes the files with most left.
@@ -205,13 +208,13 @@ def _append(path: Path, entry: bytes) -> None:
 
 def _entry(line: bytes) -> tuple[Stamp, str] | None:
     try:
-        path, inode, size, mtime, digest = json.loads(line)
-    except (ValueError, TypeError):
+        path, inode, size, mtime, ctime, digest = json.loads(line)
+    except (ValueError, TypeError, RecursionError):
         return None
-    numbers = all(isinstance(number, int) for number in (inode, size, mtime))
+    numbers = all(isinstance(number, int) for number in (inode, size, mtime, ctime))
     if not numbers or not isinstance(path, str) or not isinstance(digest, str) or len(digest) != 64:
         return None
-    return (path, inode, size, mtime), digest
+    return (path, inode, size, mtime, ctime), digest
 
 
 def stamp(path: Path) -> Stamp:
@@ -221,7 +224,7 @@ def stamp(path: Path) -> Stamp:
         status = Path(real).stat()
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}") from error
-    return (real, status.st_ino, status.st_size, status.st_mtime_ns)
+    return (real, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def file_sha256(path: Path, chunk: int = CHUNK) -> str:
