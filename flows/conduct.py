@@ -11,7 +11,7 @@ from flows.mlflow_view import projected, shown
 from flows.outcome import Ending, Outcome, conclusion, ending
 from flows.session.session import Session
 from mergecore.engine.executor import InProcess
-from mergecore.errors import ServiceError
+from mergecore.errors import ServiceError, masked
 from mergecore.events import Event, Report
 from mergecore.execution.outcome import Done
 from mergecore.sweeps.complete import complete, finished, settle
@@ -101,7 +101,7 @@ def _spec_file(session: Session) -> Path:
         return session.path
     path = (session.results / "spec.yaml").absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(spec_text(session.plan))
+    path.write_text(masked(spec_text(session.plan)))
     return path
 
 

@@ -16,11 +16,35 @@ MergeloomError                what the command line shows without a traceback
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_SECRETS = (
+    (re.compile(r"(?<=://)[^/\s'\"]*@"), ""),
+    (re.compile(r"(?<![A-Za-z0-9])((?:hf|ghp|gho|ghs|api_org|github_pat)_|glpat-|sk-)[A-Za-z0-9]{20,}"), r"\1***"),
+    (
+        re.compile(r"(?i)\b((?:access_?|auth_?)?token|api_?key|password|passwd|secret|[\w-]*signature)=[^&\s'\"]+"),
+        r"\1=***",
+    ),
+    (re.compile(r"(?i)\b(bearer) [A-Za-z0-9._~+/=-]{8,}"), r"\1 ***"),
+)
+
+
+def masked(text: str) -> str:
+    """Return a text without credentials: user and password of URLs, tokens, secrets in the query of a URL.
+
+    Whatever is printed, logged, stored or tracked and may quote what a person wrote goes through here.
+    """
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
 
 
 class MergeloomError(Exception):
-    """What happened, where, and what to do, in one message meant for a person."""
+    """What happened, where, and what to do, in one message meant for a person. It never quotes a credential."""
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*(masked(part) if isinstance(part, str) else part for part in parts))
 
 
 class SpecError(MergeloomError):

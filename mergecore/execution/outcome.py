@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mergecore.errors import MergeloomError
+from mergecore.errors import MergeloomError, masked
 from mergecore.identity.keys import Step
 from mergecore.store.store import Store
 
@@ -23,7 +23,7 @@ AssertionError) is no property of a step: it ends the sweep with its traceback, 
 
 def reason(error: BaseException) -> str:
     """Return why a step failed. Our own errors are sentences; others are told with their type."""
-    return str(error) if isinstance(error, MergeloomError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, MergeloomError) else masked(f"{type(error).__name__}: {error}")
 
 
 @dataclass

@@ -24,7 +24,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from mergecore.errors import CapacityError, MergeloomError, StoreError
+from mergecore.errors import CapacityError, MergeloomError, StoreError, masked
 from mergecore.identity.keys import Step
 
 RECORD = "record.json"
@@ -228,11 +228,11 @@ class Store:
     def fail(self, step: Step, reason: str, traceback: str = "") -> None:
         """Record that a step was tried, why it failed and where. It is not tried again until `forgive`."""
         path = self.failure_path(step.key)
-        record = {"step": step.as_json(), "reason": reason}
+        record = {"step": step.as_json(), "reason": masked(reason)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                write_json(path, {**record, "traceback": traceback.splitlines()})
+                write_json(path, {**record, "traceback": masked(traceback).splitlines()})
             except OSError:
                 write_json(path, record)  # a full disk may still have room for the reason alone
         except OSError as error:

@@ -15,12 +15,13 @@ from distributed import Client, Nanny, Scheduler, SpecCluster, Worker, WorkerPlu
 from distributed.utils import LoopRunner
 
 from mergecore.errors import ServiceError
+from tasks.reachable import unreachable
 
 SLOT = "slot"
 """The resource every piece of work takes one of: a worker has one, so it does one thing at a time."""
 
 START_SECONDS = 120.0
-CONNECT_SECONDS = 20.0
+CONNECT_SECONDS = 10.0
 
 
 class LogFile(WorkerPlugin):
@@ -117,12 +118,21 @@ def _loop_deaf_to_interrupts() -> Iterator[Any]:
 def connected(address: str) -> Iterator[Client]:
     """A client of a cluster that runs elsewhere (`tcp://host:8786`); its workers must offer slots.
 
-    Raises ServiceError when nobody answers or no worker has a slot: Dask itself would wait for one without a word.
+    Raises ServiceError when nobody answers within seconds, or no worker has a slot: Dask itself would wait for one
+    without a word.
     """
-    try:
-        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, TimeoutError, ValueError) as error:
-        raise ServiceError(f"No Dask scheduler answers at {address} ({error}).") from error
+    problem = _unreachable(address)
+    if not problem:
+        try:
+            with _silent():
+                client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+        except Exception as error:  # another kind of server makes Dask fail in any way
+            problem = f"{type(error).__name__}: {error}"
+    if problem:
+        raise ServiceError(
+            f"No Dask scheduler answers at {address} ({problem.replace(_login(address), '')}); start one, or write "
+            "run: {dask: local}"
+        )
     with client:
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         if not any(worker.get("resources", {}).get(SLOT) for worker in workers):
@@ -131,6 +141,33 @@ def connected(address: str) -> Iterator[Client]:
                 f'`dask worker {address} --nthreads 1 --resources "{SLOT}=1"`.'
             )
         yield client
+
+
+def _unreachable(address: str) -> str:
+    """Return why nothing can be reached at a scheduler's address; '' where something listens or Dask has to say."""
+    scheme, _, rest = address.rpartition("://")
+    host, _, port = rest.rpartition("@")[2].partition("/")[0].rpartition(":")
+    if scheme not in ("", "tcp", "tls") or not host or not port.isdecimal():
+        return ""
+    return unreachable(host.strip("[]"), int(port))
+
+
+def _login(address: str) -> str:
+    """Return user and password that stand in an address, with the '@' after them; else a text that is nowhere."""
+    login, at, _ = address.rpartition("://")[2].rpartition("@")
+    return login + at or "\0"
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Have Dask log nothing inside the block: what went wrong is said once, by us."""
+    logger = logging.getLogger("distributed")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from mergecore.errors import masked
+
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
 
 
 def is_database(uri: str) -> bool:
@@ -42,10 +42,10 @@ def _sqlite_path(uri: str) -> Path | None:
 
 
 def public(text: str, uri: str = "") -> str:
-    """The text without the user names and passwords that URIs in it have.
+    """The text without the credentials that URIs in it have.
 
     uri: of a database, whose query may hold a password as well: it is left out where the text names that database.
     """
     if is_database(uri):
         text = text.replace(uri, uri.partition("?")[0])
-    return _CREDENTIALS.sub("", text)
+    return masked(text)

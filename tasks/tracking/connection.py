@@ -10,6 +10,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import mlflow
 import requests
@@ -21,17 +22,20 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from mergecore.errors import ServiceError
 from tasks.environment import environment
+from tasks.reachable import unreachable
 from tasks.tracking.address import in_full, is_database, public
 
 QUIET = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "1"}
-PROBE = {**QUIET, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+PROBE = {**QUIET, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 WRITE = {
     **QUIET,
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
-UNREACHABLE = (MlflowException, requests.RequestException, SQLAlchemyError, OSError)
+UNREACHABLE = (MlflowException, requests.RequestException, SQLAlchemyError, OSError, ImportError)
+"""What MLflow raises; ImportError where the driver of a database is not installed."""
+PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 LATER = "Nothing is lost: the store has everything, and `mergeloom track` shows it later."
 
@@ -49,26 +53,39 @@ def connected(tracking_uri: str, registry_uri: str | None = None) -> Iterator[Ml
     uri = in_full(tracking_uri)
     if registry_uri is None and (is_database(uri) or uri.startswith("http")):
         registry_uri = uri  # other kinds (databricks) have one elsewhere, which MLflow finds
+    if problem := _unreachable(uri):
+        raise ServiceError(f"MLflow at {public(uri, uri)} does not answer: {problem}. {LATER}")
     with _PROCESS, environment(**PROBE), _process_settings(uri, registry_uri):
         try:
             client = MlflowClient(uri, registry_uri)
             client.search_experiments(max_results=1)
         except UNREACHABLE as error:
-            raise ServiceError(
-                f"MLflow at {public(uri, uri)} does not answer: {reason(error, uri)}. {LATER}"
-            ) from error
+            # The library's error may quote a password, and is not attached.
+            raise ServiceError(f"MLflow at {public(uri, uri)} does not answer: {reason(error, uri)}. {LATER}") from None
         with environment(**WRITE):
             try:
                 yield client
             except UNREACHABLE as error:
                 raise ServiceError(
                     f"MLflow at {public(uri, uri)} stopped the projection: {reason(error, uri)}. {LATER}"
-                ) from error
+                ) from None
 
 
 def reason(error: BaseException, uri: str) -> str:
     """The first line of an error, without the passwords of URIs."""
     return public((str(error).splitlines() or [type(error).__name__])[0], uri)[:300].rstrip(".")
+
+
+def _unreachable(uri: str) -> str:
+    """Return why nothing can be reached at a server's URI; '' where something listens, or MLflow has to say."""
+    try:
+        parts = urlsplit(uri)
+        host, port = parts.hostname, parts.port or PORTS.get(parts.scheme.partition("+")[0])
+    except ValueError as error:
+        return f"it is no address ({public(str(error), uri)})"
+    if not host or port is None or (parts.scheme.startswith("http") and requests.utils.get_environ_proxies(uri)):
+        return ""
+    return unreachable(host, port)
 
 
 @contextlib.contextmanager
