@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from mergecore.tensors.source import TensorInfo
 CONFIG = "adapter_config.json"
 STEM = "adapter_model"
 """The weights' file, without its ending."""
+EMPTY: Mapping[str, str] = MappingProxyType({})
+"""Every module is called as its tensor in the base's files."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,12 @@ def module_of(target: str) -> str:
     return target.removesuffix(".weight")
 
 
-def own_factor(target: str, transposed: bool) -> Factor:
-    """Return where the factors of a base tensor stand in an adapter that Mergeloom writes."""
-    stem = f"base_model.model.{module_of(target)}"
+def own_factor(target: str, transposed: bool, modules: Mapping[str, str] = EMPTY) -> Factor:
+    """Return where the factors of a base tensor stand in an adapter that Mergeloom writes.
+
+    modules: {base tensor: its module as PEFT names it}, where that is not the tensor's own name.
+    """
+    stem = f"base_model.model.{modules.get(target, module_of(target))}"
     return Factor(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", 1.0, transposed)
 
 
@@ -85,12 +91,16 @@ def low_rank(expert: AdapterExpert, target: str) -> LowRank | None:
 
 
 def outputs(
-    ranks: Mapping[str, int], selection: Mapping[str, TensorInfo], transposed: bool, dtype: str = "F32"
+    ranks: Mapping[str, int],
+    selection: Mapping[str, TensorInfo],
+    transposed: bool,
+    dtype: str = "F32",
+    modules: Mapping[str, str] = EMPTY,
 ) -> dict[str, TensorInfo]:
-    """Return names, dtypes and shapes of an adapter's file. ranks: by base tensor."""
+    """Return names, dtypes and shapes of an adapter's file. ranks: by base tensor. modules: as in `own_factor`."""
     infos = {}
     for target, rank in ranks.items():
-        factor, (rows, columns) = own_factor(target, transposed), selection[target].shape
+        factor, (rows, columns) = own_factor(target, transposed, modules), selection[target].shape
         inner, outer = (rows, columns) if transposed else (columns, rows)
         infos[factor.down] = TensorInfo(dtype, (rank, inner))
         infos[factor.up] = TensorInfo(dtype, (outer, rank))
@@ -127,16 +137,23 @@ def adapter_config(
     base: Mapping[str, TensorInfo],
     configs: Sequence[Mapping[str, Any]],
     transposed: bool,
+    modules: Mapping[str, str] = EMPTY,
+    known: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Return the `adapter_config.json` of an adapter.
 
-    ranks: by base tensor. configs: of the adapters it was made of. Modules are named by their last part where that
-    means exactly these, as people write it; otherwise by their full names.
+    ranks: by base tensor. configs: of the adapters it was made of. modules: as `own_factor` has them. known: names of
+    all modules of the base in memory; None: the base's tensors tell. Modules are named by their last part where no
+    other module shares it, as people write it; otherwise by their full names.
     """
+    named = {modules.get(target, module_of(target)): rank for target, rank in ranks.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
-    other = {re.escape(module_of(target)): rank for target, rank in sorted(ranks.items()) if rank != usual}
-    leaves = {module_of(target).rpartition(".")[2] for target in ranks}
-    meant = {n for n, info in base.items() if len(info.shape) > 1 and module_of(n).rpartition(".")[2] in leaves}
+    other = {re.escape(module): rank for module, rank in sorted(named.items()) if rank != usual}
+    if known is None:
+        known = [module_of(name) for name, info in base.items() if len(info.shape) > 1]
+    others = {module.rpartition(".")[2] for module in known if module not in named}
+    short = {leaf for module in named if (leaf := module.rpartition(".")[2]) not in others}
+    long = {module for module in named if module.rpartition(".")[2] in others}
     return {
         "peft_type": "LORA",
         "task_type": agreed(configs, "task_type"),
@@ -147,7 +164,7 @@ def adapter_config(
         "lora_alpha": usual,
         "rank_pattern": other,
         "alpha_pattern": dict(other),
-        "target_modules": sorted(leaves) if meant == set(ranks) else sorted(module_of(target) for target in ranks),
+        "target_modules": sorted(short | long),
         "fan_in_fan_out": transposed,
         "use_rslora": False,
         "use_dora": False,

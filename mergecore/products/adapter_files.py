@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mergecore.checkpoints.adapters import CONFIG, STEM, is_transposed, outputs, own_factor
+from mergecore.checkpoints.adapters import CONFIG, EMPTY, STEM, is_transposed, outputs, own_factor
 from mergecore.checkpoints.experts import AdapterExpert
 from mergecore.identity.content import block_digests, bytes_of, model_digest, tensor_digest
 from mergecore.plugins.adapter_method import AdapterMethod, combined_modules, ranks_made
@@ -30,9 +30,10 @@ class AdapterFile:
         selection: Mapping[str, TensorInfo],
         transposed: bool,
         dtype: str = "F32",
+        modules: Mapping[str, str] = EMPTY,
     ) -> None:
-        self.transposed = transposed
-        self.infos = outputs(ranks, selection, transposed, dtype)
+        self.transposed, self.modules = transposed, modules
+        self.infos = outputs(ranks, selection, transposed, dtype, modules)
         self._sink = ShardSink(folder, self.infos, plan_shards(self.infos, sys.maxsize, STEM))
         self._sink.prepare()
         self._digests: dict[str, str] = {}
@@ -43,7 +44,7 @@ class AdapterFile:
 
         Raise NonFiniteError where values are not finite.
         """
-        factor, written = own_factor(target, self.transposed), []
+        factor, written = own_factor(target, self.transposed, self.modules), []
         for name, wide in ((factor.down, down), (factor.up, up)):
             info = self.infos[name]
             values = wide.reshape(info.shape).to(DTYPES[info.dtype]).contiguous()

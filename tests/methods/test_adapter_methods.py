@@ -392,7 +392,7 @@ def test_patterns_for_modules_of_another_rank() -> None:
     )
     assert config["r"] == 2 and config["lora_alpha"] == 2 and config["task_type"] is None
     assert config["rank_pattern"] == config["alpha_pattern"] == {r"layers\.1\.q": 3}
-    assert config["target_modules"] == ["layers.1.k", "layers.1.q", "layers.11.q"]
+    assert config["target_modules"] == ["layers.1.k", "q"]
     assert own_factor("layers.1.q.weight", False).down == "base_model.model.layers.1.q.lora_A.weight"
 
 

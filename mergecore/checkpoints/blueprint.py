@@ -1,0 +1,203 @@
+"""What transformers makes of a config.json: a model without weights, and the names that its tensors have in memory.
+
+Files and models name the same tensor differently: transformers renames while it loads (its conversion mappings, the
+prefix of the base model, `gamma` and `beta` of old files). The tables and the rules are its own; none is copied here.
+The code of a checkpoint is never run: a model type that transformers does not bring itself has no blueprint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+MANY = 4096
+"""A config that asks for more layers or blocks than this is not built: its loops would take minutes."""
+REPEATED = re.compile(r"^(?:num_.*)?(?:n_layers?|layers|depth|blocks|stages)$|_(?:layers|blocks|depth)$")
+"""Keys of a config that say how often something is repeated."""
+
+
+@final
+@dataclass(frozen=True)
+class Blueprint:
+    """A model of one configuration, on no device.
+
+    name: of its class. shapes: of its parameters and persistent buffers, by name in memory.
+    modules: names of all modules. linear: of these the linear layers; True for those that keep (in, out).
+    tied: {name: owner} of the names that the class and the configuration tie.
+    """
+
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    modules: frozenset[str]
+    linear: Mapping[str, bool]
+    tied: Mapping[str, str]
+    model: Any = field(repr=False, compare=False)
+
+    def in_memory(self, names: Iterable[str]) -> dict[str, str]:
+        """Return {name: name in memory} of a file's tensors, as transformers renames them when it loads the file.
+
+        A tensor that is converted on the way (stacked with others, cut in parts) has no counterpart in memory. It
+        keeps its name as it is just before that.
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            apply_converters,
+            apply_renamings,
+            dot_natural_key,
+            rename_source_key,
+        )
+
+        transforms = get_model_conversion_mapping(self.model)
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        prefix, known = self.model.base_model_prefix, dict.fromkeys(self.shapes, True)
+        renamed = {}
+        for name in sorted(names, key=dot_natural_key):  # the order matters to some of the renamings
+            new, converted = rename_source_key(name, renamings, converters, prefix, known)
+            if new not in known and name in known:
+                new, converted = rename_source_key(name, [], [], prefix, known)
+            if converted is not None:
+                plain = apply_renamings(name, renamings)
+                new = _with_prefix_of(new, apply_converters(plain, converters)[0], plain)
+            renamed[name] = new
+        return renamed
+
+
+def blueprint_of(config: Mapping[str, Any]) -> Blueprint | None:
+    """Return the blueprint of a configuration; None where transformers itself brings no such model."""
+    return _built(_text(config))[0]
+
+
+def why_unknown(config: Mapping[str, Any]) -> str:
+    """Return why a configuration has no blueprint."""
+    return _built(_text(config))[1]
+
+
+def in_memory(config: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, str]:
+    """Return {name: name in memory}. Names stay as they are where the configuration has no blueprint."""
+    return _renamed(_text(config), tuple(sorted(names)))
+
+
+@functools.lru_cache(maxsize=64)
+def _renamed(text: str, names: tuple[str, ...]) -> Mapping[str, str]:
+    blueprint, _ = _built(text)
+    return {name: name for name in names} if blueprint is None else blueprint.in_memory(names)
+
+
+def _text(config: Mapping[str, Any]) -> str:
+    return json.dumps(dict(config), sort_keys=True, default=str)
+
+
+def _with_prefix_of(prefixed: str, bare: str, name: str) -> str:
+    """Return `name` with the prefix that `prefixed` has more, or less, than `bare`."""
+    if prefixed.endswith(bare):
+        return prefixed.removesuffix(bare) + name
+    return name.removeprefix(bare.removesuffix(prefixed)) if bare.endswith(prefixed) else name
+
+
+@functools.lru_cache(maxsize=16)
+def _built(text: str) -> tuple[Blueprint | None, str]:
+    """Return the blueprint and '', or None and the reason. text: config.json, its keys sorted."""
+    config = json.loads(text)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        return None, "its config.json names no model type"
+    if repeated := _too_many(config):
+        return None, f"its config.json asks for {repeated}"
+    with _quiet():
+        try:
+            model = _model(config, kind)
+        except Exception as error:  # whatever a class of transformers makes of values that it was not written for
+            return None, f"transformers cannot build a '{kind}' from its config.json ({type(error).__name__}: {error})"
+        if model is None:
+            return None, f"transformers brings no model of type '{kind}'"
+        return _blueprint(model), ""
+
+
+def _too_many(config: Mapping[str, Any]) -> str:
+    """Return the key and value of what is repeated too often; '' where nothing is."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and (inner := _too_many(value)):
+            return inner
+        if isinstance(value, int | float) and value > MANY and REPEATED.search(key):
+            return f"{key} = {value}"
+    return ""
+
+
+def _model(config: Mapping[str, Any], kind: str) -> Any:
+    """Return the model on the meta device; None where transformers does not know the type."""
+    import torch
+    import transformers
+    from transformers import initialization
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if kind not in CONFIG_MAPPING:
+        return None
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    built = CONFIG_MAPPING[kind].from_dict(plain)
+    architecture = next(iter(config.get("architectures") or []), None)
+    model_class = _class(transformers, architecture, built)
+    if model_class is None:
+        return None
+    safe = getattr(initialization, "meta_device_safe_creation_ops", contextlib.nullcontext)
+    with torch.device("meta"), initialization.no_init_weights(), safe():
+        return model_class(built)
+
+
+def _class(transformers: Any, architecture: Any, config: Any) -> Any:
+    """Return the class that config.json names; else what AutoModel takes, or a class with a head; None: neither."""
+    named: Any = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
+    is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    if is_model and named.config_class is type(config):
+        return named
+    auto = transformers.models.auto.modeling_auto
+    mappings = (auto.MODEL_MAPPING, auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_PRETRAINING_MAPPING)
+    for mapping in mappings:
+        if type(config) in mapping:
+            model_class = mapping[type(config)]
+            return model_class[0] if isinstance(model_class, tuple | list) else model_class
+    return None
+
+
+def _blueprint(model: Any) -> Blueprint:
+    """Return what is to be known of a model."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    linear = {
+        name: isinstance(module, Conv1D)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and "weight" in module._parameters
+    }
+    return Blueprint(
+        type(model).__name__,
+        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        frozenset(name for name, _ in model.named_modules() if name),
+        linear,
+        dict(model.get_expanded_tied_weights_keys(all_submodels=True)),
+        model,
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what classes of transformers say while they are built."""
+    from transformers.utils import logging as says
+
+    level = says.get_verbosity()
+    says.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        says.set_verbosity(level)
