@@ -23,6 +23,11 @@ TIED: tuple[tuple[str, str], ...] = (
 ALWAYS_TIED = frozenset(name for owner, name in TIED if owner == "shared.weight" and name != "lm_head.weight")
 """T5's stacks read the shared embeddings whatever the config says; there it speaks of the head."""
 
+STATED: tuple[str, ...] = (
+    "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "olmo", "olmo2", "granite", "gpt2",
+)  # fmt: skip
+"""Model types of which TIED and a tie_word_embeddings in config.json say all. Of others transformers is asked."""
+
 HEAD_APART: tuple[str, ...] = ("mt5", "umt5")
 """Model types whose head is a tensor of its own, though transformers 5 writes tie_word_embeddings: true for them."""
 

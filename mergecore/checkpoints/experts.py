@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from mergecore.checkpoints.blueprint import blueprint_of, in_memory, why_unknown
+from mergecore.checkpoints.layout import tied_names
 from mergecore.checkpoints.patterns import matches
 from mergecore.checkpoints.sources.selection import ADAPTER_CONFIG
 from mergecore.checkpoints.tensor_ids import tensor_id, tensors_id
@@ -192,18 +194,38 @@ def adapter_factors(
     config: Mapping[str, Any],
     base: Mapping[str, TensorInfo],
     where: str,
-    tied: Mapping[str, str] | None = None,
+    base_config: Mapping[str, Any],
 ) -> dict[str, Factor]:
     """Return {base tensor: factor} of a PEFT LoRA adapter. rsLoRA scaling, rank and alpha patterns are as PEFT has
     them.
 
-    tied: names that stand for another tensor of the base, with its name.
+    An adapter names modules as they are in memory, where the base's files may name tensors otherwise. base_config: the
+    base's config.json, from which transformers knows both.
     Raises MismatchError, naming the adapter and the tensor, for what is not a plain LoRA update (DoRA, biases,
     modules_to_save, convolutions) and for factors that do not fit the base.
     """
     _refuse(config, where)
     alphas = _Alphas.of(config, where)
+    modules = _modules(tensors, where)
+    targets = _targets([f"{module}.weight" for module in modules.values()], base, where, base_config)
     factors: dict[str, Factor] = {}
+    for name, module in modules.items():
+        target, up = targets[f"{module}.weight"], name.replace("lora_A", "lora_B")
+        if up not in tensors:
+            raise MismatchError(f"{where}: '{name}' has no '{up}' beside it; the file is incomplete")
+        if target in factors:
+            raise MismatchError(
+                f"{where}: '{factors[target].down}' and '{name}' both change '{target}' of the base; leave one out"
+            )
+        transposed = bool(config.get("fan_in_fan_out"))
+        _check_shapes(Factor(name, up, 1.0, transposed), tensors, base[target], target, where)
+        factors[target] = Factor(name, up, alphas.scaling(module, tensors[name].shape[0]), transposed)
+    return factors
+
+
+def _modules(tensors: Mapping[str, TensorInfo], where: str) -> dict[str, str]:
+    """Return {lora_A tensor: its module} of an adapter's file."""
+    modules = {}
     for name in sorted(tensors):
         stem = re.sub(r"\.default(?=\.|$)", "", name).removeprefix("base_model.model.")
         if stem.endswith(".lora_B.weight"):
@@ -213,21 +235,47 @@ def adapter_factors(
                 f"{where}: '{name}' is not part of a plain LoRA update (lora_A and lora_B of linear layers); fold the "
                 "adapter into its base with PEFT's merge_and_unload and give the full checkpoint"
             )
-        module = stem.removesuffix(".lora_A.weight")
-        target, up = f"{module}.weight", name.replace("lora_A", "lora_B")
-        if target in (tied or {}):
+        modules[name] = stem.removesuffix(".lora_A.weight")
+    return modules
+
+
+def _targets(
+    wanted: Sequence[str], base: Mapping[str, TensorInfo], where: str, config: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return {weight that an adapter changes, as it names it: tensor in the base's files}.
+
+    Raises MismatchError for a weight that the base ties to another, and for one that it has not.
+    """
+    tied = tied_names(base, config)
+    direct = all(name in base or name in tied for name in wanted)
+    memory = {} if direct else in_memory(config, wanted)
+    stored = {} if direct else {new: name for name, new in in_memory(config, base).items()}
+    targets = {}
+    for name in wanted:
+        target = name if direct else stored.get(memory[name], name)
+        owner = tied.get(target) or tied.get(memory.get(name, name))
+        if owner is not None:
             raise MismatchError(
-                f"{where} changes '{target}', which the base ties to '{(tied or {})[target]}': as one tensor they "
+                f"{where} changes '{name}', which the base ties to '{owner}': as one tensor they "
                 "would both change; train the adapter without this target, or fold it into an untied copy of the base"
             )
         if target not in base:
-            raise MismatchError(f"{where}: its target '{target}' is not in the base; is this the adapter's base?")
-        if up not in tensors:
-            raise MismatchError(f"{where}: '{name}' has no '{up}' beside it; the file is incomplete")
-        transposed = bool(config.get("fan_in_fan_out"))
-        _check_shapes(Factor(name, up, 1.0, transposed), tensors, base[target], target, where)
-        factors[target] = Factor(name, up, alphas.scaling(module, tensors[name].shape[0]), transposed)
-    return factors
+            raise MismatchError(f"{where}: its target '{target}' is not in the base; {_absent(target, config)}")
+        targets[name] = target
+    return targets
+
+
+def _absent(target: str, config: Mapping[str, Any]) -> str:
+    """Say why a weight that an adapter changes is not in the base's files, and what to do."""
+    blueprint = blueprint_of(config)
+    if blueprint is None:
+        return f"is this the adapter's base? ({why_unknown(config)})"
+    if target in blueprint.shapes:
+        return (
+            "transformers makes it of other tensors of the files while it loads them; fold the adapter into its base "
+            "with PEFT's merge_and_unload and give the full checkpoint"
+        )
+    return f"is this the adapter's base? {blueprint.name} has no such tensor"
 
 
 def _refuse(config: Mapping[str, Any], where: str) -> None:

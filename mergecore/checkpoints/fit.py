@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergecore.checkpoints.architectures import layer_of, outside
-from mergecore.checkpoints.layout import is_buffer, tied_pairs
+from mergecore.checkpoints.layout import is_buffer, tied_names
 from mergecore.checkpoints.select import SelectRule, few, left_out
 from mergecore.errors import MismatchError
 from mergecore.tensors.dtypes import MERGED
@@ -31,7 +31,7 @@ def check_fit(
 
     rules: what they drop need not fit. config: the base's; what it ties need not fit either.
     """
-    ignored = {name for _, name in tied_pairs(config)}
+    ignored = set(tied_names(base, config)) | set(tied_names(expert, config))
     ignored |= {name for tensors in (base, expert) for name in tensors if left_out(name, rules)}
     ignored |= {name for tensors in (base, expert) for name in tensors if is_buffer(name, tensors[name])}
     missing = sorted(set(base) - set(expert) - ignored)

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from mergecore.checkpoints.architectures import Layers, at_layers
 from mergecore.checkpoints.experts import AdapterExpert, Expert, Factor, adapter_factors
-from mergecore.checkpoints.layout import tied_names
 from mergecore.checkpoints.snapshot import Contents, Snapshot
 from mergecore.checkpoints.sources import Source
 from mergecore.checkpoints.tensor_ids import tensors_id
 from mergecore.errors import SpecError
 from mergecore.events import silent
 from mergecore.identity.keys import digest
+from mergecore.tensors.files import Location
 from mergecore.tensors.source import TensorInfo, TensorSource
 from mergecore.tensors.torch_dtypes import DTYPES
 
@@ -71,6 +71,11 @@ class FoldedContents(Contents):
         """The adapter's source."""
         return self.adapter.source
 
+    @property
+    def stored_at(self) -> Mapping[str, Location]:
+        """The checkpoint's locations, without those of tensors that the adapter changes."""
+        return {name: location for name, location in self.base.stored_at.items() if name not in self.factors}
+
     def open(self, folder: Path, tensors: Mapping[str, TensorInfo]) -> TensorSource:
         """Open the checkpoint in `folder`, and the adapter where its own source has it."""
         factors = self.adapter.open(self.adapter.source.fetch(silent))
@@ -86,6 +91,11 @@ class FoldedContents(Contents):
         """Rename the checkpoint's tensors and the adapter's factors alike."""
         return FoldedContents(self.base.with_layers(layers), self.adapter, at_layers(self.factors, layers))
 
+    def renamed(self, names: Mapping[str, str]) -> FoldedContents:
+        """Rename the checkpoint's tensors and the adapter's factors alike."""
+        factors = {new: self.factors[old] for new, old in names.items() if old in self.factors}
+        return FoldedContents(self.base.renamed(names), self.adapter, factors)
+
 
 def _formed(info: TensorInfo) -> TensorInfo:
     """Return the info of a sum that is formed in float32; integers keep their dtype."""
@@ -99,8 +109,7 @@ def folded(base: Snapshot, adapter: Snapshot, where: str) -> Snapshot:
     """
     if base.kind != "full" or adapter.kind != "adapter":
         raise SpecError(f"{where}: {adapter.source.uri} on {base.source.uri}: give a LoRA adapter on a full checkpoint")
-    tied = tied_names(base.tensors, base.config)
-    factors = adapter_factors(adapter.tensors, adapter.config, base.tensors, where, tied)
+    factors = adapter_factors(adapter.tensors, adapter.config, base.tensors, where, base.config)
     return dataclasses.replace(
         base,
         weights=digest(["folded", base.weights, adapter.weights]),

@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mergecore.checkpoints.architectures import ALWAYS_TIED, BUFFER, HEAD_APART, TIED
+from mergecore.checkpoints.architectures import ALWAYS_TIED, BUFFER, HEAD_APART, STATED, TIED
+from mergecore.checkpoints.blueprint import blueprint_of, in_memory
 from mergecore.checkpoints.select import LEFT_OUT, SelectRule, check_rules, left_out, take
 from mergecore.errors import MismatchError, SpecError
 from mergecore.tensors.dtypes import MERGED
@@ -81,19 +82,40 @@ def is_weight(name: str, info: TensorInfo) -> bool:
 def tied_names(base: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, str]:
     """Return {name: owner} of the names that stand for another tensor of the base, whether its files hold them
     or not.
+
+    transformers knows which: the class says which names, the configuration and its defaults say whether. Names that
+    the files do not hold are those in memory. Without a configuration nothing is known to be tied.
     """
-    return {name: owner for owner, name in tied_pairs(config) if owner in base}
+    said_by_config = config.get("model_type") in STATED and isinstance(config.get("tie_word_embeddings"), bool)
+    blueprint = None
+    if config.get("model_type") and not (said_by_config and any(owner in base for owner, _ in TIED)):
+        blueprint = blueprint_of(config)
+    if blueprint is None:
+        return {name: owner for owner, name in _common_pairs(config) if owner in base}
+    stored = {memory: name for name, memory in in_memory(config, base).items()}
+    groups: dict[str, list[str]] = {}
+    for name, owner in blueprint.tied.items():
+        if not (_head_apart(config) and name.startswith("lm_head.")):
+            groups.setdefault(owner, [owner]).append(name)
+    tied: dict[str, str] = {}
+    for group in groups.values():
+        files = [stored[name] for name in group if name in stored]
+        if files:  # the files may hold the head alone: then it is the owner
+            tied |= {stored.get(name, name): files[0] for name in group if stored.get(name, name) != files[0]}
+    return tied
 
 
-def tied_pairs(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Return (owner, name) of each pair that is one tensor in a model of this configuration.
-
-    Without a configuration nothing is known to be tied.
-    """
-    # Of a T5 with a head of its own transformers 5 says that it is tied, and, truly, that outputs are not scaled.
-    apart = config.get("scale_decoder_outputs") is False or config.get("model_type") in HEAD_APART
-    tied = bool(config.get("tie_word_embeddings")) and not apart
+def _common_pairs(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return (owner, name) of each pair of the common families that is one tensor by this configuration alone."""
+    tied = bool(config.get("tie_word_embeddings")) and not _head_apart(config)
     return tuple(pair for pair in TIED if tied or (config and pair[1] in ALWAYS_TIED))
+
+
+def _head_apart(config: Mapping[str, Any]) -> bool:
+    """Return whether the head is a tensor of its own, whatever the class of transformers 5 says."""
+    # Of a T5 with a head of its own transformers 5 says that it is tied, and, truly, that outputs are not scaled.
+    stated = config.get("tie_word_embeddings") is False or config.get("scale_decoder_outputs") is False
+    return stated or config.get("model_type") in HEAD_APART
 
 
 def is_buffer(name: str, info: TensorInfo) -> bool:

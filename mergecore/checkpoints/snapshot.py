@@ -40,6 +40,11 @@ class Contents(ABC):
         """Whether rows of one tensor are read from several positions of the files."""
         return False
 
+    @property
+    def stored_at(self) -> Mapping[str, Location]:
+        """Where the files of the source have the tensors that they hold as they are opened."""
+        return {}
+
     @abstractmethod
     def open(self, folder: Path, tensors: Mapping[str, TensorInfo]) -> TensorSource:
         """Open the tensors. folder: where `source.fetch` has put the files. tensors: those of the snapshot."""
@@ -52,6 +57,10 @@ class Contents(ABC):
     def with_layers(self, layers: Layers) -> Contents:
         """Return the same contents under the names that `at_layers` gives."""
 
+    @abstractmethod
+    def renamed(self, names: Mapping[str, str]) -> Contents:
+        """Return the same contents under other names. names: {new: old}; a tensor may have several new names."""
+
 
 @final
 @dataclass(frozen=True)
@@ -59,6 +68,11 @@ class FileContents(Contents):
     """The tensors as the files hold them."""
 
     locations: Mapping[str, Location]
+
+    @property
+    def stored_at(self) -> Mapping[str, Location]:
+        """The locations."""
+        return self.locations
 
     def open(self, folder: Path, tensors: Mapping[str, TensorInfo]) -> TensorSource:
         """Open the files in `folder`."""
@@ -71,6 +85,10 @@ class FileContents(Contents):
     def with_layers(self, layers: Layers) -> FileContents:
         """Rename the locations."""
         return FileContents(at_layers(self.locations, layers))
+
+    def renamed(self, names: Mapping[str, str]) -> FileContents:
+        """Rename the locations."""
+        return FileContents({new: self.locations[old] for new, old in names.items()})
 
 
 @final

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from mergecore.checkpoints.snapshot import Snapshot
+from mergecore.checkpoints.ties import check_fetched
 from mergecore.execution.outcome import Done, made_with
 from mergecore.execution.place import Place
 from mergecore.planning.pool import snapshot_step
@@ -25,6 +26,8 @@ def fetch(place: Place, snapshot: Snapshot) -> Done:
         place.folders[snapshot.weights] = place.store.folder(step)
     else:  # the base may be an expert as well; whoever has the companions says where they lie
         place.folders.setdefault(snapshot.weights, folder)
+    if snapshot.source.revision is not None and not rewritten:
+        check_fetched(snapshot)
     if place.store.is_done(step, bytes_needed=rewritten):
         return before.note(Done([], {}, time.monotonic() - began))
     with place.store.draft(step) as draft:

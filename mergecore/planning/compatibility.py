@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mergecore.checkpoints.fit import float64_loss, float64_names
-from mergecore.checkpoints.layout import tied_names
 from mergecore.checkpoints.snapshot import Snapshot, read_json
 from mergecore.checkpoints.vocabulary.configuration import counts_in
 from mergecore.checkpoints.vocabulary.tokenizer import TOKENIZER, pieces_of
@@ -43,18 +42,6 @@ def float64_warnings(checkpoints: Mapping[str, Snapshot]) -> list[str]:
         return []
     name = float64_names(checkpoints[wide[0]].tensors)[0]
     return [f"{', '.join(wide)}: {float64_loss(name)}"]
-
-
-def _refuse_lost_head(snapshot: Snapshot, base: Snapshot, where: str) -> None:
-    """Raise MismatchError where an expert has a head of its own and the base's is its embedding."""
-    tied, theirs = (tied_names(checkpoint.tensors, checkpoint.config) for checkpoint in (base, snapshot))
-    own = [name for name in tied if name in snapshot.tensors and name not in theirs]
-    if own and snapshot.config.get("tie_word_embeddings") is False:
-        raise MismatchError(
-            f"{where} has a '{own[0]}' of its own, which the base ties to '{tied[own[0]]}': it would be lost; give a "
-            "base "
-            "that has a head of its own, or an expert that ties it"
-        )
 
 
 def _same_base(recorded: str, snapshot: Snapshot, base: BaseSpec) -> bool:

@@ -13,11 +13,12 @@ from mergecore.checkpoints.architectures import at_layers, layer_of
 from mergecore.checkpoints.experts import AdapterExpert, Expert, Factor, FullExpert, adapter_factors
 from mergecore.checkpoints.fit import check_fit
 from mergecore.checkpoints.folded import folded
-from mergecore.checkpoints.layout import tied_names
+from mergecore.checkpoints.naming import under_base_names
 from mergecore.checkpoints.select import SelectRule, check_left_out
 from mergecore.checkpoints.snapshot import Snapshot, read_json, read_snapshot
 from mergecore.checkpoints.sources import Source
 from mergecore.checkpoints.stack import BASE, StackRule, layers_of, restacked
+from mergecore.checkpoints.ties import untied
 from mergecore.checkpoints.vocabulary.companions import marker_warnings, markers
 from mergecore.checkpoints.vocabulary.rows import Rows
 from mergecore.checkpoints.vocabulary.rules import TokenizerRules
@@ -28,7 +29,6 @@ from mergecore.events import Event, Report
 from mergecore.identity.keys import Step, digest
 from mergecore.planning.compatibility import (
     VOCABULARIES,
-    _refuse_lost_head,
     _refuse_quantized,
     _same_base,
     _sizes,
@@ -149,15 +149,15 @@ def resolve_pool(
     vocabulary.
     """
     resolve = _ahead(resolve, [base, *experts, *([multitask] if multitask else [])])
-    read_base = read_source(base, resolve, "base")
+    read_base, notes = untied(read_source(base, resolve, "base"))
     ground = restacked(read_base, stack, BASE)
     report(Event(f"base {ground.source.uri}"))
     if ground.kind != "full":
         raise SpecError(f"base: {ground.source.uri} is an adapter; give the checkpoint it was trained on")
     _refuse_quantized(ground, "base")
-    warnings: list[str] = []
-    members: dict[str, Member] = {}
-    taken = _read_experts(experts, resolve, stack, report)
+    warnings, members = list(notes), dict[str, Member]()
+    taken, told = _read_experts(experts, read_base, resolve, stack, report)
+    warnings += told
     rows = None
     if tokenizer is not None:
         shared = shared_vocabulary(ground, taken, tokenizer, chat_template)
@@ -203,24 +203,32 @@ def _base_warnings(members: Sequence[Member], ground: Snapshot, base: BaseSpec) 
 
 
 def _read_experts(
-    experts: Sequence[ExpertSpec], resolve: Resolver, stack: Sequence[StackRule], report: Report
-) -> dict[str, Snapshot]:
-    """The experts by name, full ones with the result's layers."""
-    snapshots: dict[str, Snapshot] = {}
+    experts: Sequence[ExpertSpec], base: Snapshot, resolve: Resolver, stack: Sequence[StackRule], report: Report
+) -> tuple[dict[str, Snapshot], list[str]]:
+    """The experts by name, full ones under the base's names and with the result's layers, and what is to be said.
+
+    base: as it lies in its files.
+    """
+    snapshots, warnings = dict[str, Snapshot](), list[str]()
     for position, expert in enumerate(experts):
         report(Event(f"experts: {expert.name}", position + 1, len(experts), "experts"))
         if expert.name in snapshots:
             raise SpecError(f"experts: two are called '{expert.name}'; give each its own name")
         snapshot = read_source(expert, resolve, f"expert '{expert.name}'")
         if snapshot.kind == "full":
-            _refuse_quantized(snapshot, f"expert '{expert.name}' ({snapshot.source.uri})")
+            where = _called(expert.name, snapshot)
+            _refuse_quantized(snapshot, where)
+            snapshot, notes = under_base_names(base, snapshot, where)
+            warnings += notes
             snapshot = restacked(snapshot, stack, expert.name)
         snapshots[expert.name] = snapshot
-    return snapshots
+    return snapshots, warnings
 
 
 def _multitask(snapshot: Snapshot, ground: Snapshot, rows: Rows | None) -> Member:
     """A full one is measured as it lies, with its own tokenizer; an adapter is on the base as it is read here."""
+    if snapshot.kind == "full":
+        snapshot, _ = under_base_names(ground.as_stored, snapshot, _called("multitask", snapshot))
     member = _member("multitask", (), snapshot, ground.as_stored)
     return _updated(member, ground, rows) if rows is not None and member.factors is not None else member
 
@@ -277,9 +285,7 @@ def _member(
     """Check one expert against the base. Raises MismatchError where it does not fit."""
     where = _called(name, snapshot)
     if snapshot.kind == "adapter":
-        factors = adapter_factors(
-            snapshot.tensors, snapshot.config, base.tensors, where, tied_names(base.tensors, base.config)
-        )
+        factors = adapter_factors(snapshot.tensors, snapshot.config, base.tensors, where, base.config)
         return Member(name, tasks, snapshot, factors)
     _refuse_quantized(snapshot, where)
     ours, theirs = (_sizes(checkpoint.config) for checkpoint in (base, snapshot))
@@ -288,7 +294,6 @@ def _member(
         raise MismatchError(
             f"{where} has {key} {theirs[key]}, the base has {ours[key]}: they are no versions of one model{hint}"
         )
-    _refuse_lost_head(snapshot, base, where)
     check_fit(base.tensors, snapshot.tensors, where, base.config, select)
     return Member(name, tasks, snapshot, None)
 

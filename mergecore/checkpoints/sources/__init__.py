@@ -53,6 +53,10 @@ class Source(ABC):
         Raises SourceError where the file is shorter.
         """
 
+    def at_hand(self, name: str) -> bool:
+        """Return whether a file can be read without a download."""
+        return True
+
     @abstractmethod
     def fetch(self, report: Report) -> Path:
         """Return a local directory that holds all files. Missing files are downloaded and checked against their

@@ -129,6 +129,10 @@ class HubSource(Source):
         """Return where the cache has a file, or would have it."""
         return self._folder / name
 
+    def at_hand(self, name: str) -> bool:
+        """Return whether the cache has a file."""
+        return self._local(name).exists()
+
     def read(self, name: str, start: int, length: int) -> bytes:
         """Read `length` bytes of a file from byte `start` on, from the cache or by range request.
 

@@ -42,6 +42,10 @@ class RewrittenSource(Source):
         content = self._changed.get(name)
         return self._origin.read(name, start, length) if content is None else content[start : start + length]
 
+    def at_hand(self, name: str) -> bool:
+        """Return whether a file can be read without a download."""
+        return name in self._changed or self._origin.at_hand(name)
+
     def fetch(self, report: Report) -> Path:
         """Return the folder of the weights. Its companions are the origin's."""
         return self._origin.fetch(report)
@@ -98,6 +102,14 @@ class RowContents(Contents):
         """Rename the checkpoint's tensors; those over the vocabulary belong to no layer."""
         tensors, contents = at_layers(self.origin.tensors, layers), self.origin.contents.with_layers(layers)
         return replace(self, origin=replace(self.origin, tensors=tensors, contents=contents))
+
+    def renamed(self, names: Mapping[str, str]) -> RowContents:
+        """Rename the checkpoint's tensors. The donors keep their own names."""
+        tensors = {new: self.origin.tensors[old] for new, old in names.items()}
+        origin = replace(self.origin, tensors=tensors, contents=self.origin.contents.renamed(names))
+        own = {new: new for new, old in names.items() if self.names and old in self.names[0]}
+        donors = ({new: called[old] for new, old in names.items() if old in called} for called in self.names[1:])
+        return replace(self, origin=origin, names=(own, *donors) if self.names else ())
 
 
 def with_rows(origin: Snapshot, rows: Rows, sources: Sequence[tuple[Snapshot, Mapping[str, str]]]) -> Snapshot:
