@@ -46,6 +46,16 @@ class Blueprint:
         A tensor that is converted on the way (stacked with others, cut in parts) has no counterpart in memory. It
         keeps its name as it is just before that.
         """
+        return {name: new for name, new, _ in self._loaded(names)}
+
+    def converted(self, names: Iterable[str]) -> dict[str, str]:
+        """Return {name: a tensor in memory that is made of it} of the tensors that are converted when they are
+        loaded.
+        """
+        return {name: made for name, _, made in self._loaded(names) if made is not None}
+
+    def _loaded(self, names: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
+        """Yield (name, renamed, what is made of it where it is converted) as transformers does it."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
             WeightConverter,
@@ -60,16 +70,15 @@ class Blueprint:
         renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
         converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
         prefix, known = self.model.base_model_prefix, dict.fromkeys(self.shapes, True)
-        renamed = {}
         for name in sorted(names, key=dot_natural_key):  # the order matters to some of the renamings
-            new, converted = rename_source_key(name, renamings, converters, prefix, known)
+            new, pattern = rename_source_key(name, renamings, converters, prefix, known)
             if new not in known and name in known:
-                new, converted = rename_source_key(name, [], [], prefix, known)
-            if converted is not None:
+                new, pattern = rename_source_key(name, [], [], prefix, known)
+            if pattern is None:
+                yield name, new, None
+            else:
                 plain = apply_renamings(name, renamings)
-                new = _with_prefix_of(new, apply_converters(plain, converters)[0], plain)
-            renamed[name] = new
-        return renamed
+                yield name, _with_prefix_of(new, apply_converters(plain, converters)[0], plain), new
 
 
 def blueprint_of(config: Mapping[str, Any]) -> Blueprint | None:
@@ -143,7 +152,7 @@ def _model(config: Mapping[str, Any], kind: str) -> Any:
     if kind not in CONFIG_MAPPING:
         return None
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-    built = CONFIG_MAPPING[kind].from_dict(plain)
+    built = CONFIG_MAPPING[kind].from_dict(_with_floats(plain))
     architecture = next(iter(config.get("architectures") or []), None)
     model_class = _class(transformers, architecture, built)
     if model_class is None:
@@ -151,6 +160,15 @@ def _model(config: Mapping[str, Any], kind: str) -> Any:
     safe = getattr(initialization, "meta_device_safe_creation_ops", contextlib.nullcontext)
     with torch.device("meta"), initialization.no_init_weights(), safe():
         return model_class(built)
+
+
+def _with_floats(value: Any) -> Any:
+    """Return a JSON value with the floats that transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(inner) for key, inner in value.items()}
+    return [_with_floats(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _class(transformers: Any, architecture: Any, config: Any) -> Any:

@@ -124,12 +124,16 @@ class FullExpert(Expert):
 
 @dataclass(frozen=True)
 class Factor:
-    """One low-rank update: delta = scaling · up @ down, transposed where the base keeps (in, out)."""
+    """One low-rank update: delta = scaling · up @ down, transposed where the base keeps (in, out).
+
+    module: what the updated module is called in memory; '' where that is its name in the base's files.
+    """
 
     down: str
     up: str
     scaling: float
     transposed: bool
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,7 @@ def adapter_factors(
     targets = _targets([f"{module}.weight" for module in modules.values()], base, where, base_config)
     factors: dict[str, Factor] = {}
     for name, module in modules.items():
-        target, up = targets[f"{module}.weight"], name.replace("lora_A", "lora_B")
+        (target, memory), up = targets[f"{module}.weight"], name.replace("lora_A", "lora_B")
         if up not in tensors:
             raise MismatchError(f"{where}: '{name}' has no '{up}' beside it; the file is incomplete")
         if target in factors:
@@ -219,7 +223,8 @@ def adapter_factors(
             )
         transposed = bool(config.get("fan_in_fan_out"))
         _check_shapes(Factor(name, up, 1.0, transposed), tensors, base[target], target, where)
-        factors[target] = Factor(name, up, alphas.scaling(module, tensors[name].shape[0]), transposed)
+        called = "" if memory == target else memory.removesuffix(".weight")
+        factors[target] = Factor(name, up, alphas.scaling(module, tensors[name].shape[0]), transposed, called)
     return factors
 
 
@@ -241,8 +246,8 @@ def _modules(tensors: Mapping[str, TensorInfo], where: str) -> dict[str, str]:
 
 def _targets(
     wanted: Sequence[str], base: Mapping[str, TensorInfo], where: str, config: Mapping[str, Any]
-) -> dict[str, str]:
-    """Return {weight that an adapter changes, as it names it: tensor in the base's files}.
+) -> dict[str, tuple[str, str]]:
+    """Return {weight that an adapter changes, as it names it: (tensor in the base's files, name in memory)}.
 
     Raises MismatchError for a weight that the base ties to another, and for one that it has not.
     """
@@ -261,7 +266,7 @@ def _targets(
             )
         if target not in base:
             raise MismatchError(f"{where}: its target '{target}' is not in the base; {_absent(target, config)}")
-        targets[name] = target
+        targets[name] = target, memory.get(name, name)
     return targets
 
 

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mergecore.checkpoints.blueprint import in_memory
+from mergecore.checkpoints.blueprint import blueprint_of, in_memory
 from mergecore.checkpoints.layout import is_buffer, tied_names
 from mergecore.checkpoints.snapshot import Snapshot
 from mergecore.checkpoints.ties import differ
@@ -56,6 +56,7 @@ def _names(base: Snapshot, expert: Snapshot, tied: Mapping[str, str], where: str
     unknown = [name for name, info in expert.tensors.items() if name not in base.tensors and not is_buffer(name, info)]
     if not unknown or not base.config.get("model_type"):
         return {name: name for name in expert.tensors}
+    _refuse_other_parts(base, expert, where)
     ours = {name: name for name in tied} | stored_names(base.tensors, base.config)
     theirs = in_memory(base.config, expert.tensors)
     names: dict[str, str] = {}
@@ -67,6 +68,22 @@ def _names(base: Snapshot, expert: Snapshot, tied: Mapping[str, str], where: str
             )
         names[new] = name
     return names
+
+
+def _refuse_other_parts(base: Snapshot, expert: Snapshot, where: str) -> None:
+    """Raise MismatchError where one of two files has a tensor in parts that the other has whole."""
+    blueprint = blueprint_of(base.config)
+    if blueprint is None:
+        return
+    sides = [(blueprint.converted(model.tensors), set(blueprint.in_memory(model.tensors).values()), told)
+             for model, told in ((base, f"the base ({base.source.uri})"), (expert, where))]  # fmt: skip
+    for (parts, _, in_parts), (_, whole, entire) in (sides, sides[::-1]):
+        for name, made in parts.items():
+            if made in whole:
+                raise MismatchError(
+                    f"{entire} has '{made}' as one tensor, {in_parts} in parts ('{name}'): load the one that is whole "
+                    "with transformers and save it again with save_pretrained, which writes the parts"
+                )
 
 
 def _tied_heads(base: Snapshot, expert: Snapshot, names: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mergecore.checkpoints.adapters import adapter_config
+from mergecore.checkpoints.adapters import EMPTY, adapter_config
 from mergecore.checkpoints.experts import AdapterExpert
 from mergecore.execution.outcome import RECORDED, Done, failed, made_with
 from mergecore.identity.keys import Step
@@ -43,9 +43,8 @@ def make_adapter(root: Path, task: AdapterTask) -> Done:
             if store.is_done(work.step, bytes_needed=True):
                 return Done()
             digest, numbers = write_made(draft.path, work.method, task.experts, work.selection)
-            write_config(
-                draft.path, adapter_config(numbers["ranks"], task.base, task.configs, numbers["fan_in_fan_out"])
-            )
+            ranks, transposed, names = numbers["ranks"], numbers["fan_in_fan_out"], numbers.get("names", EMPTY)
+            write_config(draft.path, adapter_config(ranks, task.base, task.configs, transposed, names))
             store.commit(draft, digest, numbers, made_with(began))
     except RECORDED as error:
         return failed(store, task.steps, error)

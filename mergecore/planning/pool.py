@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from mergecore.checkpoints.architectures import at_layers, layer_of
+from mergecore.checkpoints.architectures import at_layer, at_layers, layer_of
 from mergecore.checkpoints.experts import AdapterExpert, Expert, Factor, FullExpert, adapter_factors
 from mergecore.checkpoints.fit import check_fit
 from mergecore.checkpoints.folded import folded
@@ -256,7 +256,15 @@ def _stacked(
         return member
     layers = layers_of(stack, expert.name)
     snapshot = dataclasses.replace(snapshot, weights=digest(["stack", snapshot.weights, layers]))
-    return dataclasses.replace(member, snapshot=snapshot, factors=at_layers(member.factors, layers))
+    factors = {target: _at_layer_of(target, factor) for target, factor in at_layers(member.factors, layers).items()}
+    return dataclasses.replace(member, snapshot=snapshot, factors=factors)
+
+
+def _at_layer_of(target: str, factor: Factor) -> Factor:
+    layer = layer_of(target)
+    # A module has no dot behind its last part, which a layer's number needs.
+    module = factor.module if layer is None else at_layer(f"{factor.module}.", layer).removesuffix(".")
+    return dataclasses.replace(factor, module=module)
 
 
 def _updated(member: Member, ground: Snapshot, rows: Rows) -> Member:

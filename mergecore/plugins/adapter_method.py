@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
-from mergecore.checkpoints.adapters import LowRank, low_rank, module_of, own_factor
+from mergecore.checkpoints.adapters import EMPTY, LowRank, low_rank, module_of, own_factor
 from mergecore.checkpoints.experts import AdapterExpert
 from mergecore.plugins.any_statistic import AnyStatistic
 from mergecore.plugins.block import Block, Per
@@ -91,7 +91,7 @@ class AdapterMethod(Method[AdapterDelta], ABC):
     def arguments(self, block: Block, statistics: Statistics) -> AdapterDelta:
         """Return the adapter's delta of the tensor."""
         adapter = statistics[ADAPTER][0]
-        factor = own_factor(block.name, adapter.numbers["fan_in_fan_out"])
+        factor = own_factor(block.name, adapter.numbers["fan_in_fan_out"], adapter.numbers.get("names", EMPTY))
         shapes = {block.name: (block.shape[0], block.shape[1])}
         view = AdapterExpert("", self.name, adapter.tensors, {block.name: factor}, shapes)
         return AdapterDelta(view.block(block.name, block.start, block.stop).view(block.shape))

@@ -70,11 +70,15 @@ def write_made(
 ) -> tuple[str, dict[str, Any]]:
     """Write the adapter that a method makes. Return the digest of its tensors, and what is recorded."""
     transposed, ranks = is_transposed(experts), ranks_made(method, experts, selection)
-    file, numbers = AdapterFile(folder, ranks, selection, transposed), dict[str, Mapping[str, float]]()
+    named = [(target, factor.module) for expert in experts for target, factor in expert.factors.items()]
+    names = {target: module for target, module in named if module and target in selection}
+    file = AdapterFile(folder, ranks, selection, transposed, modules=names)
+    numbers = dict[str, Mapping[str, float]]()
     for target, combined in combined_modules(method, experts, selection):
         file.write(target, combined.down, combined.up, f"method '{method.name}'")
         numbers[target] = combined.numbers
     record = {"fan_in_fan_out": transposed, "modules": numbers, "ranks": ranks, **method.total(numbers)}
+    record |= {"names": names} if names else {}
     return file.digest, record
 
 
@@ -84,9 +88,10 @@ def write_copy(
     """Write an adapter with its weights in another dtype. factors: its tensors. record: what was recorded when it was
     made.
     """
-    file = AdapterFile(folder, record["ranks"], selection, record["fan_in_fan_out"], dtype)
+    names = record.get("names", EMPTY)
+    file = AdapterFile(folder, record["ranks"], selection, record["fan_in_fan_out"], dtype, names)
     for target in record["ranks"]:
-        factor = own_factor(target, file.transposed)
+        factor = own_factor(target, file.transposed, names)
         file.write(target, factors.read(factor.down), factors.read(factor.up), "the adapter")
     return file
 

@@ -164,6 +164,28 @@ def test_an_adapter_of_a_vision_language_model_is_folded_as_peft_folds_it(tmp_pa
     assert len(changed) == 2 * 2 + 2 and "model.visual.blocks.1.attn.qkv.weight" in changed
 
 
+def test_an_adapter_of_adapters_of_a_vision_language_model(tmp_path: Path) -> None:
+    """What `lora_arithmetic` makes of one adapter is that adapter, for PEFT and for us."""
+    (base,) = saved(tmp_path, base=vision_language())
+    shape = transformers.Qwen2_5_VLForConditionalGeneration
+    lora = LoraConfig(r=2, target_modules=["q_proj", "qkv"], init_lora_weights=False)
+    wrapped = get_peft_model(shape.from_pretrained(base), lora)
+    wrapped.save_pretrained(tmp_path / "lora")
+    wanted = wrapped.merge_and_unload().state_dict()
+    for dtype in ("float32", "float16"):
+        recipe = {"method": "lora_arithmetic", "base": base, "experts": [tmp_path / "lora"], "dtype": dtype}
+        merge_into(recipe, tmp_path / dtype)
+    before = shape.from_pretrained(base)
+    close(PeftModel.from_pretrained(before, str(tmp_path / "float32")).merge_and_unload().state_dict(), wanted)
+    names = {
+        folder: set(load_file(tmp_path / folder / "adapter_model.safetensors"))
+        for folder in ("lora", "float32", "float16")
+    }
+    assert names["lora"] == names["float32"] == names["float16"]
+    merge_into({"method": "average", "base": base, "experts": [tmp_path / "float32"]}, tmp_path / "out")
+    close(loaded(shape, tmp_path / "out"), wanted)
+
+
 @pytest.mark.parametrize("rank", [16, 64])
 def test_what_is_extracted_of_a_vision_language_model_peft_gives_to_every_module(rank: int, tmp_path: Path) -> None:
     """Names are those in memory, also in rank_pattern, which rank 64 needs: modules are of several sizes."""
@@ -246,6 +268,21 @@ def test_a_target_that_is_a_part_of_a_tensor_in_the_files_is_refused(tmp_path: P
     save_file(factors, adapter / "adapter_model.safetensors")
     with pytest.raises(MismatchError, match=r"'model.layers.0.mlp.experts.down_proj.weight' is not in the base"):
         resolve_pool(BaseSpec(source=str(base)), [ExpertSpec(source=str(adapter), name="e")], None, find, silent)
+
+
+@pytest.mark.parametrize("whole", ["base", "a"])
+def test_experts_kept_apart_in_one_file_and_stacked_in_another_are_refused(whole: str, tmp_path: Path) -> None:
+    values = {**SIZES, "num_local_experts": 2, "num_experts_per_tok": 1, "tie_word_embeddings": False}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**values))
+    saved(tmp_path, base=model, a=moved(model, 1))
+    rewrite(tmp_path / whole, dict(model.state_dict()))
+    recipe = {"method": "average", "base": tmp_path / "base", "experts": [{"source": str(tmp_path / "a"), "name": "a"}]}
+    said = {
+        "base": r"^the base \(.*\) has .*expert 'a' \(.*\) in parts",
+        "a": r"^expert 'a' .* has .*the base \(.*\) in parts",
+    }
+    with pytest.raises(MismatchError, match=said[whole] + r".*save it again with save_pretrained"):
+        merge_into(recipe, tmp_path / "out")
 
 
 def test_two_tensors_of_an_expert_that_are_one_of_the_base(tmp_path: Path) -> None:
