@@ -132,6 +132,12 @@ def agreed(configs: Sequence[Mapping[str, Any]], key: str) -> Any:
     return values[0] if all(value == values[0] for value in values) else None
 
 
+def _ends(module: str) -> list[str]:
+    """Return what a module's name ends in after each of its dots."""
+    parts = module.split(".")
+    return [".".join(parts[first:]) for first in range(1, len(parts))]
+
+
 def adapter_config(
     ranks: Mapping[str, int],
     base: Mapping[str, TensorInfo],
@@ -154,6 +160,9 @@ def adapter_config(
     others = {module.rpartition(".")[2] for module in known if module not in named}
     short = {leaf for module in named if (leaf := module.rpartition(".")[2]) not in others}
     long = {module for module in named if module.rpartition(".")[2] in others}
+    # PEFT takes a name for the end of longer ones too. Only an expression means whole names.
+    ends = {module for name in known if name not in named for module in _ends(name)}
+    targets: Any = "|".join(map(re.escape, sorted(named))) if long & ends else sorted(short | long)
     return {
         "peft_type": "LORA",
         "task_type": agreed(configs, "task_type"),
@@ -164,7 +173,7 @@ def adapter_config(
         "lora_alpha": usual,
         "rank_pattern": other,
         "alpha_pattern": dict(other),
-        "target_modules": sorted(short | long),
+        "target_modules": targets,
         "fan_in_fan_out": transposed,
         "use_rslora": False,
         "use_dora": False,

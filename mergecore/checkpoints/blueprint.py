@@ -52,7 +52,7 @@ class Blueprint:
         """Return {name: a tensor in memory that is made of it} of the tensors that are converted when they are
         loaded.
         """
-        return {name: made for name, _, made in self._loaded(names) if made is not None}
+        return {name: result for name, _, result in self._loaded(names) if result is not None}
 
     def _loaded(self, names: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
         """Yield (name, renamed, what is made of it where it is converted) as transformers does it."""

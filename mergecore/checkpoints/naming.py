@@ -71,18 +71,22 @@ def _names(base: Snapshot, expert: Snapshot, tied: Mapping[str, str], where: str
 
 
 def _refuse_other_parts(base: Snapshot, expert: Snapshot, where: str) -> None:
-    """Raise MismatchError where one of two files has a tensor in parts that the other has whole."""
+    """Raise MismatchError where one file has a tensor as it is in memory, and the other what it is converted from."""
     blueprint = blueprint_of(base.config)
     if blueprint is None:
         return
-    sides = [(blueprint.converted(model.tensors), set(blueprint.in_memory(model.tensors).values()), told)
-             for model, told in ((base, f"the base ({base.source.uri})"), (expert, where))]  # fmt: skip
-    for (parts, _, in_parts), (_, whole, entire) in (sides, sides[::-1]):
-        for name, made in parts.items():
-            if made in whole:
+    models = ((base, f"the base ({base.source.uri})"), (expert, where))
+    sides = [
+        (blueprint.converted(model.tensors), set(blueprint.in_memory(model.tensors).values()), told)
+        for model, told in models
+    ]
+    for (converted, _, usual), (_, memory, other) in (sides, sides[::-1]):
+        for name, result in converted.items():
+            if result in memory:
                 raise MismatchError(
-                    f"{entire} has '{made}' as one tensor, {in_parts} in parts ('{name}'): load the one that is whole "
-                    "with transformers and save it again with save_pretrained, which writes the parts"
+                    f"{other} has '{result}', as transformers keeps it in memory; {usual} has '{name}', of which it is "
+                    f"made while a file is loaded: load {other} with transformers and save it again with "
+                    "save_pretrained, which writes files as the other is"
                 )
 
 

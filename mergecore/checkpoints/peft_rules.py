@@ -11,9 +11,39 @@ from mergecore.checkpoints.select import few
 from mergecore.errors import MismatchError
 from mergecore.tensors.source import TensorInfo
 
+AS_EXPERTS = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+"""Last parts of targets that PEFT takes for a mixture's experts and router, by the mixture's way of naming them. They
+are one tensor each in transformers 5: layers that are called so (of a shared expert, say) get no update of their own.
+"""
+MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+"""Model types in which PEFT refuses the layers that a Mamba kernel reads by itself."""
+READ_BY_MAMBA = ("out_proj", "conv1d")
+
+
+def closed(blueprint: Blueprint) -> dict[str, str]:
+    """Return {last part of module names: why} of linear layers that PEFT gives no update of their own in this model."""
+    from transformers import conversion_mapping
+
+    kind = str(blueprint.model.config.model_type)
+    alike: Mapping[str, str] = {"mixtral": "mixtral", **getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})}
+    experts = AS_EXPERTS.get(alike.get(kind, ""), ())
+    mamba = READ_BY_MAMBA if kind in MAMBA else ()
+    return {
+        **dict.fromkeys(experts, "PEFT takes them for the experts of the mixture, which are one tensor in memory"),
+        **dict.fromkeys(mamba, "PEFT refuses adapters on what a Mamba kernel reads"),
+    }
+
 
 def targeted(config: Mapping[str, Any], module: str) -> bool:
-    """Return whether an adapter's configuration targets a module: by its whole name, or the end of it after a dot."""
+    """Return whether an adapter's configuration targets a module: by its whole name, or the end of it after a dot.
+
+    A configuration with one expression instead of names means the whole name.
+    """
+    if isinstance(config["target_modules"], str):
+        return re.fullmatch(config["target_modules"], module) is not None
     return any(module == target or module.endswith(f".{target}") for target in config["target_modules"])
 
 
@@ -28,10 +58,14 @@ def rank_of(config: Mapping[str, Any], module: str) -> int:
 def expected(config: Mapping[str, Any], blueprint: Blueprint) -> dict[str, tuple[int, ...]]:
     """Return {tensor: shape} that PEFT looks for in an adapter's file.
 
-    Raise MismatchError where the configuration targets a module that is no linear layer.
+    Raise MismatchError where the configuration targets a module that is no linear layer, or one that PEFT gives no
+    update of its own.
     """
+    shut = closed(blueprint)
     tensors: dict[str, tuple[int, ...]] = {}
     for module in sorted(name for name in blueprint.modules if targeted(config, name)):
+        if why := shut.get(module.rpartition(".")[2]):
+            raise MismatchError(f"the adapter's target_modules name '{module}' of {blueprint.name}: {why}")
         if module not in blueprint.linear:
             raise MismatchError(
                 f"the adapter's target_modules name '{module}' of {blueprint.name}, which is no linear layer"

@@ -19,7 +19,7 @@ from mergecore.checkpoints.architectures import EMBEDDINGS, TRANSPOSED
 from mergecore.checkpoints.blueprint import Blueprint, blueprint_of, in_memory, why_unknown
 from mergecore.checkpoints.experts import Expert
 from mergecore.checkpoints.layout import lay_out
-from mergecore.checkpoints.peft_rules import check_loads
+from mergecore.checkpoints.peft_rules import check_loads, closed
 from mergecore.checkpoints.snapshot import Snapshot
 from mergecore.engine.executor import Executor
 from mergecore.errors import SpecError, nearest
@@ -164,6 +164,14 @@ def linear_layers(changed: Mapping[str, TensorInfo], base: Snapshot, modules: Se
         )
     else:
         named, transposed = _linear_in_memory(changed, base, blueprint)
+        shut = closed(blueprint)
+        lost = {name: leaf for name, module in named.items() if (leaf := module.rpartition(".")[2]) in shut}
+        named = {name: module for name, module in named.items() if name not in lost}
+        warnings = tuple(
+            f"{list(lost.values()).count(leaf)} layers called '{leaf}' are left out: {why}"
+            for leaf, why in shut.items()
+            if leaf in lost.values()
+        )
     for wanted in modules:
         if not any(_is_named(module, wanted) or _is_named(module_of(name), wanted) for name, module in named.items()):
             leaves = {module.rpartition(".")[2] for module in named.values()}
