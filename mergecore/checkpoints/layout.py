@@ -92,6 +92,8 @@ def tied_names(base: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dic
         blueprint = blueprint_of(config)
     if blueprint is None:
         return {name: owner for owner, name in _common_pairs(config) if owner in base}
+    if not blueprint.tied:
+        return {}
     stored = {memory: name for name, memory in in_memory(config, base).items()}
     groups: dict[str, list[str]] = {}
     for name, owner in blueprint.tied.items():

@@ -45,6 +45,9 @@ def under_base_names(base: Snapshot, expert: Snapshot, where: str) -> tuple[Snap
         contents = expert.contents.renamed(names)
         expert = dataclasses.replace(expert, tensors=tensors, contents=contents, weights=weights)
     _refuse_lost_head(expert, tied, where)
+    if any(name in expert.tensors and name not in tied for name in tied_names(expert.tensors, expert.config)):
+        # Of a head that the base has of its own it does not matter whether the expert's is the same as its embedding.
+        expert = dataclasses.replace(expert, config={**expert.config, "tie_word_embeddings": False})
     return expert, warnings
 
 

@@ -15,9 +15,16 @@ def fetch(place: Place, snapshot: Snapshot) -> Done:
     """Fetch a checkpoint's files, and record what it is. Files that differ from the fetched ones are written into the
     record's folder.
     """
+    done = _fetched(place, snapshot)
+    if snapshot.source.revision is not None:
+        check_fetched(snapshot)
+    return done
+
+
+def _fetched(place: Place, snapshot: Snapshot) -> Done:
     began, before = time.monotonic(), Done()
     if snapshot.as_stored is not snapshot:
-        before = fetch(place, snapshot.as_stored)
+        before = _fetched(place, snapshot.as_stored)
     folder = snapshot.source.fetch(place.report)
     if snapshot.adapter_source is not None:
         snapshot.adapter_source.fetch(place.report)
@@ -26,8 +33,6 @@ def fetch(place: Place, snapshot: Snapshot) -> Done:
         place.folders[snapshot.weights] = place.store.folder(step)
     else:  # the base may be an expert as well; whoever has the companions says where they lie
         place.folders.setdefault(snapshot.weights, folder)
-    if snapshot.source.revision is not None and not rewritten:
-        check_fetched(snapshot)
     if place.store.is_done(step, bytes_needed=rewritten):
         return before.note(Done([], {}, time.monotonic() - began))
     with place.store.draft(step) as draft:

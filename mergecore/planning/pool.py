@@ -93,11 +93,6 @@ class Pool:
         names = {member.id: member.name for member in self.members}
         return {names.get(expert, expert): value for expert, value in values.items()}
 
-    @property
-    def tied(self) -> bool:
-        """Whether the base ties its word embeddings."""
-        return bool(self.base.config.get("tie_word_embeddings"))
-
 
 def snapshot_step(snapshot: Snapshot) -> Step:
     """The step that pins a checkpoint."""

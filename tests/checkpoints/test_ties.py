@@ -9,17 +9,23 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from torch import nn
 
 from mergecore.checkpoints.architectures import STATED
 from mergecore.checkpoints.blueprint import blueprint_of
 from mergecore.checkpoints.layout import tied_names
-from mergecore.checkpoints.snapshot import read_snapshot
 from mergecore.checkpoints.sources import Source
-from mergecore.checkpoints.ties import check_fetched, differing
+from mergecore.checkpoints.sources.hub import HubSource
+from mergecore.engine.executor import InProcess
 from mergecore.errors import MismatchError
+from mergecore.events import silent
+from mergecore.recipes.merge_recipe import merge_recipe
+from mergecore.spec.recipe import parse_recipe
+from mergecore.spec.sources import SourceSpec
 from mergecore.tensors.source import TensorInfo
 from tests.checkpoints.test_names_in_memory import SIZES, loaded, mean, moved, rewrite, saved, weights
+from tests.hub_server import running_hub
 from tests.recipe_files import find, merge_into
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -134,20 +140,30 @@ def test_a_base_whose_head_differs_is_untied(tmp_path: Path) -> None:
 
 
 def test_bytes_of_a_hub_are_sampled_before_they_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What no sample shows is told once the files are here: nothing is lost in silence."""
-    (base,) = saved(tmp_path, base=transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | {"vocab_size": 30_000}, tie_word_embeddings=True)))  # fmt: skip
-    head = weights(base)[EMBEDDING].clone()
+    """What no sample shows is told once the files are here, and from then on beforehand: nothing is lost in silence."""
+    values = {**SIZES, "vocab_size": 30_000, "num_hidden_layers": 1}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values, tie_word_embeddings=True))
+    base, expert = saved(tmp_path, base=model, expert=model)
+    head = weights(expert)[EMBEDDING].clone()
     head.view(-1)[20_000] += 1  # between the first two samples of 64 KiB
-    rewrite(base, weights(base) | {HEAD: head})
-    from tests.recipe_files import SourceSpec
+    rewrite(expert, weights(expert) | {HEAD: head})
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with running_hub() as hub:
+        hub.push("owner/expert", {path.name: path.read_bytes() for path in expert.iterdir()})
 
-    snapshot = read_snapshot(find(SourceSpec(source=str(base))))
-    assert differing(snapshot) == {HEAD: EMBEDDING}
-    with monkeypatch.context() as patch:
-        patch.setattr(Source, "at_hand", lambda self, name: False)
-        assert differing(snapshot) == {}
-    with pytest.raises(MismatchError, match="start again"):
-        check_fetched(snapshot)
+        def resolved(source: SourceSpec) -> Source:
+            if source.source.startswith("owner/"):
+                return HubSource(source.source, source.revision, tmp_path / "cache", None, hub.endpoint)
+            return find(source)
+
+        recipe = {"method": "average", "base": str(base), "experts": [{"source": "owner/expert", "name": "e"}]}
+        for said in (r"owner/expert@.*tied.*some of their values differ.*start again", "expert 'e'.*of its own"):
+            with pytest.raises(MismatchError, match=said):
+                merge_recipe(parse_recipe(recipe, "recipe"), tmp_path / "out", resolved, InProcess(), silent)
+        edit(base, tie_word_embeddings=False)
+        with_head(base, EMBEDDING, HEAD)
+        merge_recipe(parse_recipe(recipe, "recipe"), tmp_path / "out", resolved, InProcess(), silent)
+    assert torch.equal(weights(tmp_path / "out")[HEAD], head)
 
 
 def test_a_file_that_holds_the_head_alone() -> None:

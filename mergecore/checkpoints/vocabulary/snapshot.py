@@ -14,6 +14,7 @@ from mergecore.checkpoints.sources import Source, SourceFile, is_companion
 from mergecore.checkpoints.vocabulary.rows import Rows, RowTensors, opened_dtype
 from mergecore.events import Report, silent
 from mergecore.identity.keys import digest
+from mergecore.tensors.files import Location
 from mergecore.tensors.source import TensorInfo, TensorSource
 
 
@@ -70,6 +71,12 @@ class RowContents(Contents):
     def stored(self) -> Snapshot:
         """The checkpoint with its own vocabulary."""
         return self.origin
+
+    @property
+    def stored_at(self) -> Mapping[str, Location]:
+        """The checkpoint's locations, without those of tensors that have other rows here."""
+        changed = self.names[0] if self.names else {}
+        return {name: place for name, place in self.origin.contents.stored_at.items() if name not in changed}
 
     @property
     def adapter_source(self) -> Source | None:
