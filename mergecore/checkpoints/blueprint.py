@@ -22,6 +22,9 @@ MANY = 4096
 REPEATED = re.compile(r"^(?:num_.*)?(?:n_layers?|layers|depth|blocks|stages)$|_(?:layers|blocks|depth)$")
 """Keys of a config that say how often something is repeated."""
 
+WITHOUT = frozenset({"quantization_config", "auto_map", "_attn_implementation", "attn_implementation"})
+"""Keys of a config that change no name, and may need code or a device that is not here."""
+
 
 @final
 @dataclass(frozen=True)
@@ -125,11 +128,11 @@ def _built(text: str) -> tuple[Blueprint | None, str]:
     with _quiet():
         try:
             model = _model(config, kind)
+            blueprint = None if model is None else _blueprint(model)
         except Exception as error:  # whatever a class of transformers makes of values that it was not written for
-            return None, f"transformers cannot build a '{kind}' from its config.json ({type(error).__name__}: {error})"
-        if model is None:
-            return None, f"transformers brings no model of type '{kind}'"
-        return _blueprint(model), ""
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            return None, f"transformers cannot build a '{kind}' from its config.json ({said})"
+    return blueprint, "" if blueprint else f"transformers brings no model of type '{kind}'"
 
 
 def _too_many(config: Mapping[str, Any]) -> str:
@@ -151,8 +154,7 @@ def _model(config: Mapping[str, Any], kind: str) -> Any:
 
     if kind not in CONFIG_MAPPING:
         return None
-    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-    built = CONFIG_MAPPING[kind].from_dict(_with_floats(plain))
+    built = CONFIG_MAPPING[kind].from_dict(_plain(config))
     architecture = next(iter(config.get("architectures") or []), None)
     model_class = _class(transformers, architecture, built)
     if model_class is None:
@@ -162,13 +164,16 @@ def _model(config: Mapping[str, Any], kind: str) -> Any:
         return model_class(built)
 
 
-def _with_floats(value: Any) -> Any:
-    """Return a JSON value with the floats that transformers writes as {"__float__": "Infinity"}."""
+def _plain(value: Any) -> Any:
+    """Return a configuration without what needs other code or hardware, at any depth.
+
+    Floats that transformers writes as {"__float__": "Infinity"} are floats again.
+    """
     if isinstance(value, Mapping):
         if value.keys() == {"__float__"}:
             return float(value["__float__"])
-        return {key: _with_floats(inner) for key, inner in value.items()}
-    return [_with_floats(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _plain(inner) for key, inner in value.items() if key not in WITHOUT}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _class(transformers: Any, architecture: Any, config: Any) -> Any:
@@ -189,6 +194,7 @@ def _class(transformers: Any, architecture: Any, config: Any) -> Any:
 def _blueprint(model: Any) -> Blueprint:
     """Return what is to be known of a model."""
     from torch import nn
+    from transformers.core_model_loading import apply_converters  # noqa: F401 (an older transformers has no such rules)
     from transformers.pytorch_utils import Conv1D
 
     linear = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mergecore.arithmetic.linear_algebra import nearest_low_rank, squared_norm
-from mergecore.checkpoints.adapters import adapter_config, module_of
+from mergecore.checkpoints.adapters import CONFIG, STEM, adapter_config, module_of
 from mergecore.checkpoints.architectures import EMBEDDINGS, TRANSPOSED
 from mergecore.checkpoints.blueprint import Blueprint, blueprint_of, in_memory, why_unknown
 from mergecore.checkpoints.experts import Expert
@@ -32,6 +32,7 @@ from mergecore.products.adapter_files import AdapterFile, write_config
 from mergecore.spec.sources import BaseSpec, ExpertSpec, Resolver
 from mergecore.spec.yaml_files import as_yaml
 from mergecore.tensors.dtypes import SAFETENSORS_DTYPE, Dtype
+from mergecore.tensors.files import open_file
 from mergecore.tensors.finite import KEEP_OUT, check_finite
 from mergecore.tensors.source import TensorInfo, TensorSource
 
@@ -119,9 +120,10 @@ def extract_lora(
         left_out = tuple(rows[name] for name in sorted(set(changed) - set(targets)) if rows[name].norm)
         extracted = Extracted(out, file.digest, file.size, taken, left_out, (*pool.warnings, *layers.warnings))
         config = adapter_config(ranks, pool.base.tensors, [{}], transposed, layers.modules, layers.known)
-        if layers.blueprint is not None:
-            check_loads(config, file.infos, layers.blueprint, str(out))
         write_config(draft, {**config, "base_model_name_or_path": base.known_as or pool.base.source.uri})
+        if layers.blueprint is not None:
+            written = open_file(draft / f"{STEM}.safetensors").tensors
+            check_loads(json.loads((draft / CONFIG).read_text()), written, layers.blueprint, str(out))
         record = record_of(extracted, pool, rank, dtype)
         (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n")
         (draft / "README.md").write_text(card(extracted, pool, rank))

@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 import tempfile
+import textwrap
 import traceback
 import warnings
 from collections import Counter
@@ -46,6 +47,7 @@ CLASSES = (
 )  # fmt: skip
 STACKED = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 """PEFT takes these for the experts of a mixture, which transformers keeps as one tensor: chosen last."""
+PART_ONLY = "transformers has no model of this type alone"
 STEPS = ("merged", "in memory", "folded", "extracted")
 PASSES, REFUSED, FAILS, NOT_BUILT, NONE = "passes", "refused", "fails", "not built", "nothing to do"
 
@@ -106,7 +108,7 @@ def class_of(config: Any) -> Any:
         if type(config) in mapping:
             chosen = mapping[type(config)]
             return chosen[0] if isinstance(chosen, tuple | list) else chosen
-    raise NotBuiltError("transformers has no model of this type alone")
+    raise NotBuiltError(PART_ONLY)
 
 
 def build(kind: str) -> nn.Module:
@@ -319,11 +321,13 @@ def table(rows: list[Row]) -> str:
         f"| type | class | {' | '.join(STEPS)} | why |",
         "|---" * (len(STEPS) + 3) + "|",
     ]
+    alone = [row.kind for row in rows if row.why == PART_ONLY]
     for row in sorted(rows, key=lambda row: (row.outcome == NOT_BUILT, row.kind)):
-        cells = [row.steps.get(step, "") or row.outcome for step in STEPS]
-        lines.append(
-            f"| {row.kind} | {row.name} | {' | '.join(cells)} | {row.why.replace('|', '/').replace(chr(10), ' ')} |"
-        )
+        if row.kind not in alone:
+            cells = [row.steps.get(step, "") or row.outcome for step in STEPS]
+            why = textwrap.shorten(row.why.replace("|", "/"), 400, placeholder=" …")
+            lines.append(f"| {row.kind} | {row.name} | {' | '.join(cells)} | {why} |")
+    lines += ["", f"{PART_ONLY.capitalize()} ({len(alone)}): {', '.join(sorted(alone))}."] if alone else []
     return "\n".join(lines) + "\n"
 
 

@@ -312,6 +312,15 @@ def test_a_model_that_transformers_does_not_build(config: dict[str, Any], said: 
     assert in_memory(config, ["a.weight"]) == {"a.weight": "a.weight"}
 
 
+def test_what_a_config_asks_of_hardware_changes_no_name() -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1,
+              "_attn_implementation": "flash_attention_2", "quantization_config": {"quant_method": "awq"}}  # fmt: skip
+    assert blueprint_of(config) is not None
+    assert in_memory(config, ["layers.0.mlp.up_proj.weight"]) == {
+        "layers.0.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"
+    }
+
+
 def test_an_ordinary_merge_does_not_import_transformers(tmp_path: Path) -> None:
     """Its start would take seconds longer. Names are the same, and config.json says what is tied."""
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
