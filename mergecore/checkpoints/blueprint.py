@@ -179,16 +179,24 @@ def _plain(value: Any) -> Any:
 def _class(transformers: Any, architecture: Any, config: Any) -> Any:
     """Return the class that config.json names; else what AutoModel takes, or a class with a head; None: neither."""
     named: Any = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
-    is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
-    if is_model and named.config_class is type(config):
-        return named
     auto = transformers.models.auto.modeling_auto
-    mappings = (auto.MODEL_MAPPING, auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_PRETRAINING_MAPPING)
-    for mapping in mappings:
-        if type(config) in mapping:
-            model_class = mapping[type(config)]
-            return model_class[0] if isinstance(model_class, tuple | list) else model_class
+    mappings = [value for name, value in vars(auto).items() if re.fullmatch(r"MODEL_(?:FOR_\w+_)?MAPPING", name)]
+    is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    # A class may serve several kinds of configuration; then only these tables know.
+    if is_model and (named.config_class is type(config) or any(named in _classes(each, config) for each in mappings)):
+        return named
+    for mapping in (auto.MODEL_MAPPING, auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_PRETRAINING_MAPPING):
+        for model_class in _classes(mapping, config):
+            return model_class
     return None
+
+
+def _classes(mapping: Any, config: Any) -> tuple[Any, ...]:
+    """Return the classes that a table of transformers has for a configuration."""
+    if type(config) not in mapping:
+        return ()
+    chosen = mapping[type(config)]
+    return tuple(chosen) if isinstance(chosen, tuple | list) else (chosen,)
 
 
 def _blueprint(model: Any) -> Blueprint:
