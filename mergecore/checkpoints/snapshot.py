@@ -10,7 +10,7 @@ from typing import Any, final
 
 from mergecore.checkpoints.architectures import Layers, at_layers
 from mergecore.checkpoints.leftovers import check_whole
-from mergecore.checkpoints.sources import Source
+from mergecore.checkpoints.sources import Source, decides
 from mergecore.checkpoints.sources.selection import ADAPTER_CONFIG, INDEX_ENDING, read_object, weight_map
 from mergecore.errors import SourceError
 from mergecore.identity.keys import digest
@@ -99,7 +99,7 @@ class Snapshot:
     kind: 'full' or 'adapter'.
     tensors: dtypes as the files have them; shapes as the tensors open.
     weights: digest over the weight files. An adapter's includes its configuration: alpha and rank are numbers too.
-    companions: digest over config, tokenizer, chat template and the like.
+    companions: digest over config, tokenizer, chat template and the like; licences and texts do not count.
     contents: how the tensors are had.
     """
 
@@ -149,12 +149,15 @@ def read_snapshot(source: Source) -> Snapshot:
     for name in weights:
         for tensor, (info, offset) in read_header(source, name).items():
             if tensor in tensors:
-                raise SourceError(f"{source.uri}: tensor '{tensor}' stands in {locations[tensor][0]} and in {name}")
+                raise SourceError(
+                    f"{source.uri}: tensor '{tensor}' stands in {locations[tensor][0]} and in {name}; keep one of the "
+                    "two files in the folder, or the index that says which is read"
+                )
             tensors[tensor], locations[tensor] = info, (name, offset)
     _check_index(source, locations)
     check_whole(tensors, {tensor: file for tensor, (file, _) in locations.items()}, source.uri)
     counted = weights + ([ADAPTER_CONFIG] if kind == "adapter" else [])
-    rest = sorted(name for name in source.files if name not in counted and not name.endswith(".index.json"))
+    rest = sorted(name for name in source.files if name not in counted and decides(name))
     config_name = ADAPTER_CONFIG if kind == "adapter" else "config.json"
     return Snapshot(
         source,

@@ -21,10 +21,11 @@ def model_card(
     origin: Mapping[str, Any],
     scores: Mapping[str, float] | None = None,
     of_product: Sequence[str] = (),
+    warnings: Sequence[str] = (),
 ) -> str:
     """Return README.md of a merged model: its inputs with their digests, and the recipe as it can be run again.
 
-    of_product: lines on what the product is, where it is no dense model.
+    of_product: lines on what the product is, where it is no dense model. warnings: what is to be known of the inputs.
     """
     base = origin["base"]["source"]
     head = {"base_model": [base, *(expert["source"] for expert in origin["experts"])], "tags": ["merge", "mergeloom"]}
@@ -54,6 +55,8 @@ def model_card(
         named = [expert["name"] for expert in origin["experts"] if expert["name"] in ids]
         lines += [f"| {name} | `{ids[name]}` |" for name in named]
     lines += ["", *of_product] if of_product else []
+    if warnings:
+        lines += ["", "To be known of its inputs:", "", *(f"- {warning}" for warning in warnings)]
     if scores:
         lines += ["", "| score | value |", "|---|---|"]
         lines += [f"| {name} | {value:.4f} |" for name, value in scores.items()]

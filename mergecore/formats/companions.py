@@ -1,4 +1,4 @@
-"""The files that go with a model's weights: config, tokenizer, chat template."""
+"""The files that go with a model's weights: config, tokenizer, chat template and other small files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from mergecore.checkpoints.snapshot import Snapshot
 from mergecore.checkpoints.sources.selection import ADAPTER_CONFIG
 from mergecore.tensors.dtypes import CONFIG_DTYPE
 
+DIFFUSERS = "_class_name"
+"""The key of config.json that names the class of a part of a diffusers pipeline. Such a config names no dtype."""
+
 
 def write_companions(folder: Path, snapshot: Snapshot, at: Path, dtypes: Sequence[str]) -> None:
-    """Copy the small files of `snapshot` (config, tokenizer, chat template …) from the folder `at` beside merged
-    weights.
+    """Copy the small files of `snapshot` (config, tokenizer, licence …) from the folder `at` beside merged weights.
 
     dtypes: safetensors names of the floating-point tensors that were written. Where there is one, the config names it.
     """
@@ -25,7 +27,7 @@ def write_companions(folder: Path, snapshot: Snapshot, at: Path, dtypes: Sequenc
         target.parent.mkdir(parents=True, exist_ok=True)
         if name == "config.json":
             config = dict(snapshot.config)
-            if len(set(dtypes)) == 1 and dtypes[0] in CONFIG_DTYPE:
+            if len(set(dtypes)) == 1 and dtypes[0] in CONFIG_DTYPE and DIFFUSERS not in config:
                 key = "torch_dtype" if "torch_dtype" in config else "dtype"
                 config[key] = CONFIG_DTYPE[dtypes[0]]
             target.write_text(json.dumps(config, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mergecore.checkpoints.sources.selection import weights_stem
 from mergecore.errors import StoreError
 from mergecore.planning.pool import Pool
 from mergecore.planning.work import MergeWork
@@ -29,4 +30,5 @@ def finished_merge(store: Store, pool: Pool, merge: MergeWork) -> FinishedMerge:
         record.digest,
         published.size,
         record.result,
+        weights_stem(pool.base.source.files),
     )

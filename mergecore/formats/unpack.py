@@ -40,9 +40,11 @@ def unpack(
     model = MaskedModel(product.tensors, model.row, stored_as(model.tensors, dtype))
     with whole_directory(out, durable) as draft:
         digest = _write(model, draft, shard_size, report)
-        for path in sorted(folder.iterdir()):
-            if path.is_file() and path.name not in {*OWN, *product.record.files}:
-                shutil.copyfile(path, draft / path.name)
+        for path in sorted(folder.rglob("*")):
+            name = str(path.relative_to(folder))
+            if path.is_file() and name not in {*OWN, *product.record.files}:
+                (draft / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, draft / name)
         _set_dtype(draft / "config.json", {info.dtype for info in model.tensors.values() if info.dtype in MERGED})
         (draft / "README.md").write_text(_card(product.record, task, digest))
     return digest

@@ -36,6 +36,7 @@ from mergecore.planning.compatibility import (
     float64_warnings,
     tokenizer_warnings,
 )
+from mergecore.planning.side_files import side_file_warnings
 from mergecore.spec.sources import BaseSpec, ExpertSpec, Resolver, SourceSpec
 from mergecore.tensors.source import TensorInfo, TensorSource
 
@@ -180,6 +181,8 @@ def resolve_pool(
     full = {"base": ground, **{_called(m.name, m.snapshot): m.snapshot for m in members.values() if m.factors is None}}
     warnings += float64_warnings(full)
     warnings += _base_warnings([*members.values(), *([several] if several else [])], ground, base)
+    called = {_called(member.name, member.snapshot): member.snapshot for member in members.values()}
+    warnings += side_file_warnings(called, ground, tokenizer is not None, chat_template)
     return Pool(ground, members, several, tuple(warnings))
 
 

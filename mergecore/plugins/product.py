@@ -19,7 +19,8 @@ class FinishedMerge:
 
     method, values: the method's name and parameters. experts: {id: name} in fold order. model: the tensors of a dense
     model of it, as they are given out. base: the base's tensors; base_source: where the base comes from. folder, files:
-    where the written tensors lie. digest, size: of what was written. numbers: what its record says.
+    where the written tensors lie. digest, size: of what was written. numbers: what its record says. stem: how weight
+    files are called that a loader of the base's finds.
     """
 
     method: str
@@ -33,6 +34,7 @@ class FinishedMerge:
     digest: str
     size: int
     numbers: Mapping[str, Any]
+    stem: str = "model"
 
 
 @dataclass(frozen=True)

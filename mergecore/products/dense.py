@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
 from mergecore.plugins.product import FinishedMerge, Product, Published
 from mergecore.store.results import link_or_copy
+from mergecore.tensors.sinks import INDEX, STEM
 from mergecore.tensors.source import TensorInfo, stored_as
 
 
@@ -23,7 +25,13 @@ class DenseModel(Product):
         return stored_as(tensors, dtype)
 
     def publish(self, contents: FinishedMerge, folder: Path, dtype: str | None) -> Published:
-        """Link the weights. They are in the dtype that was asked for already."""
+        """Link the weights. They are in the dtype that was asked for already. Their names begin as the base's do."""
+        names = {name: contents.stem + name.removeprefix(STEM) for name in contents.files if name.startswith(STEM)}
         for name in contents.files:
-            link_or_copy(contents.folder / name, folder / name)
+            if name == INDEX and contents.stem != STEM:
+                index = json.loads((contents.folder / name).read_text())
+                index["weight_map"] = {tensor: names[file] for tensor, file in index["weight_map"].items()}
+                (folder / names[name]).write_text(json.dumps(index, indent=2) + "\n")
+            else:
+                link_or_copy(contents.folder / name, folder / names.get(name, name))
         return Published(contents.digest, contents.size, {})

@@ -199,19 +199,25 @@ def _settle(place: Place, merge: MergeWork, recipe: Recipe, draft: Path, read_fr
         if recipe.chat_template is not None:
             write_chat_template(draft, recipe.chat_template)
     origin = {**_origin(place.pool, merge.published.step, contents.numbers), **published.card}
-    _write_card(draft, _pinned(recipe, place.pool), origin, product.card_lines(published.card), read_from)
+    lines = product.card_lines(published.card)
+    _write_card(draft, _pinned(recipe, place.pool), origin, lines, place.pool.warnings, read_from)
     return published
 
 
 def _write_card(
-    draft: Path, recipe: dict[str, Any], origin: dict[str, Any], of_product: Sequence[str], read_from: Origin | None
+    draft: Path,
+    recipe: dict[str, Any],
+    origin: dict[str, Any],
+    of_product: Sequence[str],
+    warnings: Sequence[str],
+    read_from: Origin | None,
 ) -> None:
     """Write README.md and mergeloom.yaml. Results that do not stay go by the names that mergekit's form gave them."""
     remark = ""
     if read_from and (renamed := _called(recipe, read_from.called)) != recipe:
         recipe, origin = renamed, _called(origin, read_from.called)
         remark = f"Other documents of {MERGEKIT} made some of its inputs on the way: run that file to make it again."
-    card = model_card(recipe, origin, None, of_product)
+    card = model_card(recipe, origin, None, of_product, warnings)
     (draft / "README.md").write_text(f"{card}\n{remark}\n" if remark else card)
     (draft / "mergeloom.yaml").write_text((f"# {remark}\n" if remark else "") + as_yaml(recipe))
 

@@ -37,7 +37,7 @@ def register(place: Place, frontier: Frontier, cell: Cell, chosen_on: str, score
                 dtypes = sorted({info.dtype for info in merge.outputs.values()} & set(CONFIG_DTYPE))
                 write_companions(draft.path, base, place.folders[base.weights], dtypes)
             lines = merge.product.card_lines(published.card)
-            card = model_card(origin["recipe"], {**origin, **published.card}, scores, lines)
+            card = model_card(origin["recipe"], {**origin, **published.card}, scores, lines, plan.pool.warnings)
             (draft.path / "README.md").write_text(card)
             store.commit(draft, contents.digest, {"cell": cell.name}, made_with(began))
     path = registration_file(store, plan.spec.name)

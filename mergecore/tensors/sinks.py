@@ -19,7 +19,9 @@ from mergecore.tensors.files import OpenFiles
 from mergecore.tensors.source import TensorInfo
 from mergecore.tensors.torch_dtypes import DTYPES
 
-INDEX = "model.safetensors.index.json"
+STEM = "model"
+"""How the names of a model's files begin."""
+INDEX = f"{STEM}.safetensors.index.json"
 
 
 class Sink(ABC):
@@ -122,7 +124,7 @@ def no_room(path: Path, size: int, error: OSError) -> CapacityError:
     return CapacityError(f"cannot write {size:,} bytes to {path}: {error.strerror}; free disk space and run again")
 
 
-def plan_shards(tensors: Mapping[str, TensorInfo], shard_size: int, stem: str = "model") -> list[Shard]:
+def plan_shards(tensors: Mapping[str, TensorInfo], shard_size: int, stem: str = STEM) -> list[Shard]:
     """Distribute tensors, sorted by name, over files of at most `shard_size` bytes. A larger tensor has a file of its
     own.
     """

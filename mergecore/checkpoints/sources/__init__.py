@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mergecore.checkpoints.sources.side_files import is_document
 from mergecore.events import Report
 
 
@@ -30,10 +31,11 @@ class Source(ABC):
     revision: str | None
     """The commit it was resolved to, None for a local directory."""
     _files: Mapping[str, SourceFile] | None = None
+    _left_out: tuple[str, ...] = ()
 
     @property
     def files(self) -> Mapping[str, SourceFile]:
-        """Every file that matters (weights, index, config, tokenizer, chat template, adapter config), by name.
+        """Every file that matters (weights, index, config, tokenizer and other small files), by name.
 
         The files are listed at the first call.
         """
@@ -41,6 +43,11 @@ class Source(ABC):
         if self._files is None:
             self._files = self._list_files()
         return self._files
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The names of the files beside these that do not go with a merge."""
+        return self._left_out if self.files else ()
 
     @abstractmethod
     def _list_files(self) -> Mapping[str, SourceFile]:
@@ -78,3 +85,8 @@ class Source(ABC):
 def is_companion(name: str) -> bool:
     """Return whether a file is neither weights nor an index of weights."""
     return not name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def decides(name: str) -> bool:
+    """Return whether a companion can change what a model computes or says. Licences, texts and pictures cannot."""
+    return is_companion(name) and not name.endswith(".index.json") and not is_document(name)

@@ -17,8 +17,8 @@ from pathlib import Path
 from mergecore.checkpoints.sources import Source, SourceFile
 from mergecore.checkpoints.sources.digests import DigestCache
 from mergecore.checkpoints.sources.hub_client import LIBRARY, HubClient, Progress, not_cached, other_content
-from mergecore.checkpoints.sources.local import names_below, piece
-from mergecore.checkpoints.sources.selection import files_that_matter
+from mergecore.checkpoints.sources.local import piece, sizes_below
+from mergecore.checkpoints.sources.selection import files_that_matter, left_out
 from mergecore.errors import CapacityError, SourceError, nearest
 from mergecore.events import Report
 
@@ -88,17 +88,22 @@ class HubSource(Source):
         listing = self._listing(self._commit)
         if listing.exists():
             listed = json.loads(listing.read_text())
-            return {name: SourceFile(int(size), str(sha256)) for name, (size, sha256) in listed.items()}
+            self._left_out = tuple(listed["left_out"])
+            return {name: SourceFile(int(size), str(sha256)) for name, (size, sha256) in listed["files"].items()}
         offered = self._offered if self._offered is not None else self._cached()
-        names = files_that_matter(offered, lambda name: self._small(name).read_bytes(), self.uri)
+        sizes = {name: file.size for name, file in offered.items()}
+        names = files_that_matter(sizes, lambda name: self._small(name).read_bytes(), self.uri)
+        self._left_out = left_out(offered, names)
         with ThreadPoolExecutor(8) as pool:
             files = dict(zip(names, pool.map(lambda name: self._hashed(name, offered[name]), names), strict=True))
         if not self._client.offline:
-            _write(listing, json.dumps({name: [file.size, file.sha256] for name, file in files.items()}))
+            known = {name: [file.size, file.sha256] for name, file in files.items()}
+            _write(listing, json.dumps({"files": known, "left_out": self._left_out}))
         return files
 
     def _listing(self, commit: str) -> Path:
-        return self._client.folder / LIBRARY / f"{commit}.json"
+        # Version 0.1.0 listed fewer of the files beside the weights, under the commit's name alone.
+        return self._client.folder / LIBRARY / f"{commit}-files.json"
 
     @property
     def _folder(self) -> Path:
@@ -110,7 +115,7 @@ class HubSource(Source):
         folder = self._folder
         if not folder.is_dir():
             raise not_cached(self.uri, self._client.cache)
-        blobs = {name: (folder / name).resolve() for name in names_below(folder)}
+        blobs = {name: (folder / name).resolve() for name in sizes_below(folder)}
         return {
             name: SourceFile(blob.stat().st_size, blob.name if SHA256.fullmatch(blob.name) else None)
             for name, blob in blobs.items()

@@ -9,7 +9,7 @@ from typing import Any
 
 from mergecore.checkpoints.sources import Source, SourceFile
 from mergecore.checkpoints.sources.digests import DigestCache, stamp
-from mergecore.checkpoints.sources.selection import files_that_matter
+from mergecore.checkpoints.sources.selection import files_that_matter, left_out
 from mergecore.errors import SourceError, nearest
 from mergecore.events import Report, silent
 
@@ -32,10 +32,12 @@ class LocalSource(Source):
         if not self._path.is_dir():
             raise SourceError(f"'{path}' is a file; give the folder that holds the checkpoint: '{self._path.parent}'")
         try:
-            names = files_that_matter(names_below(self._path), lambda name: (self._path / name).read_bytes(), self.uri)
+            sizes = sizes_below(self._path)
+            names = files_that_matter(sizes, lambda name: (self._path / name).read_bytes(), self.uri)
         except OSError as error:
             raise SourceError(f"'{path}' cannot be read: {error.strerror}") from error
         self._stamps = {name: stamp(self._path / name) for name in names}
+        self._left_out = left_out(sizes, names)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out `report`, which stays in its process."""
@@ -80,15 +82,15 @@ def piece(path: Path, start: int, length: int) -> bytes:
     return content
 
 
-def names_below(folder: Path) -> list[str]:
-    """Return the files of a folder and of the folders in it, as 'file' or 'folder/file', sorted."""
-    names = []
+def sizes_below(folder: Path) -> dict[str, int]:
+    """Return the bytes of each file of a folder and of the folders in it, as 'file' or 'folder/file', sorted."""
+    paths = []
     for path in folder.iterdir():
         if path.is_file():
-            names.append(path.name)
+            paths.append(path)
         elif path.is_dir() and not path.name.startswith("."):
-            names.extend(f"{path.name}/{inner.name}" for inner in path.iterdir() if inner.is_file())
-    return sorted(names)
+            paths.extend(inner for inner in path.iterdir() if inner.is_file())
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(paths)}
 
 
 def nearest_folder(path: Path) -> str:

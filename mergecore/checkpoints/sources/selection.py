@@ -3,49 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
-from fnmatch import fnmatch
+import re
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from mergecore.checkpoints.sources.side_files import REPLACED, side_files
 from mergecore.errors import SourceError
-
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "*spiece*",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Patterns of the files beside the weights, all at the top of the folder."""
 
 INDEX = "model.safetensors.index.json"
 INDEX_ENDING = ".safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-TEMPLATES = "additional_chat_templates/"
+VARIANT = re.compile(
+    r"^(?P<stem>[^.]+)\.(?:(?:fp|bf|float|bfloat)\d+\w*|(?:non_)?ema)(?:-\d+-of-\d+)?\.safetensors(?:\.index\.json)?$"
+)
+"""The name of weights in another precision beside the usual ones: diffusers writes model.fp16.safetensors."""
+SHARD = re.compile(r"-\d+-of-\d+")
+LOADED_BY_NAME = ("diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model")
+"""How weight files begin that a library other than transformers looks for by name."""
 
 
-def files_that_matter(names: Collection[str], read: Callable[[str], bytes], where: str) -> tuple[str, ...]:
-    """Return the files of a checkpoint, sorted. names: all files, '/' between folders. read: returns a small file's
-    bytes.
+def files_that_matter(sizes: Mapping[str, int], read: Callable[[str], bytes], where: str) -> tuple[str, ...]:
+    """Return the files of a checkpoint, sorted. sizes: bytes of all files, '/' between folders. read: returns a small
+    file's bytes.
 
     model.safetensors decides where there is one, as `transformers` reads it; an index beside it is left over, unless it
-    names that file. Then an index decides, then an adapter, then every safetensors file at the top. Raises SourceError
-    where there are no safetensors, or where the index cannot be read or names what is missing.
+    names that file. Then an index decides, then an adapter, then every safetensors file at the top. Of twins in two
+    precisions the one without a variant in its name is read. Raises SourceError where there are no safetensors, or
+    where the index cannot be read or names what is missing.
     """
-    top = {name for name in names if "/" not in name}
-    kept = {name for name in top if any(fnmatch(name, pattern) for pattern in COMPANIONS)}
-    kept |= {name for name in names if name.startswith(TEMPLATES)}
+    top = {name for name in sizes if "/" not in name}
+    kept = side_files(sizes, read)
+    top -= _variants(top)
+    names = sizes.keys()
     weights = sorted(name for name in top if name.endswith(".safetensors"))
     indices = sorted(name for name in top if name.endswith(INDEX_ENDING))
     index = INDEX if INDEX in top else indices[0] if len(indices) == 1 and SINGLE not in top else None
@@ -64,6 +55,30 @@ def files_that_matter(names: Collection[str], read: Callable[[str], bytes], wher
     else:
         raise SourceError(f"{where} holds no safetensors weights. {_remedy(sorted(top), where)}")
     return tuple(sorted(kept))
+
+
+def left_out(names: Collection[str], files: Collection[str]) -> tuple[str, ...]:
+    """Return what does not go with a merge, sorted, without hidden files and what a merge writes itself."""
+    rest = set(names) - set(files) - set(REPLACED)
+    return tuple(sorted(name for name in rest if not any(part.startswith(".") for part in name.split("/"))))
+
+
+def weights_stem(names: Collection[str]) -> str:
+    """Return how the weight files of a merge are called, from those of its base: 'model', or the name that the base's
+    library looks for.
+    """
+    stems = {name.partition(".")[0] for name in names if name.endswith(".safetensors") and "/" not in name}
+    stems = {SHARD.sub("", stem) for stem in stems}
+    return next((stem for stem in LOADED_BY_NAME if stems == {stem}), "model")
+
+
+def _variants(top: Collection[str]) -> set[str]:
+    """Return the weight files that lie beside the same in the usual precision."""
+    usual = {SHARD.sub("", name.removesuffix(".index.json")) for name in top if VARIANT.match(name) is None}
+    matches = ((name, VARIANT.match(name)) for name in top)
+    return {
+        name for name, match in matches if match is not None and f"{SHARD.sub('', match['stem'])}.safetensors" in usual
+    }
 
 
 def weight_map(content: bytes, where: str) -> dict[str, str]:

@@ -8,9 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mergecore.checkpoints.snapshot import Snapshot, read_json
+from mergecore.checkpoints.sources import decides
 from mergecore.checkpoints.vocabulary.configuration import config_with, ends_in, ids_in, plain_ids
 from mergecore.checkpoints.vocabulary.result import ResultTokenizer
-from mergecore.checkpoints.vocabulary.tokenizer import SETTINGS, TOKENIZER, Tokenizer
+from mergecore.checkpoints.vocabulary.tokenizer import SETTINGS, TOKENIZER, Tokenizer, few
 from mergecore.errors import MismatchError
 
 CONFIG = "config.json"
@@ -79,10 +80,14 @@ def changed_files(result: ResultTokenizer, base: Snapshot, owner: Snapshot) -> d
 
 
 def files_of_tokenizer(base: Snapshot, owner: Snapshot) -> dict[str, bytes | None]:
-    """Return the owner's tokenizer files in place of the base's, and its special tokens in generation_config.json."""
+    """Return the owner's tokenizer files in place of the base's, and its special tokens in generation_config.json.
+
+    The owner's processors, poolings and the like take the place of the base's too: they were made for its tokens. Code
+    and configuration stay with the base.
+    """
     changed: dict[str, bytes | None] = {name: None for name in base.source.files if of_tokenizer(name)}
     for name, file in owner.source.files.items():
-        if of_tokenizer(name):
+        if of_tokenizer(name) or _beside_tokenizer(name):
             changed[name] = owner.source.read(name, 0, file.size)
     ours, theirs = (
         read_json(model.source, GENERATION) if GENERATION in model.source.files else None for model in (base, owner)
@@ -92,6 +97,10 @@ def files_of_tokenizer(base: Snapshot, owner: Snapshot) -> dict[str, bytes | Non
         ids = {key: owner_ids[key] for key in ours or {} if key in owner_ids} if theirs is None else theirs
         changed[GENERATION] = _json(config_with(ours or {}, ids))
     return changed
+
+
+def _beside_tokenizer(name: str) -> bool:
+    return decides(name) and name not in (CONFIG, GENERATION) and not name.endswith(".py")
 
 
 def settings_with(result: ResultTokenizer) -> dict[str, Any]:
@@ -119,10 +128,11 @@ def end_warnings(result: ResultTokenizer, owner: Snapshot, models: Sequence[tupl
     warnings = []
     for tokenizer, snapshot in models:
         theirs = _ends(snapshot, {number: token for token, number in tokenizer.tokens.items()})
-        if ends and theirs and not ends & theirs:
+        if theirs - ends:
+            own = f"the result with {_listing(ends)}" if ends else "the result with none that its configurations name"
             warnings.append(
-                f"{tokenizer.owner} ends its texts with {_listing(theirs)}, the result with {_listing(ends)}: it may "
-                f"not stop where {tokenizer.owner} would (tokenizer.source says whose special tokens it has)"
+                f"{tokenizer.owner} ends its texts with {_listing(theirs)}, {own}: it may not stop where "
+                f"{tokenizer.owner} would (tokenizer.source says whose special tokens it has)"
             )
     return warnings
 
@@ -132,6 +142,16 @@ def _ends(snapshot: Snapshot, names: Mapping[int, str]) -> set[str]:
     if GENERATION in snapshot.source.files:
         configs.append(read_json(snapshot.source, GENERATION))
     return {names[number] for config in configs for number in ends_in(config) if number in names}
+
+
+def token_warnings(result: ResultTokenizer, models: Sequence[Tokenizer]) -> list[str]:
+    """Warn of models with added tokens that the result lacks."""
+    lost = {model.owner: [token for token in model.added if token not in result.tokens] for model in models}
+    return [
+        f"{owner} has added tokens that the result lacks: {few(tokens)}; `tokenizer: union` has them all"
+        for owner, tokens in lost.items()
+        if tokens
+    ]
 
 
 def splitting_warnings(result: ResultTokenizer, models: Sequence[Tokenizer]) -> list[str]:

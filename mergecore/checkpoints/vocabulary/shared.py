@@ -16,6 +16,7 @@ from mergecore.checkpoints.vocabulary.companions import (
     files_of_tokenizer,
     splitting_warnings,
     template_warnings,
+    token_warnings,
 )
 from mergecore.checkpoints.vocabulary.configuration import config_with, counts_in, with_count
 from mergecore.checkpoints.vocabulary.index import Indices, Vocabulary, adapter_rows, chosen_rows, model_rows
@@ -100,6 +101,7 @@ def shared_vocabulary(
         if tokenizer.beyond
     ]
     warnings += end_warnings(result, owner.snapshot, [(tokenizers[model.name], model.snapshot) for model in models[1:]])
+    warnings += token_warnings(result, [tokenizers[model.name] for model in models[1:]])
     warnings += splitting_warnings(result, list(tokenizers.values()))
     text = template_of(owner.snapshot) if chat_template is None else chat_template
     warnings += template_warnings(text, chat_template, result, list(tokenizers.values()))

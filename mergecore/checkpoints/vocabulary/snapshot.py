@@ -10,7 +10,7 @@ from typing import Any, ClassVar, final
 
 from mergecore.checkpoints.architectures import Layers, at_layers
 from mergecore.checkpoints.snapshot import Contents, Snapshot
-from mergecore.checkpoints.sources import Source, SourceFile, is_companion
+from mergecore.checkpoints.sources import Source, SourceFile, decides
 from mergecore.checkpoints.vocabulary.rows import Rows, RowTensors, opened_dtype
 from mergecore.events import Report, silent
 from mergecore.identity.keys import digest
@@ -36,6 +36,7 @@ class RewrittenSource(Source):
             if content is not None
         }
         kept = {name: file for name, file in self._origin.files.items() if name not in self._changed}
+        self._left_out = self._origin.left_out
         return {**kept, **new}
 
     def read(self, name: str, start: int, length: int) -> bytes:
@@ -149,7 +150,7 @@ def with_rows(origin: Snapshot, rows: Rows, sources: Sequence[tuple[Snapshot, Ma
 def with_companions(snapshot: Snapshot, changed: Mapping[str, bytes | None], config: Mapping[str, Any]) -> Snapshot:
     """Return the same weights beside other files. changed: content by name; None where a file is no longer there."""
     source = RewrittenSource(snapshot.source, changed)
-    files = [[name, file.sha256] for name, file in sorted(source.files.items()) if is_companion(name)]
+    files = [[name, file.sha256] for name, file in sorted(source.files.items()) if decides(name)]
     companions = digest([files, dict(config)])
     if snapshot.as_stored is snapshot:
         weights = digest(["companions", snapshot.weights, companions])
