@@ -9,7 +9,7 @@ MergeloomError                what the command line shows without a traceback
 ├── StoreError                the store holds something that cannot be trusted or used
 ├── EvaluationError           a task that does not exist, or an evaluation that cannot be done
 ├── IdentityError             a value without a canonical form was about to enter a key
-├── PluginError               a plug-in of an installed package cannot be used
+├── PluginError               a plug-in or a module that a spec names cannot be used; never a step's failure
 └── ServiceError              Prefect, Dask or MLflow did not answer
 """
 
@@ -80,7 +80,10 @@ class IdentityError(MergeloomError):
 
 
 class PluginError(MergeloomError):
-    """A plug-in of an installed package cannot be used: its name is taken twice, or the package does not work."""
+    """A plug-in or a module that a spec names cannot be used: its name is taken twice, or it cannot be imported.
+
+    What is installed is no property of a step, so that it is never recorded as a step's failure.
+    """
 
 
 class ServiceError(MergeloomError):

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mergecore.checkpoints.sources.digests import file_sha256
-from mergecore.errors import EvaluationError, NonFiniteError, SpecError, nearest
+from mergecore.errors import EvaluationError, NonFiniteError, PluginError, SpecError, nearest
 from mergecore.evaluators.weights import blank, check_fit, fill
 from mergecore.events import Event, Report
 from mergecore.identity.keys import digest
@@ -72,6 +72,12 @@ class Classification(Evaluator):
     def documents(self, task: TaskIdentity, folder: Path | None) -> frozenset[str] | None:
         """Inputs and label of each item."""
         return frozenset(_items(_path(task.task, folder), task.split).documents[: task.items])
+
+    def check(self, config: Mapping[str, Any], files: Collection[str], chat_template: str | None) -> None:
+        """Make the module once. Raises what `open` does."""
+        if "config.json" not in files:
+            raise EvaluationError("there is no config.json to make the module from")
+        _module(self.model, config)
 
     def training_identity(self, tasks: Sequence[str], folder: Path | None) -> dict[str, Any]:
         """What `Resident.calibration` draws from, as plain JSON for a statistic's key."""
@@ -210,20 +216,34 @@ def _cumulative(norms: Sequence[Any]) -> Iterator[None]:
 
 
 def _made(factory: str, companions: Path) -> nn.Module:
-    """The module of a config. Raises EvaluationError without a config.json, SpecError for a factory that is not
-    there.
-    """
+    """The module of a folder's config. Raises EvaluationError without a config.json, and what `_module` does."""
     path = companions / "config.json"
     if not path.is_file():
         raise EvaluationError(f"{companions} holds no config.json: there is no model to score")
+    return _module(factory, json.loads(path.read_text()))
+
+
+def _module(factory: str, config: Mapping[str, Any]) -> nn.Module:
+    """The module of a config. Raises PluginError where the factory's file cannot be imported, SpecError for a factory
+    that is not there, EvaluationError for one that fails.
+    """
     name, _, attribute = factory.partition(":")
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
-        raise SpecError(f"model '{factory}': the module '{name}' cannot be imported ({error})") from error
+    except Exception as error:  # its own lines may raise anything
+        raise PluginError(
+            f"model '{factory}': the module '{name}' cannot be imported ({type(error).__name__}: {error}); install it, "
+            "or start in its folder, or put that on PYTHONPATH"
+        ) from error
     if not hasattr(module, attribute):
         raise SpecError(f"model '{factory}': '{name}' has no '{attribute}'; {nearest(attribute, vars(module))}")
-    network = getattr(module, attribute)(json.loads(path.read_text()))
+    try:
+        network = getattr(module, attribute)(dict(config))
+    except Exception as error:  # a factory may raise anything
+        raise EvaluationError(
+            f"model '{factory}' fails for this config.json: {type(error).__name__}: {error}; it is called with the "
+            "config as a dict and must return a torch module"
+        ) from error
     if not isinstance(network, nn.Module):
         raise SpecError(f"model '{factory}' gave a {type(network).__name__}, not a torch module")
     return network

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,7 @@ from mergecore.errors import EvaluationError
 from mergecore.evaluators.lm_loglikelihood import Encoded, Likelihood, batches, likelihoods
 from mergecore.evaluators.lm_prepared import LanguageItems, Prepared, prepare, training_items
 from mergecore.evaluators.lm_results import results_json, row, table
-from mergecore.evaluators.lm_shell import renamed, shell
+from mergecore.evaluators.lm_shell import check_scorable, renamed, shell
 from mergecore.evaluators.lm_tasks import TaskFile, build, documents_digest, find_task, lm_eval_version, quiet, tasks_in
 from mergecore.evaluators.weights import blank, check_fit, fill, mismatches
 from mergecore.events import Event, Report
@@ -66,6 +66,16 @@ class LmEval(Evaluator):
         """
         local = _local(folder)
         return {name: self._resolved(find_task(name, local), split) for name in tasks}
+
+    def check(self, config: Mapping[str, Any], files: Collection[str], chat_template: str | None) -> None:
+        """Check that there is a causal language model with a tokenizer, and a chat template where prompts need one."""
+        check_scorable(config, files)
+        if self.apply_chat_template and chat_template is None:
+            raise EvaluationError(
+                "evaluate.apply_chat_template is set, and there is no chat template: put chat_template.jinja beside "
+                "the checkpoint, take an expert's tokenizer and template (`tokenizer: NAME`), or leave "
+                "apply_chat_template out"
+            )
 
     def documents(self, task: TaskIdentity, folder: Path | None) -> frozenset[str] | None:
         """Lines of local JSON files that nothing is done to before they are scored."""

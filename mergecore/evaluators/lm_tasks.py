@@ -197,7 +197,7 @@ def _json_lines(path: Path) -> int | None:
 
 
 def tasks_in(folder: Path) -> dict[str, TaskFile]:
-    """Every task file under `folder` by task name. Files that are no task are passed over; twins are refused."""
+    """Every file of a task or of a group under `folder`, by name. Other files are passed over; twins are refused."""
     files: dict[str, TaskFile] = {}
     for path in sorted(folder.rglob("*.yaml")):
         try:
@@ -205,7 +205,9 @@ def tasks_in(folder: Path) -> dict[str, TaskFile]:
         except EvaluationError:
             continue  # lm-eval passes over it too: a folder may hold other YAML files
         name = config.get("task")
-        if not isinstance(name, str) or "group" in config:
+        if "group" in config:
+            name = config["group"] if isinstance(name, list) else None
+        if not isinstance(name, str):
             continue
         if name in files:
             raise EvaluationError(f"task '{name}' is in both {files[name].path.name} and {path.name}; rename one")
@@ -227,6 +229,12 @@ def find_task(name: str, local: Mapping[str, TaskFile]) -> TaskFile:
     name.
     """
     if name in local:
+        if "group" in local[name].config:
+            entries = local[name].config["task"]
+            inner = [str(entry.get("task")) if isinstance(entry, Mapping) else str(entry) for entry in entries]
+            raise EvaluationError(
+                f"'{name}' is a group of {', '.join(inner)}; name its tasks one by one, the means are taken here"
+            )
         return local[name]
     kind, path = _own_index().get(name, ("", None))
     if kind in ("GROUP", "TAG"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mergecore.errors import MergeloomError, masked
+from mergecore.errors import MergeloomError, PluginError, masked
 from mergecore.identity.keys import Step
 from mergecore.store.store import Store
 
@@ -47,7 +47,12 @@ class Done:
 
 
 def failed(store: Store, steps: Sequence[Step], error: Exception) -> Done:
-    """Record why the steps that are not done failed, with the traceback; return their reasons."""
+    """Record why the steps that are not done failed, with the traceback; return their reasons.
+
+    Raise the error where it is a PluginError: once the module is there the same steps go through.
+    """
+    if isinstance(error, PluginError):
+        raise error
     open_steps = [step for step in steps if not store.is_done(step)]
     for step in open_steps:
         store.fail(step, reason(error), "".join(traceback.format_exception(error)))

@@ -14,7 +14,7 @@ from pyarrow import parquet
 from mergecore.checkpoints.experts import Expert
 from mergecore.checkpoints.folded import FoldedTensors
 from mergecore.checkpoints.sources.digests import file_sha256
-from mergecore.errors import EvaluationError
+from mergecore.errors import EvaluationError, PluginError
 from mergecore.events import silent
 from mergecore.execution.outcome import RECORDED, Done, failed, made_with
 from mergecore.identity.keys import Step
@@ -79,7 +79,13 @@ def resident(bench: Bench, companions: Path, companions_digest: str, dtype: str 
     key = (str(evaluator.parameters()), companions_digest)
     if key not in _RESIDENTS:
         _RESIDENTS.clear()
-        _RESIDENTS[key] = evaluator.open(companions, bench.tasks)
+        try:
+            _RESIDENTS[key] = evaluator.open(companions, bench.tasks)
+        except ImportError as error:
+            raise PluginError(
+                f"evaluate: '{evaluator.name}' needs a module that cannot be imported here ({error}); install it where "
+                "scoring runs and start again: nothing was recorded as failed"
+            ) from error
         _RESIDENTS[key].model.to(bench.device)
     return _RESIDENTS[key]
 

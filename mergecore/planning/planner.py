@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergecore.errors import MergeloomError, SpecError
+from mergecore.checkpoints.snapshot import Snapshot
+from mergecore.checkpoints.vocabulary.tokenizer import template_of
+from mergecore.errors import EvaluationError, MergeloomError, SpecError
 from mergecore.identity.keys import Step, digest
 from mergecore.methods.average import Average
 from mergecore.planning.cells import Cell, Plan, PlannedSearch
@@ -36,6 +38,9 @@ def make_plan(spec: Spec, pool: Pool, root: Path) -> Plan:
         limits = {"limit": evaluate.validation.limit}
         evaluators["validation"] = _evaluator(evaluate, limits)
     evaluators["test"] = _evaluator(evaluate, {})
+    if reason := unscorable(evaluators["test"], pool.base):
+        where = f"the base ({pool.base.source.uri})"
+        raise EvaluationError(f"merges go with config and tokenizer of {where} and cannot be scored: {reason}")
     suite = Suite(
         {category: tuple(tasks) for category, tasks in evaluate.held_in.items()},
         {category: tuple(tasks) for category, tasks in evaluate.held_out.items()},
@@ -53,6 +58,15 @@ def make_plan(spec: Spec, pool: Pool, root: Path) -> Plan:
     return Plan(
         spec, pool, suite, (*cells, *refused), evaluators, tasks, folder, searches, planner.candidate_cell, notes
     )  # fmt: skip
+
+
+def unscorable(evaluator: Evaluator, snapshot: Snapshot) -> str:
+    """Return why models with a checkpoint's companions cannot be scored; '' where they can."""
+    try:
+        evaluator.check(snapshot.config, snapshot.source.files, template_of(snapshot))
+    except EvaluationError as error:
+        return str(error)
+    return ""
 
 
 def deciding(spec: Spec, tasks: Sequence[str], searches: Sequence[Searched] | None = None) -> tuple[str, ...]:
@@ -127,13 +141,16 @@ class Planner:
     def cells(self) -> Iterator[Cell]:
         """Yield the baselines, then every merge by count, subset and method."""
         base = snapshot_step(self.pool.base.as_stored)
+        refused = self._unscorable(self.pool.base.as_stored)
+        tasks = () if refused else self.suite.tasks
         yield Cell(
             id=base.key[:16],
             kind="base",
             name="base",
             model=base,
-            tasks=self.suite.tasks,
-            deciding=self._deciding(self.suite.tasks),
+            tasks=tasks,
+            refused=refused,
+            deciding=self._deciding(tasks),
         )
         for member in self.pool.members:
             own = member.tasks if member.name in self.pool.experts else None
@@ -149,6 +166,11 @@ class Planner:
                 if cell.id not in seen:
                     seen.add(cell.id)
                     yield cell
+
+    def _unscorable(self, snapshot: Snapshot) -> str:
+        """Return why a checkpoint cannot be scored as it stands. Companions that are the base's were checked."""
+        checked = snapshot.companions == self.pool.base.companions
+        return "" if checked else unscorable(self.evaluator, snapshot)
 
     def drawn(self, counts: Sequence[int]) -> Iterator[tuple[int, int, tuple[str, ...]]]:
         """Yield count, subset and experts of every drawing. Of drawings with the same experts only the first is
@@ -179,10 +201,11 @@ class Planner:
         experts = (member.name,) if kind == "expert" else ()
         if member.factors is None:
             step, merge = snapshot_step(member.snapshot.as_stored), None
-            key = step.key
+            key, refused = step.key, self._unscorable(member.snapshot.as_stored)
         else:
             merge = self.builder.build(Average(), [member])
-            step, key = merge.step, digest(["baseline", merge.step.key])
+            step, key, refused = merge.step, digest(["baseline", merge.step.key]), ""
+        tasks = () if refused else tasks
         return Cell(
             id=key[:16],
             kind=kind,
@@ -193,6 +216,7 @@ class Planner:
             merge=merge,
             member=member,
             tasks=tasks,
+            refused=refused,
             deciding=self._deciding(tasks),
         )
 

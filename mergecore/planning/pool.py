@@ -36,6 +36,7 @@ from mergecore.planning.compatibility import (
     float64_warnings,
     tokenizer_warnings,
 )
+from mergecore.planning.computation import check_computation
 from mergecore.planning.side_files import side_file_warnings
 from mergecore.spec.sources import BaseSpec, ExpertSpec, Resolver, SourceSpec
 from mergecore.tensors.source import TensorInfo, TensorSource
@@ -154,7 +155,7 @@ def resolve_pool(
     warnings, members = list(notes), dict[str, Member]()
     taken, told = _read_experts(experts, read_base, resolve, stack, report)
     warnings += told
-    rows = None
+    rows, computing = None, dict[str, list[str]]()
     if tokenizer is not None:
         shared = shared_vocabulary(ground, taken, tokenizer, chat_template)
         ground, taken, rows = shared.base, dict(shared.experts), shared.adapters
@@ -166,6 +167,9 @@ def resolve_pool(
         member = _stacked(expert, taken[expert.name], read_base, ground, select, stack)
         if tokenizer is None:
             warnings += tokenizer_warnings(member.snapshot, ground, _called(member.name, member.snapshot))
+        if member.factors is None:
+            said = check_computation(ground.config, member.snapshot.config, _called(member.name, member.snapshot))
+            computing.setdefault(said, []).append(_called(member.name, member.snapshot))
         if rows is not None and member.factors is not None:
             member = _updated(member, ground, rows)
         same = next((other.name for other in members.values() if other.id == member.id), None)
@@ -181,6 +185,7 @@ def resolve_pool(
     full = {"base": ground, **{_called(m.name, m.snapshot): m.snapshot for m in members.values() if m.factors is None}}
     warnings += float64_warnings(full)
     warnings += _base_warnings([*members.values(), *([several] if several else [])], ground, base)
+    warnings += [f"{', '.join(names)}: {said}" for said, names in computing.items() if said]
     called = {_called(member.name, member.snapshot): member.snapshot for member in members.values()}
     warnings += side_file_warnings(called, ground, tokenizer is not None, chat_template)
     return Pool(ground, members, several, tuple(warnings))

@@ -99,7 +99,10 @@ def ends_of(snapshot: Snapshot) -> set[int]:
 def _template(expert: Snapshot, ground: Snapshot, own_tokenizer: bool) -> Iterator[str]:
     ours, theirs = template_of(ground), template_of(expert)
     if theirs is not None and ours is None and not own_tokenizer:
-        yield "a chat template lies there, and the result has none; give one as `chat_template`"
+        yield (
+            "a chat template lies there, and the result has none; give one as `chat_template` of a recipe, or put one "
+            "beside the base"
+        )
     elif theirs is not None and ours is not None and theirs != ours:
         yield "has another chat template than the result; `chat_template` chooses one"
 

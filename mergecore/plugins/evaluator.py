@@ -8,7 +8,7 @@ place.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +57,13 @@ class Evaluator(Plugin, ABC):
         None: more than the task's files would have to be read.
         """
         return None
+
+    def check(self, config: Mapping[str, Any], files: Collection[str], chat_template: str | None) -> None:
+        """Check that models can be scored, before any is made. Nothing is checked unless an evaluator does.
+
+        config: the models' config.json. files: the names of the files beside it. chat_template: of their tokenizer.
+        Raise EvaluationError where they cannot be scored, PluginError where a module cannot be imported.
+        """
 
     @abstractmethod
     def training_identity(self, tasks: Sequence[str], folder: Path | None) -> dict[str, Any]:

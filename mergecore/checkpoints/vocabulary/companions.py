@@ -187,7 +187,7 @@ def template_warnings(
         if owners:
             return [
                 f"{' and '.join(owners)}: a chat template lies there, and the result has none; give one as "
-                "`chat_template`"
+                "`chat_template` of a recipe, or put one beside the base"
             ]
         return []
     special = {token for model in models for token in model.added if len(token) > 2}

@@ -13,8 +13,6 @@ from mergecore.errors import MismatchError, SourceError
 TOKENIZER = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
-PROCESSOR = "chat_template.json"
-"""Where older processors of images have theirs."""
 MAP = "special_tokens_map.json"
 SLOW = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 """Files of a tokenizer that say no ids to us."""
@@ -181,14 +179,9 @@ def template_of(model: Snapshot) -> str | None:
     files = model.source.files
     if TEMPLATE in files:
         return model.source.read(TEMPLATE, 0, files[TEMPLATE].size).decode()
-    template = next(
-        (
-            text
-            for name in (SETTINGS, PROCESSOR)
-            if name in files and (text := read_json(model.source, name).get("chat_template"))
-        ),
-        None,
-    )
+    if SETTINGS not in files:
+        return None
+    template = read_json(model.source, SETTINGS).get("chat_template")
     if isinstance(template, list):
         template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
     return template if isinstance(template, str) else None
