@@ -65,10 +65,7 @@ def recipe_from(document: Document, lookup: Lookup, where: str) -> Translation:
     head = cast.head(decisions)
     stack = _stack(piles, cast, where)
     payloads = {name: cast.payload(decision) for name, decision in decisions.items()}
-    conditions = _conditions(document, cast)
-    by_stack = Condition(tuple(("", f"^{re.escape(stem)}") for stem in stacks_of(cast.ground)))
-    # Rules that tell stacks apart are worth it where layers of one number are not merged alike in all of them.
-    select = min((rules_for(payloads, chosen) for chosen in (conditions, [by_stack, *conditions])), key=len)
+    select = _rules(payloads, _conditions(document, cast), list(stacks_of(cast.ground)))
     recipe = {
         **head,
         "base": cast.entry(cast.base),
@@ -79,6 +76,15 @@ def recipe_from(document: Document, lookup: Lookup, where: str) -> Translation:
         **_tokenizer(document, cast, where),
     }
     return Translation(recipe, tuple(resolver.notes))
+
+
+def _rules(payloads: Mapping[str, Any], conditions: Sequence[Condition], stems: Sequence[str]) -> list[dict[str, Any]]:
+    """The fewest rules that say it: told apart by stack where layers of one number are not merged alike in all."""
+    plain = rules_for(payloads, conditions)
+    if len(stems) < 2:
+        return plain
+    by_stack = Condition(tuple(("", f"^{re.escape(stem)}") for stem in stems))
+    return min(plain, rules_for(payloads, [by_stack, *conditions]), key=len)
 
 
 class Cast:
