@@ -20,7 +20,8 @@ from mergecore.arithmetic.low_rank import (
     largest,
     rank_of_parts,
 )
-from mergecore.arithmetic.trims import RandomDrop, Shares, folded_sum, weighted
+from mergecore.arithmetic.trims import RandomDrop, Shares, folded_sum
+from mergecore.arithmetic.weights import weighted
 from mergecore.checkpoints.adapters import relative_error
 from mergecore.plugins.adapter_method import AdapterMethod, Combined, Updates
 from mergecore.plugins.examples import Examples
