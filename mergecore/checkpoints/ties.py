@@ -66,6 +66,8 @@ def untied(base: Snapshot) -> tuple[Snapshot, tuple[str, ...]]:
 
 def check_fetched(snapshot: Snapshot) -> None:
     """Raise MismatchError where tied tensors differ that looked alike before all of their bytes were there."""
+    if snapshot.source.revision is None:
+        return  # local files were compared whole
     stored = snapshot.contents.stored_at
     for name, owner in differing(snapshot).items():
         if name not in stored or owner not in stored:

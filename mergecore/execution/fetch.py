@@ -16,8 +16,7 @@ def fetch(place: Place, snapshot: Snapshot) -> Done:
     record's folder.
     """
     done = _fetched(place, snapshot)
-    if snapshot.source.revision is not None:
-        check_fetched(snapshot)
+    check_fetched(snapshot)
     return done
 
 

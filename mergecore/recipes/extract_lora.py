@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,27 +13,24 @@ import torch
 from torch import Tensor
 
 from mergecore.arithmetic.linear_algebra import nearest_low_rank, squared_norm
-from mergecore.checkpoints.adapters import CONFIG, STEM, adapter_config, module_of
-from mergecore.checkpoints.architectures import EMBEDDINGS, TRANSPOSED
-from mergecore.checkpoints.blueprint import Blueprint, blueprint_of, in_memory, why_unknown
+from mergecore.checkpoints.adapters import CONFIG, STEM, adapter_config
 from mergecore.checkpoints.experts import Expert
 from mergecore.checkpoints.layout import lay_out
-from mergecore.checkpoints.peft_rules import check_loads, closed
-from mergecore.checkpoints.snapshot import Snapshot
+from mergecore.checkpoints.ties import check_fetched
 from mergecore.engine.executor import Executor
-from mergecore.errors import SpecError, nearest
 from mergecore.events import Event, Report
 from mergecore.formats.whole_directory import whole_directory
 from mergecore.identity.content import GRID
 from mergecore.planning.merge_builder import ENGINE
 from mergecore.planning.pool import Pool, opened, resolve_pool
 from mergecore.products.adapter_files import AdapterFile, write_config
+from mergecore.recipes.linear_layers import linear_layers
 from mergecore.spec.sources import BaseSpec, ExpertSpec, Resolver
 from mergecore.spec.yaml_files import as_yaml
 from mergecore.tensors.dtypes import SAFETENSORS_DTYPE, Dtype
 from mergecore.tensors.files import open_file
 from mergecore.tensors.finite import KEEP_OUT, check_finite
-from mergecore.tensors.source import TensorInfo, TensorSource
+from mergecore.tensors.source import TensorSource
 
 RECORD = "extraction.json"
 
@@ -112,114 +108,25 @@ def extract_lora(
     ranks = {name: min(rank, *info.shape) for name, info in targets.items()}
     with whole_directory(out, durable) as draft:
         folders = {snapshot.weights: snapshot.source.fetch(report) for snapshot in (pool.base, member.snapshot)}
+        for snapshot in (pool.base, member.snapshot):
+            check_fetched(snapshot)
         base_tensors, experts = opened(pool, folders)
         file = AdapterFile(draft, ranks, targets, transposed, SAFETENSORS_DTYPE[dtype], layers.modules)
+        config = adapter_config(ranks, pool.base.tensors, [{}], transposed, layers.modules, layers.known)
+        layers.check(config, file.infos, str(out))
         shared = Extraction(base_tensors, experts[member.id], file, ranks)
         rows = dict(_rows(shared, sorted(changed), executor, report))
         taken = tuple(rows[name] for name in sorted(targets))
         left_out = tuple(rows[name] for name in sorted(set(changed) - set(targets)) if rows[name].norm)
         extracted = Extracted(out, file.digest, file.size, taken, left_out, (*pool.warnings, *layers.warnings))
-        config = adapter_config(ranks, pool.base.tensors, [{}], transposed, layers.modules, layers.known)
         write_config(draft, {**config, "base_model_name_or_path": base.known_as or pool.base.source.uri})
-        if layers.blueprint is not None:
-            written = open_file(draft / f"{STEM}.safetensors").tensors
-            check_loads(json.loads((draft / CONFIG).read_text()), written, layers.blueprint, str(out))
+        layers.check(
+            json.loads((draft / CONFIG).read_text()), open_file(draft / f"{STEM}.safetensors").tensors, str(out)
+        )
         record = record_of(extracted, pool, rank, dtype)
         (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n")
         (draft / "README.md").write_text(card(extracted, pool, rank))
     return extracted
-
-
-@dataclass(frozen=True)
-class Layers:
-    """The linear layers that an adapter is extracted for.
-
-    weights: by name in the base's files. modules: {weight: its module in memory, as PEFT names it}. transposed: whether
-    the model keeps them as (in, out). blueprint: None where transformers does not know the model; then names are those
-    of the files.
-    """
-
-    weights: Mapping[str, TensorInfo]
-    modules: Mapping[str, str]
-    transposed: bool
-    blueprint: Blueprint | None
-    warnings: tuple[str, ...]
-
-    @property
-    def known(self) -> frozenset[str] | None:
-        """All modules of the model; None where they are not known."""
-        return None if self.blueprint is None else self.blueprint.modules
-
-
-def linear_layers(changed: Mapping[str, TensorInfo], base: Snapshot, modules: Sequence[str]) -> Layers:
-    """Return the linear layers among these tensors.
-
-    Raise SpecError where one of `modules` names no layer.
-    """
-    blueprint, warnings = blueprint_of(base.config), tuple[str, ...]()
-    if blueprint is None:
-        kind = str(base.config.get("model_type", ""))
-        named, transposed = _linear_by_name(changed, kind), kind in TRANSPOSED
-        warnings = (
-            "modules are called as in the base's files, and whether PEFT finds them could not be checked: "
-            f"{why_unknown(base.config)}",
-        )
-    else:
-        named, transposed = _linear_in_memory(changed, base, blueprint)
-        shut = closed(blueprint)
-        lost = {name: leaf for name, module in named.items() if (leaf := module.rpartition(".")[2]) in shut}
-        named = {name: module for name, module in named.items() if name not in lost}
-        warnings = tuple(
-            f"{list(lost.values()).count(leaf)} layers called '{leaf}' are left out: {why}"
-            for leaf, why in shut.items()
-            if leaf in lost.values()
-        )
-    for wanted in modules:
-        if not any(_is_named(module, wanted) or _is_named(module_of(name), wanted) for name, module in named.items()):
-            leaves = {module.rpartition(".")[2] for module in named.values()}
-            raise SpecError(f"modules: '{wanted}' is no linear layer that the expert has; {nearest(wanted, leaves)}")
-    taken = {
-        name: module
-        for name, module in named.items()
-        if not modules or any(_is_named(module, wanted) or _is_named(module_of(name), wanted) for wanted in modules)
-    }
-    if not taken:
-        raise SpecError(
-            "the expert has no linear layer (a weight of two dimensions that is no embedding): no adapter fits"
-        )
-    return Layers({name: changed[name] for name in taken}, taken, transposed, blueprint, warnings)
-
-
-def _linear_by_name(changed: Mapping[str, TensorInfo], model_type: str) -> dict[str, str]:
-    """Return {weight: module} of what is a linear layer by its name and shape."""
-    patterns = TRANSPOSED.get(model_type, ("*.weight",))
-    return {
-        name: module_of(name)
-        for name, info in changed.items()
-        if len(info.shape) == 2 and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in EMBEDDINGS)
-    }  # fmt: skip
-
-
-def _linear_in_memory(
-    changed: Mapping[str, TensorInfo], base: Snapshot, blueprint: Blueprint
-) -> tuple[dict[str, str], bool]:
-    """Return {weight: module} of the linear layers of the model, and whether they are kept as (in, out).
-
-    An adapter knows one way of the two: of a model that has both kinds the (in, out) layers are taken.
-    """
-    memory = in_memory(base.config, base.tensors)
-    named = {
-        name: module_of(memory[name])
-        for name, info in changed.items()
-        if module_of(memory[name]) in blueprint.linear and blueprint.shapes.get(memory[name]) == info.shape
-    }
-    transposed = any(blueprint.linear[module] for module in named.values())
-    return {name: module for name, module in named.items() if blueprint.linear[module] == transposed}, transposed
-
-
-def _is_named(module: str, wanted: str) -> bool:
-    return module == wanted or module.endswith(f".{wanted}") or fnmatch.fnmatchcase(module, wanted)
 
 
 @dataclass(frozen=True)
