@@ -87,7 +87,7 @@ def _linear_by_name(changed: Mapping[str, TensorInfo], model_type: str) -> dict[
     return {
         name: module_of(name)
         for name, info in changed.items()
-        if len(info.shape) == 2 and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        if len(info.shape) == 2 and info.count and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
         and not any(fnmatch.fnmatchcase(name, pattern) for pattern in EMBEDDINGS)
     }  # fmt: skip
 
@@ -103,7 +103,9 @@ def _linear_in_memory(
     named = {
         name: module_of(memory[name])
         for name, info in changed.items()
-        if module_of(memory[name]) in blueprint.linear and blueprint.shapes.get(memory[name]) == info.shape
+        if module_of(memory[name]) in blueprint.linear
+        and blueprint.shapes.get(memory[name]) == info.shape
+        and info.count
     }
     transposed = any(blueprint.linear[module] for module in named.values())
     return {name: module for name, module in named.items() if blueprint.linear[module] == transposed}, transposed

@@ -20,6 +20,7 @@ ALL = dict.fromkeys(STEPS, PASSES)
         pytest.param("mixtral", ALL | {"in memory": REFUSED}, id="experts kept apart in files"),
         pytest.param("gte", ALL | {"in memory": REFUSED, "folded": REFUSED}, id="projections joined in files"),
         pytest.param("git", ALL, id="a module called as the end of others"),
+        pytest.param("lw_detr", ALL, id="boxes tied over layers, a layer without elements"),
         pytest.param("falcon_h1", ALL, id="layers that PEFT refuses"),
     ],
 )

@@ -109,6 +109,27 @@ def test_gpt2_as_on_the_hub_with_experts_that_transformers_saved(tmp_path: Path)
     close(loaded(shape, tmp_path / "out"), mean(loaded(shape, a), loaded(shape, b)))
 
 
+def test_an_adapter_and_an_extraction_on_gpt2_as_on_the_hub(tmp_path: Path) -> None:
+    """An adapter's names have 'transformer.', the base's have not; a whole expert is the other way round."""
+    base, a = saved(tmp_path, base=gpt2(), a=moved(gpt2(), 1))
+    lora = LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
+    wrapped = get_peft_model(transformers.GPT2LMHeadModel.from_pretrained(base), lora)
+    wrapped.save_pretrained(tmp_path / "lora")
+    for folder in (base, a):
+        rewrite(folder, {name.removeprefix("transformer."): value for name, value in weights(folder).items()})
+        assert "h.0.attn.c_attn.weight" in weights(folder)
+    shape = transformers.GPT2LMHeadModel
+    merge_into({"method": "average", "base": base, "experts": [tmp_path / "lora"]}, tmp_path / "out")
+    close(loaded(shape, tmp_path / "out"), wrapped.merge_and_unload().state_dict())
+    extracted(base, a, tmp_path / "xl", 100)
+    folded = (
+        PeftModel.from_pretrained(shape.from_pretrained(base), str(tmp_path / "xl")).merge_and_unload().state_dict()
+    )
+    after = loaded(shape, a)
+    for name in ("transformer.h.1.mlp.c_proj.weight", "transformer.h.0.attn.c_attn.weight"):
+        torch.testing.assert_close(folded[name], after[name], rtol=1e-5, atol=1e-6)
+
+
 def test_a_trunk_as_the_base_of_models_with_heads(tmp_path: Path) -> None:
     """A BertModel as the base; one expert has a head, one has a trunk whose norms are called gamma and beta."""
     heads, other = bert("BertForSequenceClassification"), moved(bert("BertModel"), 2)
