@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -63,8 +63,8 @@ class Expert(ABC):
     """True: what is read are weights, and the base is not needed to know them."""
 
     @abstractmethod
-    def identify(self) -> str:
-        """Return the digest of what its tensors hold, 64 hex digits. Reads all of them."""
+    def identify(self, without: Collection[str] = ()) -> str:
+        """Return the digest of what its tensors hold, 64 hex digits. Reads all but those of the names `without`."""
 
     @abstractmethod
     def identified(self, tensors_id: str) -> Expert:
@@ -97,9 +97,9 @@ class FullExpert(Expert):
     tensors_id: str = ""
     complete: ClassVar[bool] = True
 
-    def identify(self) -> str:
+    def identify(self, without: Collection[str] = ()) -> str:
         """Return the id of the checkpoint's tensors."""
-        return tensors_id(self.stored)
+        return tensors_id(self.stored, without)
 
     def identified(self, tensors_id: str) -> FullExpert:
         """Return the expert with the id of its tensors."""
@@ -148,7 +148,7 @@ class AdapterExpert(Expert):
     tensors_id: str = ""
     complete: ClassVar[bool] = False
 
-    def identify(self) -> str:
+    def identify(self, without: Collection[str] = ()) -> str:
         """Return the id of the factors and their scalings, by the tensors that they change."""
         factors = {
             target: [*map(self._described, (factor.down, factor.up)), factor.scaling, factor.transposed]

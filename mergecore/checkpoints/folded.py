@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,9 +41,9 @@ class FoldedTensors:
         """Every tensor of the base, by name."""
         return {name: _formed(info) if self.expert.carries(name) else info for name, info in self.base.tensors.items()}
 
-    def identify(self) -> str:
+    def identify(self, without: Collection[str] = ()) -> str:
         """Return the id of base and adapter together: sums of products differ in their last bits between machines."""
-        return digest(["folded", tensors_id(self.base), self.expert.identify()])
+        return digest(["folded", tensors_id(self.base, without), self.expert.identify(without)])
 
     def read(self, name: str, start: int = 0, stop: int | None = None, space: Tensor | None = None) -> Tensor:
         """Read elements start … stop−1 of the flattened tensor. What the expert does not carry is the base's."""

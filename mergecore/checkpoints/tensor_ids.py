@@ -6,7 +6,7 @@ this one: the same expert in other shards, or with other metadata, gets the same
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Protocol, runtime_checkable
 
 from mergecore.checkpoints.layout import is_buffer
@@ -18,19 +18,20 @@ from mergecore.tensors.source import TensorInfo, TensorSource
 class Formed(Protocol):
     """A source whose values are formed while they are read: its id comes from what they are formed of."""
 
-    def identify(self) -> str:
-        """Return the id: 64 hex digits."""
+    def identify(self, without: Collection[str] = ()) -> str:
+        """Return the id: 64 hex digits. without: names that do not count."""
         ...
 
 
-def tensors_id(source: TensorSource) -> str:
+def tensors_id(source: TensorSource, without: Collection[str] = ()) -> str:
     """Return the digest of names, dtypes, shapes and bytes of all tensors; 64 hex digits. Reads all of them.
 
-    Constants that some versions of a library save with the weights do not count.
+    without: names that do not count: tied tensors, which some versions of a library save twice and others once. Nor do
+    constants count, which some versions save with the weights.
     """
     if isinstance(source, Formed):
-        return source.identify()
-    counted = {name: info for name, info in source.tensors.items() if not is_buffer(name, info)}
+        return source.identify(without)
+    counted = {name: info for name, info in source.tensors.items() if name not in without and not is_buffer(name, info)}
     return model_digest(
         {name: (info.dtype, info.shape, tensor_id(source, name, info)) for name, info in sorted(counted.items())}
     )

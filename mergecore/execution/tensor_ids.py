@@ -8,19 +8,28 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mergecore.checkpoints.experts import Expert
+from mergecore.checkpoints.layout import tied_names
 from mergecore.events import Event
 from mergecore.execution.outcome import made_with
 from mergecore.execution.place import Place
 from mergecore.identity.keys import Step
+from mergecore.planning.pool import Pool
 from mergecore.planning.work import LinkWork, MergeWork
 
 AT_ONCE = 4
 """Experts whose tensors are read side by side."""
 
 
-def tensors_step(expert: str) -> Step:
-    """Return the step that takes the id of an expert's tensors. expert: its id, the digest of its files."""
-    return Step("snapshot", "tensors", 1, {}, {"weights": expert})
+def tensors_step(expert: str, pool: Pool) -> Step:
+    """Return the step that takes the id of an expert's tensors. expert: its id, the digest of its files.
+
+    What the base ties does not count: some versions of a library save it twice, others once.
+    """
+    return Step("snapshot", "tensors", 1, {"without": _tied(pool)}, {"weights": expert})
+
+
+def _tied(pool: Pool) -> list[str]:
+    return sorted(tied_names(pool.base.tensors, pool.base.config))
 
 
 def with_tensors_ids(place: Place, experts: Mapping[str, Expert]) -> dict[str, Expert]:
@@ -33,14 +42,14 @@ def with_tensors_ids(place: Place, experts: Mapping[str, Expert]) -> dict[str, E
 
 
 def _tensors_id(place: Place, expert: Expert) -> str:
-    step = tensors_step(expert.id)
+    step = tensors_step(expert.id, place.pool)
     record = place.store.record(step)
     if record is not None:
         return record.digest
     place.report(Event(f"identify the tensors of '{expert.name}'"))
     began = time.monotonic()
     with place.store.draft(step) as draft:
-        return place.store.commit(draft, expert.identify(), {}, made_with(began)).digest
+        return place.store.commit(draft, expert.identify(_tied(place.pool)), {}, made_with(began)).digest
 
 
 def drawn_with(place: Place, work: MergeWork | LinkWork) -> dict[str, Any]:
@@ -49,6 +58,6 @@ def drawn_with(place: Place, work: MergeWork | LinkWork) -> dict[str, Any]:
     for way in work.ways:
         for kind in sorted(way.method.drawn_by):
             for expert in way.experts:
-                record = place.store.record(tensors_step(expert)) if kind == "tensors" else None
+                record = place.store.record(tensors_step(expert, place.pool)) if kind == "tensors" else None
                 told.setdefault(kind, {})[expert] = expert if record is None else record.digest
     return {"drawn_with": told} if told else {}

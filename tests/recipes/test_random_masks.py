@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergecore.checkpoints.experts import AdapterExpert, Factor, FullExpert
+from mergecore.events import silent
 from mergecore.execution.tensor_ids import tensors_step
 from mergecore.identity.content import model_digest
-from mergecore.planning.pool import read_source
-from mergecore.spec.sources import SourceSpec
+from mergecore.planning.pool import read_source, resolve_pool
+from mergecore.spec.sources import BaseSpec, ExpertSpec, SourceSpec
 from mergecore.store.store import Store
 from mergecore.tensors.memory import MemoryTensors
 from tests.recipe_files import find, merge_into
@@ -114,11 +115,33 @@ def test_the_card_says_which_ids_were_drawn_with(tmp_path: Path) -> None:
 def test_an_id_is_taken_once_and_kept_in_the_store(tmp_path: Path) -> None:
     for number in range(2):
         merged(tmp_path / f"{number}", {**DROPS["dare"], "scale": 0.5 + number}, one_file, store=tmp_path / "store")
-    expert = read_source(SourceSpec(source=str(tmp_path / "0" / "a")), find, "a")
-    record = Store(tmp_path / "store").record(tensors_step(expert.weights))
+    member = ExpertSpec(source=str(tmp_path / "0" / "a"), name="a")
+    pool = resolve_pool(BaseSpec(source=str(tmp_path / "0" / "base")), [member], None, find, silent)
+    record = Store(tmp_path / "store").record(tensors_step(pool.experts["a"].id, pool))
     assert record is not None
-    assert record.digest == FullExpert("", "", expert.open(tmp_path / "0" / "a")).identify()
+    assert record.digest == pool.experts["a"].open(tmp_path / "0" / "a", pool.base.tensors).identify()
     assert len(list((tmp_path / "store" / "snapshot").glob("tensors-*"))) == 2
+
+
+def test_a_tied_head_that_is_saved_twice_counts_once(tmp_path: Path) -> None:
+    head, tied = "lm_head.weight", '{"tie_word_embeddings": true, "model_type": "llama"}'
+    results = []
+    for twice in (False, True):
+
+        def layout(model: dict[str, Tensor], folder: Path, twice: bool = twice) -> None:
+            named = {"model.embed_tokens.weight": model["layers.0.weight"].clone(), **model}
+            one_file({**named, **({head: model["layers.0.weight"].clone()} if twice else {})}, folder)
+            (folder / "config.json").write_text(tied)
+
+        folder = tmp_path / f"{twice}"
+        folder.mkdir()
+        base = tensors(0)
+        for number, name in enumerate(("base", "a")):
+            layout({tensor: value + number * 0.1 * tensors(1)[tensor] for tensor, value in base.items()}, folder / name)
+        recipe = {**DROPS["dare"], "base": folder / "base", "experts": [{"name": "a", "source": folder / "a"}]}
+        merge_into(recipe, folder / "out")
+        results.append(load_file(folder / "out" / "model.safetensors"))
+    assert head not in results[1] and same(*results)
 
 
 def test_the_id_of_a_merge_is_its_digest(tmp_path: Path) -> None:

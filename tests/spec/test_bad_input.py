@@ -123,7 +123,7 @@ RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "a drop that is a number": (
         {"drop": 0.5},
-        (r"\(ties\)\.drop: must be a mapping with rate, rescale and seed \(given: 0\.5\)$",),
+        (r"\(ties\)\.drop: must be a mapping with rate, rescale, seed and ids \(given: 0\.5\)$",),
     ),
     "a search in a recipe": (
         {"search": {"by": "greedy"}},
