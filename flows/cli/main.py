@@ -51,11 +51,41 @@ def left_of(out: Path | None, store: Path | None = None, intermediates: Path | N
     """Return what an interrupted command that writes `out` has left: nothing, whole results, or steps in a store."""
     if out is None:
         return nothing_kept()
-    whole = [str(folder) for folder in (out, intermediates) if folder is not None and folder.exists()]
-    texts = [f"what was finished before lies in {' and '.join(whole)}"] if whole else [f"{out} was not written"]
+    named = sorted(intermediates.iterdir()) if intermediates is not None and intermediates.is_dir() else []
+    whole = [str(folder) for folder in (out, *named) if folder.is_dir()]
+    texts = [f"{out} was not written"]
+    if whole:
+        texts = [f"finished results lie in {', '.join(whole)}", "remove them before you run the same command again"]
     if store is not None:
         texts.append(f"what was worked out for it is kept in {store}: run the same command again to go on")
     return ", ".join(texts)
+
+
+def check_timings(path: Path | None) -> None:
+    """Raise UsageError where the file of timings could not be written at the end."""
+    if path is None:
+        return
+    try:
+        is_new = not path.exists()
+        with path.open("a"):
+            pass
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise click.UsageError(
+            f"--timings: {path} cannot be written ({error.strerror}); name a file in a folder that is there"
+        ) from None
+
+
+class Commands(click.Group):
+    """The commands. What a person types must be text: paths are printed and written into files."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments. Raises UsageError for bytes that are no UTF-8."""
+        for argument in args:
+            if any(0xD800 <= ord(letter) <= 0xDFFF for letter in argument):
+                raise click.UsageError(f"{argument!a} is not UTF-8; rename the file or folder, or name another")
+        return super().parse_args(ctx, args)
 
 
 def kept_in_the_store() -> str:
@@ -73,7 +103,7 @@ def process_start(otherwise: float) -> float:
     return float(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="mergeloom")
 def main() -> None:
     """Model merging as a pipeline: one spec, every method exact, every step cached.
@@ -158,6 +188,7 @@ def merge(
         if show:
             click.echo(recipe_text(recipe, resolver(digests)))
             return
+        check_timings(timings)
         if out is None:
             raise click.UsageError("OUT is missing: the new folder for the model (or --show to print the recipe)")
         stages = {"start": time.time() - process_start(began)}

@@ -66,7 +66,15 @@ class BoundedConstructor(yaml.constructor.SafeConstructor):
             raise ConstructorError(None, None, f"not a number of {BITS} bits at most", node.start_mark)
         return number
 
+    def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
+        """Construct a text. Raises ConstructorError where no file could hold it: half of a surrogate pair."""
+        text = str(super().construct_yaml_str(node))
+        if not text.isascii() and any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
+            raise ConstructorError(None, None, "a text that is no Unicode", node.start_mark)
+        return text
 
+
+BoundedConstructor.add_constructor("tag:yaml.org,2002:str", BoundedConstructor.construct_yaml_str)  # type: ignore[type-var]
 BoundedConstructor.add_constructor("tag:yaml.org,2002:int", BoundedConstructor.construct_yaml_int)  # type: ignore[type-var]
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mergecore.engine.executor import Executor
-from mergecore.errors import SpecError
+from mergecore.errors import SpecError, StoreError
 from mergecore.events import Report
 from mergecore.native.library import Library
 from mergecore.recipes.make_recipe import make_recipe
@@ -64,6 +65,11 @@ def make_file(
         passing = intermediates is None and len(orders) > 1 and not all(order.name for order in orders)
         named = [order.name for order in orders if order.name and passing]
         called = {str(folders[name]): f"{name} of {MERGEKIT}" for name in named}
+        for name in orders_there(orders, folders):
+            raise StoreError(
+                f"{folders[name]} exists already, perhaps from a run that was interrupted: remove it, or name another "
+                "folder with --intermediates"
+            )
         models = []
         for order in orders:
             recipe, notes = translator.recipe(order, folders)
@@ -71,6 +77,11 @@ def make_file(
             model = make(recipe, folders[order.name], origin)
             models.append(dataclasses.replace(model, warnings=(*notes, *model.warnings)))
     return [model for model in models if model.folder.exists()]
+
+
+def orders_there(orders: Sequence[RecipeDocument], folders: Mapping[str, Path]) -> list[str]:
+    """Return the names of those results of several whose folders exist; nothing is made where there is one."""
+    return [order.name for order in orders if len(orders) > 1 and order.name and os.path.lexists(folders[order.name])]
 
 
 def _folders(

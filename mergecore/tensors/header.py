@@ -83,6 +83,8 @@ def _entry(tensor: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
     """Return a tensor's dtype and shape, and its first and last byte in the data."""
     if not isinstance(entry, Mapping):
         raise _Refused(f"tensor '{tensor}' is no mapping")
+    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in tensor):
+        raise _Refused(f"the name {tensor!a} is no Unicode text")
     for key in ("dtype", "shape", "data_offsets"):
         if key not in entry:
             raise _Refused(f"tensor '{tensor}' has no '{key}'")

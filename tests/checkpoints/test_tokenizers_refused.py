@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mergecore.errors import MergeloomError
+from mergecore.checkpoints.vocabulary.tokenizer import _ids
+from mergecore.errors import MergeloomError, SourceError
 from tests.recipe_files import merge_into
 from tests.vocabularies import EMBEDDING, HEAD, Made, byte_pairs, rewritten, words, write_model
 
@@ -218,3 +219,23 @@ def test_an_adapter_has_no_vocabulary(tmp_path: Path) -> None:
                 {"method": "average", "base": models["base"].folder, "experts": experts, **spoilt}, tmp_path / "out"
             )
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"vocab": {"a": 0}, "merges": [["a", 1]]}, r"\(its merge \['a', 1\] is no pair of tokens\)"),
+        ({"vocab": {"a": 0}, "merges": ["ab"]}, r"\(its merge 'ab' is no pair of tokens\)"),
+        ({"vocab": {"a": 0}, "merges": [[]]}, r"\(its merge \[\] is no pair"),
+        ({"vocab": {"a": 0}, "merges": [3]}, r"\("),
+        ({"vocab": {"a": 0}, "merges": 7}, r"\("),
+        ({"vocab": [["a", "much"]]}, r"\(its piece \['a', 'much'\] is no text with a score\)"),
+        ({"vocab": [["a"]]}, r"\(its piece \['a'\] is no text"),
+        ({"vocab": {"a": "x"}}, r"\("),
+        ([1], r"\("),
+        ("x", r"\("),
+    ],
+)
+def test_a_model_of_a_tokenizer_that_is_malformed(model: Any, said: str) -> None:
+    with pytest.raises(SourceError, match=rf"folder/tokenizer\.json is no tokenizer that can be read {said}"):
+        _ids({"model": model}, "folder/tokenizer.json")

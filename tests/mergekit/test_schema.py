@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import yaml
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from flows.cli.main import main
+from flows.cli.main import left_of, main
 from mergecore.engine.executor import InProcess
 from mergecore.events import silent
+from mergecore.formats.whole_directory import whole_directory
 from mergecore.spec.mergekit.reference import Reference
 from mergecore.spec.mergekit.rules import Condition, rules_for
 from mergecore.spec.mergekit.setting import setting_from, value_for
@@ -417,3 +419,32 @@ def test_tokenizer_and_chat_template(models: Path, tmp_path: Path) -> None:
     finally:
         for name in ("base", "a", "b"):
             (models / name / "tokenizer_config.json").unlink()
+
+
+def test_a_run_that_was_interrupted_says_what_it_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first result is whole, the second is stopped; the next run says what is in its way before it reads a model."""
+
+    def stopping(out: Path, durable: bool) -> AbstractContextManager[Path]:
+        if out.name == "out":
+            raise KeyboardInterrupt
+        return whole_directory(out, durable)
+
+    options = (str(tmp_path / "out"), "--intermediates", str(tmp_path / "kept"))
+    with monkeypatch.context() as stopped:
+        stopped.setattr("mergecore.recipes.merge_recipe.whole_directory", stopping)
+        result = run(tmp_path, TWO, *options)
+    first = tmp_path / "kept" / "first"
+    assert result.exit_code == 130
+    said = f"interrupted; finished results lie in {first}, remove them before you run the same command again"
+    assert said in result.output
+    result = run(tmp_path, TWO, *options)
+    assert result.exit_code == 1
+    assert (
+        f"{first} exists already, perhaps from a run that was interrupted: remove it, or name another" in result.output
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_finished_is_not_said_to_be_kept(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    assert left_of(tmp_path / "out", None, tmp_path / "kept") == f"{tmp_path / 'out'} was not written"

@@ -396,6 +396,27 @@ def test_an_out_that_cannot_be_written(models: Path, tmp_path: Path) -> None:
         )
 
 
+def test_timings_that_cannot_be_written_are_said_before_the_merge(models: Path, tmp_path: Path) -> None:
+    for path in ("nowhere/timings.json", ".", "/proc/timings.json", "recipe.yaml/timings.json"):
+        result = command(tmp_path, recipe(models), "--timings", path)
+        assert result.exit_code == 2 and f"--timings: {path} cannot be written (" in result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "cache"}
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "a/" * 3000, "/" + "x" * 300, "~nobody-of-this-name/model", "a\0b"])
+def test_paths_that_no_folder_can_have(source: str, models: Path, tmp_path: Path) -> None:
+    refused(
+        command(tmp_path, recipe(models, base=source)), tmp_path, r"cannot be the name of a folder or of a model \("
+    )
+
+
+def test_arguments_that_are_no_text(models: Path, tmp_path: Path) -> None:
+    result = command(tmp_path, recipe(models), out="out-\udcff")
+    assert result.exit_code == 2 and "is not UTF-8; rename the file or folder" in result.output
+    text = 'method: average\nexperts: ["a\\ud800"]\n'
+    refused(command(tmp_path, text), tmp_path, r"line 2, column \d+: not valid YAML: a text that is no Unicode")
+
+
 def test_plan_writes_nothing(models: Path, tmp_path: Path) -> None:
     result = plan_of(tmp_path, spec(models, output={"store": "store"}))
     assert result.exit_code == 0, result.output
@@ -514,6 +535,15 @@ SPOILT: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "a tokenizer of nonsense": (
         rewritten("tokenizer.json", b'{"model": {"vocab": [3]}}'),
         (r"spoilt/tokenizer\.json is no tokenizer that can be read .*fetch it again",),
+    ),
+    "config too deep": (rewritten("config.json", b"[" * 100_000), (r"spoilt/config\.json is not JSON: .*too deep",)),
+    "config in UTF-16": (
+        rewritten("config.json", "{}".encode("utf-16")),
+        (r"spoilt/config\.json is not JSON: .*utf-8",),
+    ),
+    "config of a giant number": (
+        rewritten("config.json", b'{"hidden_size": ' + b"9" * 5000 + b"}"),
+        (r"spoilt/config\.json is not JSON: Exceeds the limit",),
     ),
     "config no JSON": (rewritten("config.json", b"{"), (r"spoilt/config\.json is not JSON",)),
     "config a list": (rewritten("config.json", b"[]"), (r"spoilt/config\.json holds list, not an object",)),

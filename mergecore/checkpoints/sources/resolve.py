@@ -32,9 +32,9 @@ def resolve(
     digests: remembers what was hashed. report: hears of local files that are hashed.
     Raises SourceError. For a relative path that is missing it says both ways in which the text was read.
     """
-    path = Path(text).expanduser()
     if not text.strip():
         raise SourceError("a checkpoint needs a folder or a hub id (owner/name), not an empty name")
+    path = _path(text)
     if path.exists():
         if revision is not None:
             raise SourceError(f"'{text}' is a local folder and has no revision '{revision}'; leave the revision out")
@@ -59,3 +59,20 @@ def resolve(
             raise  # nobody writes a revision behind a path
         problem = str(error)
     raise SourceError(f"{problem}. Read as a hub id, as no folder '{name}' exists here; {nearest_folder(Path(name))}")
+
+
+def _path(text: str) -> Path:
+    """Return the path that a text means. Raises SourceError where no file system could have it."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+        text.encode()
+        if "\0" in text:
+            raise ValueError("it holds a zero byte")
+    except (OSError, ValueError, RuntimeError) as error:  # too long, not UTF-8, a home that nobody has
+        reason = (
+            error.strerror if isinstance(error, OSError) else "not UTF-8" if isinstance(error, UnicodeError) else error
+        )
+        shown = text if len(text) <= 80 else f"{text[:80]}…"
+        raise SourceError(f"{shown!a} cannot be the name of a folder or of a model ({reason}); give another") from None
+    return path

@@ -124,6 +124,7 @@ def _ids(content: Mapping[str, Any], where: str) -> dict[str, int]:
     Raises SourceError where the file says otherwise, or where two tokens have one id.
     """
     try:
+        _check_parts(content.get("model") or {})
         ids, _ = loader_ids(content)
         for entry in content.get("added_tokens") or ():
             token, number_there = str(entry["content"]), int(entry["id"])
@@ -140,6 +141,18 @@ def _ids(content: Mapping[str, Any], where: str) -> dict[str, int]:
     except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
         raise SourceError(f"{where} is no tokenizer that can be read ({error}); fetch it again") from error
     return ids
+
+
+def _check_parts(model: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError where merges are no pairs of text, or pieces of a Unigram model have no scores."""
+    for merge in model.get("merges") or ():
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if len(pair) < 2 or not all(isinstance(part, str) and part for part in pair[:2]):
+            raise ValueError(f"its merge {merge!r:.60} is no pair of tokens")
+    pieces = model.get("vocab") or {}
+    for entry in pieces if isinstance(pieces, list) else ():
+        if len(entry) != 2 or not isinstance(entry[0], str) or not isinstance(entry[1], int | float):
+            raise ValueError(f"its piece {entry!r:.60} is no text with a score")
 
 
 def loader_ids(content: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
@@ -178,12 +191,16 @@ def template_of(model: Snapshot) -> str | None:
     """Return the chat template of a model's tokenizer; None where it has none."""
     files = model.source.files
     if TEMPLATE in files:
-        return model.source.read(TEMPLATE, 0, files[TEMPLATE].size).decode()
+        try:
+            return model.source.read(TEMPLATE, 0, files[TEMPLATE].size).decode()
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{model.source.uri}/{TEMPLATE} is no UTF-8 text: {error}") from None
     if SETTINGS not in files:
         return None
     template = read_json(model.source, SETTINGS).get("chat_template")
     if isinstance(template, list):
-        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+        entries = [entry for entry in template if isinstance(entry, Mapping)]
+        template = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
     return template if isinstance(template, str) else None
 
 
