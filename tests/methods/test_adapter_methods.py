@@ -405,7 +405,14 @@ def test_in_a_sweep_the_model_is_the_base_plus_the_adapter(bases: Callable[[str]
         None, find, silent,
     )  # fmt: skip
     place = place_in(tmp_path / "store", pool)
-    for name, values in (("lora_lego", {"gauge": "canonical"}), ("lora_arithmetic", {"rank": 3, "weights": [1, 2]})):
+    drop = {"kind": "random", "rate": 0.3, "seed": 1}
+    for name, values in (
+        ("lora_lego", {"gauge": "canonical"}),
+        ("lora_arithmetic", {"rank": 3, "weights": [1, 2]}),
+        ("lora_ties", {"of": "update", "density": 1, "drop": drop}),
+        ("lora_knots", {"density": 0.4, "drop": drop}),
+        ("lora_core_space", {"merge": "ties", "density": 0.5, "rank": 2}),
+    ):
         plan = merge_plan(pool, name, **values)
         done = run_for(place, plan)
         assert not done.failures and len(done.steps) == 2

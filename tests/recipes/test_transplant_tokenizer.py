@@ -24,7 +24,19 @@ from mergecore.recipes.transplant_tokenizer import Rules, Transplanted, transpla
 from mergecore.spec.sources import SourceSpec
 from tests.arithmetic.test_approximation import pursued
 from tests.recipe_files import find
-from tests.vocabularies import EMBEDDING, HEAD, LETTERS, MERGES, Made, byte_pairs, pieces, rewritten, words, write_model
+from tests.vocabularies import (
+    EMBEDDING,
+    HEAD,
+    IMAGE,
+    LETTERS,
+    MERGES,
+    Made,
+    byte_pairs,
+    pieces,
+    rewritten,
+    words,
+    write_model,
+)
 
 NEW = [("a", "c"), ("ac", "b"), ("e", "f"), ("ef", "g")]
 """Merges of the donor alone."""
@@ -106,6 +118,31 @@ def test_transformers_loads_it(pair: tuple[Made, Made], tmp_path: Path) -> None:
     shared = [token for token in model.tokens if token in donor.tokens]
     numbers = [[of.tokens[token] for token in shared] for of in (model, donor)]
     torch.testing.assert_close(actual[..., numbers[1]], ours[..., numbers[0]], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "gemma3", "llava"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_other_shapes_of_models(shape: str, tied: bool, tmp_path: Path) -> None:
+    """GPT-2's names; models that take images, whose sizes stand in `text_config`: transformers misses nothing."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    added = [] if shape == "gpt2" else [IMAGE]
+    model = write_model(tmp_path / "model", byte_pairs(), shape=shape, tied=tied, added=added)
+    donor = write_model(tmp_path / "donor", byte_pairs([*MERGES, *NEW]), shape=shape, tied=tied, added=added, seed=1)
+    result = transplanted(model.folder, donor.folder, tmp_path / "out", count=5)
+    assert result.approximated == len(NEW) and set(result.errors) <= set(model.tensors)
+    assert len(result.errors) == (1 if tied else 2)
+    kind: Any = AutoModelForCausalLM if shape == "gpt2" else AutoModelForImageTextToText
+    loaded, said = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"] and not said["mismatched_keys"]
+    rows = loaded.get_input_embeddings().weight
+    assert rows.shape[0] == len(donor.tokens) == loaded.config.get_text_config().vocab_size
+    name = next(name for name in result.errors if "lm_head" not in name)
+    for token in ("a", "abcd", *added):
+        assert torch.equal(rows[donor.tokens[token]], model.tensors[name][model.tokens[token]])
+    if added:
+        assert loaded.config.image_token_index == donor.tokens[IMAGE]
+    assert AutoModel.from_pretrained(tmp_path / "out") is not None
 
 
 def test_its_own_tokenizer_changes_nothing(pair: tuple[Made, Made], tmp_path: Path) -> None:
