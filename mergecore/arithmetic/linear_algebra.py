@@ -35,12 +35,15 @@ Convolutions = Annotated[
 Rank = Annotated[
     Literal["numerical", "full"],
     Field(
-        description="'numerical' leaves out singular directions below rounding, which are arbitrary; 'full' takes all, "
-        "as published: what then stands in them depends on the linear algebra library"
+        description=(
+            "'numerical' leaves out singular directions below rounding error, because they are "
+            "arbitrary; 'full' takes all directions, as published, and their content then depends on "
+            "the linear algebra library"
+        )
     ),
 ]
 Excluded = Annotated[
-    tuple[str, ...], Field(description="shell patterns over tensor names: matrices that are treated like vectors")
+    tuple[str, ...], Field(description=("shell patterns over tensor names: these matrices are treated like vectors"))
 ]
 Stacks = Annotated[
     tuple[str, ...] | None,

@@ -57,13 +57,19 @@ class RandomDrop(Numbers):
     kind: Literal["random"] = "random"
     rate: Annotated[
         Annotated[Annotated[Rate, ONE] | Annotated[tuple[Rate, ...], EACH], ONE_OR_EACH],
-        Field(description="probability of being dropped, 0 ≤ rate < 1, or one per expert in the order of the recipe"),
+        Field(
+            description=(
+                "probability that a change is dropped, 0 ≤ rate < 1; or one per expert in the order of the recipe"
+            )
+        ),
     ]
     rescale: Annotated[
         Literal["inverse", "l1", "none"],
         Field(
-            description="'inverse': by 1/(1−rate), the paper's; 'l1': so that each tensor keeps its l1 norm; "
-            "'none': as it is"
+            description=(
+                "how what is kept is scaled: 'inverse', by 1/(1−rate) (the paper); 'l1', so that each "
+                "tensor keeps its l1 norm; 'none', not at all"
+            )
         ),
     ] = "inverse"
     seed: Annotated[int, Field(ge=0, description="seed of the masks")] = 0

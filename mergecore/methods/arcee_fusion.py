@@ -19,12 +19,12 @@ from mergecore.plugins.per_expert import experts_given
 
 
 class ArceeFusion(WeightMethod[NoArguments]):
-    """Scores each weight by |θ_1 − θ_0| times the divergence of its row's softmax, and takes the outliers of a tensor.
+    """Score every weight of the expert, and take those that stand out. The others stay as in the base.
 
-    A row runs along the last axis. An outlier scores at least median + fence × (third − first quartile), of quartiles
-    that are elements of the tensor, at ⌊q(n − 1)⌋ in ascending order: found exactly, of any number of elements, where
-    mergekit draws a million. Softmax and divergence are in float64: in float32 the divergence of a small change is
-    noise.
+    The score is |θ_1 − θ_0| times the divergence of the row's softmax. A row runs along the last axis. A weight stands
+    out if its score is at least median + fence × (third − first quartile). Quartiles are elements of the tensor, at
+    ⌊q(n − 1)⌋ in ascending order. They are exact for any number of elements; mergekit draws a million. Softmax and
+    divergence are computed in float64, because in float32 the divergence of a small change is noise.
     """
 
     name: ClassVar[str] = "arcee_fusion"
@@ -35,7 +35,7 @@ class ArceeFusion(WeightMethod[NoArguments]):
     )
 
     fence: Annotated[
-        float, Field(ge=0, description="interquartile ranges above the median at which outliers begin")
+        float, Field(ge=0, description=("how many interquartile ranges above the median outliers begin"))
     ] = 1.5
     smoothing: Annotated[
         float, Field(ge=0, le=1e-3, description="added to every probability before the divergence is taken")

@@ -31,11 +31,11 @@ class AverageArguments:
 
 
 class Average(Method[AverageArguments]):
-    """The (weighted) mean of the experts' weights. The base is used only where a drop needs deltas.
+    """Take the weighted mean of the experts' weights. The base is read only where a drop needs task vectors.
 
-    The mean is formed in float64 and rounded once: where all experts are equal, it is their value to the last bit.
-    Some weights may be negative: the mean then lies beyond the experts. With
-    aggregate 'sum' it is the weighted sum itself: one expert with weight 0.5 is that expert, halved.
+    The mean is formed in float64 and rounded once: where all experts are equal, it is their value to the last bit. Some
+    weights may be negative: the mean then lies beyond the experts. With aggregate 'sum' it is the weighted sum itself:
+    one expert with weight 0.5 is that expert, halved.
 
     Of checkpoints of one training run, `series` gives the weights. List them from the oldest to the newest.
     """
@@ -58,9 +58,10 @@ class Average(Method[AverageArguments]):
         Field(description="one weight per expert, in the order of the recipe; divided by their sum; none: uniform"),
     ] = None
     aggregate: Annotated[
-        Literal["mean", "sum"], Field(description="divide by the sum of the weights, or take them as they are")
+        Literal["mean", "sum"],
+        Field(description=("'mean' divides by the sum of the weights; 'sum' takes the weights as they are")),
     ] = "mean"
-    drop: Annotated[RandomDrop | None, Field(description="random drop of deltas before the mean (DARE)")] = None
+    drop: Annotated[RandomDrop | None, Field(description="random drop of changes before the mean (DARE)")] = None
     series: Annotated[
         Series | None,
         Field(description="weights of checkpoints of one training run, the oldest first, in place of `weights`"),

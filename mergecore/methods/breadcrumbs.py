@@ -23,10 +23,11 @@ from mergecore.plugins.per_expert import check_each, each, moved
 
 
 class Breadcrumbs(DeltaMethod[NoArguments]):
-    """θ_0 + α Σ_t of the masked τ_t: of n magnitudes the ⌊γn⌋ largest go, the ⌊βn⌋ next ones stay, the rest go.
+    """Remove the largest and the smallest changes of each task vector, and add up the rest: θ_0 + α Σ_t m_t ⊙ τ_t.
 
-    Counts are exact; of equal magnitudes the one that comes first ranks higher. A tensor so small that ⌊γn⌋ = 0 loses
-    no outlier and keeps ⌊βn⌋ elements; a tensor without axes has nothing to rank and is kept, as in the authors' code.
+    Of the n magnitudes of a tensor the ⌊γn⌋ largest are removed. The next ⌊βn⌋ are kept. All others are removed. Counts
+    are exact. Of equal magnitudes the first one ranks higher. A small tensor with ⌊γn⌋ = 0 loses no outlier. A tensor
+    without axes is kept whole, as in the authors' code.
     """
 
     name: ClassVar[str] = "breadcrumbs"
@@ -43,31 +44,44 @@ class Breadcrumbs(DeltaMethod[NoArguments]):
 
     scale: Annotated[Scale, Field(description="α, the factor of the summed task vectors")]
     density: Annotated[
-        Shares, Field(description="β, the share that is kept, below the outliers; or one per expert")
+        Shares, Field(description=("β, the share that is kept after the outliers; or one share per expert"))
     ] = 0.2
     outliers: Annotated[
         Shares,
-        Field(description="γ, the share of largest changes that is removed; or one per expert"),
+        Field(description=("γ, the share of the largest changes that is removed; or one share per expert")),
     ] = 0.1
     crowded: Annotated[
         Literal["refuse", "fewer"],
-        Field(description="where both add up to more than 1: an error, or fewer outliers are removed (mergekit)"),
+        Field(
+            description=(
+                "what happens when both shares add up to more than 1: 'refuse', an error; 'fewer', fewer "
+                "outliers are removed (mergekit)"
+            )
+        ),
     ] = "refuse"
     rescale: Annotated[
-        Literal["none", "l1"], Field(description="leave what is kept as it is, or give each tensor its l1 norm back")
+        Literal["none", "l1"],
+        Field(
+            description=("'none' leaves what is kept as it is; 'l1' scales it so that each tensor keeps its l1 norm")
+        ),
     ] = "none"
     weights: Annotated[
         tuple[float, ...] | None, Field(description="one factor per expert, in the order of the recipe; none: 1 each")
     ] = None
     elect: Annotated[
-        Literal["none", "mass"], Field(description="join all, or only what has the sign of the sum (0 counts as +)")
+        Literal["none", "mass"],
+        Field(
+            description=("'none' joins all changes; 'mass' joins only those with the sign of the sum (0 counts as +)")
+        ),
     ] = "none"
     aggregate: Annotated[Aggregate, Field(description=f"the sum of what is joined, or a mean; {AGGREGATE}")] = "sum"
     scope: Annotated[
         Literal["tensor", "row"],
         Field(
-            description="rank magnitudes within each tensor (the paper, mergekit) or along its last axis "
-            "(the authors' code)"
+            description=(
+                "where magnitudes are ranked: 'tensor', within each tensor (the paper, mergekit); 'row', "
+                "along its last axis (the authors' code)"
+            )
         ),
     ] = "tensor"
 

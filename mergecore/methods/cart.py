@@ -20,7 +20,7 @@ from mergecore.plugins.examples import Examples
 
 
 class Cart(MatrixMethod):
-    """θ_avg + λ Σ_t SVD_k(θ_t − θ_avg): task vectors are counted from the average of the experts, not from the base.
+    """Count task vectors from the average of the experts, not from the base: θ_avg + λ Σ_t SVD_k(θ_t − θ_avg).
 
     Of what is not a matrix the differences add up to 0, and the average stays.
     """

@@ -16,11 +16,11 @@ from mergecore.statistics.multi_task import MultiTaskArguments, MultiTaskMethod,
 
 
 class Consensus(MultiTaskMethod):
-    """θ_0 + α · [Σ_t M_t ≥ k] ⊙ τ_m with TALL masks M_t = |τ_t| > λ_t |τ_m − τ_t|, worked out where they are needed.
+    """Remove from the multi-task vector what fewer than k tasks want: θ_0 + α · [Σ_t M_t ≥ k] ⊙ τ_m.
 
-    With k = 2 what no task wants (catastrophic) and what one alone wants (selfish) goes, with k = 1 the former; k = 0
-    leaves τ_m as it is, k above the number of experts leaves the base. The comparison is strict, as in the authors'
-    code.
+    The TALL mask M_t = |τ_t| > λ_t |τ_m − τ_t| says what task t wants. k = 1 removes what no task wants. k = 2 also
+    removes what one task alone wants. k = 0 keeps all of τ_m. A k above the number of experts gives the base. The
+    comparison is strict, as in the authors' code.
     """
 
     name: ClassVar[str] = "consensus"
@@ -33,7 +33,7 @@ class Consensus(MultiTaskMethod):
     )
 
     scale: Annotated[Scale, Field(description="α, the factor of the masked multi-task vector")]
-    minimum_tasks: Annotated[int, Field(ge=0, description="k, how many masks must hold a coordinate")] = 2
+    minimum_tasks: Annotated[int, Field(ge=0, description="k, how many tasks must want a coordinate")] = 2
 
     @classmethod
     def examples(cls) -> Examples:

@@ -36,12 +36,12 @@ class DellaArguments:
 
 
 class Della(DeltaMethod[DellaArguments]):
-    """Within a row the probability p of being kept rises linearly with the rank of |τ|; what is kept counts τ/p (§3.1).
+    """Drop changes at random, the small ones of a row more often than the large ones. Then elect signs and average.
 
-    A row is what one output sees: the first axis counts rows, a tensor of one axis is one row. Of equal magnitudes the
-    later ranks higher; a row of one element is kept with the mean probability. Elements are kept by a hash of (seed,
-    id of the expert, tensor name, flat index). rescale 'l1' is mergekit's `della`; with elect 'none' and aggregate
-    'sum' it is its `della_linear` (its epsilon is half of `window`).
+    Within a row the probability p of being kept rises linearly with the rank of |τ|. A kept change counts as τ/p
+    (§3.1). A row is one entry of the first axis; a tensor of one axis is one row. Of equal magnitudes the later one
+    ranks higher. A row of one element is kept with the mean probability. A hash of (seed, expert id, tensor name, flat
+    index) decides what is kept.
     """
 
     name: ClassVar[str] = "della"
@@ -58,11 +58,15 @@ class Della(DeltaMethod[DellaArguments]):
 
     density: Annotated[
         Annotated[Annotated[Kept, ONE] | Annotated[tuple[Kept, ...], EACH], ONE_OR_EACH],
-        Field(description="mean probability of being kept, 1 − the drop rate; or one per expert"),
+        Field(description=("mean probability that a change is kept, 1 − the drop rate; or one per expert")),
     ] = 0.7
     window: Annotated[
         Annotated[Annotated[Window, ONE] | Annotated[tuple[Window, ...], EACH], ONE_OR_EACH],
-        Field(description="ε, highest minus lowest probability: density ± window/2; 0: DARE; or one per expert"),
+        Field(
+            description=(
+                "ε, the highest minus the lowest probability, so density ± window/2; 0 is DARE; or one per expert"
+            )
+        ),
     ] = 0.14
     scale: Annotated[Scale, Field(description="λ, the factor of the joined task vector")] = 1.0
     weights: Annotated[
@@ -72,11 +76,15 @@ class Della(DeltaMethod[DellaArguments]):
     rescale: Annotated[
         Literal["inverse", "l1", "none"],
         Field(
-            description="by each element's own 1/p (the paper), so that a tensor keeps its l1 norm (mergekit), or not"
+            description=(
+                "how what is kept is scaled: 'inverse', by each element's own 1/p (the paper); 'l1', so "
+                "that a tensor keeps its l1 norm (mergekit); 'none', not at all"
+            )
         ),
     ] = "inverse"
     elect: Annotated[
-        Literal["mass", "none"], Field(description="join only what has the sign of the sum (0 counts as +), or all")
+        Literal["mass", "none"],
+        Field(description=("'mass' joins only changes with the sign of the sum (0 counts as +); 'none' joins all")),
     ] = "mass"
     aggregate: Annotated[
         Aggregate,

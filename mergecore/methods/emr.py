@@ -19,11 +19,12 @@ from mergecore.tensors.source import TensorInfo
 
 
 class Emr(DeltaMethod[NoArguments]):
-    """Keeps of every expert one bit a weight and one number: the model of task t is θ_0 + ρ_t M_t ⊙ τ_uni.
+    """Keep one unified vector, and one bit per weight and one factor per expert. The model of task t is θ_0 + ρ_t M_t ⊙
+    τ_uni.
 
-    τ_uni has the sign of Σ τ_t and the largest magnitude among the experts with that sign; M_t is where τ_t has it too,
-    and ρ_t gives the task back as much change as it had. What is written is a product of masks
-    (mergecore/tensors/masked.py).
+    τ_uni has the sign of Σ τ_t, and the largest magnitude among the experts with that sign. M_t is 1 where τ_t has that
+    sign too. ρ_t gives the task back as much change as it had. The result is a product of masks, from which `mergeloom
+    unpack` makes the model of a task.
     """
 
     name: ClassVar[str] = "emr"
@@ -37,12 +38,15 @@ class Emr(DeltaMethod[NoArguments]):
     rescale: Annotated[
         Literal["elements", "tensors"],
         Field(
-            description="ρ_t = Σ|τ_t| / Σ|M_t ⊙ τ_uni| over all elements (the paper), or of each tensor's means, so "
-            "that every tensor weighs the same (the authors' code)"
+            description=(
+                "how ρ_t = Σ|τ_t| / Σ|M_t ⊙ τ_uni| is formed: 'elements', over all elements (the paper); "
+                "'tensors', from each tensor's mean, so that every tensor counts the same (the authors' "
+                "code)"
+            )
         ),
     ] = "elements"
     zero_sign: ZeroSign = "drop"
-    vector: Annotated[Dtype, Field(description="dtype in which the unified vector is kept")] = "float32"
+    vector: Annotated[Dtype, Field(description="dtype of the unified vector in the result")] = "float32"
 
     @classmethod
     def examples(cls) -> Examples:

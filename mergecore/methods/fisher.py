@@ -35,7 +35,9 @@ class FisherArguments:
 
 
 class Fisher(WeightMethod[FisherArguments]):
-    """The mean of the experts' weights, each coordinate weighted by how sharply the expert's output depends on it."""
+    """Average the experts' weights. A coordinate of an expert counts as much as its Fisher information says: how much
+    the expert's output depends on it.
+    """
 
     name: ClassVar[str] = "fisher"
     paper: ClassVar[str] = "Matena & Raffel 2022, Merging models with Fisher-weighted averaging, arXiv:2111.09832"
@@ -49,7 +51,7 @@ class Fisher(WeightMethod[FisherArguments]):
         bool, Field(description="divide each expert's Fisher by its l2 norm over the selection, as the authors do")
     ] = True
     floor: Annotated[
-        float, Field(ge=0, description="smallest Fisher value, applied before the norm is divided out")
+        float, Field(ge=0, description=("smallest Fisher value; it is applied before the division by the norm"))
     ] = 0.0
     fisher: Annotated[DiagonalFisher, Field(description="how the diagonal Fisher information is estimated")] = (
         DiagonalFisher()

@@ -19,7 +19,11 @@ from mergecore.plugins.examples import Examples
 
 
 class IsoC(MatrixMethod):
-    """The base plus σ̄ U Vᵀ of the summed task vectors; whatever is not a matrix gets the mean task vector."""
+    """Sum the task vectors, and give all singular directions of the sum the same strength: θ_0 + α σ̄ U Vᵀ.
+
+    U and V hold the singular vectors of the sum, σ̄ is the mean of its singular values. A tensor that is not a matrix
+    gets the mean task vector.
+    """
 
     name: ClassVar[str] = "iso_c"
     paper: ClassVar[str] = (
@@ -31,8 +35,9 @@ class IsoC(MatrixMethod):
     scale: Annotated[
         Scale,
         Field(
-            description="α, the factor of the merged task vector; the authors choose it out of 0.1 … 3.0 on validation "
-            "data"
+            description=(
+                "α, the factor of the merged task vector; the authors choose it from 0.1 … 3.0 on validation data"
+            )
         ),
     ] = 1.0
     rank: Rank = "numerical"

@@ -20,7 +20,11 @@ from mergecore.plugins.examples import Examples
 
 
 class IsoCts(MatrixMethod):
-    """σ̄ times orthonormal bases made of the sum's main directions and of each task's own; not matrices: the mean."""
+    """Do as Iso-C does, but take some of the directions from each task alone.
+
+    The bases consist of the main directions of the sum and of the next directions of each task. They are made
+    orthonormal, and all get the strength σ̄. A tensor that is not a matrix gets the mean task vector.
+    """
 
     name: ClassVar[str] = "iso_cts"
     paper: ClassVar[str] = (
@@ -32,13 +36,18 @@ class IsoCts(MatrixMethod):
     scale: Annotated[
         Scale,
         Field(
-            description="α, the factor of the merged task vector; the authors choose it out of 0.1 … 3.0 on validation "
-            "data"
+            description=(
+                "α, the factor of the merged task vector; the authors choose it from 0.1 … 3.0 on validation data"
+            )
         ),
     ] = 1.0
     common: Annotated[
         float,
-        Field(ge=0, le=1, description="share of the directions taken from the sum; the rest is dealt evenly to tasks"),
+        Field(
+            ge=0,
+            le=1,
+            description=("share of the directions that come from the sum; the rest is divided evenly among the tasks"),
+        ),
     ] = 0.8
     rank: Rank = "numerical"
     convolutions: Convolutions = "mean"

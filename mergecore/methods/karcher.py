@@ -20,16 +20,20 @@ from mergecore.statistics.products import Products, gram_of
 
 
 class Karcher(WeightMethod[Shares]):
-    """The point of least squared arc length to all experts, times the mean of their norms."""
+    """Take the point on the sphere with the least sum of squared arc lengths to the experts. Its norm is the mean of
+    their norms.
+    """
 
     name: ClassVar[str] = "karcher"
     paper: ClassVar[str] = "Karcher 1977, Riemannian center of mass and mollifier smoothing"
     published: ClassVar[tuple[str, ...]] = ("mergekit's `karcher`, without its absolute guards",)
     version: ClassVar[int] = 2
 
-    iterations: Annotated[int, Field(ge=0, description="at most this many steps; 0: the mean of the directions")] = 10
+    iterations: Annotated[
+        int, Field(ge=0, description="number of steps at most; 0 gives the mean of the directions")
+    ] = 10
     tolerance: Annotated[
-        float, Field(ge=1e-8, lt=1, description="stops where a step is shorter than this, in radians")
+        float, Field(ge=1e-8, lt=1, description=("the search stops when a step is shorter than this, in radians"))
     ] = 1e-5
 
     @classmethod

@@ -35,12 +35,12 @@ class LayerSwapArguments:
 
 
 class LayerSwap(WeightMethod[LayerSwapArguments]):
-    """Takes the first and last layers from one of two experts (the language) and those between from the other (the
-    skill).
+    """Take the first and last layers from one expert (the language), and the layers between from the other (the skill).
 
-    Between the two lie transition layers, tensor by tensor a weighted mean of both experts. Layers move whole, with
-    their norms. A model with several stacks, an encoder and a decoder say, has all zones in each of them. Buffers and
-    integers are the base's. What is taken from one expert has that expert's bytes, where its dtype is the result's.
+    Transition layers lie between the two zones: each tensor there is a weighted mean of both experts. Layers move
+    whole, with their norms. A model with several stacks, such as an encoder and a decoder, has all zones in each stack.
+    Buffers and integers come from the base. A tensor from one expert alone has that expert's bytes, if its dtype is the
+    result's.
     """
 
     name: ClassVar[str] = "layer_swap"
@@ -50,18 +50,36 @@ class LayerSwap(WeightMethod[LayerSwapArguments]):
     )
     ordered: ClassVar[bool] = True
 
-    bottom: Annotated[int, Field(ge=0, description="b, layers next to the embeddings that are the outer expert's")] = 5
-    top: Annotated[int, Field(ge=0, description="u, last layers that are the outer expert's")] = 2
-    bottom_transition: Annotated[int, Field(ge=0, description="t_b, transition layers above the bottom ones")] = 1
-    top_transition: Annotated[int, Field(ge=0, description="t_u, transition layers below the top ones")] = 1
-    share: Annotated[float, Field(ge=0, le=1, description="how much of the outer expert a transition layer has")] = 0.5
+    bottom: Annotated[
+        int, Field(ge=0, description=("b, how many layers next to the embeddings come from the outer expert"))
+    ] = 5
+    top: Annotated[int, Field(ge=0, description="u, how many last layers come from the outer expert")] = 2
+    bottom_transition: Annotated[
+        int, Field(ge=0, description="t_b, how many transition layers follow the bottom layers")
+    ] = 1
+    top_transition: Annotated[
+        int, Field(ge=0, description="t_u, how many transition layers stand before the top layers")
+    ] = 1
+    share: Annotated[float, Field(ge=0, le=1, description="weight of the outer expert in a transition layer")] = 0.5
     outer: Annotated[
         Literal["first", "second"],
-        Field(description="which of the two experts, in the order of the recipe, gives bottom and top"),
+        Field(description=("which of the two experts gives the bottom and the top layers")),
     ] = "first"
-    embeddings: Annotated[Taken, Field(description="whose embeddings: an expert's, or the mean of both")] = "outer"
-    norm: Annotated[Taken, Field(description="whose final norm")] = "outer"
-    head: Annotated[Taken, Field(description="whose head, and what else belongs to no layer")] = "outer"
+    embeddings: Annotated[
+        Taken, Field(description=("which expert gives the embeddings; 'average' takes the mean of both"))
+    ] = "outer"
+    norm: Annotated[
+        Taken, Field(description=("which expert gives the final norm; 'average' takes the mean of both"))
+    ] = "outer"
+    head: Annotated[
+        Taken,
+        Field(
+            description=(
+                "which expert gives the head, and everything else that belongs to no layer; 'average' "
+                "takes the mean of both"
+            )
+        ),
+    ] = "outer"
     stacks: Annotated[
         tuple[Stack, ...], Field(description="how many layers the model has; none: as the base's tensors are named")
     ] = ()

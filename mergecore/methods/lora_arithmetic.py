@@ -17,12 +17,14 @@ from mergecore.plugins.per_expert import check_weights, moved
 
 
 class LoraArithmetic(AdapterMethod):
-    """An adapter whose update is the weighted sum of the experts' updates; ranks add up, or are cut by SVD."""
+    """Make an adapter whose update is the weighted sum of the experts' updates. Ranks add up, or an SVD cuts them."""
 
     name: ClassVar[str] = "lora_arithmetic"
     paper: ClassVar[str] = "Hu et al. 2022, LoRA: low-rank adaptation of large language models, arXiv:2106.09685"
 
-    weights: Annotated[tuple[float, ...] | None, Field(description="one per expert; none: 1 each")] = None
+    weights: Annotated[
+        tuple[float, ...] | None, Field(description=("one factor per expert, in the order of the recipe; none: 1 each"))
+    ] = None
     aggregate: Annotated[
         Literal["sum", "mean"],
         Field(description="'mean' divides by the sum of all weights, also for a module that some experts do not have"),
@@ -30,7 +32,13 @@ class LoraArithmetic(AdapterMethod):
     scale: Annotated[float, Field(description="λ, the factor of the result; negative forgets")] = 1.0
     rank: Annotated[
         int | None,
-        Field(ge=1, description="rank of the result, nearest in the Frobenius norm; none: all ranks, nothing is lost"),
+        Field(
+            ge=1,
+            description=(
+                "rank of the result, which is then the nearest in the Frobenius norm; none: all ranks, "
+                "and nothing is lost"
+            ),
+        ),
     ] = None
 
     @classmethod

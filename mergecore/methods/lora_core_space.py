@@ -25,7 +25,9 @@ from mergecore.plugins.per_expert import check_each, each, moved
 
 
 class LoraCoreSpace(AdapterMethod):
-    """An adapter out of the experts' core matrices: their updates between bases of all their B and of all their A."""
+    """Write the experts' updates as small core matrices between common bases of all their B and all their A. Merge the
+    cores. The result is an adapter.
+    """
 
     name: ClassVar[str] = "lora_core_space"
     paper: ClassVar[str] = (

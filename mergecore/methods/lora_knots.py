@@ -67,7 +67,9 @@ class Ranking:
 
 
 class LoraKnots(AdapterMethod):
-    """An adapter of the experts' updates in the basis of one SVD of them all, trimmed, elected and averaged there."""
+    """Write the experts' updates in the basis of one SVD of them all. Trim, elect and average there. The result is an
+    adapter.
+    """
 
     name: ClassVar[str] = "lora_knots"
     paper: ClassVar[str] = "Stoica et al. 2024, Model merging with SVD to tie the KnOTS, arXiv:2410.19735"

@@ -24,7 +24,7 @@ SWEEPS = 100
 
 
 class LoraLego(AdapterMethod):
-    """An adapter of a chosen rank whose rank-one units are the centroids of clusters of the experts' units."""
+    """Cut all adapters into rank-one units, cluster the units, and make an adapter of the clusters' centres."""
 
     name: ClassVar[str] = "lora_lego"
     paper: ClassVar[str] = (
@@ -33,32 +33,44 @@ class LoraLego(AdapterMethod):
     )
 
     rank: Annotated[
-        int | None, Field(ge=1, description="k, clusters in each module; none: the largest of the experts' ranks there")
+        int | None,
+        Field(
+            ge=1, description=("k, the number of clusters in each module; none: the largest rank of the experts there")
+        ),
     ] = None
     gauge: Annotated[
         Literal["as_given", "canonical"],
         Field(
-            description="(c·b, a/c) and (−b, −a) are the same unit as (b, a): 'as_given' clusters the factors as they "
-            "are (the paper), 'canonical' balances their norms and aligns their signs first"
+            description=(
+                "how units are compared: 'as_given' takes the factors as they are (the paper); "
+                "'canonical' first balances their norms and aligns their signs, because (c·b, a/c) and "
+                "(−b, −a) are the same unit as (b, a)"
+            )
         ),
     ] = "as_given"
     reweight: Annotated[
         Literal["l2", "max", "none"],
         Field(
-            description="a centroid is given the mean of its units' norms: l2 norms (the paper), largest magnitudes "
-            "(the only published code, not the authors'), or it is left as it is"
+            description=(
+                "how a centre is scaled: 'l2', to the mean l2 norm of its units (the paper); 'max', to "
+                "the mean of their largest magnitudes (the only published code, which is not the "
+                "authors'); 'none', not at all"
+            )
         ),
     ] = "l2"
     output: Annotated[
         Literal["rank", "none"],
         Field(
-            description="'rank': the update times √(r/k), r the mean rank of the experts (the paper); 'none': as it is"
+            description=(
+                "how the update is scaled: 'rank', by √(r/k), where r is the mean rank of the experts "
+                "(the paper); 'none', not at all"
+            )
         ),
     ] = "rank"
     restarts: Annotated[
-        int, Field(ge=1, description="starts of k-means, of which the tightest clustering is taken")
+        int, Field(ge=1, description=("number of starts of k-means; the tightest clustering is taken"))
     ] = 10
-    seed: Annotated[int, Field(ge=0, description="of k-means, together with the module's name")] = 0
+    seed: Annotated[int, Field(ge=0, description="seed of k-means, together with the module's name")] = 0
 
     @classmethod
     def examples(cls) -> Examples:

@@ -29,7 +29,7 @@ from mergecore.plugins.per_expert import check_each, each, moved
 
 
 class LoraLinear(AdapterMethod):
-    """An adapter whose factors, or whose update, are the weighted sum of the experts', pruned first if asked for."""
+    """Make an adapter from the weighted sum of the experts' factors, or of their updates. They may be pruned first."""
 
     name: ClassVar[str] = "lora_linear"
     paper: ClassVar[str] = (

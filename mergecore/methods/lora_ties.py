@@ -31,7 +31,9 @@ from mergecore.plugins.per_expert import check_each, each, moved
 
 
 class LoraTies(AdapterMethod):
-    """An adapter of trimmed factors, or a trimmed update, whose signs are elected; those that agree are averaged."""
+    """Trim the experts' factors or updates, elect signs, and average what has the elected sign. The result is an
+    adapter.
+    """
 
     name: ClassVar[str] = "lora_ties"
     paper: ClassVar[str] = (

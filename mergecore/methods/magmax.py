@@ -15,7 +15,7 @@ from mergecore.plugins.method import DeltaMethod, NoArguments
 
 
 class Magmax(DeltaMethod[NoArguments]):
-    """The base plus, in every coordinate, the scaled change of the expert that changed it most.
+    """Take, in every coordinate, the change of the expert that changed it most, times a factor.
 
     Of equally large changes the later expert's is taken, in the order of the recipe, as in the authors' code. For
     continual learning list the experts in the order in which they were trained.

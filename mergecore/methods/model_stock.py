@@ -19,7 +19,11 @@ from mergecore.statistics.products import Products, gram_of
 
 
 class ModelStock(DeltaMethod[Shares]):
-    """θ = t · mean(θ_t) + (1 − t) · θ_0 per tensor, with t = N cos Ω / (1 + (N − 1) cos Ω)."""
+    """Go from the base towards the mean of the experts: θ = t · mean(θ_t) + (1 − t) · θ_0, with t = N cos Ω / (1 + (N −
+    1) cos Ω).
+
+    Ω is the angle between the experts' task vectors, N is the number of experts. Every tensor has its own t.
+    """
 
     name: ClassVar[str] = "model_stock"
     paper: ClassVar[str] = (
@@ -35,8 +39,11 @@ class ModelStock(DeltaMethod[Shares]):
     angle: Annotated[
         Literal["mean_cosine", "mean_angle"],
         Field(
-            description="of more than two experts, where the paper is silent: the mean of the pairs' cosines "
-            "(mergekit) or the cosine of the mean of their angles (fusion_bench)"
+            description=(
+                "how the angle of more than two experts is formed (the paper does not say): 'mean_cosine' "
+                "takes the mean of the pairs' cosines (mergekit), 'mean_angle' the cosine of the mean "
+                "angle (fusion_bench)"
+            )
         ),
     ] = "mean_cosine"
     group: Annotated[

@@ -24,11 +24,12 @@ PARALLEL = 1e-7
 
 
 class Multislerp(Method[Shares]):
-    """Per tensor the direction of Σ w_t θ_t/‖θ_t‖, times Σ w_t ‖θ_t‖; of changes of the base likewise.
+    """Take the weighted mean of the experts' directions, at their weighted mean length: the direction of Σ w_t
+    θ_t/‖θ_t‖, times Σ w_t ‖θ_t‖.
 
-    The published procedure goes on from there: into the tangent space at that direction, and back. But the weighted sum
-    of the experts' tangents there is 0, as the mean leaves nothing beside itself, so that step adds its rounding errors
-    only and is left out. Directions that cancel have no mean: the straight line Σ w_t θ_t is taken then.
+    The published procedure then goes into the tangent space at that direction, and back. There the weighted sum of the
+    experts' tangents is 0, so that step adds only rounding errors. It is left out. Where the directions cancel there is
+    no mean direction, and the straight line Σ w_t θ_t is taken.
     """
 
     name: ClassVar[str] = "multislerp"
@@ -45,10 +46,12 @@ class Multislerp(Method[Shares]):
         Field(description="one weight per expert, in the order of the recipe; none: equal ones"),
     ] = None
     divide: Annotated[
-        Literal["sum", "none"], Field(description="divide the weights by their sum, or take them as they are")
+        Literal["sum", "none"],
+        Field(description=("'sum' divides the weights by their sum; 'none' takes them as they are")),
     ] = "sum"
     of: Annotated[
-        Literal["weights", "deltas"], Field(description="join the experts' weights, or their changes of the base")
+        Literal["weights", "deltas"],
+        Field(description=("what is joined: 'weights', the experts' weights; 'deltas', their task vectors")),
     ] = "weights"
 
     @classmethod

@@ -17,17 +17,18 @@ from mergecore.plugins.per_expert import experts_given
 
 
 class Nearswap(WeightMethod[NoArguments]):
-    """Takes the expert's weight where it differs by at most t from the base's, and goes t towards it elsewhere.
+    """Take the expert's weights where they differ from the base's by at most t. Elsewhere go from the base towards the
+    expert by t.
 
-    That is what weighing the expert by min(1, t / |θ_1 − θ_0|) comes to, without a division: t = 0 is the base and a
-    large t the expert, bit for bit.
+    mergekit weighs the expert by min(1, t / |θ_1 − θ_0|), which is the same but needs a division. t = 0 gives the base
+    and a large t the expert, bit for bit.
     """
 
     name: ClassVar[str] = "nearswap"
     paper: ClassVar[str] = "alchemonaut 2024, model card of QuartetAnemoi-70B-t0.0001"
     published: ClassVar[tuple[str, ...]] = ("mergekit's `nearswap`, without its floor of 1e-6 under |θ_1 − θ_0|",)
 
-    t: Annotated[float, Field(ge=0, description="the furthest that a weight may go from the base, in its own units")]
+    t: Annotated[float, Field(ge=0, description=("how far a weight may go from the base, in the units of the weight"))]
 
     @classmethod
     def examples(cls) -> Examples:

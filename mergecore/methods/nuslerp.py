@@ -21,11 +21,11 @@ from mergecore.statistics.products import Products, gram_of
 
 
 class Nuslerp(Method[Shares]):
-    """Goes from the first of two experts to the second along the arc between their directions, as far as weights say.
+    """Go along the arc from the first of two experts to the second. The weights say how far.
 
-    t = w_2 / (w_1 + w_2); beyond 0 … 1, with a negative weight, the arc is prolonged. Directions are those of whole
-    tensors, or of each row or column alone. Vectors of no length, and parallel or opposite ones, take the straight
-    line.
+    The place on the arc is t = w_2 / (w_1 + w_2). A negative weight gives a t outside 0 … 1, and the arc is prolonged.
+    Directions are those of whole tensors, or of each row or column. Vectors of length 0, parallel vectors and opposite
+    vectors are joined along the straight line.
     """
 
     name: ClassVar[str] = "nuslerp"
@@ -40,14 +40,20 @@ class Nuslerp(Method[Shares]):
 
     weights: Annotated[
         tuple[float, float],
-        Field(description="how much of each expert, in the order of the recipe; their ratio counts"),
+        Field(description=("one weight per expert, in the order of the recipe; only their ratio counts")),
     ] = (1.0, 1.0)
     of: Annotated[
-        Literal["weights", "deltas"], Field(description="join the experts' weights, or their changes of the base")
+        Literal["weights", "deltas"],
+        Field(description=("what is joined: 'weights', the experts' weights; 'deltas', their task vectors")),
     ] = "weights"
     along: Annotated[
         Literal["tensor", "rows", "columns"],
-        Field(description="what has a direction: a whole tensor, each vector along its last axis, or along its first"),
+        Field(
+            description=(
+                "what has a direction: 'tensor', a whole tensor; 'rows', each vector along its last axis; "
+                "'columns', each vector along its first axis"
+            )
+        ),
     ] = "tensor"
 
     @classmethod

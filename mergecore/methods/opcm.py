@@ -28,7 +28,7 @@ class Shuffled(Numbers):
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
-    seed: Annotated[int, Field(ge=0, description="another seed, another order")]
+    seed: Annotated[int, Field(ge=0, description="seed of the random order")]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,10 @@ class OpcmArguments:
 
 
 class Opcm(Method[OpcmArguments]):
-    """The base plus a sum of task vectors, each orthogonal to those before it, scaled to the mean of their norms."""
+    """Add the experts one after another. Of each task vector only the part counts that is orthogonal to the sum so far.
+
+    The sum is scaled to the mean of the task vectors' norms.
+    """
 
     name: ClassVar[str] = "opcm"
     paper: ClassVar[str] = (
@@ -58,8 +61,10 @@ class Opcm(Method[OpcmArguments]):
     order: Annotated[
         Literal["recipe"] | tuple[Annotated[int, Field(ge=0)], ...] | Shuffled,
         Field(
-            description="who arrives when: 'recipe' as the experts are listed, a list of positions counted from 0, or "
-            "{seed: n} for an order by chance; a grid of seeds tries several"
+            description=(
+                "the order of the experts: 'recipe', as they are listed; a list of positions, counted "
+                "from 0; or {seed: n}, a random order. A grid of seeds tries several orders"
+            )
         ),
     ] = "recipe"
     excluded: Excluded = EMBEDDINGS

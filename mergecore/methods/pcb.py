@@ -44,14 +44,12 @@ class PcbArguments:
 
 
 class Pcb(DeltaMethod[PcbArguments]):
-    """Scores each coordinate of each expert, drops the low scores and averages what is left by score.
+    """Score every coordinate of every expert, drop the low scores, and average the rest by score.
 
-    A coordinate that a single expert keeps gets that expert's full change: the drop decides, the score only arbitrates
-    between those that survive. Forms other than 'paper' clip magnitudes, and weigh by min–max scaled scores (0 at the
-    cut). Scores that are equal at the cut share one fate, whatever the density: with 'paper' they all survive, else
-    none does, as in the authors' scripts. Checkpoints in bfloat16 have many such scores. Where Norm would divide 0 by 0
-    all coordinates count as equal, and those of an all-zero task vector as absent.
-    exp and tanh come from mergecore.arithmetic.transcendental, so that results do not depend on the device.
+    Where a single expert keeps a coordinate, the result is that expert's full change: the drop decides, and the score
+    only weighs the experts that are left. All forms but 'paper' clip magnitudes first, and weigh by scores that are
+    scaled to 0 at the cut. Where the scaling would divide 0 by 0, all coordinates count the same; those of an all-zero
+    task vector count as absent. exp and tanh are the project's own, so results are the same on every device.
     """
 
     name: ClassVar[str] = "pcb"
@@ -65,13 +63,15 @@ class Pcb(DeltaMethod[PcbArguments]):
     form: Annotated[
         Form,
         Field(
-            description="how scores are formed: 'es', 'vision' and 'nlp' as in the authors' scripts of these names "
-            "('es' is nearest to the paper), 'paper' by the printed formula"
+            description=(
+                "how scores are formed: 'es', 'vision' and 'nlp' as in the authors' scripts of these "
+                "names, 'paper' by the printed formula; 'es' is nearest to the paper"
+            )
         ),
     ] = "es"
     clip: Annotated[
         float | None,
-        Field(ge=0, lt=0.5, description="share at either end to which |τ| is clipped; none: 0.01, for 'paper' 0"),
+        Field(ge=0, lt=0.5, description=("share at either end at which |τ| is clipped; none: 0.01, for 'paper' 0")),
     ] = None
 
     @classmethod

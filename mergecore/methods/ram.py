@@ -29,11 +29,16 @@ class Boost(Numbers):
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
-    rate: Annotated[float, Field(ge=0, description="r, how strongly the ratio counts")] = 0.1
-    most: Annotated[float, Field(ge=0, description="α, the ratio from which on it counts no more")] = 0.2
+    rate: Annotated[float, Field(ge=0, description="r, the factor of the ratio")] = 0.1
+    most: Annotated[float, Field(ge=0, description="α, the largest ratio that counts")] = 0.2
     scope: Annotated[
         Literal["global", "tensor"],
-        Field(description="count over the whole selection (the paper) or within each tensor (mergekit's `ramplus_tl`)"),
+        Field(
+            description=(
+                "where changes are counted: 'global', over the whole selection (the paper); 'tensor', "
+                "within each tensor (mergekit's `ramplus_tl`)"
+            )
+        ),
     ] = "global"
 
     def factors(self, shared: Sequence[int], unique: Sequence[int]) -> list[float]:
@@ -52,10 +57,11 @@ class RamArguments:
 
 
 class Ram(DeltaMethod[RamArguments]):
-    """Averages a coordinate over the experts that change it, and takes an expert's own change whole: θ_0 + Σ τ_t / n.
+    """Average a coordinate over those experts that change it: θ_0 + Σ τ_t / n. A change of one expert alone is kept
+    whole.
 
-    Reinforcement learning changes few weights, and different ones for different tasks; a mean over all experts would
-    dilute what one alone has learned. With `boost` it is RAM+.
+    Reinforcement learning changes few weights, and other weights for other tasks. A mean over all experts would make
+    each change small. With `boost` the method is RAM+.
     """
 
     name: ClassVar[str] = "ram"
@@ -65,8 +71,8 @@ class Ram(DeltaMethod[RamArguments]):
         "`boost: {scope: tensor}` mergekit's `ramplus_tl`",
     )
 
-    epsilon: Annotated[float, Field(ge=0, description="changes of at most this size count as none")] = 1e-5
-    boost: Annotated[Boost | None, Field(description="boost of what one expert alone changes (RAM+)")] = None
+    epsilon: Annotated[float, Field(ge=0, description="a change of at most this size counts as no change")] = 1e-5
+    boost: Annotated[Boost | None, Field(description="RAM+: changes of one expert alone are made larger")] = None
 
     @classmethod
     def examples(cls) -> Examples:

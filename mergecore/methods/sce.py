@@ -21,7 +21,9 @@ from mergecore.plugins.method import DeltaMethod, NoArguments
 
 
 class Sce(DeltaMethod[NoArguments]):
-    """Keeps the coordinates in which the experts differ most, weighs each expert's tensor by what it changes there."""
+    """Keep the coordinates in which the experts differ most. Weigh each expert's tensor by the size of its changes
+    there.
+    """
 
     name: ClassVar[str] = "sce"
     paper: ClassVar[str] = "Wan et al. 2024, FuseChat: knowledge fusion of chat models, arXiv:2408.07990"
@@ -35,7 +37,10 @@ class Sce(DeltaMethod[NoArguments]):
         Field(
             ge=0,
             le=1,
-            description="share of the coordinates that is kept, of those in which the experts differ at all; 1: all",
+            description=(
+                "share of the coordinates that is kept. Only coordinates in which the experts differ are "
+                "counted; 1 keeps all of them"
+            ),
         ),
     ] = 1.0
 

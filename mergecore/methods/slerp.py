@@ -20,7 +20,7 @@ from mergecore.statistics.products import Products, gram_of
 
 
 class Slerp(WeightMethod[Shares]):
-    """Goes from one model to another along the arc between the directions of their tensors."""
+    """Go along the arc from one model to the other. The arc lies between the directions of their tensors."""
 
     name: ClassVar[str] = "slerp"
     paper: ClassVar[str] = "Shoemake 1985, Animating rotation with quaternion curves"
@@ -34,11 +34,23 @@ class Slerp(WeightMethod[Shares]):
     ]
     start: Annotated[
         Literal["expert", "base"],
-        Field(description="'expert': from the first of two experts to the second; 'base': from the base to one expert"),
+        Field(
+            description=(
+                "where the arc begins: 'expert', at the first of two experts; 'base', at the base, and it "
+                "goes to one expert"
+            )
+        ),
     ] = "expert"
     colinear: Annotated[
         float,
-        Field(ge=0, le=1, description="|cosine| above which the straight line is taken instead; 1: only where it must"),
+        Field(
+            ge=0,
+            le=1,
+            description=(
+                "above this |cosine| the straight line is taken in place of the arc; 1: only where the "
+                "arc has no length"
+            ),
+        ),
     ] = 0.9995
 
     @classmethod

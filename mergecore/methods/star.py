@@ -21,7 +21,7 @@ MET = 1 - 1e-9
 
 
 class Star(MatrixMethod):
-    """The base plus the mean of the truncated and rescaled task vectors; what is not a matrix gets the plain mean."""
+    """Cut each task vector to its main singular directions, scale it back to its old size, and average."""
 
     name: ClassVar[str] = "star"
     paper: ClassVar[str] = "Lee et al. 2025, STAR: spectral truncation and rescale for model merging, arXiv:2502.10339"

@@ -21,7 +21,7 @@ MET = 1 - 1e-9
 
 
 class SubspaceBoosting(MatrixMethod):
-    """Task arithmetic whose summed matrices keep their rank: no singular value stays below that of the cut.
+    """Add up the task vectors, and raise the small singular values of the sum to the value at the cut.
 
     The sum of many task vectors has a few strong directions and many weak ones. The strongest ones whose values make up
     the share β stay as they are; all others get the value of the last of them. What is no matrix is summed.

@@ -19,10 +19,10 @@ from mergecore.tensors.source import TensorInfo
 
 
 class TallMasks(MultiTaskMethod):
-    """Keeps of every expert one bit a weight: M_t = |τ_t| > λ_t |τ_m − τ_t|; the model of task t is θ_0 + M_t ⊙ τ_m.
+    """Keep one shared vector, and one bit per weight and expert. The model of task t is θ_0 + M_t ⊙ τ_m.
 
-    What is written is no model but a product of masks (mergecore/tensors/masked.py): base, shared vector and bits, from
-    which `mergeloom unpack` makes the model of any task. The comparison is strict, as in the authors' code.
+    The mask is M_t = |τ_t| > λ_t |τ_m − τ_t|. The comparison is strict, as in the authors' code. The result is not one
+    model but a product: base, shared vector and masks. `mergeloom unpack` makes the model of any task from it.
     """
 
     name: ClassVar[str] = "tall_masks"
@@ -36,7 +36,7 @@ class TallMasks(MultiTaskMethod):
         "`multi_task: ties_published` their TIES masks",
     )
 
-    vector: Annotated[Dtype, Field(description="dtype in which the shared vector is kept")] = "float32"
+    vector: Annotated[Dtype, Field(description="dtype of the shared vector in the result")] = "float32"
 
     @classmethod
     def examples(cls) -> Examples:

@@ -20,13 +20,9 @@ from mergecore.statistics.dropped_norms import DropArguments, drawn_for, drop_st
 
 
 class TaskArithmetic(DeltaMethod[DropArguments]):
-    """The base plus the scaled sum of the task vectors; a negative scale forgets (negation).
+    """Add the task vectors to the base, each times a factor. A negative factor makes the model forget a task.
 
-    With weights it is any arithmetic: `[1, 1, −1]` on experts C, B, A is the analogy C + (B − A).
-
-    A scale that goes by layer is LiNeS: shallow layers stay near the base. So it is in every method that has a scale.
-    Of one expert the last layer's factor is 1; of T experts the authors take first = ‖Σ τ_t‖ / (T ‖τ‖), of the
-    merged change τ, which is 1/T here.
+    With `weights` it does any arithmetic: `[1, 1, −1]` on experts C, B, A is the analogy C + (B − A).
     """
 
     name: ClassVar[str] = "task_arithmetic"
@@ -50,7 +46,7 @@ class TaskArithmetic(DeltaMethod[DropArguments]):
     aggregate: Annotated[
         Aggregate, Field(description=f"the sum of the weighted task vectors, or a mean; {AGGREGATE}")
     ] = "sum"
-    drop: Annotated[RandomDrop | None, Field(description="random drop of deltas before the sum (DARE)")] = None
+    drop: Annotated[RandomDrop | None, Field(description="random drop of changes before the sum (DARE)")] = None
 
     @classmethod
     def examples(cls) -> Examples:

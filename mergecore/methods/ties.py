@@ -35,7 +35,7 @@ class TiesArguments:
 
 
 class Ties(DeltaMethod[TiesArguments]):
-    """Keeps each expert's largest changes, elects a sign per coordinate by total mass and joins those that agree."""
+    """Keep the largest changes of each expert, elect a sign per coordinate, and average the changes with that sign."""
 
     name: ClassVar[str] = "ties"
     paper: ClassVar[str] = (
@@ -60,14 +60,21 @@ class Ties(DeltaMethod[TiesArguments]):
     ] = None
     scope: Annotated[
         Literal["global", "tensor"],
-        Field(description="rank magnitudes over the whole selection (the paper) or within each tensor (mergekit)"),
+        Field(
+            description=(
+                "where magnitudes are ranked: 'global', over the whole selection (the paper); 'tensor', "
+                "within each tensor (mergekit)"
+            )
+        ),
     ] = "global"
     elect: Annotated[
         Elect,
         Field(
-            description="how a coordinate's sign is elected: 'mass', the sign of the sum (the paper); of what each "
-            "expert's change there is of its squared norm, 'normmass' adds them up with their signs and 'normfrac' "
-            "takes the largest"
+            description=(
+                "how the sign of a coordinate is elected: 'mass', the sign of the sum (the paper). The "
+                "other two divide each squared change by the expert's squared norm: 'normmass' adds these "
+                "shares up with their signs, 'normfrac' takes the sign of the largest"
+            )
         ),
     ] = "mass"
     aggregate: Annotated[
@@ -77,18 +84,32 @@ class Ties(DeltaMethod[TiesArguments]):
     count: Annotated[
         Count,
         Field(
-            description="at the threshold: 'at_least' keeps all of them, 'exact' the first by tensor name and index, "
-            "'published' does as the authors' code"
+            description=(
+                "which of the magnitudes equal to the threshold are kept: 'at_least', all of them; "
+                "'exact', the first by tensor name and index; 'published', as the authors' code"
+            )
         ),
     ] = "at_least"
     least: Annotated[
-        int, Field(ge=0, description="elements that are kept of each ranking in any case (mergekit: 1, of each tensor)")
+        int,
+        Field(
+            ge=0,
+            description=(
+                "number of elements that are kept of each ranking in any case (mergekit keeps 1 of each tensor)"
+            ),
+        ),
     ] = 0
     zero_sign: Annotated[
         Literal["drop", "positive", "majority"] | None,
-        Field(description="where trimmed values cancel exactly; none: 'drop', or 'majority' with count 'published'"),
+        Field(
+            description=(
+                "what happens where trimmed values cancel exactly: 'drop' changes nothing, 'positive' "
+                "takes the positive values, 'majority' the sign that most of the model has; none: 'drop', "
+                "or 'majority' with count 'published'"
+            )
+        ),
     ] = None
-    drop: Annotated[RandomDrop | None, Field(description="random drop of deltas before the trim (DARE-TIES)")] = None
+    drop: Annotated[RandomDrop | None, Field(description="random drop of changes before the trim (DARE-TIES)")] = None
 
     @classmethod
     def examples(cls) -> Examples:

@@ -17,7 +17,11 @@ from mergecore.plugins.examples import Examples
 
 
 class TsvM(MatrixMethod):
-    """The base plus P(Û) Σ̂ P(V̂)ᵀ of the tasks' top singular triplets; whatever is not a matrix gets the mean."""
+    """Put the main singular vectors of all tasks side by side, make them orthonormal, and rebuild one matrix from them.
+
+    The result is θ_0 + α P(Û) Σ̂ P(V̂)ᵀ, where P is the polar factor. A tensor that is not a matrix gets the mean task
+    vector.
+    """
 
     name: ClassVar[str] = "tsv_m"
     paper: ClassVar[str] = (
@@ -30,8 +34,10 @@ class TsvM(MatrixMethod):
     crowded: Annotated[
         Literal["mean", "zero"],
         Field(
-            description="matrices with fewer rows or columns than there are tasks, so that ⌊r/T⌋ = 0 triplets are "
-            "left: the mean, as for vectors, or no change at all (the authors' code)"
+            description=(
+                "what a matrix gets that has fewer rows or columns than there are tasks, so that ⌊r/T⌋ = "
+                "0 triplets are left: 'mean', the mean task vector; 'zero', no change (the authors' code)"
+            )
         ),
     ] = "mean"
     convolutions: Convolutions = "mean"

@@ -48,7 +48,10 @@ class WudiArguments:
 
 
 class Wudi(DeltaMethod[WudiArguments]):
-    """Minimises Σ ‖(X − τ_t) τ_tᵀ‖² / ‖τ_t‖² over X, starting from Σ τ_t, for each linear weight."""
+    """Find the task vector X that disturbs the tasks least: it minimises Σ ‖(X − τ_t) τ_tᵀ‖² / ‖τ_t‖².
+
+    The search starts from Σ τ_t. Every linear weight is solved by itself.
+    """
 
     name: ClassVar[str] = "wudi"
     paper: ClassVar[str] = (
@@ -63,20 +66,35 @@ class Wudi(DeltaMethod[WudiArguments]):
 
     variant: Annotated[
         Literal["iterative", "closed"],
-        Field(description="'iterative': Adam, stopped early (the paper's); 'closed': the minimum nearest to the sum"),
+        Field(
+            description=(
+                "how the minimum is found: 'iterative', by Adam with few steps (the paper); 'closed', the "
+                "minimum nearest to the sum, solved directly"
+            )
+        ),
     ] = "iterative"
-    scale: Annotated[Scale, Field(description="factor of X; the authors need none")] = 1.0
-    steps: Annotated[int, Field(ge=0, description="steps of Adam; 'iterative' only")] = 300
+    scale: Annotated[Scale, Field(description="factor of X; the authors use 1")] = 1.0
+    steps: Annotated[int, Field(ge=0, description="number of steps of Adam; for 'iterative' only")] = 300
     learning_rate: Annotated[
         float,
-        Field(gt=0, description="of Adam: about how far an entry moves in a step; the authors: 1e-5, for RoBERTa 2e-5"),
+        Field(
+            gt=0,
+            description=(
+                "learning rate of Adam, about how far an entry moves in a step; the authors use 1e-5, for RoBERTa 2e-5"
+            ),
+        ),
     ] = 1e-5
     ridge: Annotated[
-        float, Field(ge=0, description="pull towards the sum, relative to the mean curvature; 'closed' only")
+        float, Field(ge=0, description=("pull towards the sum, relative to the mean curvature; for 'closed' only"))
     ] = 0.0
     others: Annotated[
         Literal["base", "mean"],
-        Field(description="tensors that are no linear weights: as in the base (the authors), or the mean"),
+        Field(
+            description=(
+                "what tensors get that are not linear weights: 'base', no change (the authors); 'mean', "
+                "the mean task vector"
+            )
+        ),
     ] = "base"
     convolutions: Convolutions = "mean"
     excluded: Excluded = (*EMBEDDINGS, *HEADS)

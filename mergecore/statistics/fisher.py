@@ -40,14 +40,22 @@ class DiagonalFisher(DataStatistic):
 
     estimator: Annotated[
         Literal["sampled", "exact", "empirical"],
-        Field(description="labels: drawn from the model, all classes weighted by the model, or the true ones"),
+        Field(
+            description=(
+                "which labels are used: 'sampled', drawn from the model; 'exact', all classes, weighted "
+                "by the model; 'empirical', the true labels"
+            )
+        ),
     ] = "sampled"
-    samples: Annotated[int, Field(ge=1, description="training items that are looked at")] = 64
-    seed: Annotated[int, Field(ge=0, description="of items and drawn labels")] = 0
+    samples: Annotated[int, Field(ge=1, description="number of training items")] = 64
+    seed: Annotated[int, Field(ge=0, description="seed of the items and of the drawn labels")] = 0
     batch: Annotated[
-        Literal["item", "batch"], Field(description="what a squared gradient is of: one item, or `batch_size` of them")
+        Literal["item", "batch"],
+        Field(
+            description=("what a squared gradient is taken of: 'item', one item; 'batch', `batch_size` items together")
+        ),
     ] = "item"
-    batch_size: Annotated[int, Field(ge=1, description="items in a backward pass with batch 'batch'")] = 8
+    batch_size: Annotated[int, Field(ge=1, description="number of items in a backward pass, for batch 'batch'")] = 8
 
     @model_validator(mode="after")
     def _unbiased(self) -> DiagonalFisher:

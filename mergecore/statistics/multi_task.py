@@ -23,8 +23,11 @@ DENSITY = 0.2
 MultiTask = Annotated[
     Literal["sum", "ties", "ties_published"],
     Field(
-        description="τ_m: 'sum' of task vectors; 'ties': trimmed model-wide, sign elected, those that agree summed; "
-        "'ties_published': the same as the authors' code trims and settles exact cancellations"
+        description=(
+            "how the multi-task vector τ_m is formed: 'sum' adds the task vectors; 'ties' trims them "
+            "over the whole model, elects signs and adds what agrees; 'ties_published' does that as "
+            "the authors' code, which trims and treats exact cancellations in another way"
+        )
     ),
 ]
 TrimDensity = Annotated[
@@ -32,7 +35,7 @@ TrimDensity = Annotated[
 ]
 MaskScale = Annotated[
     tuple[Annotated[float, Field(ge=0)], ...] | Annotated[float, Field(ge=0)],
-    Field(description="λ, or one λ_t per expert in the order of the recipe; larger: sparser masks"),
+    Field(description=("λ, or one λ_t per expert in the order of the recipe; a larger one makes masks sparser")),
 ]
 
 

@@ -31,7 +31,7 @@ class OverlapCounts(Statistic):
     scope: ClassVar[Scope] = Scope.POOL
     looks: ClassVar[frozenset[type[Look]]] = frozenset({Sums})
 
-    epsilon: Annotated[float, Field(ge=0, description="changes of at most this size count as none")]
+    epsilon: Annotated[float, Field(ge=0, description="a change of at most this size counts as no change")]
 
     def begin(self, selection: Mapping[str, TensorInfo], statistics: Statistics) -> State:
         """Return the state without counts."""

@@ -36,16 +36,20 @@ Share = Annotated[
     Field(
         ge=0,
         le=1,
-        description="α: the leading singular directions whose values make up at most this share of their sum are "
-        "closed to later experts; 1 closes all of them",
+        description=(
+            "α, a share of the sum of the singular values. The leading directions that make up at "
+            "most this share are closed to later experts; 1 closes all of them"
+        ),
     ),
 ]
 Projection = Annotated[
     Literal["block", "strict"],
     Field(
-        description="what is taken out of a task vector besides its diagonal, in the singular bases of the sum so far: "
-        "'block' the leading rows' leading columns (the authors' code), 'strict' all of the leading rows and columns "
-        "(the paper's printed sum)"
+        description=(
+            "what is removed from a task vector, besides its diagonal, in the singular bases of the "
+            "sum so far: 'block', the leading columns of the leading rows (the authors' code); "
+            "'strict', all leading rows and columns (the paper's printed sum)"
+        )
     ),
 ]
 NORMS = "/norms"

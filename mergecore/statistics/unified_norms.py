@@ -18,7 +18,10 @@ from mergecore.tensors.source import TensorInfo
 ZeroSign = Annotated[
     Literal["drop", "negative"],
     Field(
-        description="where the changes cancel exactly: nothing is shared (sgn 0 = 0), or the negative ones (the code)"
+        description=(
+            "where the changes cancel exactly: 'drop' shares nothing (sgn 0 = 0); 'negative' takes "
+            "the negative changes (the authors' code)"
+        )
     ),
 ]
 
