@@ -33,7 +33,7 @@ EMPTY: Mapping[str, str] = MappingProxyType({})
 class LowRank:
     """One adapter's update of one module, float64: scaling · up @ down, down (rank × in), up (out × rank).
 
-    owner: the id of the adapter.
+    owner: the id of the adapter that random masks are drawn with.
     """
 
     down: Tensor
@@ -87,7 +87,7 @@ def low_rank(expert: AdapterExpert, target: str) -> LowRank | None:
         expert.stored.read(name).to(torch.float64).reshape(expert.stored.tensors[name].shape)
         for name in (factor.down, factor.up)
     )
-    return LowRank(down, up, factor.scaling, expert.id)
+    return LowRank(down, up, factor.scaling, expert.tensors_id or expert.id)
 
 
 def outputs(

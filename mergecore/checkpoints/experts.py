@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class Expert(ABC):
         """Return the digest of what its tensors hold, 64 hex digits. Reads all but those of the names `without`."""
 
     @abstractmethod
-    def identified(self, tensors_id: str) -> Expert:
+    def identified(self, tensors_id: str) -> Self:
         """Return the expert with the id of its tensors."""
 
     @abstractmethod
@@ -101,7 +101,7 @@ class FullExpert(Expert):
         """Return the id of the checkpoint's tensors."""
         return tensors_id(self.stored, without)
 
-    def identified(self, tensors_id: str) -> FullExpert:
+    def identified(self, tensors_id: str) -> Self:
         """Return the expert with the id of its tensors."""
         return replace(self, tensors_id=tensors_id)
 
@@ -156,7 +156,7 @@ class AdapterExpert(Expert):
         }
         return digest(["adapter", factors])
 
-    def identified(self, tensors_id: str) -> AdapterExpert:
+    def identified(self, tensors_id: str) -> Self:
         """Return the expert with the id of its factors."""
         return replace(self, tensors_id=tensors_id)
 

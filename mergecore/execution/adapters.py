@@ -22,12 +22,13 @@ from mergecore.tensors.source import TensorInfo
 
 @dataclass(frozen=True)
 class AdapterTask:
-    """An adapter to make. base, configs: what its own configuration is written from."""
+    """An adapter to make. base, configs: what its own configuration is written from. drawn_with: of its masks."""
 
     work: AdapterWork
     experts: tuple[AdapterExpert, ...]
     base: Mapping[str, TensorInfo]
     configs: tuple[Mapping[str, Any], ...]
+    drawn_with: Mapping[str, Any]
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -45,7 +46,7 @@ def make_adapter(root: Path, task: AdapterTask) -> Done:
             digest, numbers = write_made(draft.path, work.method, task.experts, work.selection)
             ranks, transposed, names = numbers["ranks"], numbers["fan_in_fan_out"], numbers.get("names", EMPTY)
             write_config(draft.path, adapter_config(ranks, task.base, task.configs, transposed, names))
-            store.commit(draft, digest, numbers, made_with(began))
+            store.commit(draft, digest, {**numbers, **task.drawn_with}, made_with(began))
     except RECORDED as error:
         return failed(store, task.steps, error)
     return Done([work.step.name], {}, time.monotonic() - began)

@@ -87,7 +87,7 @@ def _commit(place: Place, work: MergeWork | LinkWork, draft: Draft, digests: Map
     def results(step: Step) -> Found:
         return read_statistic(store, step)
 
-    record = {**work.record(draft.path, digests, results), **drawn_with(place, work)}
+    record = {**work.record(draft.path, digests, results), **drawn_with(place, work.ways)}
     store.commit(draft, digest, record, made_with(began))
     if earlier is not None and earlier.digest != digest:
         place.report(

@@ -13,6 +13,7 @@ from mergecore.execution.adapters import AdapterTask, make_adapter
 from mergecore.execution.outcome import Done, failed
 from mergecore.execution.place import Place
 from mergecore.execution.scoring import Bench, ModelTask, run_on_model
+from mergecore.execution.tensor_ids import drawn_with, with_tensors_ids
 from mergecore.planning.pool import opened
 from mergecore.planning.work import AdapterWork, ModelWork
 
@@ -28,16 +29,13 @@ class Job:
 
 def run_adapters(place: Place, works: Sequence[AdapterWork]) -> Done:
     """Make adapters of adapters."""
-    members, base = {member.id: member for member in place.pool.members}, place.pool.base.tensors
-    tasks = [
-        AdapterTask(
-            work,
-            tuple(members[expert].adapter(place.folders[expert], base) for expert in work.experts),
-            base,
-            tuple(members[expert].snapshot.config for expert in work.experts),
-        )
-        for work in works
-    ]
+    members, base, tasks = {member.id: member for member in place.pool.members}, place.pool.base.tensors, []
+    for work in works:
+        experts = {expert: members[expert].adapter(place.folders[expert], base) for expert in work.experts}
+        if "tensors" in work.method.drawn_by:
+            experts = with_tensors_ids(place, experts)
+        configs = tuple(members[expert].snapshot.config for expert in work.experts)
+        tasks.append(AdapterTask(work, tuple(experts.values()), base, configs, drawn_with(place, [work])))
     job = Job(make_adapter, place.store.root, "adapters made")
     return spread(place, job, tasks, [work.step.name for work in works])
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from mergecore.checkpoints.experts import Expert
 from mergecore.checkpoints.layout import tied_names
@@ -14,8 +14,9 @@ from mergecore.execution.outcome import made_with
 from mergecore.execution.place import Place
 from mergecore.identity.keys import Step
 from mergecore.planning.pool import Pool
-from mergecore.planning.work import LinkWork, MergeWork
+from mergecore.planning.work import AdapterWork, Way
 
+SomeExpert = TypeVar("SomeExpert", bound=Expert)
 AT_ONCE = 4
 """Experts whose tensors are read side by side."""
 
@@ -32,7 +33,7 @@ def _tied(pool: Pool) -> list[str]:
     return sorted(tied_names(pool.base.tensors, pool.base.config))
 
 
-def with_tensors_ids(place: Place, experts: Mapping[str, Expert]) -> dict[str, Expert]:
+def with_tensors_ids(place: Place, experts: Mapping[str, SomeExpert]) -> dict[str, SomeExpert]:
     """Return the experts with the ids of their tensors. What the store does not know is read."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         ids = list(pool.map(lambda expert: _tensors_id(place, expert), experts.values()))
@@ -52,12 +53,12 @@ def _tensors_id(place: Place, expert: Expert) -> str:
         return place.store.commit(draft, expert.identify(_tied(place.pool)), {}, made_with(began)).digest
 
 
-def drawn_with(place: Place, work: MergeWork | LinkWork) -> dict[str, Any]:
+def drawn_with(place: Place, works: Sequence[Way | AdapterWork]) -> dict[str, Any]:
     """Return what the record says of random masks: {'drawn_with': {kind of id: {expert: id}}}, or nothing."""
     told: dict[str, dict[str, str]] = {}
-    for way in work.ways:
-        for kind in sorted(way.method.drawn_by):
-            for expert in way.experts:
+    for work in works:
+        for kind in sorted(work.method.drawn_by):
+            for expert in work.experts:
                 record = place.store.record(tensors_step(expert, place.pool)) if kind == "tensors" else None
                 told.setdefault(kind, {})[expert] = expert if record is None else record.digest
     return {"drawn_with": told} if told else {}

@@ -182,3 +182,31 @@ def test_an_adapter_is_its_factors_by_what_they_change() -> None:
     assert expert("base_model.model.w.default").identify() == expert("w").identify()
     ids = {expert("w").identify(), expert("w", 1.0).identify(), expert("w", size=2.0).identify()}
     assert len(ids) == 3
+
+
+@pytest.mark.parametrize("method", ["lora_linear", "lora_ties"])
+def test_adapters_of_adapters_draw_by_their_factors(method: str, tmp_path: Path) -> None:
+    """Other names and metadata in the file, the same factors: the same masks. By files they are others."""
+    one_file(tensors(0), tmp_path / "base")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["0", "1", "2"]}
+    for name, infix, metadata in (("plain", "", {}), ("packed", ".default", {"note": "edited"}), ("other", "", {})):
+        (tmp_path / name).mkdir()
+        draw = torch.Generator().manual_seed(6 if name == "other" else 5)
+        factors = {}
+        for layer in range(3):
+            stem = f"base_model.model.layers.{layer}"
+            factors[f"{stem}.lora_A{infix}.weight"] = torch.randn(2, 20, generator=draw)
+            factors[f"{stem}.lora_B{infix}.weight"] = torch.randn(30, 2, generator=draw)
+        save_file(factors, tmp_path / name / "adapter_model.safetensors", metadata={"format": "pt", **metadata})
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    results = {}
+    for ids in ("tensors", "files"):
+        for name in ("plain", "packed"):
+            out = tmp_path / f"{ids} {name}"
+            experts = [{"name": "first", "source": tmp_path / name}, {"name": "second", "source": tmp_path / "other"}]
+            drop = {"rate": 0.5, "seed": 1, "ids": ids}
+            merge_into({"method": method, "base": tmp_path / "base", "experts": experts, "drop": drop}, out)
+            results[ids, name] = load_file(out / "adapter_model.safetensors")
+            assert f"`ids: {ids}`" in (out / "README.md").read_text()
+    assert same(results["tensors", "plain"], results["tensors", "packed"])
+    assert not same(results["files", "plain"], results["files", "packed"])
