@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from mergecore.arithmetic.low_rank import nearest_adapter
+from mergecore.arithmetic.weights import divisor
 from mergecore.checkpoints.adapters import LowRank, relative_error
 from mergecore.errors import SpecError
 from mergecore.plugins.adapter_method import AdapterMethod, Combined
@@ -27,7 +28,10 @@ class LoraArithmetic(AdapterMethod):
     ] = None
     aggregate: Annotated[
         Literal["sum", "mean"],
-        Field(description="'mean' divides by the sum of all weights, also for a module that some experts do not have"),
+        Field(
+            description="'mean' divides by the magnitudes of all weights together, also for a module that some experts "
+            "do not have"
+        ),
     ] = "sum"
     scale: Annotated[float, Field(description="λ, the factor of the result; negative forgets")] = 1.0
     rank: Annotated[
@@ -45,6 +49,9 @@ class LoraArithmetic(AdapterMethod):
     def examples(cls) -> Examples:
         return Examples(golden=[{}, {"weights": [0.5, 1, -2], "rank": 3}])
 
+    def revision(self, count: int) -> int:
+        return self.version + (self.aggregate == "mean" and min(self.weights or (1.0,)) < 0)
+
     def validate_count(self, count: int) -> None:
         if self.aggregate == "mean":
             check_weights(self.weights, count)
@@ -61,7 +68,7 @@ class LoraArithmetic(AdapterMethod):
     def combined(self, module: str, updates: Sequence[LowRank | None]) -> Combined:
         """Return [down_1; down_2; …] and [c_1 up_1, c_2 up_2, …]: their product is Σ c_i ΔW_i."""
         weights = self.weights or (1.0,) * len(updates)
-        whole = self.scale / (sum(weights) if self.aggregate == "mean" else 1.0)
+        whole = self.scale / (divisor(weights, len(weights), "mean") if self.aggregate == "mean" else 1.0)
         present = [(update, weight) for update, weight in zip(updates, weights, strict=True) if update is not None]
         down = torch.cat([update.down for update, _ in present])
         up = torch.cat([update.up * (update.scaling * weight * whole) for update, weight in present], 1)

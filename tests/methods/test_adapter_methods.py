@@ -153,6 +153,9 @@ def test_the_sum_is_exact_and_ranks_add_up() -> None:
     assert method.rank_made("m", [2, 3, 1], (9, 7)) == 6
     mean = LoraArithmetic(weights=(1, 2, 1), aggregate="mean")
     close(result(mean, experts), (deltas[0] + 2 * deltas[1] + deltas[2]) / 4)
+    forgetting = LoraArithmetic(weights=(1, -2, -1), aggregate="mean")
+    close(result(forgetting, experts), (deltas[0] - 2 * deltas[1] - deltas[2]) / 4)
+    close(result(LoraArithmetic(weights=(-3,), aggregate="mean"), experts[:1]), -deltas[0])
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 6, 7, 50])
