@@ -6,6 +6,7 @@
 #   make deploy    while it runs: sweeps and merges as forms on Prefect's page      make worker   does what they ask for
 #   make test      the test suite           make check   linters, types, import contracts
 #   make bench     a quick look at each benchmark; AGAINST=PATH/TO/mergekit-yaml puts mergekit beside
+#   make fuzz      damaged files and documents, FUZZ of them for each reader, others in every run
 #   make coverage  the tests that run in one process, and the lines they reach
 #   make every-model-type   saves, merges, folds and extracts a tiny model of every type of transformers; 15 minutes
 #   make docs      docs/methods.md anew from the classes, then the site in site/
@@ -38,7 +39,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: setup demo serve deploy worker test check coverage every-model-type docs bench mergekit-results lock clean
+.PHONY: setup demo serve deploy worker test fuzz check coverage every-model-type docs bench mergekit-results lock clean
 
 setup: $(VENV)/.ready
 
@@ -76,6 +77,11 @@ worker: setup
 
 test: setup
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
+
+# The suite draws a few hundred, the same in every run. A failure prints a line that repeats it.
+FUZZ ?= 5000
+fuzz: setup
+	FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/fuzz --timeout=0
 
 check: setup
 	$(BIN)/ruff check .
