@@ -400,4 +400,4 @@ def test_adapters_that_cannot_be_meant(config: dict[str, Any], shapes: Any, said
     names = ("m.lora_A.weight", "m.lora_B.weight")
     factors = {name: TensorInfo("F32", shape) for name, shape in zip(names, shapes, strict=True)}
     with pytest.raises(MismatchError, match=f"expert 'e'.*{said}"):
-        adapter_factors(factors, config, BASE_OF_ONE, "expert 'e'")
+        adapter_factors(factors, config, BASE_OF_ONE, "expert 'e'", {})

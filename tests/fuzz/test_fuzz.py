@@ -163,7 +163,7 @@ def test_adapters(config: dict[str, Any], down: tuple[int, ...], up: tuple[int, 
     base = {"m.weight": TensorInfo("F32", (4, 6))}
     tensors = {"m.lora_A.weight": TensorInfo("F32", down), "m.lora_B.weight": TensorInfo("F32", up)}
     try:
-        factors = adapter_factors(tensors, config, base, "adapter 'x'")
+        factors = adapter_factors(tensors, config, base, "adapter 'x'", {})
     except MismatchError as error:
         assert str(error).startswith("adapter 'x'")
         return

@@ -138,7 +138,7 @@ def _ids(content: Mapping[str, Any], where: str) -> dict[str, int]:
             if number in by_id or number < 0:
                 raise SourceError(f"{where}: {by_id.get(number)!r} and {token!r} have one id, {number}; save it again")
             by_id[number] = token
-    except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
         raise SourceError(f"{where} is no tokenizer that can be read ({error}); fetch it again") from error
     return ids
 
