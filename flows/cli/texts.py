@@ -18,7 +18,7 @@ from flows.session.session import Session
 from flows.session.settings import Settings
 from mergecore.checkpoints.architectures import layer_of
 from mergecore.checkpoints.snapshot import Snapshot
-from mergecore.errors import SpecError, nearest
+from mergecore.errors import SpecError, masked, nearest
 from mergecore.recipes.extract_lora import Extracted
 from mergecore.recipes.transplant_tokenizer import Transplanted
 from mergecore.registry import METHODS
@@ -234,6 +234,6 @@ def inspect_text(snapshot: Snapshot) -> str:
         "lora_alpha",
         "use_rslora",
     )
-    lines += [f"{key}: {snapshot.config[key]}" for key in shown if snapshot.config.get(key) is not None]
+    lines += [masked(f"{key}: {snapshot.config[key]}") for key in shown if snapshot.config.get(key) is not None]
     lines += [f"weights    {snapshot.weights}", f"companions {snapshot.companions}"]
     return "\n".join(lines)

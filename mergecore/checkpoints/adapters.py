@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mergecore.checkpoints.experts import AdapterExpert, Factor
-from mergecore.errors import MismatchError
+from mergecore.errors import MismatchError, masked
 from mergecore.tensors.source import TensorInfo
 
 CONFIG = "adapter_config.json"
@@ -138,6 +138,11 @@ def _ends(module: str) -> list[str]:
     return [".".join(parts[first:]) for first in range(1, len(parts))]
 
 
+def _public(value: Any) -> Any:
+    """Return a value without the credentials that a text may hold: PEFT records whatever address was loaded."""
+    return masked(value) if isinstance(value, str) else value
+
+
 def adapter_config(
     ranks: Mapping[str, int],
     base: Mapping[str, TensorInfo],
@@ -166,7 +171,7 @@ def adapter_config(
     return {
         "peft_type": "LORA",
         "task_type": agreed(configs, "task_type"),
-        "base_model_name_or_path": agreed(configs, "base_model_name_or_path"),
+        "base_model_name_or_path": _public(agreed(configs, "base_model_name_or_path")),
         "revision": None,
         "inference_mode": True,
         "r": usual,

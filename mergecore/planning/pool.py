@@ -24,7 +24,7 @@ from mergecore.checkpoints.vocabulary.rows import Rows
 from mergecore.checkpoints.vocabulary.rules import TokenizerRules
 from mergecore.checkpoints.vocabulary.shared import over_vocabulary, shared_vocabulary, updated
 from mergecore.checkpoints.vocabulary.tokenizer import TOKENIZER
-from mergecore.errors import MismatchError, SpecError
+from mergecore.errors import MismatchError, SpecError, masked
 from mergecore.events import Event, Report
 from mergecore.identity.keys import Step, digest
 from mergecore.planning.compatibility import (
@@ -195,7 +195,7 @@ def _base_warnings(members: Sequence[Member], ground: Snapshot, base: BaseSpec) 
     """Name the adapters that record another base than the pool's: one sentence per recorded base."""
     trained_on: dict[str, list[str]] = {}
     for member in members:
-        recorded = str(member.snapshot.config.get("base_model_name_or_path") or "")
+        recorded = masked(str(member.snapshot.config.get("base_model_name_or_path") or ""))
         if member.factors is not None and recorded and not _same_base(recorded, ground, base):
             trained_on.setdefault(recorded, []).append(member.name)
     return [

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergecore.engine.executor import Executor
-from mergecore.errors import MergeloomError, SpecError, StoreError
+from mergecore.errors import MergeloomError, SpecError, StoreError, masked
 from mergecore.events import Report
 from mergecore.execution.fetch import fetch
 from mergecore.execution.lanes import run_works
@@ -119,7 +119,7 @@ def merge_recipe(
                 snapshot.source.fetch(report)  # a local file written to meanwhile is none of the digests in the card
         published = _settle(place, merge, recipe, draft, origin)
         if origin is not None:
-            (draft / MERGEKIT).write_text(origin.text)
+            (draft / MERGEKIT).write_text(masked(origin.text))
     clock.ended("finish")
     return WrittenModel(out, published.digest, published.size, (*pool.warnings, *published.notes), clock.seconds)
 

@@ -24,7 +24,7 @@ Size = Annotated[str, AfterValidator(_size)]
 
 def size_in_bytes(text: str) -> int:
     """'5GB' as bytes, with decimal units."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)B", text.strip())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([kKMGT]?)B", text.strip())
     if match is None:
         raise SpecError(f"'{text}' is no size; write a number and a unit, as in 8GB or 500MB")
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))

@@ -84,7 +84,7 @@ class Run(SpecPart):
         "the current folder, and artifacts go beside it); none: MLFLOW_TRACKING_URI, else the store's own database",
     )
     dask: str = Field("local", description="'local', 'gpu' (one worker a device) or a scheduler's address")
-    workers: Annotated[int | None, Field(ge=1, description="local worker processes; none: one a core")] = None
+    workers: Annotated[int | None, Field(ge=1, le=4096, description="local worker processes; none: one a core")] = None
     memory: Size | None = Field(None, description="memory that a pass may use, 8GB say; none: half of what is free")
     disk: Size | None = Field(None, description="disk that models under way may use; none: half of what is free")
     most_cells: Annotated[int, Field(ge=1, description="a sweep of more cells is refused; raise it if you mean it")] = (

@@ -109,6 +109,7 @@ RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "not a choice": ({"scope": "globl"}, (r"scope: must be 'global' or 'tensor' \(given: 'globl'\)",)),
     "no such dtype": ({"dtype": "float8"}, (r"dtype: must be 'float32', 'float16' or 'bfloat16'",)),
     "no such size": ({"shard_size": "5 apples"}, (r"shard_size: '5 apples' is no size; write a number and a unit",)),
+    "a size beyond all numbers": ({"shard_size": "9" * 400 + "GB"}, (r"shard_size: '9+GB' is no size",)),
     "size without a unit": ({"shard_size": 5}, (r"shard_size: must be a text \(given: 5\)",)),
     "a grid in a recipe": (
         {"density": {"grid": [0.1, 0.2]}},
@@ -344,6 +345,7 @@ SPECS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "a Boolean for a count": ({"counts": [True]}, (r"spec\.yaml\.counts: must be a number, not true or false",)),
     "name with a slash": ({"name": "a/b"}, (r"spec\.yaml\.name: ",)),
+    "a million workers": ({"run": {"workers": 10**6}}, (r"run\.workers: must be less than or equal to 4096",)),
     "memory": ({"run": {"memory": "8 gigs"}}, (r"run\.memory: '8 gigs' is no size; write a number and a unit",)),
     "little memory": ({"run": {"memory": "1kB"}}, (r"needs .* of memory .* may use 1.0 kB .* too few", r"run\.memory")),
     "little disk": (

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from mergecore.checkpoints.adapters import adapter_config
 from mergecore.errors import MergeloomError, ServiceError, SourceError, masked
 from mergecore.identity.keys import Step
 from mergecore.store.store import Store
+from mergecore.tensors.source import TensorInfo
 from tasks import reachable
 from tasks.cluster import workers
 from tasks.cluster.workers import connected as dask_connected
@@ -128,3 +130,9 @@ def test_credentials_are_masked(text: str, tmp_path: Path) -> None:
     store.fail(step, text, f"Traceback\n{text}")
     record = json.loads(store.failure_path(step.key).read_text())
     assert record["reason"] == wanted and record["traceback"] == ["Traceback", wanted]
+
+
+def test_an_address_that_an_adapter_records_is_passed_on_without_its_token() -> None:
+    recorded = {"base_model_name_or_path": f"https://anna:{TOKEN}@hub.example/owner/base"}
+    config = adapter_config({"m.weight": 2}, {"m.weight": TensorInfo("F32", (4, 6))}, [recorded], False)
+    assert config["base_model_name_or_path"] == "https://hub.example/owner/base"

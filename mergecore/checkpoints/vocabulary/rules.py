@@ -79,7 +79,9 @@ class TokenizerRules(Rule):
     )
     pad_to_multiple_of: Annotated[
         int | None,
-        Field(ge=1, description="rows of embeddings and head are a multiple of this; none: one for each token"),
+        Field(
+            ge=1, le=1 << 20, description="rows of embeddings and head are a multiple of this; none: one for each token"
+        ),
     ] = None
     tokens: Mapping[str, TokenRule] = Field({}, description="token → where its row comes from; a new token is added")
 

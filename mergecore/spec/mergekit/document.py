@@ -136,7 +136,7 @@ class TokenizerRule(DocumentPart):
 
     source: Literal["union", "base"] | Reference = "union"
     tokens: Mapping[str, TokenEntry] = {}
-    pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None
+    pad_to_multiple_of: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
 
 
 class Document(Inputs):
