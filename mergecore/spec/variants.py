@@ -87,6 +87,8 @@ def of_entry(
     rules, ruled = (entry["select"], f"{where}.select") if own else (list(select), "select")
     methods = expanded({key: value for key, value in entry.items() if key not in ("select", "counts")}, where)
     for values, ruled_values in itertools.product(methods, expanded(rules, ruled)):
+        if not isinstance(values, Mapping):
+            raise SpecError(f"{where}: must be a mapping with a method and its values (given: {values!r:.60})")
         together = dict(values)
         name = str(together.pop("method", ""))
         plain = name + ("+drop" if together.get("drop") else "") + ("+select" if own else "")

@@ -345,6 +345,10 @@ SPECS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "a Boolean for a count": ({"counts": [True]}, (r"spec\.yaml\.counts: must be a number, not true or false",)),
     "name with a slash": ({"name": "a/b"}, (r"spec\.yaml\.name: ",)),
+    "a grid for an entry": (
+        {"methods": [{"grid": [1, 2]}]},
+        (r"methods\[0\]: must be a mapping with a method and its values \(given: 1\)",),
+    ),
     "a million workers": ({"run": {"workers": 10**6}}, (r"run\.workers: must be less than or equal to 4096",)),
     "memory": ({"run": {"memory": "8 gigs"}}, (r"run\.memory: '8 gigs' is no size; write a number and a unit",)),
     "little memory": ({"run": {"memory": "1kB"}}, (r"needs .* of memory .* may use 1.0 kB .* too few", r"run\.memory")),
