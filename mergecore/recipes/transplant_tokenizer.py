@@ -21,6 +21,7 @@ from mergecore.arithmetic.approximation import Metric, Weighting, matching_pursu
 from mergecore.checkpoints.architectures import PER_LAYER_TOKENS, outside
 from mergecore.checkpoints.layout import tied_names
 from mergecore.checkpoints.snapshot import Snapshot, read_snapshot
+from mergecore.checkpoints.ties import check_fetched, differing
 from mergecore.checkpoints.vocabulary.companions import CONFIG, files_of_tokenizer
 from mergecore.checkpoints.vocabulary.configuration import config_with, counts_in, ids_in, with_count
 from mergecore.checkpoints.vocabulary.shared import over_vocabulary
@@ -144,6 +145,8 @@ def transplant_tokenizer(
     }
     with whole_directory(out, durable) as draft:
         ours, theirs = (party.snapshot.open(party.snapshot.source.fetch(report)) for party in (receiver, giver))
+        for party in (receiver, giver):
+            check_fetched(party.snapshot)
         writer = WeightsWriter(draft, infos, shard_size)
         known: dict[str, tuple[Combination, float]] = {}
         errors = {}
@@ -178,6 +181,11 @@ def _party(called: str, spec: SourceSpec, resolve: Resolver) -> Party:
     where = f"{called} ({snapshot.source.uri})"
     if snapshot.kind == "adapter" or spec.adapter is not None:
         raise MismatchError(f"{where} is or has an adapter; fold it in first, as a recipe with one expert does")
+    for name, owner in differing(snapshot).items():
+        raise MismatchError(
+            f"{where}: its config.json ties '{name}' to '{owner}', and the two differ in its files; write "
+            "tie_word_embeddings: false into it, or leave one of them out"
+        )
     tied = tied_names(snapshot.tensors, snapshot.config)
     tables = {n: info for n, info in snapshot.tensors.items() if over_vocabulary(n, info) and n not in tied}
     if not any(len(info.shape) == 2 for info in tables.values()):

@@ -284,6 +284,14 @@ def test_what_cannot_be_transplanted_is_refused(tmp_path: Path) -> None:
     pictures = rewritten(write_model(tmp_path / "pictures", byte_pairs(), seed=7), "config.json", image_token_index=3)
     with pytest.raises(MergeloomError, match=r"the model .*image_token_index 3, and the donor's says nothing"):
         transplanted(pictures.folder, donor.folder, tmp_path / "out", count=2)
+    both = write_model(tmp_path / "both", byte_pairs(), tied=True, seed=8)
+    save_file(
+        {**both.tensors, HEAD: both.tensors[EMBEDDING["llama"]] + 1},
+        both.folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(MergeloomError, match=rf"the model .*ties '{HEAD}' to .*differ in its files"):
+        transplanted(both.folder, donor.folder, tmp_path / "out", count=2)
     for path, rules, said in cases:
         with pytest.raises(MergeloomError, match=said):
             transplanted(model.folder, path, tmp_path / "out", **rules)
