@@ -6,12 +6,13 @@ Such models are known as frankenmerges and self-merges.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, field_validator
 
 from mergecore.checkpoints.architectures import at_layers, depths
+from mergecore.checkpoints.layer_settings import Settings, settings_of, stacked_config
 from mergecore.checkpoints.snapshot import Snapshot
 from mergecore.errors import MismatchError
 from mergecore.identity.keys import digest
@@ -19,10 +20,6 @@ from mergecore.identity.numbers import Numbers
 
 BASE = "base"
 """What the base is called beside the experts' names."""
-COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-"""What config.json calls the number of layers."""
-PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
-"""Lists in config.json with one entry per layer."""
 
 LayerRange = Annotated[tuple[int, int], Field(description="first and last layer (counted from 0), both included")]
 
@@ -62,7 +59,7 @@ class StackRule(Numbers):
 
 
 def restacked(snapshot: Snapshot, rules: Sequence[StackRule], model: str) -> Snapshot:
-    """Return the checkpoint as if its layers were those of the stack. Its digest changes, its files do not.
+    """Return the checkpoint's tensors as if its layers were those of the stack. Its digest changes, its files do not.
 
     Raises MismatchError where it has no such layers, or more than one stack of them.
     """
@@ -70,25 +67,60 @@ def restacked(snapshot: Snapshot, rules: Sequence[StackRule], model: str) -> Sna
         return snapshot
     where = f"{model} ({snapshot.source.uri})"
     runs = [(rule.of(model), rule.count) for rule in rules]
-    name = next((key for key in COUNTS if isinstance(snapshot.config.get(key), int)), None)
     old = _depth(snapshot.tensors, where)
     for run, _ in runs:
         if run is not None and run[1] >= old:
             raise MismatchError(f"stack: {where} has layers 0 to {old - 1}; {list(run)} asks for more")
     layers = _sources(runs)
-    config = dict(snapshot.config)
-    if name is not None:
-        config[name] = len(layers)
-    for key in PER_LAYER:
-        if isinstance(config.get(key), list) and len(config[key]) == old:
-            config[key] = [config[key][0 if layer is None else layer] for layer in layers]
+    settings = settings_of(snapshot.config)
+    if settings is None and snapshot.config.get("model_type"):
+        raise MismatchError(f"stack: config.json of {where} says no number of layers, as in num_hidden_layers; add it")
+    if settings is not None and settings.depth != old:
+        raise MismatchError(
+            f"stack: {where} has layers 0 to {old - 1}, and its config.json says {settings.count} {settings.depth} "
+            "(layers behind that, which predict further tokens, cannot be stacked): remove the others, or correct it"
+        )
     return dataclasses.replace(
         snapshot,
         tensors=at_layers(snapshot.tensors, layers),
         contents=snapshot.contents.with_layers(layers),
         weights=digest(["stack", snapshot.weights, layers]),
-        config=config,
     )
+
+
+def stacked(models: Mapping[str, Snapshot], rules: Sequence[StackRule]) -> dict[str, Snapshot]:
+    """Return the checkpoints with the layers of the stack, and with configurations that say the same of each layer.
+
+    models: as their files have them, by name, the base first. A layer in which a model has no part is what the first
+    that has one says. Raises MismatchError where a model has no such layers, or its configuration cannot say it.
+    """
+    if not rules:
+        return dict(models)
+    settings = {name: settings_of(snapshot.config) for name, snapshot in models.items()}
+    layers = {name: layers_of(rules, name) for name in models}
+    return {
+        name: dataclasses.replace(
+            restacked(snapshot, rules, name),
+            config=stacked_config(
+                snapshot.config, list(_owners(name, settings, layers)), f"{name} ({snapshot.source.uri})"
+            ),
+        )
+        for name, snapshot in models.items()
+    }
+
+
+def _owners(
+    name: str, settings: Mapping[str, Settings | None], layers: Mapping[str, Sequence[int | None]]
+) -> Iterator[tuple[Settings, int]]:
+    """Yield for each layer of the result whose it is by its configuration: the model's own where it has a part."""
+    for number in range(len(layers[name])):
+        owners = ((settings[owner], layers[owner][number]) for owner in (name, *settings))
+        told = [(of, layer) for of, layer in owners if of is not None and layer is not None]
+        own = settings[name]
+        if told:
+            yield told[0]
+        elif own is not None:  # nobody says it who is known here
+            yield own, 0
 
 
 def layers_of(rules: Sequence[StackRule], model: str) -> list[int | None]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from fnmatch import fnmatch
 from typing import Any
 
+from mergecore.checkpoints.config_classes import with_defaults
 from mergecore.errors import MismatchError
 
 SILENT = (
@@ -129,29 +127,3 @@ def _must_agree(key: str, ours: Any, theirs: Any) -> bool:
         pairs = zip(ours, theirs, strict=False)
         return any(our != their and not {our, their} <= ATTENTIONS for our, their in pairs)
     return not name.endswith("eps") and any(fnmatch(name, pattern) for pattern in REFUSED)
-
-
-def with_defaults(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return a configuration as transformers reads it, with the defaults of its class; None where it cannot."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # takes seconds, and is needed rarely
-
-    model_type = str(config.get("model_type"))
-    with _hushed():
-        try:
-            read = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config)))
-            whole: dict[str, Any] = read.to_dict()
-        except Exception:  # a class may raise anything at values it does not know; then the files are compared
-            return None
-    return whole
-
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """Hold back what transformers logs of values that it does not know."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -17,7 +17,7 @@ from mergecore.checkpoints.naming import under_base_names
 from mergecore.checkpoints.select import SelectRule, check_left_out
 from mergecore.checkpoints.snapshot import Snapshot, read_json, read_snapshot
 from mergecore.checkpoints.sources import Source
-from mergecore.checkpoints.stack import BASE, StackRule, layers_of, restacked
+from mergecore.checkpoints.stack import BASE, StackRule, layers_of, stacked
 from mergecore.checkpoints.ties import untied
 from mergecore.checkpoints.vocabulary.companions import marker_warnings, markers
 from mergecore.checkpoints.vocabulary.rows import Rows
@@ -147,14 +147,16 @@ def resolve_pool(
     """
     resolve = _ahead(resolve, [base, *experts, *([multitask] if multitask else [])])
     read_base, notes = untied(read_source(base, resolve, "base"))
-    ground = restacked(read_base, stack, BASE)
-    report(Event(f"base {ground.source.uri}"))
-    if ground.kind != "full":
-        raise SpecError(f"base: {ground.source.uri} is an adapter; give the checkpoint it was trained on")
-    _refuse_quantized(ground, "base")
+    report(Event(f"base {read_base.source.uri}"))
+    if read_base.kind != "full":
+        raise SpecError(f"base: {read_base.source.uri} is an adapter; give the checkpoint it was trained on")
+    _refuse_quantized(read_base, "base")
     warnings, members = list(notes), dict[str, Member]()
-    taken, told = _read_experts(experts, read_base, resolve, stack, report)
+    taken, told = _read_experts(experts, read_base, resolve, report)
     warnings += told
+    checkpoints = {BASE: read_base, **{name: model for name, model in taken.items() if model.kind == "full"}}
+    with_layers = stacked(checkpoints, stack)
+    ground, taken = with_layers.pop(BASE), {**taken, **with_layers}
     rows, computing = None, dict[str, list[str]]()
     if tokenizer is not None:
         shared = shared_vocabulary(ground, taken, tokenizer, chat_template)
@@ -206,9 +208,9 @@ def _base_warnings(members: Sequence[Member], ground: Snapshot, base: BaseSpec) 
 
 
 def _read_experts(
-    experts: Sequence[ExpertSpec], base: Snapshot, resolve: Resolver, stack: Sequence[StackRule], report: Report
+    experts: Sequence[ExpertSpec], base: Snapshot, resolve: Resolver, report: Report
 ) -> tuple[dict[str, Snapshot], list[str]]:
-    """The experts by name, full ones under the base's names and with the result's layers, and what is to be said.
+    """The experts by name, full ones under the base's names, and what is to be said.
 
     base: as it lies in its files.
     """
@@ -223,7 +225,6 @@ def _read_experts(
             _refuse_quantized(snapshot, where)
             snapshot, notes = under_base_names(base, snapshot, where)
             warnings += notes
-            snapshot = restacked(snapshot, stack, expert.name)
         snapshots[expert.name] = snapshot
     return snapshots, warnings
 

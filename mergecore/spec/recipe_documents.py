@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergecore.checkpoints.snapshot import Snapshot, read_snapshot
-from mergecore.checkpoints.stack import BASE, StackRule, restacked
+from mergecore.checkpoints.stack import BASE, StackRule, stacked
 from mergecore.errors import SpecError
 from mergecore.spec.mergekit.document import document_from, is_mergekit
 from mergecore.spec.mergekit.layers import Lookup
@@ -150,7 +150,7 @@ class Translator:
             stack = [StackRule(**rule) for rule in translation.recipe.get("stack", ())]
             base = translation.recipe["base"]
             ground = self._shapes.get(base["source"]) or self._read(base["source"], base.get("revision"))
-            self._shapes[str(folders[order.name])] = restacked(ground, stack, BASE)
+            self._shapes[str(folders[order.name])] = stacked({BASE: ground}, stack)[BASE]
         return translation
 
     def _check_adapter(self, model: Reference, where: str) -> None:
