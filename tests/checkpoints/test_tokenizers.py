@@ -329,8 +329,7 @@ def test_special_tokens_and_template_of_a_named_expert(tmp_path: Path) -> None:
     model, tokenizer = loaded(tmp_path / "out")
     assert tokenizer.eos_token == "<end>" and model.config.eos_token_id == chat.tokens["<end>"]
     assert tokenizer.chat_template == template
-    (said,) = result.warnings  # of the configuration alone
-    assert "rope_parameters.rope_theta 10000.0 where the base's has 12345.0" in said
+    assert not result.warnings  # beside rope_parameters, transformers does not read rope_theta
     assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_theta"] == 12345.0
     pinned = (tmp_path / "out" / "mergeloom.yaml").read_text()
     assert "source: chat" in pinned
