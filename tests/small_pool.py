@@ -72,7 +72,7 @@ def merge_plan(pool: Pool, method: str = "average", **values: Any) -> MergeWork:
     )
 
 
-def _no_data(member: Member) -> dict[str, Any]:
+def _no_data(member: Member, statistic: object) -> dict[str, Any]:
     raise AssertionError("no statistic on data here")
 
 

@@ -25,9 +25,12 @@ from mergecore.errors import EvaluationError, NonFiniteError, PluginError, SpecE
 from mergecore.evaluators.weights import blank, check_fit, fill
 from mergecore.events import Event, Report
 from mergecore.identity.keys import digest
-from mergecore.plugins.evaluator import Evaluator, Resident, Split, TaskIdentity
+from mergecore.plugins.evaluator import Evaluator, Resident, Split, TaskIdentity, shared_out
+from mergecore.plugins.model_statistic import LABELS_NOT_USED, Seen, TaskInputs
 from mergecore.tensors.source import TensorSource
 
+SPLITS = {"training": "train", "validation": "validation", "test": "test"}
+"""What a file calls its splits."""
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -84,6 +87,14 @@ class Classification(Evaluator):
         data = {name: file_sha256(_path(name, folder)) for name in tasks}
         return {"tasks": data, "evaluator": self.parameters()}
 
+    def drawn(
+        self, tasks: Sequence[str], inputs: Seen, items: int, seed: int, folder: Path | None
+    ) -> frozenset[str] | None:
+        """Inputs and label of each item that `Resident.inputs` or `Resident.calibration` draws."""
+        shares = zip(tasks, shared_out(items, len(tasks)), strict=True)
+        own = [_drawn([_path(name, folder)], count, seed, SPLITS[inputs]).documents for name, count in shares]
+        return frozenset(document for documents in own for document in documents)
+
     def open(self, companions: Path, folder: Path | None) -> Resident:
         """The module that `model` makes of `companions`/config.json, on the CPU; `.model.to(device)` moves it."""
         return _ClassifierResident(self, companions, folder)
@@ -108,6 +119,29 @@ class ClassifierItems:
     def labels(self, items: Sequence[int]) -> list[Tensor]:
         """Per item the true class, shape (1,), int64."""
         return [target[None] for target in self.targets[list(items)]]
+
+
+class ClassifierInputs(TaskInputs):
+    """Items of one task without their classes."""
+
+    def __init__(self, task: str, items: ClassifierItems, classes: int, labels: bool) -> None:
+        self.task, self.documents, self.classes = task, items.documents, classes
+        self._items, self._labels = items, labels
+
+    def logits(self, model: nn.Module, items: Sequence[int]) -> Tensor:
+        """(items, classes), float32, differentiable; one pass for all."""
+        inputs = self._items.inputs[list(items)].to(next(model.parameters()).device)
+        return _logits(model, inputs).float()
+
+    def run(self, model: nn.Module, items: Sequence[int]) -> None:
+        """One pass for all items."""
+        self.logits(model, items)
+
+    def labels(self, items: Sequence[int]) -> Tensor:
+        """The right classes. Raises SpecError where labels are not used."""
+        if not self._labels:
+            raise SpecError(LABELS_NOT_USED)
+        return self._items.targets[list(items)]
 
 
 class _ClassifierResident(Resident):
@@ -171,6 +205,18 @@ class _ClassifierResident(Resident):
         if key not in self._training:
             self._training[key] = _drawn([_path(name, self._folder) for name in tasks], items, seed)
         return self._training[key]
+
+    def inputs(
+        self, tasks: Sequence[str], inputs: Seen, items: int, seed: int, labels: bool
+    ) -> Sequence[ClassifierInputs]:
+        """The items of each task that `Classification.drawn` names, without their classes."""
+        drawn = []
+        for name, count in zip(tasks, shared_out(items, len(tasks)), strict=True):
+            own = _drawn([_path(name, self._folder)], count, seed, SPLITS[inputs])
+            with torch.no_grad():  # the width alone: there may be no weights yet
+                classes = _logits(self._model, own.inputs[:1].to(next(self._model.parameters()).device)).shape[-1]
+            drawn.append(ClassifierInputs(name, own, classes, labels))
+        return drawn
 
     def _items(self, task: TaskIdentity) -> ClassifierItems:
         """The task's items, read once and checked against what was resolved."""
@@ -298,14 +344,18 @@ def _items(path: Path, split: str) -> ClassifierItems:
     return ClassifierItems(torch.from_numpy(inputs), torch.from_numpy(labels.astype(np.int64)), names)
 
 
-def _drawn(paths: Sequence[Path], items: int, seed: int) -> ClassifierItems:
-    """`items` training items, from each file its share, mixed by their hashes so that batches hold all tasks."""
-    share, more = divmod(items, max(len(paths), 1))
-    tables = [_items(path, "train") for path in paths]
+def _drawn(paths: Sequence[Path], items: int, seed: int, split: str = "train") -> ClassifierItems:
+    """`items` items of a split, from each file its share, mixed by their hashes so that batches hold all tasks.
+
+    Raises EvaluationError where a file has none.
+    """
+    tables = [_items(path, split) for path in paths]
     drawn = []
-    for position, part in enumerate(tables):
+    for position, (part, share) in enumerate(zip(tables, shared_out(items, len(paths)), strict=True)):
+        if not part.documents:
+            raise EvaluationError(f"task '{paths[position].stem}' has no {split} items to look at")
         order = sorted((digest([seed, name]), item) for item, name in enumerate(part.documents))
-        drawn += [(mark, position, item) for mark, item in order[: share + (position < more)]]
+        drawn += [(mark, position, item) for mark, item in order[:share]]
     drawn.sort()
     return ClassifierItems(
         torch.stack([tables[position].inputs[item] for _, position, item in drawn]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -21,16 +21,25 @@ import torch
 from pydantic import Field
 
 from mergecore.errors import EvaluationError
+from mergecore.evaluators.lm_inputs import LanguageInputs, task_inputs
 from mergecore.evaluators.lm_loglikelihood import Encoded, Likelihood, batches, likelihoods
-from mergecore.evaluators.lm_prepared import LanguageItems, Prepared, prepare, training_items
+from mergecore.evaluators.lm_prepared import (
+    LanguageItems,
+    Prepared,
+    document_digest,
+    drawn_documents,
+    prepare,
+    training_items,
+)
 from mergecore.evaluators.lm_results import results_json, row, table
-from mergecore.evaluators.lm_shell import check_scorable, renamed, shell
+from mergecore.evaluators.lm_shell import check_scorable, renamed, shell, slots_of
 from mergecore.evaluators.lm_tasks import TaskFile, build, documents_digest, find_task, lm_eval_version, quiet, tasks_in
 from mergecore.evaluators.weights import blank, check_fit, fill, mismatches
 from mergecore.events import Event, Report
-from mergecore.plugins.evaluator import Evaluator, Resident, Split, TaskIdentity
+from mergecore.plugins.evaluator import Evaluator, Resident, Split, TaskIdentity, shared_out
+from mergecore.plugins.model_statistic import Seen, Slot
 from mergecore.tensors.dtypes import Dtype
-from mergecore.tensors.source import TensorSource
+from mergecore.tensors.source import TensorInfo, TensorSource
 
 __all__ = ["LmEval", "results_json"]
 
@@ -78,10 +87,19 @@ class LmEval(Evaluator):
             )
 
     def documents(self, task: TaskIdentity, folder: Path | None) -> frozenset[str] | None:
-        """Lines of local JSON files that nothing is done to before they are scored."""
+        """lm-eval's doc_hash of each item that is scored."""
         file = find_task(task.task, _local(folder))
-        lines = file.lines(file.split_name(task.split))
-        return None if lines is None else frozenset(lines[: task.items])
+        return frozenset(map(document_digest, _documents_of(file, task.split)[: task.items]))
+
+    def drawn(
+        self, tasks: Sequence[str], inputs: Seen, items: int, seed: int, folder: Path | None
+    ) -> frozenset[str] | None:
+        """lm-eval's doc_hash of each item that `Resident.inputs` or `Resident.calibration` draws."""
+        local, digests = _local(folder), set[str]()
+        for name, count in zip(tasks, shared_out(items, len(tasks)), strict=True):
+            documents = _documents_of(find_task(name, local), inputs)
+            digests.update(document_digest(document) for _, document in drawn_documents(documents, count, seed))
+        return frozenset(digests)
 
     def training_identity(self, tasks: Sequence[str], folder: Path | None) -> dict[str, Any]:
         """What `Resident.calibration` draws from, as plain JSON for a statistic's key: configurations and data
@@ -208,6 +226,21 @@ class _LmResident(Resident):
             tuple(chain.from_iterable(drawn_from.documents for drawn_from in drawn)),
         )
 
+    def inputs(self, tasks: Sequence[str], inputs: Seen, items: int, seed: int, labels: bool) -> list[LanguageInputs]:
+        """Items without their answers, in the evaluator's prompt format without examples."""
+        local = _local(self._folder)
+        drawn = []
+        for name, count in zip(tasks, shared_out(items, len(tasks)), strict=True):
+            task, documents = _loaded(find_task(name, local), inputs)
+            drawn.append(task_inputs(name, task, documents, self._lm, self._prompt, count, seed, labels))
+        return drawn
+
+    def slots(self, tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> Mapping[str, Slot]:
+        """Where tensors lie, also where transformers renames a family's tensors or fuses its experts."""
+        if set(names) <= set(self._model.state_dict(keep_vars=True)):
+            return super().slots(tensors, names)
+        return slots_of(self._model, tensors, names)
+
     def _prompt(self, task: Any, document: Any, examples: int) -> tuple[Any, bool]:
         chat = self._evaluator.apply_chat_template
         context = task.fewshot_context(
@@ -275,6 +308,24 @@ def _load(file: TaskFile, split: Split | None = None) -> Any:
     chosen: Split = split or ("test" if file.config.get("test_split") else "validation")
     with tempfile.TemporaryDirectory(prefix="mergeloom-") as cache:
         return build(file, chosen, Path(cache))
+
+
+def _loaded(file: TaskFile, inputs: Seen) -> tuple[Any, Any]:
+    """lm-eval's task object and the documents of a split. Raises EvaluationError where it has no such split."""
+    if inputs != "training":
+        task = _load(file, inputs)
+        return task, task.eval_docs
+    task = _load(file)
+    if not task.has_training_docs():
+        raise EvaluationError(f"task '{file.name}' has no training split to take items from")
+    return task, task.training_docs()
+
+
+def _documents_of(file: TaskFile, inputs: Seen) -> Any:
+    """The documents of a split: from the file where that is the same, else as lm-eval loads them."""
+    name = file.config.get("training_split") if inputs == "training" else file.split_name(inputs)
+    known = file.documents(name) if isinstance(name, str) else None
+    return _loaded(file, inputs)[1] if known is None else known
 
 
 @contextmanager

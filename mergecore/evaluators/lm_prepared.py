@@ -89,7 +89,7 @@ def prepare(task: Any, lm: Any, prompt: Prompt, limit: int | None, share: bool) 
     return Prepared(task, documents, tuple(passes))
 
 
-def _requests(task: Any, item: int, document: Any, context: Any, chat: bool) -> list[Any]:
+def requests_of(task: Any, item: int, document: Any, context: Any, chat: bool) -> list[Any]:
     """lm-eval's requests for a document, as a list."""
     requests = task.construct_requests(
         doc=document, ctx=context, metadata=(task.config.task, item, task.config.repeats), apply_chat_template=chat
@@ -98,16 +98,17 @@ def _requests(task: Any, item: int, document: Any, context: Any, chat: bool) -> 
 
 
 def _document(task: Any, item: int, document: Any, context: tuple[Any, bool]) -> PreparedDocument:
-    instances = _requests(task, item, document, *context)
+    instances = requests_of(task, item, document, *context)
     choices = tuple(task.doc_to_choice(document)) if task.config.doc_to_choice is not None else ()
     requests = tuple(
         (instance.request_type, instance.arguments, instance.idx, instance.metadata) for instance in instances
     )
-    document_digest = hashlib.sha256(document_text(document).encode()).hexdigest()
-    return PreparedDocument(item, document, document_digest, _target(task, document, choices), choices, requests)
+    return PreparedDocument(
+        item, document, document_digest(document), _target(task, document, choices), choices, requests
+    )
 
 
-def _gold(task: Any, document: Any) -> Any:
+def gold_of(task: Any, document: Any) -> Any:
     """What is right: an index, a string or a list of either; where the prompts differ instead, the index of the
     prompt.
     """
@@ -115,7 +116,7 @@ def _gold(task: Any, document: Any) -> Any:
 
 
 def _target(task: Any, document: Any, choices: Sequence[str]) -> str:
-    gold = _gold(task, document)
+    gold = gold_of(task, document)
     named = [
         choices[answer] if isinstance(answer, int) and choices else str(answer)
         for answer in (gold if isinstance(gold, list) else [gold])
@@ -167,6 +168,17 @@ class LanguageItems:
         return [torch.tensor(self.sequences[item][-self.answers[item] :]) for item in items]
 
 
+def drawn_documents(documents: Any, items: int, seed: int) -> list[tuple[int, Any]]:
+    """Number and document of the `items` with the lowest hash(seed, document)."""
+    drawn = sorted((digest([seed, document_text(document)]), item) for item, document in enumerate(documents))
+    return [(item, documents[item]) for _, item in drawn[:items]]
+
+
+def document_digest(document: Any) -> str:
+    """The digest by which a document is known to every reader; lm-eval's own doc_hash."""
+    return hashlib.sha256(document_text(document).encode()).hexdigest()
+
+
 def training_items(task: Any, lm: Any, prompt: Prompt, items: int, seed: int) -> LanguageItems:
     """`items` training documents with the lowest hash(seed, document), each with its right answer and no examples.
 
@@ -174,21 +186,19 @@ def training_items(task: Any, lm: Any, prompt: Prompt, items: int, seed: int) ->
     """
     if not task.has_training_docs():
         raise EvaluationError(f"task '{task.config.task}' has no training split to take items from")
-    training = task.training_docs()
-    drawn = sorted((digest([seed, document_text(document)]), item) for item, document in enumerate(training))
-    documents = [(item, training[item]) for _, item in drawn[:items]]
+    documents = drawn_documents(task.training_docs(), items, seed)
     with quiet():
-        pairs = [_answer(task, item, document, prompt(task, document, 0)) for item, document in documents]
+        pairs = [answer_of(task, item, document, prompt(task, document, 0)) for item, document in documents]
     sequences = [(tuple(context + answer), len(answer)) for _, context, answer in _answer_tokens(task, lm, pairs)]
     kept = [(tokens[-(lm.max_length + 1) :], count) for tokens, count in sequences]
-    names = tuple(hashlib.sha256(document_text(document).encode()).hexdigest() for _, document in documents)
+    names = tuple(document_digest(document) for _, document in documents)
     return LanguageItems(tuple(tokens for tokens, _ in kept), tuple(count for _, count in kept), names)
 
 
-def _answer(task: Any, item: int, document: Any, context: tuple[Any, bool]) -> tuple[str, str]:
+def answer_of(task: Any, item: int, document: Any, context: tuple[Any, bool]) -> tuple[str, str]:
     """The prompt and the right continuation of a training document."""
-    requests = _requests(task, item, document, *context)
-    gold = _gold(task, document)
+    requests = requests_of(task, item, document, *context)
+    gold = gold_of(task, document)
     gold = gold[0] if isinstance(gold, list) else gold
     if task.OUTPUT_TYPE == "multiple_choice":
         right = gold if isinstance(gold, int) else list(task.doc_to_choice(document)).index(gold)

@@ -4,17 +4,19 @@ module's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mergecore.checkpoints.vocabulary.tokenizer import SLOW
-from mergecore.errors import EvaluationError
+from mergecore.errors import EvaluationError, MismatchError
 from mergecore.evaluators.lm_tasks import quiet
+from mergecore.plugins.model_statistic import Slot
 from mergecore.tensors.memory import MemoryTensors
-from mergecore.tensors.source import TensorSource
+from mergecore.tensors.source import TensorInfo, TensorSource
 
 CAUSAL = ("ForCausalLM", "LMHeadModel")
 """How the classes of causal language models end."""
@@ -59,7 +61,7 @@ def check_scorable(config: Mapping[str, Any], files: Collection[str]) -> None:
         )
 
 
-def renamed(model: Any, weights: TensorSource) -> TensorSource:
+def renamed(model: Any, weights: TensorSource, dtype: torch.dtype | None = None) -> TensorSource:
     """The weights under the module's names, where the family's checkpoints use others (prefixes, fused experts).
 
     What transformers cannot place either stays as it was, so that the refusal speaks of the checkpoint's names.
@@ -68,10 +70,58 @@ def renamed(model: Any, weights: TensorSource) -> TensorSource:
     try:
         with quiet():
             loaded, report = type(model).from_pretrained(
-                None, config=model.config, state_dict=state, dtype=model.dtype, output_loading_info=True
+                None, config=model.config, state_dict=state, dtype=dtype or model.dtype, output_loading_info=True
             )
     except RuntimeError:  # shapes that do not fit, named by `check_fit`
         return weights
     if any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         return weights
     return MemoryTensors(dict(loaded.state_dict()))
+
+
+def slots_of(model: Any, tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> dict[str, Slot]:
+    """Where the tensors of a checkpoint lie in the module, found by loading element numbers in place of weights.
+
+    It takes 16 bytes of memory an element for a moment. Raises MismatchError for a tensor that lies nowhere as a slice.
+    """
+    starts, count = dict[str, int](), 0
+    for name, info in tensors.items():
+        starts[name], count = count, count + info.count
+    numbered = {
+        name: torch.arange(start, start + tensors[name].count, dtype=torch.float64).view(tensors[name].shape)
+        for name, start in starts.items()
+    }
+    placed = renamed(model, MemoryTensors(numbered), torch.float64)
+    slots: dict[str, Slot] = {}
+    if all(info.dtype == "F64" for info in placed.tensors.values()):
+        owners, firsts = list(starts), torch.tensor(list(starts.values()), dtype=torch.float64)
+        for parameter, info in placed.tensors.items():
+            values = placed.read(parameter).view(info.shape)
+            whose = torch.bucketize(values, firsts, right=True) - 1
+            for number in torch.unique(whose).tolist():
+                slot = _slot(parameter, values, whose == number, numbered[owners[number]])
+                if slot is not None:
+                    slots.setdefault(owners[number], slot)
+    for name in names:
+        if name not in slots:
+            raise MismatchError(f"tensor '{name}' is no parameter of this {type(model).__name__}, and no slice of one")
+    return {name: slots[name] for name in names}
+
+
+def _slot(parameter: str, values: Tensor, ours: Tensor, numbered: Tensor) -> Slot | None:
+    """The slice of a parameter that holds a tensor's elements in their order; None where there is none."""
+    if bool(ours.all()) and values.shape == numbered.shape and torch.equal(values, numbered):
+        return Slot(parameter)
+    places = ours.nonzero()
+    first, last = places.min(0).values.tolist(), places.max(0).values.tolist()
+    extra = values.dim() - numbered.dim()
+    index = tuple(
+        low if axis < extra and low == high else slice(low, high + 1)
+        for axis, (low, high) in enumerate(zip(first, last, strict=True))
+    )
+    for transposed in (False, True):
+        slot = Slot(parameter, index, transposed)
+        view = values[index].mT if transposed and values[index].dim() > 1 else values[index]
+        if view.shape == numbered.shape and torch.equal(view, numbered):
+            return slot
+    return None

@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from mergecore.errors import EvaluationError, SpecError, nearest
 from mergecore.plugins.bounded_yaml import BoundedConstructor, check_depth, check_ordinary
 from mergecore.plugins.evaluator import Split
 
+_DATE = re.compile(r"\s*\d{1,4}[-/.:]\d")
+"""What the data reader may take for a date."""
 READERS = ("json", "parquet", "csv", "text")
 """Values of `dataset_path` that read local files; their digests stand for the data."""
 
@@ -148,13 +151,13 @@ class TaskFile:
             return sum(int(pq.ParquetFile(path).metadata.num_rows) for path in files[split])
         return None
 
-    def lines(self, split: str) -> tuple[str, ...] | None:
-        """SHA-256 of each document of a split as it stands in local JSON lines; None for any other data."""
+    def documents(self, split: str) -> list[dict[str, Any]] | None:
+        """The documents of a split as the data reader gives them; None where only the reader itself can tell."""
         files = self.data_files
         if self.count(split) is None or files is None or self.config["dataset_path"] != "json":
             return None
-        lines = (line.strip() for path in files[split] for line in path.read_bytes().splitlines())
-        return tuple(hashlib.sha256(line).hexdigest() for line in lines if line)
+        lines = [line for path in files[split] for line in path.read_bytes().splitlines() if line.strip()]
+        return _as_read([json.loads(line) for line in lines])
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -185,6 +188,30 @@ class TaskFile:
                 f"task '{self.name}': lower is better in '{metric}'; name another in metadata.primary_metric"
             )
         return metric
+
+
+def _as_read(documents: list[Any]) -> list[dict[str, Any]] | None:
+    """Documents with the fields of all, None where one has not its own. None for values that the reader may change:
+    nested ones, mixed types, and texts that look like dates.
+    """
+    kinds: dict[str, set[type]] = {}
+    for document in documents:
+        if not isinstance(document, dict):
+            return None
+        for key, value in document.items():
+            values = value if isinstance(value, list) else [value]
+            if any(isinstance(part, dict | list) or (isinstance(part, str) and _DATE.match(part)) for part in values):
+                return None
+            kinds.setdefault(key, set()).update({list} if isinstance(value, list) else set())
+            kinds[key].update(type(part) for part in values if part is not None)
+    if any(len(own - {list}) > 1 or (list in own and len(own) == 1) for own in kinds.values()):
+        return None
+    mixed = any(
+        isinstance(document.get(key), list) != (list in own) and document.get(key) is not None
+        for document in documents
+        for key, own in kinds.items()
+    )
+    return None if mixed else [{key: document.get(key) for key in kinds} for document in documents]
 
 
 def _json_lines(path: Path) -> int | None:

@@ -8,13 +8,13 @@ from typing import Any
 from mergecore.execution.outcome import Done
 from mergecore.execution.passes import run_scans, run_written
 from mergecore.execution.place import Place
-from mergecore.execution.spread import run_adapters, run_on_models
+from mergecore.execution.spread import run_adapters, run_model_works
 from mergecore.planning.work import Lane, Work
 
 RUN: Mapping[Lane, Callable[[Place, Sequence[Any]], Done]] = {
     Lane.SCAN: run_scans,
     Lane.ADAPTERS: run_adapters,
-    Lane.MODELS: run_on_models,
+    Lane.MODELS: run_model_works,
     Lane.WRITE: run_written,
 }
 """How each lane is carried out, in the order in which lanes follow each other."""

@@ -1,4 +1,4 @@
-"""Runs models on data in the current process: scores, and statistics that run an expert."""
+"""Scores models in the current process, and keeps the shell in which they run."""
 
 from __future__ import annotations
 
@@ -11,24 +11,21 @@ from statistics import fmean
 import torch
 from pyarrow import parquet
 
-from mergecore.checkpoints.experts import Expert
-from mergecore.checkpoints.folded import FoldedTensors
 from mergecore.checkpoints.sources.digests import file_sha256
 from mergecore.errors import EvaluationError, PluginError
 from mergecore.events import silent
 from mergecore.execution.outcome import RECORDED, Done, failed, made_with
 from mergecore.identity.keys import Step
-from mergecore.planning.work import ModelWork
 from mergecore.plugins.evaluator import Evaluator, Resident, Split, TaskIdentity
-from mergecore.store.results import ITEMS, commit_result
+from mergecore.store.results import ITEMS
 from mergecore.store.store import State, Store
 from mergecore.tensors.source import TensorSource
 
 Scored = tuple[Split, TaskIdentity, Step]
 """What is measured: the split, the task, and the step that records its scores."""
 
-_RESIDENTS: dict[tuple[str, str], Resident] = {}
-_RESIDENT_LOCK = threading.Lock()
+_RESIDENTS: dict[tuple[str, str, str], Resident] = {}
+RESIDENT_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -56,44 +53,39 @@ class ScoreTask:
         return tuple(step for _, _, step in self.tasks)
 
 
-@dataclass(frozen=True)
-class ModelTask:
-    """One expert, and the statistic that runs it on its training items."""
-
-    work: ModelWork
-    base: TensorSource
-    expert: Expert
-    companions: Path
-    companions_digest: str
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        return (self.work.step,)
-
-
 def resident(bench: Bench, companions: Path, companions_digest: str, dtype: str | None = None) -> Resident:
     """Return the process's shell for these companions. It is opened once; another one is let go first."""
-    evaluator = bench.evaluator
-    if dtype is not None and "dtype" in type(evaluator).model_fields:
-        evaluator = evaluator.model_copy(update={"dtype": dtype})
-    key = (str(evaluator.parameters()), companions_digest)
+    key = (str(_in_dtype(bench, dtype).parameters()), str(bench.tasks), companions_digest)
     if key not in _RESIDENTS:
         _RESIDENTS.clear()
-        try:
-            _RESIDENTS[key] = evaluator.open(companions, bench.tasks)
-        except ImportError as error:
-            raise PluginError(
-                f"evaluate: '{evaluator.name}' needs a module that cannot be imported here ({error}); install it where "
-                "scoring runs and start again: nothing was recorded as failed"
-            ) from error
-        _RESIDENTS[key].model.to(bench.device)
+        _RESIDENTS[key] = opened_resident(bench, companions, dtype)
     return _RESIDENTS[key]
+
+
+def opened_resident(bench: Bench, companions: Path, dtype: str | None = None) -> Resident:
+    """Return a new shell, which the process does not keep."""
+    evaluator = _in_dtype(bench, dtype)
+    try:
+        shell = evaluator.open(companions, bench.tasks)
+    except ImportError as error:
+        raise PluginError(
+            f"evaluate: '{evaluator.name}' needs a module that cannot be imported here ({error}); install it where "
+            "scoring runs and start again: nothing was recorded as failed"
+        ) from error
+    shell.model.to(bench.device)
+    return shell
+
+
+def _in_dtype(bench: Bench, dtype: str | None) -> Evaluator:
+    if dtype is None or "dtype" not in type(bench.evaluator).model_fields:
+        return bench.evaluator
+    return bench.evaluator.model_copy(update={"dtype": dtype})
 
 
 def score_model(bench: Bench, task: ScoreTask) -> Done:
     """Score one model on its tasks. Each task is recorded as soon as it is done."""
     store, done, began = Store(bench.store), Done(), time.monotonic()
-    with _RESIDENT_LOCK:
+    with RESIDENT_LOCK:
         torch.set_num_threads(1)
         try:
             shell = resident(bench, task.companions, task.companions_digest)
@@ -128,23 +120,3 @@ def _score_task(store: Store, shell: Resident, identity: TaskIdentity, step: Ste
                   "items": len(scores), "identity": dict(identity.identity)}  # fmt: skip
         store.commit(draft, digest, result, made_with(began))
     return True
-
-
-def run_on_model(bench: Bench, task: ModelTask) -> Done:
-    """Work out one statistic that runs an expert on data, and record it."""
-    store, began, work = Store(bench.store), time.monotonic(), task.work
-    statistic = work.statistic
-    with _RESIDENT_LOCK:
-        torch.set_num_threads(1)
-        try:
-            with store.draft(work.step) as draft:
-                if store.is_done(work.step, bytes_needed=True):
-                    return Done()
-                shell = resident(bench, task.companions, task.companions_digest, dtype="float32")
-                shell.swap(FoldedTensors(task.base, task.expert))
-                data = shell.calibration(work.tasks, statistic.samples, statistic.seed)
-                result = statistic.compute(shell.model, data, work.selection, silent)
-                commit_result(store, draft, result, made_with(began))
-        except RECORDED as error:
-            return failed(store, task.steps, error)
-    return Done([work.step.name], {}, time.monotonic() - began)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergecore.checkpoints.folded import FoldedTensors
 from mergecore.errors import ServiceError
 from mergecore.events import Event
 from mergecore.execution.adapters import AdapterTask, make_adapter
+from mergecore.execution.model_runs import ModelTask, run_on_models
 from mergecore.execution.outcome import Done, failed
 from mergecore.execution.place import Place
-from mergecore.execution.scoring import Bench, ModelTask, run_on_model
+from mergecore.execution.scoring import Bench
 from mergecore.execution.tensor_ids import drawn_with, with_tensors_ids
 from mergecore.planning.pool import opened
 from mergecore.planning.work import AdapterWork, ModelWork
@@ -20,11 +22,14 @@ from mergecore.planning.work import AdapterWork, ModelWork
 
 @dataclass(frozen=True)
 class Job:
-    """What is done with every task. shared: what all tasks share. shown_as: what progress calls it."""
+    """What is done with every task. shared: what all tasks share. shown_as: what progress calls it. at_once: how many
+    may run at a time; None: as many as there are workers.
+    """
 
     function: Callable[[Any, Any], Done]
     shared: Bench | Path
     shown_as: str
+    at_once: int | None = None
 
 
 def run_adapters(place: Place, works: Sequence[AdapterWork]) -> Done:
@@ -40,15 +45,26 @@ def run_adapters(place: Place, works: Sequence[AdapterWork]) -> Done:
     return spread(place, job, tasks, [work.step.name for work in works])
 
 
-def run_on_models(place: Place, works: Sequence[ModelWork]) -> Done:
-    """Work out statistics that run an expert on data."""
-    base, experts = opened(place.pool, place.folders)
+def run_model_works(place: Place, works: Sequence[ModelWork]) -> Done:
+    """Work out statistics on models. As many run at once as the memory of a pass has room for."""
+    pool_base, experts = opened(place.pool, place.folders)
     companions = place.pool.base
     tasks = [
-        ModelTask(work, base, experts[work.experts[0]], place.folders[companions.weights], companions.companions)
+        ModelTask(
+            work,
+            FoldedTensors(pool_base, experts[work.base]) if work.base else pool_base,
+            tuple(experts[expert] for expert in work.experts),
+            place.folders[companions.weights],
+            companions.companions,
+            place.memory,
+        )
         for work in works
     ]
-    job = Job(run_on_model, place.bench, "statistics on data")
+    at_once = None
+    if place.memory is not None:
+        largest = max(work.statistic.memory(work.selection, len(work.experts)) for work in works)
+        at_once = max(1, place.memory // max(largest, 1))
+    job = Job(run_on_models, place.bench, "statistics on data", at_once)
     return spread(place, job, tasks, [work.step.name for work in works])
 
 
@@ -59,7 +75,7 @@ def spread(place: Place, job: Job, tasks: Sequence[Any], names: Sequence[str]) -
     done, waiting = Done(), dict(enumerate(tasks))
     place.report(Event(job.shown_as, 0, len(tasks), "models"))
     try:
-        for position, outcome in place.executor.each(job.function, job.shared, tasks):
+        for position, outcome in place.executor.each(job.function, job.shared, tasks, job.at_once):
             done = done.note(outcome)
             del waiting[position]
             told = f"{job.shown_as}: {names[position]}"

@@ -12,11 +12,12 @@ from pydantic import Field
 from torch import Tensor
 
 from mergecore.arithmetic.trims import divided, folded_sum
+from mergecore.plugins.any_statistic import AnyStatistic
 from mergecore.plugins.block import Block, read_beside
 from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import WeightMethod
 from mergecore.plugins.per_expert import check_weights, moved
-from mergecore.plugins.statistic import DataStatistic, Statistic, Statistics
+from mergecore.plugins.statistic import Statistics
 from mergecore.statistics.fisher import DiagonalFisher
 
 LIFT = 2.0**64
@@ -64,7 +65,7 @@ class Fisher(WeightMethod[FisherArguments]):
             others=[{"weights": [1, 0, 2], "normalize": False, "floor": 0.001}],
         )
 
-    def statistics(self) -> Mapping[str, Statistic | DataStatistic]:
+    def statistics(self) -> Mapping[str, AnyStatistic]:
         return {"fisher": self.fisher}
 
     def validate_count(self, count: int) -> None:

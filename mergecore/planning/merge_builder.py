@@ -4,7 +4,7 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,18 @@ from mergecore.plugins.adapter_method import AdapterMethod, ranks_made
 from mergecore.plugins.any_statistic import AnyStatistic
 from mergecore.plugins.chain import BEFORE, Link
 from mergecore.plugins.method import Method
-from mergecore.plugins.statistic import DataStatistic, Scope, Statistic
+from mergecore.plugins.model_statistic import ModelStatistic
+from mergecore.plugins.statistic import Scope, Statistic
 from mergecore.registry import product_of
 from mergecore.tensors.dtypes import MERGED, SAFETENSORS_DTYPE
 from mergecore.tensors.source import TensorInfo, stored_as
 
 ENGINE = 1
 """Version of the arithmetic that all merges share (deltas in float32, one rounding); bumped when numbers change."""
+
+
+Data = Callable[[Member, ModelStatistic], dict[str, Any]]
+"""(expert, statistic) → its `tasks`, and what identifies the items that the statistic draws from."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,10 @@ class MergeBuilder:
 
     select: the rules of merges that have none of their own. dtype: of the models, as people write it; None: each
     tensor's
-    own. data: returns what identifies the training data of an expert, for statistics that run models.
+    own. data: returns what identifies the data of an expert, for a statistic on models.
     """
 
-    def __init__(self, pool: Pool, select: Sequence[SelectRule], dtype: str | None, data: Any) -> None:
+    def __init__(self, pool: Pool, select: Sequence[SelectRule], dtype: str | None, data: Data) -> None:
         self.pool, self.select, self.data = pool, tuple(select), data
         self.dtype = SAFETENSORS_DTYPE[dtype] if dtype else None
         self.by_id = {member.id: member for member in pool.members}
@@ -207,19 +212,24 @@ class Wrap:
         step = _statistic_step(statistic, {**inputs, "statistics": keys_of(known)})
         return ScanWork(step, ids, selection, known, self.subject.base, statistic)
 
-    def on_models(self, statistic: DataStatistic) -> tuple[Work, ...]:
-        """Return a run of each expert on its training items."""
-        known = self.builder.known(statistic, self.subject)
-        for expert in self.subject.experts:
-            if (expert,) not in known:
-                known[expert,] = self._run(statistic, expert)
-        return tuple(known[expert,] for expert in self.subject.experts)
+    def on_models(self, statistic: ModelStatistic) -> tuple[Work, ...]:
+        """Return a run of each expert on its items, or one of all of them."""
+        ids, known = self.subject.experts, self.builder.known(statistic, self.subject)
+        groups = [ids] if statistic.scope is Scope.POOL else [(expert,) for expert in ids]
+        for group in groups:
+            if group not in known:
+                known[group] = self._run(statistic, group)
+        return tuple(known[group] for group in groups)
 
-    def _run(self, statistic: DataStatistic, expert: str) -> ModelWork:
-        data = self.builder.data(self.builder.by_id[expert])
-        inputs = {"base": self._base, "experts": [expert], "tensors": self.subject.tensors, "data": data}
-        step, tasks = _statistic_step(statistic, inputs), tuple(data["tasks"])
-        return ModelWork(step, (expert,), self.subject.selection, {}, self.subject.base, statistic, tasks)
+    def _run(self, statistic: ModelStatistic, ids: tuple[str, ...]) -> ModelWork:
+        data = [self.builder.data(self.builder.by_id[expert], statistic) for expert in ids]
+        inputs: dict[str, Any] = {"base": self._base, "experts": list(ids), "tensors": self.subject.tensors}
+        inputs["data"] = data if statistic.scope is Scope.POOL else data[0]
+        known = self.builder.works_for(statistic, replace(self.subject, experts=ids))
+        if known:
+            inputs["statistics"] = keys_of(known)
+        step, tasks = _statistic_step(statistic, inputs), tuple(tuple(own["tasks"]) for own in data)
+        return ModelWork(step, ids, self.subject.selection, known, self.subject.base, statistic, tasks)
 
     def chained(self, link: Link) -> tuple[Work, ...]:
         """Return the last link of a chain over the experts, in their order.

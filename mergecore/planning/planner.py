@@ -13,6 +13,7 @@ from mergecore.errors import EvaluationError, MergeloomError, SpecError
 from mergecore.identity.keys import Step, digest
 from mergecore.methods.average import Average
 from mergecore.planning.cells import Cell, Plan, PlannedSearch
+from mergecore.planning.data import Apart, ExpertData
 from mergecore.planning.merge_builder import MergeBuilder
 from mergecore.planning.pool import Member, Pool, snapshot_step
 from mergecore.plugins.evaluator import Evaluator, Split, TaskIdentity
@@ -130,13 +131,11 @@ class Planner:
     ) -> None:
         self.spec, self.pool, self.suite = spec, pool, suite
         self.evaluator, self.tasks, self.folder = evaluator, tasks, folder
-        self.builder = MergeBuilder(pool, (), spec.output.dtype, self._data)
+        held_in = tuple(dict.fromkeys(task for own in suite.held_in.values() for task in own))
+        self.apart = Apart(evaluator, folder, tasks)
+        data = ExpertData(evaluator, folder, pool.base.companions, held_in)
+        self.builder = MergeBuilder(pool, (), spec.output.dtype, data)
         self._candidates: dict[tuple[Any, Candidate], Cell] = {}
-
-    def _data(self, member: Member) -> dict[str, Any]:
-        names = member.tasks or tuple(dict.fromkeys(task for own in self.suite.held_in.values() for task in own))
-        training = self.evaluator.training_identity(names, self.folder)
-        return {"tasks": list(names), "training": digest(training), "companions": self.pool.base.companions}
 
     def cells(self) -> Iterator[Cell]:
         """Yield the baselines, then every merge by count, subset and method."""
@@ -290,6 +289,7 @@ class Planner:
             ):
                 loads = {task: experts[task] for task in tasks if task in experts}
                 tasks = tuple(loads)
+            self.apart.check(merge, tasks)
         except MergeloomError as error:
             model = Step("merge", variant.method.name, 0, variant.method.parameters(), {"experts": list(merged)})
             refused, tasks = str(error), ()

@@ -20,8 +20,9 @@ from mergecore.identity.keys import Step
 from mergecore.plugins.adapter_method import AdapterMethod
 from mergecore.plugins.chain import BEFORE, Link
 from mergecore.plugins.method import Method
+from mergecore.plugins.model_statistic import ModelStatistic, Use
 from mergecore.plugins.product import Product
-from mergecore.plugins.statistic import DataStatistic, Found, Statistic
+from mergecore.plugins.statistic import Found, Statistic
 from mergecore.store.results import TENSORS
 from mergecore.tensors.files import open_file
 from mergecore.tensors.sinks import Shard, plan_shards
@@ -39,7 +40,7 @@ class Lane(StrEnum):
     WRITE = "write"
     """Models and links of chains, written in one reading of the models."""
     MODELS = "models"
-    """Each on one worker, which runs an expert on data."""
+    """Each on one worker, which runs models on data."""
     ADAPTERS = "adapters"
     """Each on one worker, which reads adapters only."""
 
@@ -121,6 +122,16 @@ class Work(ABC):
         """Works that it started from; nobody needs their bytes once this one is done."""
         return ()
 
+    @property
+    def use(self) -> Use | None:
+        """What of the data it looks at; None: it sees weights alone."""
+        return None
+
+    @property
+    def tasks_seen(self) -> tuple[tuple[str, ...], ...]:
+        """The tasks of each expert whose items it looks at."""
+        return ()
+
     # --- what it leaves -------------------------------------------------------------------------------------------
 
     def reported(self, numbers: Mapping[str, Any]) -> Mapping[str, float]:
@@ -181,10 +192,10 @@ class ScanWork(Work):
 
 @dataclass(frozen=True)
 class ModelWork(Work):
-    """A statistic that runs an expert on training items of `tasks`."""
+    """A statistic on models. tasks: those of each expert, in fold order."""
 
-    statistic: DataStatistic
-    tasks: tuple[str, ...]
+    statistic: ModelStatistic
+    tasks: tuple[tuple[str, ...], ...]
 
     @property
     def lane(self) -> Lane:
@@ -195,8 +206,20 @@ class ModelWork(Work):
         return self.statistic.shown_as
 
     @property
+    def size(self) -> int:
+        return bytes_of(self.statistic.outputs(self.selection, len(self.experts)))
+
+    @property
     def read_beside(self) -> bool:
         return True
+
+    @property
+    def use(self) -> Use:
+        return self.statistic.use
+
+    @property
+    def tasks_seen(self) -> tuple[tuple[str, ...], ...]:
+        return self.tasks
 
 
 @dataclass(frozen=True)

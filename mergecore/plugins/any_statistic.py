@@ -35,6 +35,10 @@ class AnyStatistic(Plugin, ABC):
         """Return what this statistic must know beforehand, by the name it is handed under."""
         return {}
 
+    def handed(self, count: int) -> int:
+        """Return how many results its owner is handed where they are worked out elsewhere. count: of the experts."""
+        return count
+
     @abstractmethod
     def visit(self, kinds: Any) -> Any:
         """Call the method of `kinds` that is for this kind of statistic, and return its answer."""

@@ -8,7 +8,7 @@ place.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +16,11 @@ from typing import Any, Literal
 import pyarrow as pa
 import torch
 
+from mergecore.errors import EvaluationError, MismatchError
 from mergecore.events import Report
+from mergecore.plugins.model_statistic import Calibration, Seen, Slot, TaskInputs
 from mergecore.plugins.plugin import Plugin
-from mergecore.plugins.statistic import Calibration
-from mergecore.tensors.source import TensorSource
+from mergecore.tensors.source import TensorInfo, TensorSource
 
 Split = Literal["validation", "test"]
 
@@ -69,6 +70,21 @@ class Evaluator(Plugin, ABC):
     def training_identity(self, tasks: Sequence[str], folder: Path | None) -> dict[str, Any]:
         """Return what `Resident.calibration` draws from, as plain JSON. It enters the key of a statistic on data."""
 
+    def inputs_identity(self, tasks: Sequence[str], inputs: Seen, folder: Path | None) -> dict[str, Any]:
+        """Return what `Resident.inputs` draws from, as plain JSON. It enters the key of a statistic on models."""
+        if inputs == "training":
+            return self.training_identity(tasks, folder)
+        return {name: dict(task.identity) for name, task in self.resolve(tasks, inputs, folder).items()}
+
+    def drawn(
+        self, tasks: Sequence[str], inputs: Seen, items: int, seed: int, folder: Path | None
+    ) -> frozenset[str] | None:
+        """Return the digests of what `Resident.inputs` draws, so that overlap with scored items can be seen.
+
+        None: more than the tasks' files would have to be read.
+        """
+        return None
+
     @abstractmethod
     def open(self, companions: Path, folder: Path | None) -> Resident:
         """Return a shell without weights, from the config and tokenizer files in `companions`."""
@@ -99,3 +115,30 @@ class Resident(ABC):
     @abstractmethod
     def calibration(self, tasks: Sequence[str], items: int, seed: int) -> Calibration:
         """Return `items` training items of the tasks, shared out evenly, drawn by a hash of (seed, document)."""
+
+    def inputs(self, tasks: Sequence[str], inputs: Seen, items: int, seed: int, labels: bool) -> Sequence[TaskInputs]:
+        """Return the items of each task, shared out evenly, drawn by a hash of (seed, document). No answer is in them.
+
+        labels: whether right answers may be asked for. Raises EvaluationError where a task has no such items.
+        """
+        raise EvaluationError(
+            f"{type(self).__name__} gives no inputs without their answers, which learned merges need; use another "
+            "evaluator, or add `inputs` to this one"
+        )
+
+    def slots(self, tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> Mapping[str, Slot]:
+        """Return where tensors of a checkpoint lie in the module. tensors: all of the checkpoint.
+
+        Raises MismatchError for one that lies nowhere.
+        """
+        known = self.model.state_dict(keep_vars=True)
+        for name in names:
+            if name not in known:
+                raise MismatchError(f"tensor '{name}' is no parameter of this {type(self.model).__name__}")
+        return {name: Slot(name) for name in names}
+
+
+def shared_out(items: int, tasks: int) -> list[int]:
+    """Return how many of `items` each task has: as many as the others, or one more where it stands further in front."""
+    share, more = divmod(items, max(tasks, 1))
+    return [share + (position < more) for position in range(tasks)]

@@ -6,14 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergecore.events import Report
 from mergecore.identity.content import GRID
 from mergecore.plugins.any_statistic import AnyStatistic
 from mergecore.plugins.block import Block
@@ -173,58 +171,9 @@ class Rescan:
     parts: tuple[tuple[str, int, int], ...] | None = None
 
 
-class DataStatistic(AnyStatistic, ABC):
-    """A statistic that runs the model on data (scope EXPERT): Fisher, Gram matrices, router usage."""
-
-    cost: ClassVar[str] = "which runs each expert on training items"
-    takes_data: ClassVar[bool] = True
-
-    if TYPE_CHECKING:  # declared by every statistic, at the place among its fields where it stands on pages
-        samples: int  # items that it looks at
-        seed: int
-
-    def visit(self, kinds: VisitsOnModels[Answer_co]) -> Answer_co:
-        """Return what `kinds` has for a statistic that runs models on data."""
-        return kinds.on_models(self)
-
-    @abstractmethod
-    def taken(self, tensors: Mapping[str, Tensor], selection: Mapping[str, TensorInfo]) -> Result:
-        """Return the result whose tensors were worked out elsewhere. Raises SpecError where one is missing."""
-
-    @abstractmethod
-    def compute(
-        self, model: torch.nn.Module, data: Calibration, selection: Mapping[str, TensorInfo], report: Report
-    ) -> Result:
-        """The result for `model` (float32, eval mode) on `data`, for the tensors of the selection."""
-
-
-class Calibration(Protocol):
-    """Items on which a model's own output distribution can be asked for."""
-
-    def __len__(self) -> int:
-        """Number of items."""
-        ...
-
-    def logits(self, model: torch.nn.Module, items: Sequence[int]) -> list[Tensor]:
-        """For each of the items a (positions, classes) float32 tensor: one row per place where the model predicts."""
-        ...
-
-    def labels(self, items: Sequence[int]) -> list[Tensor]:
-        """For each of the items the true classes, shape (positions,), int64."""
-        ...
-
-
 class VisitsStreamed(Protocol[Answer_co]):
     """Has an answer for streamed statistics."""
 
     def streamed(self, statistic: Statistic, /) -> Answer_co:
-        """Return the answer."""
-        ...
-
-
-class VisitsOnModels(Protocol[Answer_co]):
-    """Has an answer for statistics that run models on data."""
-
-    def on_models(self, statistic: DataStatistic, /) -> Answer_co:
         """Return the answer."""
         ...

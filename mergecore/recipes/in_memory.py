@@ -23,7 +23,8 @@ from mergecore.plugins.adapter_method import AdapterMethod
 from mergecore.plugins.any_statistic import AnyStatistic
 from mergecore.plugins.chain import BEFORE, Link
 from mergecore.plugins.method import Method
-from mergecore.plugins.statistic import DataStatistic, Found, Scope, Statistic, Statistics
+from mergecore.plugins.model_statistic import ModelStatistic
+from mergecore.plugins.statistic import Found, Scope, Statistic, Statistics
 from mergecore.registry import product_of
 from mergecore.tensors.memory import MemoryTensors
 from mergecore.tensors.sinks import MemorySink
@@ -92,7 +93,10 @@ def _merged(
     )
     if ids is None and "tensors" in method.drawn_by:
         pool = tuple(expert.identified(expert.identify()) for expert in pool)
-    handed = {name: [values[position] for position in order] for name, values in (statistics or {}).items()}
+    handed = {
+        name: [values[position] for position in order] if len(values) == len(order) else values
+        for name, values in (statistics or {}).items()
+    }
     bound = method.bound(order).fitted(shapes.tensors)
     known = find_statistics(bound, shapes, pool, layout.merged, handed, report, library)
     outputs = {**bound.outputs(layout.merged, len(pool)), **layout.copied}
@@ -128,12 +132,13 @@ def _check(
         raise SpecError(f"ids: give one distinct id for each of the {len(experts)} experts")
     if ids is None and method.needs_ids and "tensors" not in method.drawn_by:
         raise SpecError("what is random here depends on who the experts are: give `ids`, one string per expert")
-    taken = [name for name, statistic in method.statistics().items() if statistic.takes_data]
+    taken = {name: statistic for name, statistic in method.statistics().items() if statistic.takes_data}
     for name, results in statistics.items():
         if name not in taken:
             raise SpecError(f"statistics: method '{method.name}' takes no '{name}'; {nearest(name, taken)}")
-        if len(results) != len(experts):
-            raise SpecError(f"statistics: '{name}' has {len(results)} result(s) for {len(experts)} experts")
+        if len(results) != (wanted := taken[name].handed(len(experts))):
+            of = f"{len(experts)} experts" if wanted > 1 else "all experts together, where it has one"
+            raise SpecError(f"statistics: '{name}' has {len(results)} result(s) for {of}")
 
 
 def find_statistics(
@@ -182,7 +187,7 @@ class _InMemory:
         result = run_pass(plan, InProcess(), self.report).results["statistic"]
         return Found(MemoryTensors(result.tensors), result.numbers)
 
-    def on_models(self, statistic: DataStatistic) -> list[Found]:
+    def on_models(self, statistic: ModelStatistic) -> list[Found]:
         """Return what was worked out elsewhere: there is no data here."""
         if self.called not in self.handed:
             raise SpecError(

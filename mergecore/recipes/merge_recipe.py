@@ -22,9 +22,12 @@ from mergecore.formats.finished import finished_merge
 from mergecore.formats.whole_directory import WORK, whole_directory
 from mergecore.identity.keys import Step
 from mergecore.native.library import Library
-from mergecore.planning.merge_builder import MergeBuilder
+from mergecore.planning.data import ExpertData
+from mergecore.planning.merge_builder import Data, MergeBuilder
 from mergecore.planning.pool import Member, Pool, resolve_pool
 from mergecore.planning.work import MergeWork, Work
+from mergecore.plugins.evaluator import Evaluator
+from mergecore.plugins.model_statistic import ModelStatistic
 from mergecore.plugins.product import Published
 from mergecore.registry import product_of
 from mergecore.spec.recipe import Recipe
@@ -97,7 +100,8 @@ def merge_recipe(
     pool = resolve_pool(
         base, recipe.experts, None, resolve, report, recipe.select, recipe.stack, rules, recipe.chat_template
     )
-    builder = MergeBuilder(pool, recipe.select, recipe.dtype, _no_data)
+    evaluator = recipe.data.opened() if recipe.data is not None else None
+    builder = MergeBuilder(pool, recipe.select, recipe.dtype, _data(recipe, evaluator, pool.base.companions))
     merge = builder.build(method, list(pool.experts.values()))
     with whole_directory(out, durable) as draft:
         place = Place(
@@ -106,6 +110,8 @@ def merge_recipe(
             executor,
             report,
             size_in_bytes(recipe.shard_size),
+            evaluator,
+            _folder(recipe),
             library=library,
             memory=memory,
         )
@@ -153,10 +159,20 @@ def _base(recipe: Recipe) -> BaseSpec:
     return BaseSpec(source=first.source, revision=first.revision, adapter=first.adapter)
 
 
-def _no_data(member: Member) -> dict[str, Any]:
+def _data(recipe: Recipe, evaluator: Evaluator | None, companions: str) -> Data:
+    if evaluator is None or recipe.data is None:
+        return _no_data
+    return ExpertData(evaluator, _folder(recipe), companions)
+
+
+def _folder(recipe: Recipe) -> Path | None:
+    return Path(recipe.data.path).absolute() if recipe.data is not None and recipe.data.path else None
+
+
+def _no_data(member: Member, statistic: ModelStatistic) -> dict[str, Any]:
     raise SpecError(
-        f"this method needs a statistic of expert '{member.name}' on data, and a recipe names none; write a spec with "
-        "`evaluate:` and the experts' tasks, and run `mergeloom sweep`"
+        f"this method needs '{statistic.name}' of expert '{member.name}' on data, and the recipe names none; write "
+        "`data:` with the keys of a sweep's `evaluate:`, and `tasks` in each expert's entry"
     )
 
 

@@ -11,9 +11,10 @@ from mergecore.checkpoints.select import SelectRule
 from mergecore.checkpoints.stack import StackRule
 from mergecore.checkpoints.vocabulary.rules import TokenizerRules
 from mergecore.errors import SpecError, nearest
+from mergecore.plugins.evaluator import Evaluator
 from mergecore.plugins.method import Method
 from mergecore.plugins.values import explained
-from mergecore.registry import METHODS, method_from
+from mergecore.registry import METHODS, evaluator_from, method_from
 from mergecore.spec.sizes import Size
 from mergecore.spec.sources import BaseSpec, ExpertSpec, SpecPart
 from mergecore.spec.sweep import Spec
@@ -28,6 +29,21 @@ class LoraRules(SpecPart):
     modules: tuple[str, ...] = Field(
         (), description="layers to take: names, their last parts or shell patterns; none: every linear layer"
     )
+
+
+class RecipeData(SpecPart):
+    """Where a method that learns finds its items, which `tasks` of each expert name. Every other key is a setting of
+    the evaluator, as in `evaluate` of a sweep.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)
+
+    evaluator: str = "lm_eval"
+    path: str | None = Field(None, description="folder of task files; tasks not found there are lm-eval's own")
+
+    def opened(self) -> Evaluator:
+        """The evaluator with its settings."""
+        return evaluator_from(self.evaluator, dict(self.model_extra or {}), "recipe.data", RecipeData.model_fields)
 
 
 class Recipe(SpecPart):
@@ -46,6 +62,9 @@ class Recipe(SpecPart):
     )
     chat_template: str | None = Field(None, description="Jinja text of the chat template; none: the tokenizer's own")
     shard_size: Size = "5GB"
+    data: RecipeData | None = Field(
+        None, description="where a method that learns from items finds them; a sweep says it in `evaluate`"
+    )
     lora: LoraRules | None = Field(
         None, description="write the adapter of this rank that is nearest to the merge; none: the merge itself"
     )

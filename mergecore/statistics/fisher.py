@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -14,14 +14,15 @@ from mergecore.arithmetic.linear_algebra import squared_norm
 from mergecore.errors import CapacityError, MismatchError, NonFiniteError, SpecError
 from mergecore.events import Event, Report
 from mergecore.identity.draws import random_key, random_words
-from mergecore.plugins.statistic import Calibration, DataStatistic, Result
+from mergecore.plugins.model_statistic import Calibration, Inputs, Models, ModelStatistic, Out, Progress, Use
+from mergecore.plugins.statistic import Result, Scope, Statistics
 from mergecore.tensors.source import TensorInfo
 
 _MOST_CLASSES = 4096
 """An exact expectation takes a backward pass for every class and position: for a vocabulary this would take days."""
 
 
-class DiagonalFisher(DataStatistic):
+class DiagonalFisher(ModelStatistic):
     """F_j = mean over positions of E_{y ~ p(y|x)} [(∂ log p(y|x) / ∂θ_j)²]: squared gradients, never averaged ones.
 
     estimator: 'sampled' draws one label per position from the model; 'exact' sums over all classes, weighted with p;
@@ -37,6 +38,9 @@ class DiagonalFisher(DataStatistic):
     """
 
     name: ClassVar[str] = "fisher"
+    scope: ClassVar[Scope] = Scope.EXPERT
+    gradients: ClassVar[bool] = True
+    own_tasks: ClassVar[bool] = False
 
     estimator: Annotated[
         Literal["sampled", "exact", "empirical"],
@@ -74,7 +78,34 @@ class DiagonalFisher(DataStatistic):
         norms = {name: squared_norm(tensors[name]) for name in selection}
         return Result(tensors=tensors, numbers={"squared_norm": norms})
 
+    @property
+    def use(self) -> Use:
+        """The places that it looks at are those of the right answer, so labels count as used."""
+        return Use("training", self.samples, "used", self.seed)
+
+    def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
+        """Return F of every tensor, float32, in its shape."""
+        return {name: TensorInfo("F32", info.shape) for name, info in selection.items()}
+
     def compute(
+        self,
+        models: Models,
+        inputs: Sequence[Inputs],
+        selection: Mapping[str, TensorInfo],
+        statistics: Statistics,
+        out: Out,
+        progress: Progress,
+        report: Report,
+    ) -> Mapping[str, Any]:
+        """Write F of the expert; the numbers are those of `estimate`."""
+        shell = models.shell()
+        shell.swap(models.experts[0])
+        result = self.estimate(shell.module, inputs[0].answered, selection, report)
+        for name, values in result.tensors.items():
+            out.write(name, values)
+        return result.numbers
+
+    def estimate(
         self, model: nn.Module, data: Calibration, selection: Mapping[str, TensorInfo], report: Report
     ) -> Result:
         """Return F, float32, for every tensor of the selection, in its shape. Buffers have no gradient and get zeros.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergecore.errors import MergeloomError
-from mergecore.identity.content import block_digests, bytes_of, model_digest, tensor_digest
+from mergecore.identity.content import GRID, BlockDigests, block_digests, bytes_of, model_digest, tensor_digest
 from mergecore.identity.keys import Step
 from mergecore.plugins.statistic import Found, Result
 from mergecore.store.store import Draft, Store
@@ -43,6 +43,29 @@ def commit_result(store: Store, draft: Draft, result: Result, provenance: Mappin
         for name, value in tensors.items()
     }
     store.commit(draft, model_digest(digests), result.numbers, provenance)
+
+
+def result_sink(folder: Path, tensors: Mapping[str, TensorInfo]) -> ShardSink:
+    """Return where the tensors of a statistic are written while they are worked out."""
+    return ShardSink(folder, tensors, plan_shards(tensors, sys.maxsize, Path(TENSORS).stem) if tensors else ())
+
+
+def commit_written(
+    store: Store, draft: Draft, sink: ShardSink, numbers: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> None:
+    """Record a statistic whose tensors lie in its draft, under the digest that `commit_result` gives them."""
+    written: TensorSource = open_file(draft.path / TENSORS) if sink.shards else MemoryTensors({})
+    digests = {name: (info.dtype, info.shape, _read_digest(written, name)) for name, info in sink.tensors.items()}
+    store.commit(draft, model_digest(digests), numbers, provenance)
+
+
+def _read_digest(source: TensorSource, name: str) -> str:
+    """Return the digest of a tensor, read grid block by grid block."""
+    count, state = source.tensors[name].count, BlockDigests()
+    for start in range(0, count, GRID):
+        values = source.read(name, start, min(start + GRID, count))
+        state.update(bytes_of(values), values.numel())
+    return tensor_digest(list(state.finished().values()))
 
 
 def read_statistic(store: Store, step: Step) -> Found:

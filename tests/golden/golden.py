@@ -28,7 +28,7 @@ from mergecore.plugins.adapter_method import AdapterMethod, combined_modules
 from mergecore.plugins.block import Per
 from mergecore.plugins.chain import Link
 from mergecore.plugins.method import Method
-from mergecore.plugins.statistic import DataStatistic
+from mergecore.plugins.model_statistic import ModelStatistic
 from mergecore.registry import METHODS
 from mergecore.statistics.products import Products
 from mergecore.tensors.memory import MemoryTensors
@@ -93,7 +93,7 @@ def result(method: Method) -> dict[str, Tensor]:
     experts = experts[: accepted(method)]
     handed = {}
     for name, statistic in method.statistics().items():
-        if isinstance(statistic, DataStatistic):
+        if isinstance(statistic, ModelStatistic):
             handed[name] = [
                 {tensor: drawn(f"{name} {n}/{tensor}", tuple(value.shape), 8).abs() for tensor, value in expert.items()}
                 for n, expert in enumerate(experts)

@@ -50,7 +50,7 @@ def selection(model: nn.Module) -> dict[str, TensorInfo]:
 
 
 def fisher(model: nn.Module, data: Rows, **fields: object) -> Result:
-    return DiagonalFisher(**fields).compute(model, data, selection(model), silent)  # type: ignore[arg-type]
+    return DiagonalFisher(**fields).estimate(model, data, selection(model), silent)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,7 @@ def test_buffers_have_no_gradient_and_flags_are_left_alone() -> None:
     told: list[Event] = []
     data = Rows(torch.randn(5, 2), torch.zeros(5, dtype=torch.int64))
     chosen = {name: info for name, info in selection(model).items() if "num_batches" not in name}
-    actual = DiagonalFisher(samples=4).compute(model, data, chosen, told.append)
+    actual = DiagonalFisher(samples=4).estimate(model, data, chosen, told.append)
     assert list(actual.tensors) == list(chosen)
     assert actual.numbers["without_gradient"] == ["1.running_mean", "1.running_var"]
     assert not actual.tensors["1.running_var"].any() and actual.tensors["0.weight"].any()
@@ -135,9 +135,9 @@ def test_buffers_have_no_gradient_and_flags_are_left_alone() -> None:
 def test_refusals() -> None:
     model = linear(WEIGHT)
     with pytest.raises(MismatchError, match="'other'"):
-        DiagonalFisher().compute(model, ONE, {"other": TensorInfo("F32", (1,))}, silent)
+        DiagonalFisher().estimate(model, ONE, {"other": TensorInfo("F32", (1,))}, silent)
     with pytest.raises(MismatchError, match="weight"):
-        DiagonalFisher().compute(model, ONE, {"weight": TensorInfo("F32", (2, 2))}, silent)
+        DiagonalFisher().estimate(model, ONE, {"weight": TensorInfo("F32", (2, 2))}, silent)
     with pytest.raises(CapacityError, match="5000 classes"):
         fisher(nn.Linear(2, 5000), ONE, estimator="exact")
     model.weight.data[0, 0] = torch.nan
@@ -163,9 +163,9 @@ def test_last_layer_of_a_language_model(tmp_path: Path) -> None:
     inputs = torch.cat([hidden_rows[-len(logit) :] for hidden_rows, logit in zip(hidden, logits, strict=True)]).detach()
     expected = (chances * (1 - chances)).T @ inputs.square() / len(inputs)
     chosen = {"lm_head.weight": TensorInfo("F32", (320, 64)), "model.norm.weight": TensorInfo("F32", (64,))}
-    exact = DiagonalFisher(estimator="exact").compute(resident.model, data, chosen, silent)
+    exact = DiagonalFisher(estimator="exact").estimate(resident.model, data, chosen, silent)
     torch.testing.assert_close(exact.tensors["lm_head.weight"], expected, rtol=1e-3, atol=1e-6)
     assert exact.numbers["positions"] == len(inputs) > exact.numbers["items"] == 6
-    runs = [DiagonalFisher(seed=seed).compute(resident.model, data, chosen, silent) for seed in range(100)]
+    runs = [DiagonalFisher(seed=seed).estimate(resident.model, data, chosen, silent) for seed in range(100)]
     mean = torch.stack([run.tensors["model.norm.weight"] for run in runs]).mean(0)
     torch.testing.assert_close(mean.sum(), exact.tensors["model.norm.weight"].sum(), rtol=0.15, atol=0)

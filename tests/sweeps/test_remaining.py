@@ -285,7 +285,7 @@ def test_names_are_what_lies_there(tmp_path: Path) -> None:
 WIDTHS = {"BF16": 2, "F32": 4, "U8": 1}
 
 
-def no_data(member: Member) -> dict[str, Any]:
+def no_data(member: Member, statistic: object) -> dict[str, Any]:
     return {"tasks": [member.name], "training": "0" * 64, "companions": "1" * 64}
 
 
