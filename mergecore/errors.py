@@ -20,6 +20,8 @@ import re
 from collections.abc import Iterable
 
 _SECRETS = (
+    # Half of an address that was cut at its '@': what stands behind a colon is a password where it is no port.
+    (re.compile(r"(?<=://)[^/\s'\"@:\[]*:(?!\d{1,5}(?![^/\s'\"?#]))[^/\s'\"@]+(?!@|[^\s'\"]*@)"), "***"),
     (re.compile(r"(?<=://)[^/\s'\"]*@"), ""),
     (re.compile(r"(?<![A-Za-z0-9])((?:hf|ghp|gho|ghs|api_org|github_pat)_|glpat-|sk-)[A-Za-z0-9]{20,}"), r"\1***"),
     (

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, model_validator
 
 from mergecore.checkpoints.sources import Source
+from mergecore.errors import masked
 from mergecore.identity.numbers import Numbers
 
 
@@ -46,7 +47,9 @@ class ExpertSpec(SourceSpec):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
-        return {"source": value, "name": Path(value.partition("@")[0]).name} if isinstance(value, str) else value
+        return (
+            {"source": value, "name": Path(masked(value).partition("@")[0]).name} if isinstance(value, str) else value
+        )
 
 
 Resolver = Callable[[SourceSpec], Source]

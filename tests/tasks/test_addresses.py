@@ -52,7 +52,7 @@ def stranger() -> Iterator[int]:
         ("tcp://no.such.host.invalid:8786", "no host 'no.such.host.invalid' is known"),
         ("nonsense", "missing port number"),
         ("http://127.0.0.1:9", "unknown address scheme 'http'"),
-        ("tcp://127.0.0.1:99999999", r"No Dask scheduler answers at tcp://127\.0\.0\.1:99999999"),
+        ("tcp://127.0.0.1:99999999", "no connection to 127.0.0.1:99999999"),
     ],
 )
 def test_a_scheduler_that_is_not_there(address: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -114,6 +114,11 @@ SECRETS = {
     "Authorization: Bearer s3cret.s3cret": "Authorization: Bearer ***",
     f"owner/name@{TOKEN}": "owner/name@hf_***",
     "https://s3cret@host": "https://host",
+    "'https://anna:s3cret' is cut": "'https://***' is cut",
+    "https://anna:12345x": "https://***",
+    "http://127.0.0.1:5000/api and http://host:80": "http://127.0.0.1:5000/api and http://host:80",
+    "tcp://[::1]:8786": "tcp://[::1]:8786",
+    "sqlite:////a/b.db, sqlite:///:memory:": "sqlite:////a/b.db, sqlite:///:memory:",
     "owner/name@main, model@v1, hf_checkpoints_of_may, sk-learn": "owner/name@main, model@v1, hf_checkpoints_of_may, sk-learn",
     "tensor 'a' of https://host/x": "tensor 'a' of https://host/x",
 }

@@ -34,6 +34,10 @@ def resolve(
     """
     if not text.strip():
         raise SourceError("a checkpoint needs a folder or a hub id (owner/name), not an empty name")
+    if "://" in text:
+        raise SourceError(
+            f"'{text}' is an address; give a folder, or a hub id (owner/name@revision) and the hub by HF_ENDPOINT"
+        )
     path = _path(text)
     if path.exists():
         if revision is not None:
