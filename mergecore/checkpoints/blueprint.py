@@ -57,8 +57,18 @@ class Blueprint:
         """
         return {name: result for name, _, result in self._loaded(names) if result is not None}
 
-    def _loaded(self, names: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
-        """Yield (name, renamed, what is made of it where it is converted) as transformers does it."""
+    def moved(self, names: Iterable[str]) -> dict[str, str]:
+        """Return {name: another name} of names in memory that the renamings change once more.
+
+        transformers sees that such a name is right already. PEFT does not, when it loads an adapter.
+        """
+        return {name: new for name, new, _ in self._loaded(names, known_stay=False) if new != name}
+
+    def _loaded(self, names: Iterable[str], known_stay: bool = True) -> Iterator[tuple[str, str, str | None]]:
+        """Yield (name, renamed, what is made of it where it is converted) as transformers does it.
+
+        known_stay: a name in memory stays where its new name is none.
+        """
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
             WeightConverter,
@@ -75,7 +85,7 @@ class Blueprint:
         prefix, known = self.model.base_model_prefix, dict.fromkeys(self.shapes, True)
         for name in sorted(names, key=dot_natural_key):  # the order matters to some of the renamings
             new, pattern = rename_source_key(name, renamings, converters, prefix, known)
-            if new not in known and name in known:
+            if known_stay and new not in known and name in known:
                 new, pattern = rename_source_key(name, [], [], prefix, known)
             if pattern is None:
                 yield name, new, None

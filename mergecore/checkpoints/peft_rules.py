@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mergecore.checkpoints.blueprint import Blueprint
@@ -23,18 +23,25 @@ MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 READ_BY_MAMBA = ("out_proj", "conv1d")
 
 
-def closed(blueprint: Blueprint) -> dict[str, str]:
-    """Return {last part of module names: why} of linear layers that PEFT gives no update of their own in this model."""
+def closed(blueprint: Blueprint, modules: Collection[str]) -> dict[str, str]:
+    """Return {module: why} of the linear layers among these that PEFT gives no update of their own in this model."""
     from transformers import conversion_mapping
 
     kind = str(blueprint.model.config.model_type)
     alike: Mapping[str, str] = {"mixtral": "mixtral", **getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})}
     experts = AS_EXPERTS.get(alike.get(kind, ""), ())
     mamba = READ_BY_MAMBA if kind in MAMBA else ()
-    return {
-        **dict.fromkeys(experts, "PEFT takes them for the experts of the mixture, which are one tensor in memory"),
-        **dict.fromkeys(mamba, "PEFT refuses adapters on what a Mamba kernel reads"),
-    }
+    moved = blueprint.moved(f"{module}.weight" for module in modules)
+    reasons = {}
+    for module in modules:
+        leaf = module.rpartition(".")[2]
+        if leaf in experts:
+            reasons[module] = "PEFT takes them for the experts of the mixture, which are one tensor in memory"
+        elif leaf in mamba:
+            reasons[module] = "PEFT refuses adapters on what a Mamba kernel reads"
+        elif f"{module}.weight" in moved:
+            reasons[module] = "PEFT renames them once more when it loads an adapter, and misses them"
+    return reasons
 
 
 def targeted(config: Mapping[str, Any], module: str) -> bool:
@@ -61,11 +68,12 @@ def expected(config: Mapping[str, Any], blueprint: Blueprint) -> dict[str, tuple
     Raise MismatchError where the configuration targets a module that is no linear layer, or one that PEFT gives no
     update of its own.
     """
-    shut = closed(blueprint)
+    chosen = sorted(name for name in blueprint.modules if targeted(config, name))
+    shut = closed(blueprint, chosen)
     tensors: dict[str, tuple[int, ...]] = {}
-    for module in sorted(name for name in blueprint.modules if targeted(config, name)):
-        if why := shut.get(module.rpartition(".")[2]):
-            raise MismatchError(f"the adapter's target_modules name '{module}' of {blueprint.name}: {why}")
+    for module in chosen:
+        if module in shut:
+            raise MismatchError(f"the adapter's target_modules name '{module}' of {blueprint.name}: {shut[module]}")
         if module not in blueprint.linear:
             raise MismatchError(
                 f"the adapter's target_modules name '{module}' of {blueprint.name}, which is no linear layer"
@@ -83,7 +91,7 @@ def check_loads(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], bl
     wanted = expected(config, blueprint)
     lacking, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     stems = [name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors]
-    moved = {old: new for old, new in blueprint.in_memory(f"{stem}.weight" for stem in stems).items() if old != new}
+    moved = blueprint.moved(f"{stem}.weight" for stem in stems)
     if lacking or unknown or moved:
         told = [f"lacks {few(lacking)}"] * bool(lacking) + [f"has {few(unknown)} for no module"] * bool(unknown)
         told += [f"has '{name}', which is loaded as '{moved[name]}'" for name in list(moved)[:1]]

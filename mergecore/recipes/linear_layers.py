@@ -11,6 +11,7 @@ from mergecore.checkpoints.adapters import module_of
 from mergecore.checkpoints.architectures import EMBEDDINGS, TRANSPOSED
 from mergecore.checkpoints.blueprint import Blueprint, blueprint_of, in_memory, why_unknown
 from mergecore.checkpoints.peft_rules import check_loads, closed
+from mergecore.checkpoints.select import few
 from mergecore.checkpoints.snapshot import Snapshot
 from mergecore.errors import SpecError, nearest
 from mergecore.tensors.source import TensorInfo
@@ -57,14 +58,9 @@ def linear_layers(changed: Mapping[str, TensorInfo], base: Snapshot, modules: Se
         )
     else:
         named, transposed = _linear_in_memory(changed, base, blueprint)
-        shut = closed(blueprint)
-        lost = {name: leaf for name, module in named.items() if (leaf := module.rpartition(".")[2]) in shut}
-        named = {name: module for name, module in named.items() if name not in lost}
-        warnings = tuple(
-            f"{list(lost.values()).count(leaf)} layers called '{leaf}' are left out: {why}"
-            for leaf, why in shut.items()
-            if leaf in lost.values()
-        )
+        shut = closed(blueprint, list(named.values()))
+        named = {name: module for name, module in named.items() if module not in shut}
+        warnings = tuple(f"{few(_with(shut, why))} are left out: {why}" for why in sorted(set(shut.values())))
     for wanted in modules:
         if not any(_is_named(module, wanted) or _is_named(module_of(name), wanted) for name, module in named.items()):
             leaves = {module.rpartition(".")[2] for module in named.values()}
@@ -79,6 +75,10 @@ def linear_layers(changed: Mapping[str, TensorInfo], base: Snapshot, modules: Se
             "the expert has no linear layer (a weight of two dimensions that is no embedding): no adapter fits"
         )
     return Layers({name: changed[name] for name in taken}, taken, transposed, blueprint, warnings)
+
+
+def _with(shut: Mapping[str, str], why: str) -> list[str]:
+    return sorted(module for module, reason in shut.items() if reason == why)
 
 
 def _linear_by_name(changed: Mapping[str, TensorInfo], model_type: str) -> dict[str, str]:

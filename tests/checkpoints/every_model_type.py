@@ -125,9 +125,8 @@ def build(kind: str) -> nn.Module:
     except NotBuiltError:
         raise
     except Exception as error:  # whatever a class makes of a configuration that nobody wrote for it
-        raise NotBuiltError(
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
-        ) from error
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise NotBuiltError(f"{type(error).__name__}: {re.sub('/[^ ]*/site-packages/', '', first)[:120]}") from error
 
 
 def move(model: nn.Module, seed: int) -> None:
@@ -278,7 +277,7 @@ def outcome(run: Callable[[Case], None], case: Case) -> tuple[str, str]:
     except NothingToDoError as error:
         return NONE, str(error)
     except MergeloomError as error:
-        return REFUSED, str(error).replace(str(case.folder), "")
+        return REFUSED, str(error).replace(f"{case.folder}/", "")
     except WrongError as error:
         return FAILS, str(error)
     except Exception as error:

@@ -20,7 +20,8 @@ ALL = dict.fromkeys(STEPS, PASSES)
         pytest.param("mixtral", ALL | {"in memory": REFUSED}, id="experts kept apart in files"),
         pytest.param("gte", ALL | {"in memory": REFUSED, "folded": REFUSED}, id="projections joined in files"),
         pytest.param("git", ALL, id="a module called as the end of others"),
-        pytest.param("lw_detr", ALL, id="boxes tied over layers, a layer without elements"),
+        pytest.param("pi0", ALL, id="names that PEFT renames once more"),
+        pytest.param("lw_detr", ALL, id="boxes tied over layers"),
         pytest.param("falcon_h1", ALL, id="layers that PEFT refuses"),
     ],
 )

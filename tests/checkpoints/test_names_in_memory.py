@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mergecore.checkpoints.blueprint import blueprint_of, in_memory, why_unknown
-from mergecore.checkpoints.peft_rules import check_loads
+from mergecore.checkpoints.peft_rules import check_loads, closed
 from mergecore.engine.executor import InProcess
 from mergecore.errors import MismatchError
 from mergecore.events import silent
@@ -252,6 +252,23 @@ def test_the_check_of_an_extracted_adapter_knows_pefts_rules() -> None:
     ]:
         with pytest.raises(MismatchError, match=said):
             check_loads({**lora, **wrong}, names, blueprint, "out")
+
+
+@pytest.mark.parametrize(
+    ("config", "module", "why"),
+    [
+        ({"model_type": "pi0"}, "embed_action_time.action_in_proj", "renames them once more"),
+        ({"model_type": "mamba", "num_hidden_layers": 1}, "backbone.layers.0.mixer.out_proj", "Mamba kernel"),
+        ({"model_type": "deepseek_v3", "num_hidden_layers": 1}, "model.layers.0.mlp.up_proj", "for the experts"),
+    ],
+)
+def test_layers_that_peft_gives_no_update_of_their_own(config: dict[str, Any], module: str, why: str) -> None:
+    shapes = {"pi0": "PI0ForConditionalGeneration", "mamba": "MambaForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
+    blueprint = blueprint_of({**config, "architectures": [shapes[config["model_type"]]]})
+    assert blueprint is not None and why in closed(blueprint, [module])[module]
+    assert closed(blueprint, ["lm_head"]) == {}
+    with pytest.raises(MismatchError, match=why):
+        check_loads({"r": 1, "rank_pattern": {}, "target_modules": [module]}, {}, blueprint, "out")
 
 
 def test_experts_that_a_file_keeps_apart_are_no_layers_of_an_adapter(tmp_path: Path) -> None:

@@ -41,7 +41,9 @@ OVER: dict[str, dict[str, Any]] = {
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "layer_types": ["mamba", "attention"]},
     "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
+    "lw_detr": {"projector_scale_factors": [1.0]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "mobilebert": {"hidden_size": 64, "embedding_size": 32},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "xlnet": {"d_head": 8},
 }
