@@ -47,6 +47,12 @@ def model_card(
     lines += ["", "| input | source | SHA-256 of its weights |", "|---|---|---|"]
     lines += [f"| base | {base} | `{origin['base']['weights']}` |"]
     lines += [f"| {expert['name']} | {expert['source']} | `{expert['weights']}` |" for expert in origin["experts"]]
+    if origin.get("looked_at"):
+        lines += ["", f"Items that the merge was made with: {'; '.join(origin['looked_at'])}."]
+        if any(" test items" in use for use in origin["looked_at"]):
+            lines += [
+                "It saw inputs of test items (*transductive*): its scores on them are not those of a merge that did not."
+            ]
     if origin.get("kept_density"):
         kept = ", ".join(f"{name} {share:.4%}" for name, share in origin["kept_density"].items())
         lines += ["", f"Share of each task vector that the threshold kept: {kept}."]

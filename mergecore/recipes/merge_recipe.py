@@ -22,7 +22,7 @@ from mergecore.formats.finished import finished_merge
 from mergecore.formats.whole_directory import WORK, whole_directory
 from mergecore.identity.keys import Step
 from mergecore.native.library import Library
-from mergecore.planning.data import ExpertData
+from mergecore.planning.data import ExpertData, uses
 from mergecore.planning.merge_builder import Data, MergeBuilder
 from mergecore.planning.pool import Member, Pool, resolve_pool
 from mergecore.planning.work import MergeWork, Work
@@ -215,6 +215,8 @@ def _settle(place: Place, merge: MergeWork, recipe: Recipe, draft: Path, read_fr
         if recipe.chat_template is not None:
             write_chat_template(draft, recipe.chat_template)
     origin = {**_origin(place.pool, merge.published.step, contents.numbers), **published.card}
+    if seen := uses(merge):
+        origin["looked_at"] = [str(use) for use in seen]
     lines = product.card_lines(published.card)
     _write_card(draft, _pinned(recipe, place.pool), origin, lines, place.pool.warnings, read_from)
     return published

@@ -8,6 +8,7 @@ from typing import Any
 from mergecore.checkpoints.snapshot import Snapshot
 from mergecore.checkpoints.vocabulary.rules import UNION
 from mergecore.planning.cells import Cell, Plan
+from mergecore.planning.data import uses
 
 
 def lineage(plan: Plan, cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,6 +29,8 @@ def lineage(plan: Plan, cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]
         origin["kept_density"] = plan.pool.by_name(result["kept_density"])
     if "drawn_with" in result:
         origin["drawn_with"] = {kind: plan.pool.by_name(ids) for kind, ids in result["drawn_with"].items()}
+    if cell.merge is not None and (seen := uses(cell.merge)):
+        origin["looked_at"] = [str(use) for use in seen]
     return origin
 
 
@@ -44,12 +47,17 @@ def recipe_of(plan: Plan, cell: Cell) -> dict[str, Any]:
     # A vocabulary is that of the whole pool: all of it is named, and rules say who is merged.
     shared = spec.tokenizer is not None and cell.merge.product.pool_vocabulary
     everyone = list(plan.pool.experts) if shared else list(merged)
-    recipe = {
+    recipe: dict[str, Any] = {
         "method": cell.merge.method.name,
         **values,
         "base": base.source.uri if base.adapter_source is None else _source(base),
         "experts": [{"name": name, **_source(plan.pool.experts[name].snapshot.as_stored)} for name in everyone],
     }
+    if uses(cell.merge):
+        recipe["data"] = {"evaluator": spec.evaluate.evaluator, **spec.evaluate.settings}
+        recipe["data"] |= {"path": spec.evaluate.path} if spec.evaluate.path else {}
+        for entry in recipe["experts"]:
+            entry["tasks"] = list(plan.pool.experts[entry["name"]].tasks)
     if spec.output.dtype and cell.merge.product.dtype_in_recipe:
         recipe["dtype"] = spec.output.dtype
     rules = [rule.model_dump(mode="json", exclude_defaults=True) for rule in cell.select]

@@ -10,6 +10,7 @@ from pyarrow import parquet
 
 from mergecore.identity.keys import Step
 from mergecore.planning.cells import Cell, Plan
+from mergecore.planning.data import uses
 from mergecore.reporting.scores import CellScores, Status, Sweep
 from mergecore.spec.yaml_files import as_yaml
 from mergecore.store.results import ITEMS
@@ -59,11 +60,18 @@ def _cell(frontier: Frontier, cell: Cell) -> CellScores:
     if record is not None:
         measured["merge/seconds"] = float(record.provenance.get("seconds", 0.0))
     return CellScores(
-        cell.id, cell.kind, cell.name, cell.method, shown_values(cell), cell.count, cell.subset, cell.experts,
+        cell.id, cell.kind, marked(cell.name, cell), marked(cell.method, cell), shown_values(cell),
+        cell.count, cell.subset, cell.experts,
         status, trouble, bool(frontier.choice.chosen(cell)), cell.model.key, record.digest if record else "",
         items, measured, lineage(plan, cell, record.result if record else {}),
         str(frontier.view.failure_path(cell) or "") if trouble else "",
     )  # fmt: skip
+
+
+def marked(label: str, cell: Cell) -> str:
+    """Return a label for tables; that of a merge that saw test items says so, since its scores are of these."""
+    seen = () if cell.merge is None else uses(cell.merge)
+    return f"{label} *transductive*" if label and any(use.inputs == "test" for use in seen) else label
 
 
 def shown_values(cell: Cell) -> dict[str, Any]:

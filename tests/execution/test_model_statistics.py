@@ -15,18 +15,26 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mergecore.checkpoints.sources.resolve import resolve
+from mergecore.engine.executor import InProcess
 from mergecore.errors import EvaluationError, PluginError, SpecError
+from mergecore.events import silent
 from mergecore.execution import progress
 from mergecore.execution.place import Place
 from mergecore.execution.progress import DraftProgress, WrittenTensors
+from mergecore.formats.card import model_card
+from mergecore.methods.fisher import Fisher
+from mergecore.planning.cells import Cell
 from mergecore.planning.data import Apart, uses
 from mergecore.planning.work import Lane, MergeWork, Work
 from mergecore.plugins.model_statistic import ModelStatistic, Out
-from mergecore.recipes.merge_recipe import run_for
+from mergecore.recipes.merge_recipe import merge_recipe, run_for
+from mergecore.spec.recipe import parse_recipe
 from mergecore.statistics.fisher import DiagonalFisher
 from mergecore.store.results import read_statistic
 from mergecore.store.store import Store
-from tests.execution.learned_pool import NAMES, Entropies, Moved, Walk, merge_of, write_pool
+from mergecore.sweeps.measured import marked
+from tests.execution.learned_pool import FACTORY, NAMES, Entropies, Moved, Walk, merge_of, write_pool
 
 
 @pytest.fixture
@@ -160,6 +168,17 @@ def test_training_items_that_are_scored_are_refused(pool: Path) -> None:
     apart.check(on_test, NAMES)  # shown as transductive instead
 
 
+def test_rows_that_saw_test_items_say_so(pool: Path) -> None:
+    for inputs, label in (("training", "moved"), ("test", "moved *transductive*")):
+        _, merge = merge_of(pool, Moved(statistic=Entropies(inputs=inputs)))  # type: ignore[arg-type]
+        cell = Cell(id="", kind="merge", name="moved", model=merge.step, merge=merge)
+        assert marked("moved", cell) == label
+    assert marked("base", Cell(id="", kind="base", name="base", model=merge.step)) == "base"
+    origin = {"base": {"source": "b", "weights": "0"}, "experts": [], "looked_at": [str(use) for use in uses(merge)]}
+    card = model_card({"method": "moved"}, origin)
+    assert "6 test items an expert, no labels." in card and "*transductive*" in card
+
+
 # --- progress -------------------------------------------------------------------------------------------------------
 
 
@@ -232,3 +251,45 @@ def test_progress_that_cannot_be_read_is_begun_anew(pool: Path, undisturbed: dic
     draft = next((pool / "store" / "drafts").glob("*/progress.safetensors"))
     draft.write_bytes(draft.read_bytes()[:40])
     assert done(*merge_of(pool, Moved(statistic=Walk()))) == undisturbed
+
+
+# --- one merge from a recipe ----------------------------------------------------------------------------------------
+
+
+def recipe_of(pool: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "method": "fisher",
+        "fisher": {"samples": 5},
+        "base": str(pool / "base"),
+        "experts": [{"source": str(pool / name), "name": name, "tasks": [name]} for name in NAMES],
+        "data": {"evaluator": "classification", "model": FACTORY, "path": str(pool / "tasks")},
+        **changes,
+    }
+
+
+def merged(pool: Path, out: Path, **changes: Any) -> dict[str, Tensor]:
+    recipe = parse_recipe(recipe_of(pool, **changes), "recipe")
+    merge_recipe(recipe, out, lambda source: resolve(source.source), InProcess(), silent)
+    return load_file(out / "model.safetensors")
+
+
+def test_a_recipe_with_data_makes_a_learned_merge(pool: Path, tmp_path: Path) -> None:
+    """The model is that of the Fisher information which the works of a sweep find; the card says what was seen."""
+    place, merge = merge_of(pool, Fisher(fisher=DiagonalFisher(samples=5)))
+    assert not run_for(place, merge).failures
+    expected = load_file(place.store.folder(merge.step) / "model.safetensors")
+    actual = merged(pool, tmp_path / "out")
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Items that the merge was made with: 5 training items an expert, labels used." in card
+    assert "transductive" not in card and "evaluator: classification" in card
+
+
+def test_a_recipe_without_data_says_what_to_write(pool: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="write `data:` with the keys of a sweep's `evaluate:`"):
+        merged(pool, tmp_path / "out", data=None)
+    with pytest.raises(SpecError, match=r"recipe\.data"):
+        merged(pool, tmp_path / "out", data={"evaluator": "classification"})
+    with pytest.raises(EvaluationError, match="there is no task"):
+        merged(pool, tmp_path / "out", experts=[{"source": str(pool / n), "name": n, "tasks": ["no"]} for n in NAMES])
+    assert not list(tmp_path.glob("out*"))
