@@ -50,9 +50,7 @@ def model_card(
     if origin.get("looked_at"):
         lines += ["", f"Items that the merge was made with: {'; '.join(origin['looked_at'])}."]
         if any(" test items" in use for use in origin["looked_at"]):
-            lines += [
-                "It saw inputs of test items (*transductive*): its scores on them are not those of a merge that did not."
-            ]
+            lines += ["It saw test items (*transductive*); compare it only with merges that say so."]
     if origin.get("kept_density"):
         kept = ", ".join(f"{name} {share:.4%}" for name, share in origin["kept_density"].items())
         lines += ["", f"Share of each task vector that the threshold kept: {kept}."]
