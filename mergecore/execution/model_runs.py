@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,7 @@ class OpenedModels:
     base: TensorSource
     experts: Sequence[TensorSource]
     memory: int | None
+    config: Mapping[str, Any]
     most: int
     first: Callable[[], Resident]
     new: Callable[[], Resident]
@@ -125,8 +127,7 @@ def run_on_models(bench: Bench, task: ModelTask) -> Done:
             with store.draft(work.step, resume=True) as draft:
                 if store.is_done(work.step, bytes_needed=True):
                     return Done()
-                outputs = work.statistic.outputs(work.selection, len(work.experts))
-                out = WrittenTensors(result_sink(draft.path, outputs), work.step.name)
+                out = WrittenTensors(result_sink(draft.path, work.outputs), work.step.name)
                 progress = DraftProgress(draft.path, out)
                 if progress.last is None:
                     _empty(draft.path)
@@ -153,7 +154,7 @@ def _computed(
 
     weights = [FoldedTensors(task.base, expert) for expert in task.experts]
     most = {"none": 0, "one": 1, "each": len(weights)}[statistic.shells]
-    models = OpenedModels(task.base, weights, task.memory, most, first, new)
+    models = OpenedModels(task.base, weights, task.memory, work.config, most, first, new)
     inputs = [ExpertInputs(names, statistic.use, first) for names in work.tasks]
     known: Statistics = {
         name: [read_statistic(store, inner.step) for inner in inner_works] for name, inner_works in work.inputs.items()

@@ -229,7 +229,9 @@ class Wrap:
         if known:
             inputs["statistics"] = keys_of(known)
         step, tasks = _statistic_step(statistic, inputs), tuple(tuple(own["tasks"]) for own in data)
-        return ModelWork(step, ids, self.subject.selection, known, self.subject.base, statistic, tasks)
+        return ModelWork(
+            step, ids, self.subject.selection, known, self.subject.base, statistic, tasks, self.builder.pool.base.config
+        )
 
     def chained(self, link: Link) -> tuple[Work, ...]:
         """Return the last link of a chain over the experts, in their order.

@@ -192,10 +192,16 @@ class ScanWork(Work):
 
 @dataclass(frozen=True)
 class ModelWork(Work):
-    """A statistic on models. tasks: those of each expert, in fold order."""
+    """A statistic on models. tasks: those of each expert, in fold order. config: the base's config.json."""
 
     statistic: ModelStatistic
     tasks: tuple[tuple[str, ...], ...]
+    config: Mapping[str, Any]
+
+    @cached_property
+    def outputs(self) -> Mapping[str, TensorInfo]:
+        """Every tensor that is written."""
+        return self.statistic.outputs(self.selection, len(self.experts), self.config)
 
     @property
     def lane(self) -> Lane:
@@ -207,7 +213,7 @@ class ModelWork(Work):
 
     @property
     def size(self) -> int:
-        return bytes_of(self.statistic.outputs(self.selection, len(self.experts)))
+        return bytes_of(self.outputs)
 
     @property
     def read_beside(self) -> bool:

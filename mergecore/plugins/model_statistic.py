@@ -91,6 +91,8 @@ class Models(Protocol):
     """Weights θ_t under the names of the base, float32, formed while they are read; in fold order."""
     memory: int | None
     """Bytes that the statistic may take; None: whatever it takes."""
+    config: Mapping[str, Any]
+    """The base's config.json; empty where there is none."""
 
     def delta(self, expert: int, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return elements start … stop−1 of τ_t, flat, float32, read when asked for."""
@@ -238,8 +240,13 @@ class ModelStatistic(AnyStatistic, ABC):
         return kinds.on_models(self)
 
     @abstractmethod
-    def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
-        """Return names, dtypes and shapes of what is written, before anything runs. count: of the experts."""
+    def outputs(
+        self, selection: Mapping[str, TensorInfo], count: int, config: Mapping[str, Any]
+    ) -> Mapping[str, TensorInfo]:
+        """Return names, dtypes and shapes of what is written, before anything runs.
+
+        count: of the experts. config: the base's config.json; empty where there is none.
+        """
 
     def memory(self, selection: Mapping[str, TensorInfo], count: int) -> int:
         """Return the bytes that it takes at a time, at most; they limit how many run at once."""
@@ -265,7 +272,7 @@ class ModelStatistic(AnyStatistic, ABC):
 
     def taken(self, tensors: Mapping[str, Tensor], selection: Mapping[str, TensorInfo]) -> Result:
         """Return the result whose tensors were worked out elsewhere. Raises SpecError where one is missing."""
-        missing = sorted(set(self.outputs(selection, 1)) - set(tensors))
+        missing = sorted(set(self.outputs(selection, 1, {})) - set(tensors))
         if missing:
             raise SpecError(f"statistics: nothing given for tensor '{missing[0]}' and {len(missing) - 1} more")
         return Result(tensors=tensors, numbers={})

@@ -83,7 +83,9 @@ class DiagonalFisher(ModelStatistic):
         """The places that it looks at are those of the right answer, so labels count as used."""
         return Use("training", self.samples, "used", self.seed)
 
-    def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
+    def outputs(
+        self, selection: Mapping[str, TensorInfo], count: int, config: Mapping[str, Any]
+    ) -> Mapping[str, TensorInfo]:
         """Return F of every tensor, float32, in its shape."""
         return {name: TensorInfo("F32", info.shape) for name, info in selection.items()}
 

@@ -103,7 +103,9 @@ class Entropies(ModelStatistic):
     def statistics(self) -> Mapping[str, AnyStatistic]:
         return {"norms": UnifiedNorms()}
 
-    def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
+    def outputs(
+        self, selection: Mapping[str, TensorInfo], count: int, config: Mapping[str, Any]
+    ) -> Mapping[str, TensorInfo]:
         return {name: TensorInfo("F32", info.shape) for name, info in selection.items()}
 
     def compute(
@@ -148,7 +150,9 @@ class Walk(ModelStatistic):
     def use(self) -> Use:
         return Use("training", 8, "none", 0)
 
-    def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
+    def outputs(
+        self, selection: Mapping[str, TensorInfo], count: int, config: Mapping[str, Any]
+    ) -> Mapping[str, TensorInfo]:
         return {
             f"{part}/{name}": TensorInfo("F32", info.shape)
             for part in ("half", "end")
