@@ -14,8 +14,10 @@ from torch import Tensor
 from mergecore.errors import PluginError, SpecError, nearest
 from mergecore.plugins.adapter_method import AdapterMethod
 from mergecore.plugins.method import Method
+from mergecore.plugins.model_statistic import ModelStatistic
 from mergecore.plugins.shelf import Shelf
 from mergecore.registry import EVALUATORS, METHODS, PRODUCTS, SEARCHES, STATISTICS
+from mergecore.tensors.source import TensorInfo
 
 Model = dict[str, Tensor]
 SHELVES: tuple[Shelf[Any], ...] = (METHODS, STATISTICS, PRODUCTS, SEARCHES, EVALUATORS)
@@ -82,9 +84,27 @@ def accepted(method: Method, at_most: int = 3) -> int:
 
 def data_statistics(method: Method, experts: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Model]] | None:
     """Return numbers between 0 and 1 in place of what the method works out with data; None where it needs no data."""
-    names = [name for name, statistic in method.statistics().items() if statistic.takes_data]
     numbers = [{name: (value.float() * 3).sin() ** 2 for name, value in expert.items()} for expert in experts]
-    return dict.fromkeys(names, numbers) or None
+    results: dict[str, list[Model]] = {}
+    for name, statistic in method.statistics().items():
+        if statistic.takes_data and isinstance(statistic, ModelStatistic):
+            results[name] = [in_place_of(statistic, own) for own in numbers[: statistic.handed(len(numbers))]]
+    return results or None
+
+
+def in_place_of(statistic: ModelStatistic, numbers: Model) -> Model:
+    """Return these numbers where the statistic has one for each of a model; else matrices without negative eigenvalues,
+    as large as those that it writes.
+    """
+    selection = {name: TensorInfo("F32", tuple(value.shape)) for name, value in numbers.items()}
+    written = statistic.outputs(selection, 1, {})
+    if all(selection.get(name) == info for name, info in written.items()) and written.keys() == selection.keys():
+        return numbers
+    made_up = {}
+    for name, info in written.items():
+        values = numbers[name].reshape(-1)[: info.shape[0]].repeat(info.shape[0])[: info.shape[0]]
+        made_up[name] = torch.outer(values, values) + torch.eye(info.shape[0])
+    return made_up
 
 
 def same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:

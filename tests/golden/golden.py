@@ -34,7 +34,7 @@ from mergecore.statistics.products import Products
 from mergecore.tensors.memory import MemoryTensors
 from mergecore.tensors.source import TensorInfo
 from mergecore.tensors.torch_dtypes import DTYPE_NAMES
-from mergeloom.testing.variants import accepted
+from mergeloom.testing.variants import accepted, in_place_of
 
 STORED = Path(__file__).with_name("golden.json")
 TOLERANCE = 1e-4
@@ -95,7 +95,13 @@ def result(method: Method) -> dict[str, Tensor]:
     for name, statistic in method.statistics().items():
         if isinstance(statistic, ModelStatistic):
             handed[name] = [
-                {tensor: drawn(f"{name} {n}/{tensor}", tuple(value.shape), 8).abs() for tensor, value in expert.items()}
+                in_place_of(
+                    statistic,
+                    {
+                        tensor: drawn(f"{name} {n}/{tensor}", tuple(value.shape), 8).abs()
+                        for tensor, value in expert.items()
+                    },
+                )
                 for n, expert in enumerate(experts)
             ]
     return merge(method, base=base, experts=experts, ids=["c", "a", "b"][: len(experts)], statistics=handed or None)
