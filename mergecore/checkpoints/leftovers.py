@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
+from mergecore.checkpoints.blueprint import blueprint_of
 from mergecore.errors import SourceError
 from mergecore.tensors.dtypes import MERGED
 from mergecore.tensors.source import TensorInfo
@@ -17,10 +19,13 @@ PARALLEL = "module."
 """What DistributedDataParallel and DeepSpeed put before all names."""
 
 
-def check_whole(tensors: Mapping[str, TensorInfo], files: Mapping[str, str], where: str) -> None:
+def check_whole(
+    tensors: Mapping[str, TensorInfo], files: Mapping[str, str], config: Mapping[str, Any], where: str
+) -> None:
     """Raise SourceError where these are no whole tensors under a model's own names.
 
-    files: the file of each tensor. where: the checkpoint.
+    files: the file of each tensor. config: config.json; a tensor that is empty in its model may be empty. where: the
+    checkpoint.
     """
     flat = [name for name in tensors if FLAT.search(name)]
     if flat:
@@ -30,6 +35,9 @@ def check_whole(tensors: Mapping[str, TensorInfo], files: Mapping[str, str], whe
             "save those"
         )
     empty = [name for name, info in tensors.items() if is_placeholder(info)]
+    blueprint = blueprint_of(config) if empty else None
+    if blueprint is not None:
+        empty = [name for name in empty if blueprint.shapes.get(blueprint.in_memory([name])[name]) != (0,)]
     if empty:
         raise SourceError(
             f"{_first(empty, files, where)} empty (shape [0]): a placeholder of DeepSpeed ZeRO-3 or FSDP, whose values "

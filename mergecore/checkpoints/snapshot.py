@@ -155,10 +155,11 @@ def read_snapshot(source: Source) -> Snapshot:
                 )
             tensors[tensor], locations[tensor] = info, (name, offset)
     _check_index(source, locations)
-    check_whole(tensors, {tensor: file for tensor, (file, _) in locations.items()}, source.uri)
     counted = weights + ([ADAPTER_CONFIG] if kind == "adapter" else [])
     rest = sorted(name for name in source.files if name not in counted and decides(name))
     config_name = ADAPTER_CONFIG if kind == "adapter" else "config.json"
+    config = read_json(source, config_name) if config_name in source.files else {}
+    check_whole(tensors, {tensor: file for tensor, (file, _) in locations.items()}, config, source.uri)
     return Snapshot(
         source,
         kind,
@@ -166,7 +167,7 @@ def read_snapshot(source: Source) -> Snapshot:
         contents=FileContents(locations),
         weights=digest([[name, source.files[name].sha256] for name in counted]),
         companions=digest([[name, source.files[name].sha256] for name in rest]),
-        config=read_json(source, config_name) if config_name in source.files else {},
+        config=config,
     )
 
 

@@ -26,6 +26,7 @@ import json, re, sys, threading, time
 from pathlib import Path
 import mergecore.planning.pool, mergecore.recipes.merge_recipe, mergecore.engine.memory as projection
 from flows.session.session import resolver
+from mergecore.checkpoints.blueprint import blueprint_of
 from mergecore.native.library import library_in
 from mergecore.engine.executor import InProcess
 from mergecore.events import silent
@@ -40,6 +41,7 @@ def held():
 recipes, out, loops, workers = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 import mergecore.engine.kernels.run, mergecore.statistics.threshold, torch
 torch.ones(8) + 1
+blueprint_of({"model_type": "matrices"})  # imports transformers, which a model type that only it knows needs
 blocks, original = [], projection.block_bytes
 
 def noted(*given):

@@ -131,7 +131,10 @@ RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         (r"recipe\.yaml\.search: stands in an entry of a sweep's methods; a recipe makes one model",),
     ),
     "mergekit": ({"merge_method": "ties"}, (r"recipe\.yaml\.method: unknown key",)),
-    "a statistic on data": ({"method": "fisher"}, (r"of expert 'e1' on data, and the recipe names none; write `data:`",)),
+    "a statistic on data": (
+        {"method": "fisher"},
+        (r"of expert 'e1' on data, and the recipe names none; write `data:`",),
+    ),
     "weights of the wrong count": (
         {"method": "average", "weights": [1, 2, 3]},
         (r"weights: 3 given for 2 experts; give one per expert",),

@@ -13,7 +13,7 @@ from torch import nn
 from mergecore.errors import EvaluationError
 from mergecore.events import Event, Report
 from mergecore.plugins.evaluator import Evaluator, Resident, Split, TaskIdentity
-from mergecore.plugins.statistic import Calibration
+from mergecore.plugins.model_statistic import Calibration
 from mergecore.tensors.source import TensorSource
 
 
