@@ -6,15 +6,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from mergecore.errors import MergeloomError
+from flows.cli.endings import errors, left_of
+from flows.cli.store import store as store_commands
 from mergecore.tensors.dtypes import DTYPE_CHOICES, SAFETENSORS_DTYPE, Dtype
 
 if TYPE_CHECKING:
@@ -23,42 +22,6 @@ if TYPE_CHECKING:
 
 FAILED_CELLS = 3
 """Exit code of a sweep that went through but has failed or refused cells."""
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
-
-
-def nothing_kept() -> str:
-    """Return the text after Ctrl-C of a command that keeps nothing half done."""
-    return "run the same command again to start anew"
-
-
-@contextmanager
-def errors(after_interrupt: Callable[[], str] = nothing_kept) -> Iterator[None]:
-    """Show a MergeloomError as an error message, and Ctrl-C as a line. Any other error keeps its traceback.
-
-    after_interrupt: returns, after the clean-up, what an interrupted command has left.
-    """
-    try:
-        yield
-    except MergeloomError as error:
-        raise click.ClickException(str(error)) from None
-    except KeyboardInterrupt:
-        click.echo(f"interrupted; {after_interrupt()}", err=True)
-        sys.exit(INTERRUPTED)
-
-
-def left_of(out: Path | None, store: Path | None = None, intermediates: Path | None = None) -> str:
-    """Return what an interrupted command that writes `out` has left: nothing, whole results, or steps in a store."""
-    if out is None:
-        return nothing_kept()
-    named = sorted(intermediates.iterdir()) if intermediates is not None and intermediates.is_dir() else []
-    whole = [str(folder) for folder in (out, *named) if folder.is_dir()]
-    texts = [f"{out} was not written"]
-    if whole:
-        texts = [f"finished results lie in {', '.join(whole)}", "remove them before you run the same command again"]
-    if store is not None:
-        texts.append(f"what was worked out for it is kept in {store}: run the same command again to go on")
-    return ", ".join(texts)
 
 
 def check_timings(path: Path | None) -> None:
@@ -119,6 +82,7 @@ def main() -> None:
     mergeloom sweep SPEC              run a sweep; the same command resumes and extends it
     mergeloom report SPEC             write tables and figures of the results so far
     mergeloom track SPEC              show a sweep in MLflow
+    mergeloom store ls | gc | verify  what a store holds; free what nothing asks for; check every byte
     mergeloom serve                   run Prefect and MLflow over the data of a store
 
     A recipe is a few lines of YAML:
@@ -131,6 +95,9 @@ def main() -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")  # or Prefect counts its use, and says so in a terminal
+
+
+main.add_command(store_commands)
 
 
 @main.command()

@@ -15,6 +15,9 @@ from typing import Any
 
 from mergecore.errors import IdentityError
 
+KINDS = ("snapshot", "statistic", "adapter", "merge", "evaluation", "registration")
+"""The kinds of steps. Each has a folder of its own in the store."""
+
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 
@@ -77,7 +80,7 @@ def digest(value: Any) -> str:
 class Step:
     """One unit of cached work. Its key is a SHA-256 over exactly these fields.
 
-    kind: snapshot, statistic, merge, adapter, evaluation or registration. plugin, version: who does it.
+    kind: one of KINDS. plugin, version: who does it.
     parameters: everything that can change the numbers, defaults included.
     inputs: keys of other steps, or content digests, by role.
     """

@@ -102,12 +102,18 @@ class Store:
 
     def record(self, step: Step) -> Record | None:
         """Return the step's record; None where there is none that can be read."""
+        record = self.record_in(step.kind, step.name)
+        return record if record is not None and record.key == step.key else None
+
+    def record_in(self, kind: str, name: str) -> Record | None:
+        """Return the record in a folder of results, whatever step it is of; None where there is none that can be
+        read.
+        """
         try:
-            with open(f"{self.root}/{step.kind}/{step.name}/{RECORD}", "rb") as file:  # noqa: PTH123 — as below
-                record = Record.from_json(json.loads(file.read()))
-        except (OSError, ValueError, TypeError, KeyError):
+            with open(f"{self.root}/{kind}/{name}/{RECORD}", "rb") as file:  # noqa: PTH123 — as below
+                return Record.from_json(json.loads(file.read()))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
-        return record if record.key == step.key else None
 
     def names(self, kind: str) -> frozenset[str]:
         """Return the names of the folders (`Step.name`) of all steps of a kind. A step without one is MISSING."""
@@ -217,7 +223,11 @@ class Store:
 
     def remove(self, step: Step) -> None:
         """Forget the step altogether, its record included."""
-        folder = self.folder(step)
+        self.remove_folder(step.kind, step.name)
+
+    def remove_folder(self, kind: str, name: str) -> None:
+        """Remove a folder of results, whether or not its record can be read."""
+        folder = self.root / kind / name
         if folder.exists():
             self._discard(folder)
 
@@ -271,6 +281,18 @@ class Store:
             yield
         finally:
             os.close(handle)
+
+    def at_work(self) -> int:
+        """Return how many locks living processes hold. Nothing is written."""
+        return sum(not _is_free(path) for path in (self.root / "locks").glob("*"))
+
+    def leftovers(self) -> list[Path]:
+        """Return what `clean` would remove, as far as no living process holds it: drafts and temporary files."""
+        drafts = [
+            path for path in sorted((self.root / "drafts").glob("*")) if _is_free(self.root / "locks" / path.name)
+        ]
+        temporary = [path for pattern in TEMPORARY for path in sorted(self.root.glob(pattern)) if _is_free(path)]
+        return drafts + temporary
 
     def clean(self) -> int:
         """Remove what killed processes have left: drafts that no living process holds, locks of steps, temporary files.
@@ -351,6 +373,18 @@ def _locked(path: Path, wait: bool = True) -> int | None:
             os.close(handle)
             raise
         os.close(handle)
+
+
+def _is_free(lock: Path) -> bool:
+    """Return whether no living process holds a lock; also where its file is not there."""
+    try:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _remove(path: Path) -> None:

@@ -14,7 +14,8 @@ import yaml
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from flows.cli.main import left_of, main
+from flows.cli.endings import left_of
+from flows.cli.main import main
 from mergecore.engine.executor import InProcess
 from mergecore.events import silent
 from mergecore.formats.whole_directory import whole_directory

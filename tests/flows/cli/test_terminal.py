@@ -31,7 +31,7 @@ ENDINGS = {
     "extract-lora": ("extract-lora", "experts/expert-0", "lora", "--base", "base", "--rank", "2"),
     "transplant-tokenizer": ("transplant-tokenizer", "base", "base", "transplanted"),
 }
-ELSEWHERE = {"sweep", "report", "track", "serve"}
+ELSEWHERE = {"sweep", "report", "track", "serve", "store"}
 """Commands that the test of a whole sweep runs."""
 
 DRAWING = """
@@ -231,6 +231,10 @@ def test_a_sweep_is_stopped_and_gone_on_with(folder: Path) -> None:
     assert len(cells) > 1, ran.lines
     assert not list(store.glob("drafts/*")), "what the stopped run left was gone on with"
     check_well(Terminal(folder, 200).mergeloom("report", "tiny.yaml"), 200, "xterm-256color")
+    check_well(Terminal(folder, 80).mergeloom("store", "verify", "--store", "store"), 80, "xterm-256color")
+    ran = Terminal(folder, 120).mergeloom("store", "gc", "tiny.yaml")
+    check_well(ran, 120, "xterm-256color")
+    assert "nothing to delete" in ran.output, "a sweep that is done leaves nothing behind"
 
     tracked: list[Ran] = []
 
