@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from flows.cli.endings import errors, left_of
+from flows.cli.export import export as export_command
 from flows.cli.store import store as store_commands
 from mergecore.tensors.dtypes import DTYPE_CHOICES, SAFETENSORS_DTYPE, Dtype
 
@@ -82,6 +83,7 @@ def main() -> None:
     mergeloom sweep SPEC              run a sweep; the same command resumes and extends it
     mergeloom report SPEC             write tables and figures of the results so far
     mergeloom track SPEC              show a sweep in MLflow
+    mergeloom export SPEC CELL OUT    write the whole folder of one of a sweep's models
     mergeloom store ls | gc | verify  what a store holds; free what nothing asks for; check every byte
     mergeloom serve                   run Prefect and MLflow over the data of a store
 
@@ -97,6 +99,7 @@ def main() -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")  # or Prefect counts its use, and says so in a terminal
 
 
+main.add_command(export_command)
 main.add_command(store_commands)
 
 

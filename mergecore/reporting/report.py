@@ -74,6 +74,7 @@ def markdown(summary: Summary) -> str:
     if curve:
         parts += ["## Differences at the same count", _difference_grid(curve)]
     parts += _searches(summary)
+    parts += _kept(summary)
     parts += _troubles(summary, cells)
     return "\n\n".join([*parts, "## How to read this", _explanation(summary)]) + "\n"
 
@@ -103,6 +104,19 @@ def _searches(summary: Summary) -> list[str]:
         rest = f" Of {len(way.trials)} trials those are shown that were kept or failed." if left_out else ""
         parts += [outcome(way) + rest, _grid(head, rows)]
     return parts
+
+
+def _kept(summary: Summary) -> list[str]:
+    """A section on where the models are that are kept."""
+    if not summary.kept:
+        return []
+    rows = [[name, f"`{folder}`", text] for name, folder, text in summary.kept]
+    return [
+        "## Models that are kept",
+        _grid(["cell", "folder in the store", ""], rows),
+        "`mergeloom export SPEC CELL OUT` writes a whole folder that `transformers` loads, of these and of every other "
+        "cell of a merge.",
+    ]
 
 
 def _troubles(summary: Summary, cells: Sequence[Mapping[str, Any]]) -> list[str]:

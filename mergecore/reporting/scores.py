@@ -37,7 +37,8 @@ class CellScores:
     items: split → task → one score per item (float64, same items in the same order for every cell).
     model: key of the step that makes the model, `digest` of its content where it is known. `chosen`: this cell's
     values won on the validation items of its (method, count, subset), or there was nothing to choose.
-    failure: path of the record with the traceback, for a cell that failed. measured: seconds, peak bytes and the like;
+    failure: path of the record with the traceback, for a cell that failed. folder: of its model, from the root of the
+    store; '' where its weights are not kept. measured: seconds, peak bytes and the like;
     never part of any key. lineage: recipe and keys, JSON.
     """
 
@@ -58,6 +59,7 @@ class CellScores:
     measured: Mapping[str, float] = field(default_factory=dict)
     lineage: Mapping[str, Any] = field(default_factory=dict)
     failure: str = ""
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,16 @@ class Sweep:
     registered: Mapping[str, Any] | None = None
     """The registration record: cell, model name, alias, uri, digest, and whether validation or test scores chose it."""
     searches: tuple[Trajectory, ...] = ()
+
+    @property
+    def kept(self) -> Iterator[tuple[str, str, str]]:
+        """(name of the cell, folder in the store, what it is) of each model that is kept, the registered one first."""
+        if self.registered is not None:
+            name = next(cell.name for cell in self.cells if cell.cell == self.registered["cell"])
+            label = "@".join(filter(None, (self.registered["name"], self.registered["alias"])))
+            folder = str(self.registered["uri"]).rstrip("/").rpartition("/")[2]
+            yield name, f"registration/{folder}", f"registered as {label}: a whole folder"
+        yield from ((cell.name, cell.folder, "its weights") for cell in self.cells if cell.folder)
 
 
 def values_label(values: Mapping[str, Any]) -> str:

@@ -48,6 +48,7 @@ class Summary:
     baselines: kind, name, cells; columns as in `curve`, without a difference to average. The kind 'mean expert' is the
     mean over the experts.
     winner: cell and split of `best`, or None where nothing can win yet. searches: the way of each, on validation items.
+    kept: name, folder in the store and a word on each model that is kept.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Summary:
     winner: tuple[str, str] | None
     resamples: int
     searches: tuple[Trajectory, ...] = ()
+    kept: tuple[tuple[str, str, str], ...] = ()
 
 
 def summarise(sweep: Sweep, split: str, *, chance: Mapping[str, float] = NO_CHANCE, draws: Draws = DRAWS) -> Summary:
@@ -89,6 +91,7 @@ def summarise(sweep: Sweep, split: str, *, chance: Mapping[str, float] = NO_CHAN
         winner=winner,
         resamples=draws.resamples,
         searches=sweep.searches,
+        kept=tuple(sweep.kept),
     )
 
 

@@ -52,10 +52,11 @@ def results(store: Store) -> Iterator[Stored]:
     """Yield every folder of results, by kind and name."""
     for kind in KINDS:
         for name in sorted(store.names(kind)):
-            yield _stored(store, kind, name)
+            yield stored(store, kind, name)
 
 
-def _stored(store: Store, kind: str, name: str) -> Stored:
+def stored(store: Store, kind: str, name: str) -> Stored:
+    """Return one folder of results."""
     record, state = store.record_in(kind, name), State.BROKEN
     try:
         if record is not None and Step(**record.step).name == name:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isfinite
 
 from mergecore.errors import EvaluationError
 from mergecore.execution.evaluations import run_scorings
@@ -15,10 +14,12 @@ from mergecore.execution.fetch import fetch
 from mergecore.execution.lanes import run_works
 from mergecore.execution.outcome import Done
 from mergecore.execution.place import Place, drop_models, snapshots_of
+from mergecore.planning.work import Work
 from mergecore.reporting.scores import Sweep
-from mergecore.reporting.summary import best, cell_table
+from mergecore.reporting.summary import best
 from mergecore.store.store import State
 from mergecore.sweeps.measured import collect
+from mergecore.sweeps.publication import card_scores
 from mergecore.sweeps.registration import register, registration_step
 from mergecore.sweeps.remaining import Frontier, Round
 
@@ -91,22 +92,27 @@ def to_register(frontier: Frontier, sweep: Sweep) -> Winner | None:
     return None if published and same == (cell.id, settings.name, settings.alias, best_cell.chosen_on) else best_cell
 
 
+def make(place: Place, frontier: Frontier, work: Work) -> Done:
+    """Make a work's bytes where they are not at hand, and before it what it must know. End at the first failure."""
+    done = Done()
+    at_hand = frontier.store.is_done(work.step, bytes_needed=True)
+    while not done.failures and (round := frontier.making([] if at_hand else [work])):
+        done = done.note(run_round(place, round))
+    return done
+
+
 def register_best(place: Place, frontier: Frontier) -> Done:
     """Register the winner. What is published of it is made again where it was dropped."""
     sweep = collect(frontier)
     best_cell = to_register(frontier, sweep)
     if best_cell is None:
         return Done()
-    done = Done()
     cell = next(cell for cell in frontier.plan.cells if cell.id == best_cell.cell)
     assert cell.merge is not None
-    at_hand = frontier.store.is_done(cell.merge.published.step, bytes_needed=True)
-    while round := frontier.making([] if at_hand else [cell.merge.published]):
-        done = done.note(run_round(place, round))
-        if done.failures:
-            return done
-    row = next(row for row in cell_table(sweep, best_cell.chosen_on).to_pylist() if row["cell"] == cell.id)
-    scores = {name: float(value) for name, value in row.items() if isinstance(value, float) and isfinite(value)}
+    done = make(place, frontier, cell.merge.published)
+    if done.failures:
+        return done
+    scores = card_scores(sweep, cell.id, best_cell.chosen_on)
     done = done.note(register(place, frontier, cell, best_cell.chosen_on, scores))
     drop_models(place, frontier.droppable())
     return done

@@ -14,7 +14,7 @@ from mergecore.planning.data import uses
 from mergecore.reporting.scores import CellScores, Status, Sweep
 from mergecore.spec.yaml_files import as_yaml
 from mergecore.store.results import ITEMS
-from mergecore.store.store import Store
+from mergecore.store.store import State, Store
 from mergecore.sweeps.lineage import lineage
 from mergecore.sweeps.registration_record import read_registration
 from mergecore.sweeps.remaining import Frontier
@@ -65,6 +65,7 @@ def _cell(frontier: Frontier, cell: Cell) -> CellScores:
         status, trouble, bool(frontier.choice.chosen(cell)), cell.model.key, record.digest if record else "",
         items, measured, lineage(plan, cell, record.result if record else {}),
         str(frontier.view.failure_path(cell) or "") if trouble else "",
+        f"{cell.model.kind}/{cell.model.name}" if _is_kept(frontier, cell) else "",
     )  # fmt: skip
 
 
@@ -72,6 +73,11 @@ def marked(label: str, cell: Cell) -> str:
     """Return a label for tables; that of a merge that saw test items says so, since its scores are of these."""
     seen = () if cell.merge is None else uses(cell.merge)
     return f"{label} *transductive*" if label and any(use.inputs == "test" for use in seen) else label
+
+
+def _is_kept(frontier: Frontier, cell: Cell) -> bool:
+    """Return whether a cell's own model lies in the store."""
+    return cell.merge is not None and not cell.refused and frontier.view.state(cell.model) is State.PRESENT
 
 
 def shown_values(cell: Cell) -> dict[str, Any]:

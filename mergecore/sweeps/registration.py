@@ -7,16 +7,13 @@ from collections.abc import Mapping
 
 from mergecore.execution.outcome import Done, made_with
 from mergecore.execution.place import Place
-from mergecore.formats.card import model_card
-from mergecore.formats.companions import write_companions
 from mergecore.formats.finished import finished_merge
 from mergecore.identity.keys import Step
 from mergecore.planning.cells import Cell
 from mergecore.store.store import write_json
-from mergecore.sweeps.lineage import lineage
+from mergecore.sweeps.publication import publish
 from mergecore.sweeps.registration_record import registration_file
 from mergecore.sweeps.remaining import Frontier
-from mergecore.tensors.dtypes import CONFIG_DTYPE
 
 
 def register(place: Place, frontier: Frontier, cell: Cell, chosen_on: str, scores: Mapping[str, float]) -> Done:
@@ -26,19 +23,12 @@ def register(place: Place, frontier: Frontier, cell: Cell, chosen_on: str, score
     """
     began = time.monotonic()
     store, plan, merge = place.store, frontier.plan, cell.merge
-    settings, base = plan.spec.output.register_, plan.pool.base
+    settings = plan.spec.output.register_
     assert settings is not None and merge is not None
     contents, step = finished_merge(store, plan.pool, merge), registration_step(frontier, cell)
-    origin = lineage(plan, cell, contents.numbers)
     if not store.is_done(step, bytes_needed=True):
         with store.draft(step) as draft:
-            published = merge.product.publish(contents, draft.path, None)
-            if merge.product.companions:
-                dtypes = sorted({info.dtype for info in merge.outputs.values()} & set(CONFIG_DTYPE))
-                write_companions(draft.path, base, place.folders[base.weights], dtypes)
-            lines = merge.product.card_lines(published.card)
-            card = model_card(origin["recipe"], {**origin, **published.card}, scores, lines, plan.pool.warnings)
-            (draft.path / "README.md").write_text(card)
+            publish(place, frontier, cell, draft.path, scores)
             store.commit(draft, contents.digest, {"cell": cell.name}, made_with(began))
     path = registration_file(store, plan.spec.name)
     path.parent.mkdir(parents=True, exist_ok=True)
