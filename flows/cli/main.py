@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flows.cli.diff import diff as diff_command
 from flows.cli.endings import errors, left_of
 from flows.cli.export import export as export_command
 from flows.cli.store import store as store_commands
@@ -75,6 +76,7 @@ def main() -> None:
     \b
     mergeloom methods                 list the merge methods and their parameters
     mergeloom inspect SOURCE          show what a checkpoint is
+    mergeloom diff A B                show how two checkpoints differ
     mergeloom merge RECIPE OUT        make one model, in this process
     mergeloom extract-lora EXPERT OUT make an adapter of a full checkpoint
     mergeloom transplant-tokenizer …  give a model another model's tokenizer
@@ -99,6 +101,7 @@ def main() -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")  # or Prefect counts its use, and says so in a terminal
 
 
+main.add_command(diff_command)
 main.add_command(export_command)
 main.add_command(store_commands)
 

@@ -28,6 +28,7 @@ ENDINGS = {
     "methods": ("methods", "ties"),
     "merge": ("merge", "recipe.yaml", "merged"),
     "export": ("export", "tiny.yaml", "average n3 s0", "exported"),
+    "diff": ("diff", "base", "experts/expert-0"),
     "unpack": ("unpack", "product", "expert-1", "unpacked"),
     "extract-lora": ("extract-lora", "experts/expert-0", "lora", "--base", "base", "--rank", "2"),
     "transplant-tokenizer": ("transplant-tokenizer", "base", "base", "transplanted"),
