@@ -52,7 +52,8 @@ def results(store: Store) -> Iterator[Stored]:
     """Yield every folder of results, by kind and name."""
     for kind in KINDS:
         for name in sorted(store.names(kind)):
-            yield stored(store, kind, name)
+            if (store.root / kind / name).is_dir():
+                yield stored(store, kind, name)
 
 
 def stored(store: Store, kind: str, name: str) -> Stored:
