@@ -113,7 +113,7 @@ def _kept(summary: Summary) -> list[str]:
     rows = [[name, f"`{folder}`", text] for name, folder, text in summary.kept]
     return [
         "## Models that are kept",
-        _grid(["cell", "folder in the store", ""], rows),
+        _grid(["cell", "folder in the store", "what it is"], rows),
         "`mergeloom export SPEC CELL OUT` writes a whole folder that `transformers` loads, of these and of every other "
         "cell of a merge.",
     ]
