@@ -33,6 +33,8 @@ ENDINGS = {
     "extract-lora": ("extract-lora", "experts/expert-0", "lora", "--base", "base", "--rank", "2"),
     "transplant-tokenizer": ("transplant-tokenizer", "base", "base", "transplanted"),
 }
+OUTPUTS = ("merged", "exported", "unpacked", "lora", "transplanted")
+"""Folders that a command writes: each call has one of its own."""
 ELSEWHERE = {"sweep", "report", "track", "serve", "store"}
 """Commands that the test of a whole sweep runs."""
 
@@ -94,6 +96,9 @@ def test_every_command_is_run_here() -> None:
         ("plan", 80, "xterm-256color"),
         ("merge", 80, "xterm-256color"),
         ("merge", 80, "dumb"),
+        ("export", 80, "xterm-256color"),
+        ("diff", 120, "xterm-256color"),
+        ("diff", 120, "dumb"),
         ("unpack", 80, "xterm-256color"),
         ("extract-lora", 200, "xterm-256color"),
         ("extract-lora", 80, "dumb"),
@@ -101,10 +106,7 @@ def test_every_command_is_run_here() -> None:
     ],
 )
 def test_a_command_in_a_terminal(folder: Path, command: str, columns: int, term: str) -> None:
-    arguments = [
-        f"{word}-{columns}-{term}" if word in ("merged", "unpacked", "lora", "transplanted") else word
-        for word in ENDINGS[command]
-    ]
+    arguments = [f"{word}-{columns}-{term}" if word in OUTPUTS else word for word in ENDINGS[command]]
     ran = Terminal(folder, columns, term).mergeloom(*arguments)
     check_well(ran, columns, term)
     assert ran.output.strip()
@@ -173,10 +175,7 @@ def test_what_is_kept_is_said_and_true(folder: Path, monkeypatch: pytest.MonkeyP
         stopped.setattr("mergecore.formats.unpack._write", stop)
         stopped.setattr("mergecore.recipes.transplant_tokenizer._new_table", stop)
         for command in ("merge", "unpack", "extract-lora", "transplant-tokenizer"):
-            arguments = [
-                word + "-in-vain" if word in ("merged", "unpacked", "lora", "transplanted") else word
-                for word in ENDINGS[command]
-            ]
+            arguments = [word + "-in-vain" if word in OUTPUTS else word for word in ENDINGS[command]]
             result = CliRunner().invoke(main, arguments)
             assert result.exit_code == 130
             assert re.search(r"^interrupted; \S+-in-vain was not written$", result.output, re.M), result.output
