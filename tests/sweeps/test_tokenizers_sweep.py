@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from mergecore.store.store import State
+from mergecore.store.survey import results
+from mergecore.sweeps.exporting import cell_named, export
 from mergecore.sweeps.lineage import recipe_of
+from mergecore.sweeps.reach import Kept, rubbish, steps_of
 from tests import tiny_lm
 from tests.digits_sweep import Swept, opened, stamps
 from tests.recipe_files import merge_into
@@ -116,3 +121,14 @@ def test_the_registered_model_loads_and_a_second_run_does_nothing(swept: Swept) 
     assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[1] > ids.shape[1]
     before = stamps(swept.store)
     assert not swept.run().steps and stamps(swept.store) == before
+
+
+def test_all_of_it_is_reached_and_any_cell_is_exported(swept: Swept, tmp_path: Path) -> None:
+    """Companions that were rewritten are a snapshot too, and go with the model that is taken away."""
+    keys = {step.key for step in steps_of(swept.frontier)}
+    assert rubbish(swept.store, results(swept.store), Kept(keys)) == []
+    name = next(cell.name for cell in swept.plan.cells if cell.kind == "merge" and cell.count == 3)
+    export(replace(swept.place, folders={}), swept.frontier, cell_named(swept.frontier, name), tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    rows = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_input_embeddings().weight.shape[0]
+    assert {"<m>", "<u>", "<c>"} <= set(tokenizer.get_vocab()) and len(tokenizer) <= rows
