@@ -56,6 +56,7 @@ def merge(
     """
     stop, report, folder = threading.Event(), logged(), Path(out).absolute()
     recipes: dict[Path, Recipe] = {}
+    home = Path(recipe).absolute().parent
     with ExitStack() as stack:
         stack.enter_context(cancelling(stop))
 
@@ -66,7 +67,7 @@ def merge(
             beside = Path(
                 stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent))
             )
-            client = stack.enter_context(dask_client(beside, None, worker_setting(workers).value))
+            client = stack.enter_context(dask_client(beside, None, worker_setting(workers).value, home=home))
             return OnDask(client, beside / "passes", stop)
 
         def make(parsed: Recipe, out: Path, origin: Origin | None) -> WrittenModel:

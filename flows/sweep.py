@@ -83,7 +83,7 @@ def sweep(
     path, options = Path(spec), Options(workers=workers)
     is_part = bool(methods or counts)
     if is_part:
-        opened = OpenSession(session_of(narrowed(path, methods, counts), options=options), logged())
+        opened = OpenSession(_part(path, methods, counts, options), logged())
     else:
         opened = open_session_at(path) or OpenSession(open_session(path, options=options), logged())
     session = opened.session
@@ -104,6 +104,11 @@ def sweep(
         except Stopped as error:
             return Cancelled(message=str(error))
     return _concluded(session, whole, track)
+
+
+def _part(path: Path, methods: list[str], counts: list[int], options: Options) -> Session:
+    """Return the session of some methods and counts of a spec."""
+    return session_of(narrowed(path, methods, counts), options=options, home=path.absolute().parent)
 
 
 def _concluded(session: Session, whole: Session, track: bool) -> State[Any]:
@@ -153,7 +158,8 @@ def _executor(session: Session, is_part: bool, stop: threading.Event) -> Iterato
     session.check_fit(session.cost())
     settings, folder = session.settings, session.store.root
     devices = cuda_devices() if settings.cluster.value == "gpu" else ()
-    with dask_client(folder, settings.scheduler, settings.workers.value, devices) as client:
+    home = session.plan.code.folder
+    with dask_client(folder, settings.scheduler, settings.workers.value, devices, home) as client:
         yield OnDask(client, folder, stop)
 
 

@@ -55,7 +55,7 @@ class Session:
         plan, settings = self.plan, self.settings
         return Place(
             plan.pool, self.store, executor, report, plan.shard_size, plan.evaluators["test"], plan.folder, {},
-            settings.device.value, loops(), settings.memory.value,
+            plan.code, settings.device.value, loops(), settings.memory.value,
         )  # fmt: skip
 
     def at(self, addresses: Addresses) -> Session:
@@ -133,18 +133,21 @@ def open_session(path: Path, report: Report = silent, options: Options = Options
 
     Raises a MergeloomError for what cannot be meant or had.
     """
-    session = session_of(parse_spec(read_yaml(path), path.name), report, options)
+    session = session_of(parse_spec(read_yaml(path), path.name), report, options, path.absolute().parent)
     return replace(session, path=path.absolute())
 
 
-def session_of(spec: Spec, report: Report = silent, options: Options = Options()) -> Session:
-    """Return the session of a parsed spec; relative paths in it start from the current directory."""
+def session_of(spec: Spec, report: Report = silent, options: Options = Options(), home: Path | None = None) -> Session:
+    """Return the session of a parsed spec; relative paths in it start from the current directory.
+
+    home: the folder of the spec, from which a user's own modules are imported; None: the current directory.
+    """
     store = Store(spec.output.store)
     settings = resolved(spec.run, store, options)
     find = resolver(digest_cache(), report)
     pool = resolve_pool(spec.base, spec.experts, spec.multitask, find, report, tokenizer=spec.tokenizer)
     with without_collector():
-        plan = make_plan(spec, pool, Path.cwd())
+        plan = make_plan(spec, pool, Path.cwd(), home or Path.cwd())
     frontier = Frontier(plan, store, room=1)
     frontier.room = models_at_once(frontier.plan, settings.disk.value)
     return Session(spec, store, frontier, settings)

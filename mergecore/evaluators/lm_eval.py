@@ -76,6 +76,11 @@ class LmEval(Evaluator):
         local = _local(folder)
         return {name: self._resolved(find_task(name, local), split) for name in tasks}
 
+    @property
+    def factories(self) -> tuple[str, ...]:
+        """No field names a function: a system instruction is text."""
+        return ()
+
     def check(self, config: Mapping[str, Any], files: Collection[str], chat_template: str | None) -> None:
         """Check that there is a causal language model with a tokenizer, and a chat template where prompts need one."""
         check_scorable(config, files)

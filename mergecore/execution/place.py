@@ -15,6 +15,7 @@ from mergecore.native.library import Library
 from mergecore.planning.pool import Pool
 from mergecore.planning.work import Work
 from mergecore.plugins.evaluator import Evaluator
+from mergecore.plugins.own_code import OwnCode
 from mergecore.store.store import Store
 
 
@@ -32,6 +33,8 @@ class Place:
     """Folder of task files."""
     folders: dict[str, Path] = field(default_factory=dict)
     """Weights digest → local folder, filled by `fetch`."""
+    code: OwnCode = field(default_factory=OwnCode)
+    """The user's own, that the evaluator runs."""
     device: str = "cpu"
     library: Library | None = None
     """Where fused loops are kept."""
@@ -43,7 +46,7 @@ class Place:
         """What all tasks that run models share."""
         if self.evaluator is None:
             raise EvaluationError("nothing here says how models are evaluated; run this from a spec with `evaluate:`")
-        return Bench(self.store.root, self.evaluator, self.tasks, self.device)
+        return Bench(self.store.root, self.evaluator, self.tasks, self.device, self.code)
 
 
 def drop_models(place: Place, works: Sequence[Work]) -> None:

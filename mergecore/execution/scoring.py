@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -17,6 +17,7 @@ from mergecore.events import silent
 from mergecore.execution.outcome import RECORDED, Done, failed, made_with
 from mergecore.identity.keys import Step
 from mergecore.plugins.evaluator import Evaluator, Resident, Split, TaskIdentity
+from mergecore.plugins.own_code import OwnCode
 from mergecore.store.results import ITEMS
 from mergecore.store.store import State, Store
 from mergecore.tensors.source import TensorSource
@@ -24,7 +25,7 @@ from mergecore.tensors.source import TensorSource
 Scored = tuple[Split, TaskIdentity, Step]
 """What is measured: the split, the task, and the step that records its scores."""
 
-_RESIDENTS: dict[tuple[str, str, str], Resident] = {}
+_RESIDENTS: dict[tuple[str, str, str, str], Resident] = {}
 RESIDENT_LOCK = threading.Lock()
 
 
@@ -36,6 +37,7 @@ class Bench:
     evaluator: Evaluator
     tasks: Path | None
     device: str = "cpu"
+    code: OwnCode = field(default_factory=OwnCode)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class ScoreTask:
 
 def resident(bench: Bench, companions: Path, companions_digest: str, dtype: str | None = None) -> Resident:
     """Return the process's shell for these companions. It is opened once; another one is let go first."""
-    key = (str(_in_dtype(bench, dtype).parameters()), str(bench.tasks), companions_digest)
+    key = (str(_in_dtype(bench, dtype).parameters()), str(bench.tasks), str(bench.code), companions_digest)
     if key not in _RESIDENTS:
         _RESIDENTS.clear()
         _RESIDENTS[key] = opened_resident(bench, companions, dtype)
@@ -64,6 +66,7 @@ def resident(bench: Bench, companions: Path, companions_digest: str, dtype: str 
 
 def opened_resident(bench: Bench, companions: Path, dtype: str | None = None) -> Resident:
     """Return a new shell, which the process does not keep."""
+    bench.code.ready()
     evaluator = _in_dtype(bench, dtype)
     try:
         shell = evaluator.open(companions, bench.tasks)

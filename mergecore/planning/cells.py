@@ -12,6 +12,7 @@ from mergecore.identity.keys import Step, digest
 from mergecore.planning.pool import Member, Pool
 from mergecore.planning.work import MergeWork
 from mergecore.plugins.evaluator import Evaluator, Split, TaskIdentity
+from mergecore.plugins.own_code import OwnCode
 from mergecore.plugins.search import Candidate, Ground
 from mergecore.reporting.scores import Kind, Suite
 from mergecore.spec.search_entry import Searched
@@ -96,6 +97,8 @@ class Plan:
     """The cell of what a search asks for."""
     notes: tuple[str, ...] = ()
     """To be said aloud."""
+    code: OwnCode = field(default_factory=OwnCode)
+    """The user's own, that scores depend on."""
     _digests: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     _evaluations: dict[tuple[str, str, str], Step] = field(default_factory=dict, compare=False, repr=False)
 
@@ -116,7 +119,12 @@ class Plan:
             "evaluation",
             evaluator.name,
             evaluator.version,
-            {"task": task, "identity": self._digests[known], "settings": self._digests[split]},
+            {
+                "task": task,
+                "identity": self._digests[known],
+                "settings": self._digests[split],
+                **self.code.identity,
+            },
             {
                 "model": cell.model.key,
                 "companions": self.companions(cell).companions,

@@ -13,19 +13,21 @@ from mergecore.planning.pool import Member
 from mergecore.planning.work import Work
 from mergecore.plugins.evaluator import Evaluator, TaskIdentity
 from mergecore.plugins.model_statistic import ModelStatistic, Use
+from mergecore.plugins.own_code import OwnCode
 
 
 @dataclass(frozen=True)
 class ExpertData:
     """Says of each expert which items a statistic draws from. companions: digest of config and tokenizer.
 
-    others: tasks of an expert that names none, for statistics that allow it.
+    others: tasks of an expert that names none, for statistics that allow it. code: of the user, that runs the models.
     """
 
     evaluator: Evaluator
     folder: Path | None
     companions: str
     others: tuple[str, ...] = ()
+    code: OwnCode = field(default_factory=OwnCode)
     _identities: dict[tuple[tuple[str, ...], str], str] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, member: Member, statistic: ModelStatistic) -> dict[str, Any]:
@@ -39,7 +41,8 @@ class ExpertData:
         inputs = statistic.use.inputs
         if (names, inputs) not in self._identities:
             self._identities[names, inputs] = digest(self.evaluator.inputs_identity(names, inputs, self.folder))
-        return {"tasks": list(names), inputs: self._identities[names, inputs], "companions": self.companions}
+        drawn = self._identities[names, inputs]
+        return {"tasks": list(names), inputs: drawn, "companions": self.companions, **self.code.identity}
 
 
 def uses(work: Work) -> tuple[Use, ...]:

@@ -17,6 +17,7 @@ from mergecore.planning.data import Apart, ExpertData
 from mergecore.planning.merge_builder import MergeBuilder
 from mergecore.planning.pool import Member, Pool, snapshot_step
 from mergecore.plugins.evaluator import Evaluator, Split, TaskIdentity
+from mergecore.plugins.own_code import OwnCode, code_of
 from mergecore.plugins.search import Candidate, Ground
 from mergecore.registry import evaluator_from
 from mergecore.reporting.scores import Kind, Suite, values_label
@@ -25,8 +26,9 @@ from mergecore.spec.sweep import Evaluate, Spec
 from mergecore.spec.variants import Variant
 
 
-def make_plan(spec: Spec, pool: Pool, root: Path) -> Plan:
-    """Return the plan of a sweep. root: the folder that relative paths in `evaluate.path` start from.
+def make_plan(spec: Spec, pool: Pool, root: Path, home: Path | None = None) -> Plan:
+    """Return the plan of a sweep. root: the folder that relative paths in `evaluate.path` start from. home: the spec's
+    own folder, from which a user's modules are imported.
 
     Raise SpecError and EvaluationError for what the spec cannot mean. A method whose values do not fit a count becomes
     a
@@ -39,6 +41,7 @@ def make_plan(spec: Spec, pool: Pool, root: Path) -> Plan:
         limits = {"limit": evaluate.validation.limit}
         evaluators["validation"] = _evaluator(evaluate, limits)
     evaluators["test"] = _evaluator(evaluate, {})
+    code = code_of(type(evaluators["test"]), evaluators["test"].factories, home, evaluate.version)
     if reason := unscorable(evaluators["test"], pool.base):
         where = f"the base ({pool.base.source.uri})"
         raise EvaluationError(f"merges go with config and tokenizer of {where} and cannot be scored: {reason}")
@@ -52,12 +55,13 @@ def make_plan(spec: Spec, pool: Pool, root: Path) -> Plan:
         raise SpecError("evaluate: no task stands in held_in or held_out; a sweep needs something to measure")
     asked = {"test": names, "validation": deciding(spec, names)}
     tasks = {split: evaluator.resolve(asked[split], split, folder) for split, evaluator in evaluators.items()}
-    planner = Planner(spec, pool, suite, evaluators["test"], tasks["test"], folder)
+    planner = Planner(spec, pool, suite, evaluators["test"], tasks["test"], folder, code)
     cells = list(planner.cells())
     searches, refused = planner.searches()
     notes = leaks(evaluators, tasks, folder) if spec.searches else ()
     return Plan(
-        spec, pool, suite, (*cells, *refused), evaluators, tasks, folder, searches, planner.candidate_cell, notes
+        spec, pool, suite, (*cells, *refused), evaluators, tasks, folder, searches, planner.candidate_cell, notes,
+        code,
     )  # fmt: skip
 
 
@@ -128,12 +132,13 @@ class Planner:
         evaluator: Evaluator,
         tasks: Mapping[str, TaskIdentity],
         folder: Path | None,
+        code: OwnCode,
     ) -> None:
         self.spec, self.pool, self.suite = spec, pool, suite
         self.evaluator, self.tasks, self.folder = evaluator, tasks, folder
         held_in = tuple(dict.fromkeys(task for own in suite.held_in.values() for task in own))
         self.apart = Apart(evaluator, folder, tasks)
-        data = ExpertData(evaluator, folder, pool.base.companions, held_in)
+        data = ExpertData(evaluator, folder, pool.base.companions, held_in, code)
         self.builder = MergeBuilder(pool, (), spec.output.dtype, data)
         self._candidates: dict[tuple[Any, Candidate], Cell] = {}
 

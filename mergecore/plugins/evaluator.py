@@ -7,6 +7,7 @@ place.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from mergecore.plugins.plugin import Plugin
 from mergecore.tensors.source import TensorInfo, TensorSource
 
 Split = Literal["validation", "test"]
+
+FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+"""How a field names a function of a user's module."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,15 @@ class Evaluator(Plugin, ABC):
         Raise EvaluationError for a task that does not exist (with the nearest name), lacks the split, or cannot be
         read.
         """
+
+    @property
+    def factories(self) -> tuple[str, ...]:
+        """Return the modules of a user that are called: those that a field names as 'package.module:function'.
+
+        Their content enters the key, as that of the evaluator's own module does; see `own_code`.
+        """
+        values = (getattr(self, name) for name in type(self).model_fields)
+        return tuple(value.partition(":")[0] for value in values if isinstance(value, str) and FACTORY.match(value))
 
     def documents(self, task: TaskIdentity, folder: Path | None) -> frozenset[str] | None:
         """Return digests of the items that are scored, so that overlap of splits can be seen.

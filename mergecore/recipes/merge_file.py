@@ -14,6 +14,7 @@ from mergecore.engine.executor import Executor
 from mergecore.errors import SpecError, StoreError
 from mergecore.events import Report
 from mergecore.native.library import Library
+from mergecore.plugins.own_code import put_on_path
 from mergecore.recipes.make_recipe import make_recipe
 from mergecore.recipes.merge_recipe import MERGEKIT, Origin, WrittenModel
 from mergecore.spec.mergekit.document import is_mergekit
@@ -59,6 +60,7 @@ def make_file(
     MergeloomError.
     """
     orders = read_orders(path)
+    put_on_path(path.absolute().parent)
     translator, text = Translator(resolve), path.read_text(encoding="utf-8")
     with contextlib.ExitStack() as stack:
         folders = _folders(orders, out, intermediates, stack)

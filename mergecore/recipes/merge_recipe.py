@@ -28,6 +28,7 @@ from mergecore.planning.pool import Member, Pool, resolve_pool
 from mergecore.planning.work import MergeWork, Work
 from mergecore.plugins.evaluator import Evaluator
 from mergecore.plugins.model_statistic import ModelStatistic
+from mergecore.plugins.own_code import OwnCode, code_of, folder_on_path
 from mergecore.plugins.product import Published
 from mergecore.registry import product_of
 from mergecore.spec.recipe import Recipe
@@ -101,7 +102,8 @@ def merge_recipe(
         base, recipe.experts, None, resolve, report, recipe.select, recipe.stack, rules, recipe.chat_template
     )
     evaluator = recipe.data.opened() if recipe.data is not None else None
-    builder = MergeBuilder(pool, recipe.select, recipe.dtype, _data(recipe, evaluator, pool.base.companions))
+    code = _code(recipe, evaluator)
+    builder = MergeBuilder(pool, recipe.select, recipe.dtype, _data(recipe, evaluator, pool.base.companions, code))
     merge = builder.build(method, list(pool.experts.values()))
     with whole_directory(out, durable) as draft:
         place = Place(
@@ -114,6 +116,7 @@ def merge_recipe(
             _folder(recipe),
             library=library,
             memory=memory,
+            code=code,
         )
         read = snapshots_of(pool) if product.reads_base else [member.snapshot for member in pool.members]
         for snapshot in read:
@@ -159,10 +162,16 @@ def _base(recipe: Recipe) -> BaseSpec:
     return BaseSpec(source=first.source, revision=first.revision, adapter=first.adapter)
 
 
-def _data(recipe: Recipe, evaluator: Evaluator | None, companions: str) -> Data:
+def _code(recipe: Recipe, evaluator: Evaluator | None) -> OwnCode:
+    if evaluator is None or recipe.data is None:
+        return OwnCode()
+    return code_of(type(evaluator), evaluator.factories, folder_on_path(), recipe.data.version)
+
+
+def _data(recipe: Recipe, evaluator: Evaluator | None, companions: str, code: OwnCode) -> Data:
     if evaluator is None or recipe.data is None:
         return _no_data
-    return ExpertData(evaluator, _folder(recipe), companions)
+    return ExpertData(evaluator, _folder(recipe), companions, code=code)
 
 
 def _folder(recipe: Recipe) -> Path | None:

@@ -41,6 +41,10 @@ class RecipeData(SpecPart):
     evaluator: str = "lm_eval"
     path: str | None = Field(None, description="folder of task files; tasks not found there are lm-eval's own")
 
+    version: str | int | None = Field(
+        None, description="of your own code; it takes the place of that code's content in keys"
+    )
+
     def opened(self) -> Evaluator:
         """The evaluator with its settings."""
         return evaluator_from(self.evaluator, dict(self.model_extra or {}), "recipe.data", RecipeData.model_fields)

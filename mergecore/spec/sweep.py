@@ -44,6 +44,9 @@ class Evaluate(Numbers):
 
     evaluator: str = "lm_eval"
     path: str | None = Field(None, description="folder of task files; tasks not found there are lm-eval's own")
+    version: str | int | None = Field(
+        None, description="of your own code; it takes the place of that code's content in the keys of scores"
+    )
     held_in: Mapping[str, tuple[str, ...]] = Field(description="category → tasks that experts were trained for")
     held_out: Mapping[str, tuple[str, ...]] = Field({}, description="category → tasks that no expert saw")
     validation: Validation | None = None

@@ -15,6 +15,7 @@ from distributed import Client, Nanny, Scheduler, SpecCluster, Worker, WorkerPlu
 from distributed.utils import LoopRunner
 
 from mergecore.errors import ServiceError
+from mergecore.plugins.own_code import put_on_path
 from tasks.reachable import unreachable
 
 SLOT = "slot"
@@ -39,6 +40,19 @@ class LogFile(WorkerPlugin):
         logging.getLogger().addHandler(handler)
         distributed_logger = logging.getLogger("distributed")
         distributed_logger.addHandler(handler)  # it does not propagate to the root
+
+
+class CodeFolder(WorkerPlugin):
+    """Puts the folder of a spec on the path of a worker, before any work that needs a user's modules arrives."""
+
+    name = "mergeloom-code-folder"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def setup(self, worker: Worker) -> None:
+        """Called in every worker process, those that replace a lost one included."""
+        put_on_path(self.folder)
 
 
 def _worker(name: int, device: str | None) -> dict[str, Any]:
@@ -171,9 +185,16 @@ def _silent() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def dask_client(folder: Path, address: str | None, workers: int, devices: Sequence[str] = ()) -> Iterator[Client]:
-    """Yield a client of the cluster at `address`, or of a local one (see `local_cluster`) where there is no address."""
+def dask_client(
+    folder: Path, address: str | None, workers: int, devices: Sequence[str] = (), home: Path | None = None
+) -> Iterator[Client]:
+    """Yield a client of the cluster at `address`, or of a local one (see `local_cluster`) where there is no address.
+
+    home: the folder from which a spec's own modules are imported.
+    """
     with connected(address) if address else local_cluster(folder, workers, devices) as client:
+        if home is not None:
+            client.register_plugin(CodeFolder(home))
         yield client
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 from collections.abc import Iterator
@@ -105,6 +106,15 @@ def test_a_running_cluster_is_joined_by_its_address(cluster: tuple[Path, Client]
     assert client.scheduler is not None
     with dask_client(tmp_path, client.scheduler.address, workers=1) as other:
         assert len(other.scheduler_info(n_workers=-1)["workers"]) == 2
+
+
+def test_workers_import_the_modules_beside_a_spec(cluster: tuple[Path, Client], tmp_path: Path) -> None:
+    _, client = cluster
+    assert client.scheduler is not None
+    (tmp_path / "beside_the_spec.py").write_text("value = 7\n")
+    with dask_client(tmp_path, client.scheduler.address, workers=1, home=tmp_path) as other:
+        values = other.run(lambda: vars(importlib.import_module("beside_the_spec"))["value"])
+    assert list(values.values()) == [7, 7]
 
 
 def test_an_address_where_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
