@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 from pydantic import Field
 
-from mergecore.errors import EvaluationError
+from mergecore.errors import EvaluationError, nearest
 from mergecore.evaluators.lm_inputs import LanguageInputs, task_inputs
 from mergecore.evaluators.lm_loglikelihood import Encoded, Likelihood, batches, likelihoods
 from mergecore.evaluators.lm_prepared import (
@@ -31,7 +31,7 @@ from mergecore.evaluators.lm_prepared import (
     prepare,
     training_items,
 )
-from mergecore.evaluators.lm_results import results_json, row, table
+from mergecore.evaluators.lm_results import results_json, scored_table
 from mergecore.evaluators.lm_shell import check_scorable, renamed, shell, slots_of
 from mergecore.evaluators.lm_tasks import TaskFile, build, documents_digest, find_task, lm_eval_version, quiet, tasks_in
 from mergecore.evaluators.weights import blank, check_fit, fill, mismatches
@@ -52,7 +52,8 @@ class LmEval(Evaluator):
     apply_chat_template: prompts as turns of the tokenizer's chat template. system_instruction: put before every prompt.
     seed: of lm-eval's four generators (the examples in the prompt, and sampling where a task samples).
     logits_cache: one pass for requests that differ in the last token only; changes numbers by rounding at most (other
-    neighbours in a batch, other padding), and makes options of one token several times faster.
+    neighbours in a batch, other padding), and makes options of one token several times faster. primary: task → the
+    metric that counts, 'acc_norm', or with the filter it is taken from, 'exact_match,flexible-extract'.
     """
 
     name: ClassVar[str] = "lm_eval"
@@ -65,15 +66,22 @@ class LmEval(Evaluator):
     system_instruction: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
     logits_cache: bool = True
+    primary: Mapping[str, str] = {}
+
+    def parameters(self) -> dict[str, Any]:
+        """All fields but `primary`, which enters the keys of its tasks alone."""
+        return {name: value for name, value in super().parameters().items() if name != "primary"}
 
     def resolve(self, tasks: Sequence[str], split: Split, folder: Path | None) -> dict[str, TaskIdentity]:
         """What each task is: configuration and SHA-256 of the data, from the files alone.
 
         Data of a hub, filtered documents and formats other than JSON lines and Parquet are loaded to be counted (and,
         where they are no local files, hashed). Code that a `!function` module imports from elsewhere is not hashed.
-        Raises EvaluationError: unknown task (nearest name), no such split, unreadable file, lower is better.
+        Raises EvaluationError: unknown task (nearest name), no such split, unreadable file, no such metric or filter.
         """
         local = _local(folder)
+        if split == "test" and (strangers := sorted(self.primary.keys() - set(tasks))):  # all tasks have test items
+            raise EvaluationError(f"evaluate.primary: no task here is '{strangers[0]}'; {nearest(strangers[0], tasks)}")
         return {name: self._resolved(find_task(name, local), split) for name in tasks}
 
     @property
@@ -147,8 +155,13 @@ class LmEval(Evaluator):
             "lm_eval": lm_eval_version(),
             "evaluator": self.parameters(),
         }
+        metric, scale = file.primary(self.primary.get(file.name))
+        if file.name in self.primary or "," in metric:
+            identity["primary"] = metric
+        if file.is_weighted(metric):
+            identity["weights"] = "of all items"  # before, each item counted the same
         items = min(count, self.limit or count)
-        return TaskIdentity(task=file.name, split=split, items=items, metric=file.metric, identity=identity)
+        return TaskIdentity(file.name, split, items, metric, identity, scale)
 
 
 class _LmResident(Resident):
@@ -207,12 +220,7 @@ class _LmResident(Resident):
             requests = list(chain.from_iterable(instances))
             for ensemble in prepared.task._filters:
                 ensemble.apply(requests)
-            first = next(iter(requests[0].filtered_resps))
-            rows = [
-                row(prepared.task, document, [instance.filtered_resps[first] for instance in ours], task)
-                for document, ours in zip(prepared.documents, instances, strict=True)
-            ]
-        return table(rows)
+            return scored_table(prepared.task, prepared.documents, instances, task)
 
     def calibration(self, tasks: Sequence[str], items: int, seed: int) -> LanguageItems:
         """Training items with their right answers, in the evaluator's prompt format without examples.

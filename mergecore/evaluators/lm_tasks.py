@@ -24,6 +24,7 @@ from mergecore.checkpoints.sources.digests import file_sha256
 from mergecore.errors import EvaluationError, SpecError, nearest
 from mergecore.plugins.bounded_yaml import BoundedConstructor, check_depth, check_ordinary
 from mergecore.plugins.evaluator import Split
+from mergecore.reporting.scales import Scale
 
 _DATE = re.compile(r"\s*\d{1,4}[-/.:]\d")
 """What the data reader may take for a date."""
@@ -40,6 +41,16 @@ _DEFAULT_METRICS = {
     "loglikelihood_rolling": "word_perplexity",
 }
 """lm-eval's first metric per output type, for a task that lists none."""
+
+_AGGREGATIONS = {
+    "perplexity": "perplexity",
+    "word_perplexity": "weighted_perplexity",
+    "byte_perplexity": "weighted_perplexity",
+    "bits_per_byte": "bits_per_byte",
+}
+"""lm-eval's aggregations of its own metrics, where they are no means."""
+
+_SCALES: dict[str, Scale] = {"perplexity": "perplexity", "weighted_perplexity": "perplexity", "bits_per_byte": "bits"}
 
 
 class _Loader(BoundedConstructor, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -168,26 +179,52 @@ class TaskFile:
             config["dataset_kwargs"] = {key: keywords[key] for key in keywords if key not in ("data_files", "data_dir")}
         return config
 
-    @property
-    def metric(self) -> str:
-        """The primary metric: `metadata.primary_metric`, else the first listed, else lm-eval's first of the kind.
+    def primary(self, chosen: str | None) -> tuple[str, Scale]:
+        """Return the primary metric as 'metric' or 'metric,filter', and how the mean over items is shown.
 
-        Raises EvaluationError where lower is better: every table here takes higher for better.
+        It is `chosen` (by the spec), else `metadata.primary_metric` with `metadata.primary_filter`, else the first that
+        is listed, else lm-eval's first of the kind. Without a filter it is the first one's.
+
+        Raises EvaluationError for a metric or a filter that the task does not have.
         """
         metadata = self.config.get("metadata")
+        metadata = metadata if isinstance(metadata, Mapping) else {}
+        named, _, filtered = (chosen or str(metadata.get("primary_metric") or "")).partition(",")
+        filtered = filtered.strip() or ("" if chosen else str(metadata.get("primary_filter") or ""))
         listed = [entry for entry in self.config.get("metric_list") or [] if isinstance(entry, Mapping)]
-        named = metadata.get("primary_metric") if isinstance(metadata, Mapping) else None
-        first = (
-            listed[0].get("metric") if listed else _DEFAULT_METRICS[self.config.get("output_type", "generate_until")]
-        )
-        metric = str(named or (first["function"] if isinstance(first, Mapping) else first))
-        entry = next((entry for entry in listed if entry.get("metric") == metric), {})
-        rolling = self.config.get("output_type") == "loglikelihood_rolling"
-        if entry.get("higher_is_better") is False and not rolling:
-            raise EvaluationError(
-                f"task '{self.name}': lower is better in '{metric}'; name another in metadata.primary_metric"
-            )
-        return metric
+        names = [_called(entry.get("metric")) for entry in listed]
+        metric = named.strip() or (names[0] if names else _DEFAULT_METRICS[self.output_type])
+        if chosen and names and metric not in names and self.config.get("process_results") is None:
+            raise EvaluationError(f"task '{self.name}' has no metric '{metric}'; {nearest(metric, names)}")
+        filters = [str(entry.get("name")) for entry in self.config.get("filter_list") or [{"name": "none"}]]
+        if filtered and filtered not in filters:
+            raise EvaluationError(f"task '{self.name}' has no filter '{filtered}'; {nearest(filtered, filters)}")
+        scale = _SCALES.get(self._aggregation(metric))
+        if scale is None:
+            scale = "error" if self._entry(metric).get("higher_is_better") is False else "mean"
+        return (f"{metric},{filtered}" if filtered else metric), scale
+
+    def is_weighted(self, metric: str) -> bool:
+        """Return whether a metric weighs items by their words or bytes."""
+        return self._aggregation(metric.partition(",")[0]) in ("weighted_perplexity", "bits_per_byte")
+
+    @property
+    def output_type(self) -> str:
+        """The kind of request that the task makes."""
+        return str(self.config.get("output_type", "generate_until"))
+
+    def _entry(self, metric: str) -> Mapping[str, Any]:
+        entries = (entry for entry in self.config.get("metric_list") or [] if isinstance(entry, Mapping))
+        return next((entry for entry in entries if _called(entry.get("metric")) == metric), {})
+
+    def _aggregation(self, metric: str) -> str:
+        """Return the name of a metric's aggregation; of lm-eval's own metrics where the task does not say it."""
+        return _called(self._entry(metric).get("aggregation") or _AGGREGATIONS.get(metric, "mean"))
+
+
+def _called(metric: Any) -> str:
+    """The name of a metric or an aggregation; a function's for one of the task's own."""
+    return str(metric["function"] if isinstance(metric, Mapping) else metric)
 
 
 def _as_read(documents: list[Any]) -> list[dict[str, Any]] | None:

@@ -57,7 +57,7 @@ class ScoreTask:
 
 def resident(bench: Bench, companions: Path, companions_digest: str, dtype: str | None = None) -> Resident:
     """Return the process's shell for these companions. It is opened once; another one is let go first."""
-    key = (str(_in_dtype(bench, dtype).parameters()), str(bench.tasks), str(bench.code), companions_digest)
+    key = (repr(_in_dtype(bench, dtype)), str(bench.tasks), str(bench.code), companions_digest)
     if key not in _RESIDENTS:
         _RESIDENTS.clear()
         _RESIDENTS[key] = opened_resident(bench, companions, dtype)

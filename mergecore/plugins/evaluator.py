@@ -21,6 +21,7 @@ from mergecore.errors import EvaluationError, MismatchError
 from mergecore.events import Report
 from mergecore.plugins.model_statistic import Calibration, Seen, Slot, TaskInputs
 from mergecore.plugins.plugin import Plugin
+from mergecore.reporting.scales import Scale
 from mergecore.tensors.source import TensorInfo, TensorSource
 
 Split = Literal["validation", "test"]
@@ -34,8 +35,8 @@ class TaskIdentity:
     """One task on one split, resolved. `identity` is plain JSON and enters the evaluation's key whole.
 
     identity: the resolved configuration, the SHA-256 of the data, the limit, the seeds and the versions that matter.
-    items:
-    how many items are scored. metric: the name of the primary metric; higher is better.
+    items: how many items are scored. metric: the name of the primary metric. scale: how the mean of the items' scores
+    is shown; the scores themselves are such that higher is better.
     """
 
     task: str
@@ -43,6 +44,7 @@ class TaskIdentity:
     items: int
     metric: str
     identity: Mapping[str, Any]
+    scale: Scale = "mean"
 
 
 class Evaluator(Plugin, ABC):
@@ -121,8 +123,8 @@ class Resident(ABC):
     @abstractmethod
     def score(self, task: TaskIdentity, report: Report) -> pa.Table:
         """Return one row per item: item (int64), document (string digest), target (string), prediction (string), score
-        (float64,
-        the primary metric), and further columns of the evaluator (log-likelihoods …).
+        (float64, the primary metric, higher is better: see `TaskIdentity.scale`), and further columns of the evaluator
+        (log-likelihoods …).
         """
 
     @abstractmethod

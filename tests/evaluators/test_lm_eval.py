@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,6 +28,7 @@ from mergecore.evaluators.lm_results import results_json
 from mergecore.events import Event, silent
 from mergecore.identity.keys import digest
 from mergecore.plugins.evaluator import Resident
+from mergecore.reporting.scales import higher_is_better, shown
 from mergecore.tensors.memory import MemoryTensors
 from tests import tiny_lm
 
@@ -40,7 +43,8 @@ for case in json.loads(sys.argv[1]):
     made = lm_eval.simple_evaluate(
         model="hf", model_args=case["model"], device="cpu", tasks=[case["task"]], random_seed=1234, bootstrap_iters=0,
         task_manager=TaskManager(include_path=case["folder"], include_defaults=False), **case["settings"])
-    found.append({"samples": made["samples"][case["task"]], "results": made["results"][case["task"]]})
+    kept = {key: made[key][case["task"]] for key in ("samples", "results", "higher_is_better", "n-samples", "n-shot")}
+    found.append(kept)
 print("FOUND" + json.dumps(found, default=str))
 """
 
@@ -55,7 +59,38 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "uncached": ("tiny_choice", "test", {"logits_cache": False, "limit": 12}),
     "written": ("tiny_write", "test", {"limit": 12}),
     "rolling": ("tiny_roll", "test", {"limit": 5}),
+    "last word": ("tiny_last", "test", {"limit": 12}),
+    "two filters": ("tiny_filtered", "test", {"limit": 12, "num_fewshot": 1}),
 }
+
+ROLL = """
+include: tiny_choice.yaml
+task: tiny_roll
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_choice: null
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
+"""
+LAST = """
+include: tiny_write.yaml
+task: tiny_last
+output_type: loglikelihood
+metric_list:
+  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+FILTERED = """
+include: tiny_write.yaml
+task: tiny_filtered
+doc_to_target: "a"
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}
+filter_list:
+  - {name: strict, filter: [{function: take_first}]}
+  - {name: letter, filter: [{function: regex, regex_pattern: "([a-m])"}, {function: take_first}]}
+metadata: {version: 1, primary_filter: letter}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +101,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in (1, 2):
         tiny_lm.write_expert(folder / "base", folder / f"expert-{seed}", seed)
     tiny_lm.write_tasks(folder / "tasks")
-    roll = tiny_lm.CHOICE.replace("tiny_choice", "tiny_roll").replace("multiple_choice", "loglikelihood_rolling")
-    roll = roll.replace('doc_to_choice: "{{options}}"\n', "").replace("{{answer}}", "{{question}}")
-    roll = roll.replace("{metric: acc, aggregation: mean, higher_is_better: true}", "{metric: bits_per_byte}")
-    roll = roll.replace("  - {metric: acc_norm, aggregation: mean, higher_is_better: true}\n", "")
-    (folder / "tasks" / "tiny_roll.yaml").write_text(roll)
+    for name, text in (("roll", ROLL), ("last", LAST), ("filtered", FILTERED)):
+        (folder / "tasks" / f"tiny_{name}.yaml").write_text(text)
     return folder
 
 
@@ -118,7 +150,9 @@ def test_swapped_equals_fresh_process(place: Path, fresh: dict[str, Any], name: 
         resident.score(identity, silent)
     resident.swap(weights(place / "expert-2"))
     rows = resident.score(identity, silent).to_pylist()
-    samples = sorted(fresh[name]["samples"], key=lambda sample: int(sample["doc_id"]))
+    filtered = identity.metric.partition(",")[2] or "none"
+    samples = [sample for sample in fresh[name]["samples"] if sample["filter"] == filtered]
+    samples.sort(key=lambda sample: int(sample["doc_id"]))
     assert len(rows) == len(samples) == identity.items
     for row, sample in zip(rows, samples, strict=True):
         assert row["document"] == sample["doc_hash"]
@@ -126,16 +160,72 @@ def test_swapped_equals_fresh_process(place: Path, fresh: dict[str, Any], name: 
             assert row["score"] == sample["acc"] and row["acc_norm"] == sample["acc_norm"]
             likelihoods = [float(response[0][0]) for response in sample["resps"]]
             assert row["loglikelihoods"] == pytest.approx(likelihoods, abs=1e-6)
-        elif task == "tiny_write":
+        elif task in ("tiny_write", "tiny_filtered"):
             assert row["prediction"] == sample["filtered_resps"][0] and row["score"] == sample["exact_match"]
-        else:
+        elif task == "tiny_roll":
             assert row["loglikelihoods"] == pytest.approx([float(sample["filtered_resps"][0])], rel=1e-6)
-    if task != "tiny_roll":
-        ours = results_json(resident.score(identity, silent), identity)["results"][task]
-        theirs = fresh[name]["results"]
-        assert all(
-            ours[key] == pytest.approx(theirs[key]) for key in ours if key.endswith(",none") and "stderr" not in key
-        )
+    table = resident.score(identity, silent)
+    ours, theirs = results_json(table, identity), fresh[name]
+    assert ours["results"][task].keys() == theirs["results"].keys()
+    for key, value in theirs["results"].items():
+        assert "_stderr," in key or ours["results"][task][key] == pytest.approx(value), key
+    for part in ("higher_is_better", "n-samples", "n-shot"):
+        assert ours[part][task] == theirs[part]
+    metric, _, chosen = identity.metric.partition(",")
+    mean = float(np.mean(table["score"].to_numpy()))  # what tables show is lm-eval's number of the primary metric
+    assert shown(identity.scale, mean) == pytest.approx(theirs["results"][f"{metric},{chosen or 'none'}"])
+    assert higher_is_better(identity.scale) == theirs["higher_is_better"][metric]
+
+
+def test_a_primary_metric_and_filter_are_chosen(place: Path, resident: Resident) -> None:
+    """In the spec; only the task's own key changes, and what was second is a column."""
+    names = ["tiny_choice", "tiny_filtered"]
+    before = LmEval().resolve(names, "test", place / "tasks")
+    assert before["tiny_filtered"].metric == "exact_match,letter"
+    chosen = LmEval(primary={"tiny_choice": "acc_norm"})
+    after = chosen.resolve(names, "test", place / "tasks")
+    assert after["tiny_filtered"] == before["tiny_filtered"] and after["tiny_choice"].metric == "acc_norm"
+    assert after["tiny_choice"].identity != before["tiny_choice"].identity
+    assert chosen.parameters() == LmEval().parameters()
+    other = chosen.open(place / "base", place / "tasks")
+    for shell in (other, resident):
+        shell.swap(weights(place / "expert-1"))
+    plain, normed = resident.score(before["tiny_choice"], silent), other.score(after["tiny_choice"], silent)
+    assert plain["acc_norm"].to_pylist() == normed["score"].to_pylist()
+    assert normed["acc"].to_pylist() == plain["score"].to_pylist()
+    both = resident.score(before["tiny_filtered"], silent)
+    assert "exact_match,strict" in both.column_names
+
+
+def test_lower_is_better_is_scored_by_what_is_better(place: Path, tmp_path: Path) -> None:
+    folder = tiny_lm.write_tasks(tmp_path / "tasks")
+    text = (folder / "tiny_choice.yaml").read_text()
+    (folder / "tiny_choice.yaml").write_text(text.replace("higher_is_better: true", "higher_is_better: false", 1))
+    task = LmEval().resolve(["tiny_choice"], "test", folder)["tiny_choice"]
+    shell = LmEval().open(place / "base", folder)
+    shell.swap(weights(place / "expert-1"))
+    table = shell.score(task, silent)
+    share = results_json(table, task)["results"]["tiny_choice"]["acc,none"]
+    assert 0 < share < 1 and shown(task.scale, np.mean(table["score"].to_numpy())) == pytest.approx(share)
+
+
+def test_standard_errors_and_tables_of_before(place: Path, resident: Resident) -> None:
+    """A table that an older version wrote has no sums: means and perplexities come from its items."""
+    resident.swap(weights(place / "expert-1"))
+    identities = LmEval().resolve(["tiny_choice", "tiny_last"], "test", place / "tasks")
+    for task in identities.values():
+        table = resident.score(task, silent)
+        new, old = (results_json(each, task) for each in (table, table.replace_schema_metadata(None)))
+        assert old["higher_is_better"] == new["higher_is_better"]
+        assert old["results"][task.task].keys() == new["results"][task.task].keys()
+        for key, value in new["results"][task.task].items():
+            assert old["results"][task.task][key] == (pytest.approx(value) if isinstance(value, float) else value), key
+    values = resident.score(identities["tiny_choice"], silent)["score"].to_pylist()
+    error = statistics.stdev(values) / len(values) ** 0.5
+    table = resident.score(identities["tiny_choice"], silent)
+    assert results_json(table, identities["tiny_choice"])["results"]["tiny_choice"]["acc_stderr,none"] == pytest.approx(
+        error
+    )
 
 
 def test_two_models_after_each_other(place: Path, resident: Resident) -> None:
@@ -291,9 +381,14 @@ def test_refusals(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (folder / "tiny_choice.yaml").write_text(text.replace("validation_split: validation\n", ""))
     with pytest.raises(EvaluationError, match="no validation split; it has: training, test"):
         LmEval().resolve(["tiny_choice"], "validation", folder)
-    (folder / "tiny_choice.yaml").write_text(text.replace("higher_is_better: true", "higher_is_better: false"))
-    with pytest.raises(EvaluationError, match="lower is better"):
-        LmEval().resolve(["tiny_choice"], "test", folder)
+    (folder / "tiny_choice.yaml").write_text(text)
+    for chosen, said in (
+        ({"tiny_choise": "acc"}, "primary: no task here is 'tiny_choise'; did you mean 'tiny_choice'"),
+        ({"tiny_choice": "acc_nrm"}, "no metric 'acc_nrm'; did you mean 'acc_norm'"),
+        ({"tiny_choice": "acc,strict"}, "no filter 'strict'"),
+    ):
+        with pytest.raises(EvaluationError, match=said):
+            LmEval(primary=chosen).resolve(["tiny_choice"], "test", folder)
     (folder / "data" / "write.test.jsonl").unlink()
     with pytest.raises(EvaluationError, match=r"write\.test\.jsonl"):
         LmEval().resolve(["tiny_write"], "test", folder)
