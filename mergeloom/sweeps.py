@@ -192,7 +192,7 @@ def results(spec: SpecLike) -> pa.Table:
         side       string        held_in: experts were trained for the task; held_out: none was
         category   string        the category of the task in the spec
         task       string        the task
-        score      double        mean over the items; null where it is not measured
+        score      double        mean over the items, or the perplexity …; null where it is not measured
         items      int64         how many items were scored; 0 where it is not measured
         model      string        key of the step that makes the model
         digest     string        SHA-256 of the model's weights; '' where it is not known

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mergecore.errors import EvaluationError
 from mergecore.reporting.bootstrap import Draws, Floats
+from mergecore.reporting.scales import higher_is_better, shown
 from mergecore.reporting.scores import CellScores, Sweep
 
 MEASURES = ("held_in_raw", "held_in_normalised", "held_out_raw", "held_out_normalised")
@@ -84,17 +86,17 @@ class SplitScores:
     Raises EvaluationError where two cells have different numbers of items for a task.
     """
 
-    def __init__(self, sweep: Sweep, split: str, chance: Mapping[str, float]) -> None:
+    def __init__(self, sweep: Sweep, split: str) -> None:
         self.suite = sweep.suite
         self.cells = {cell.cell: cell for cell in sweep.cells}
         self.items = {cell.cell: cell.items.get(split, {}) for cell in sweep.cells}
-        self.chance = chance
+        self.chance, self.scales = sweep.chance, sweep.scales
         self.split = split
         self.base = next((cell.cell for cell in sweep.cells if cell.kind == "base"), None)
         self.experts = {cell.name: cell.cell for cell in sweep.cells if cell.kind == "expert"}
         self._check_items()
         self._means = {
-            (cell, task): float(np.mean(scores)) if np.isfinite(scores).all() else float("nan")
+            (cell, task): float(self._shown(task, np.mean(scores))) if np.isfinite(scores).all() else float("nan")
             for cell, tasks in self.items.items()
             for task, scores in tasks.items()
         }
@@ -110,8 +112,18 @@ class SplitScores:
                         "cells can only be compared on the same items, evaluate them again with one limit"
                     )
 
+    def _shown(self, task: str, means: Any) -> Any:
+        with np.errstate(over="ignore"):  # the perplexity of a broken model is infinite, and said to be
+            return shown(self.scales.get(task, "mean"), means)
+
+    def _higher(self, task: str) -> bool:
+        return higher_is_better(self.scales.get(task, "mean"))
+
     def mean(self, cell: str, task: str) -> float | None:
-        """Mean over the items of a task, NaN where an item is not finite, None where it was not measured."""
+        """The score of a cell on a task as it is shown: the mean over the items, a perplexity …
+
+        NaN where an item is not finite, None where it was not measured.
+        """
         return self._means.get((cell, task))
 
     def average(self, cell: CellScores) -> CellMeans:
@@ -140,7 +152,8 @@ class SplitScores:
             if mean is None:  # the best of the others would be another denominator tomorrow
                 return None, f"{task}: expert '{expert}' has no {self.split} scores to divide by"
             means[expert] = mean
-        return self.experts[max(means, key=lambda expert: means[expert])], ""
+        sign = 1 if self._higher(task) else -1
+        return self.experts[max(means, key=lambda expert: sign * means[expert])], ""
 
     def _base(self, task: str) -> tuple[str | None, str]:
         if self.base is None or self.mean(self.base, task) is None:
@@ -171,6 +184,8 @@ class SplitScores:
                 unreliable[task] = complaint
             elif np.isnan(self._means.get((cell.cell, task), 0.0)):
                 unknown.append(f"{task}: the scores of this cell are not all finite")
+            elif task not in self.chance and not self._higher(task) and self._means.get((cell.cell, task), 1.0) <= 0:
+                unknown.append(f"{task}: this cell scores 0 where lower is better, by which nothing can be divided")
         trusted = {
             category: tuple(task for task in tasks if task not in unreliable) for category, tasks in categories.items()
         }
@@ -182,11 +197,11 @@ class SplitScores:
         mean, name = self.mean(divisor, task), self.cells[divisor].name
         if mean is None or not np.isfinite(mean):
             return f"{task}: the scores of '{name}' to divide by are not all finite"
-        if mean <= 0:
-            return f"{task}: '{name}' scores {mean:.3g}, which cannot be divided by"
-        if mean < self.chance.get(task, 0.0):
-            return f"{task}: '{name}' scores {mean:.3g}, below chance ({self.chance[task]:.3g})"
-        return ""
+        chance = self.chance.get(task)
+        if chance is None:
+            return f"{task}: '{name}' scores {mean:.3g}, which cannot be divided by" if mean <= 0 else ""
+        above = mean - chance if self._higher(task) else chance - mean
+        return "" if above > 0 else f"{task}: '{name}' scores {mean:.3g}, not better than chance ({chance:.3g})"
 
     def resampled(self, averages: Sequence[CellMeans], draws: Draws) -> tuple[Floats, Floats]:
         """The MEASURES of each cell, 4 × (1 + resamples) × cells, and those of the base on the same tasks.
@@ -205,10 +220,9 @@ class SplitScores:
             means = self._task_means(task, [cell for cell in order if cell in needed], order, draws)
             for number in range(2):
                 sides = [average.sides[number] for average in averages]
-                _add(own[2 * number : 2 * number + 2], means, sides, task, numerators, order)
-                _add(
-                    base[2 * number : 2 * number + 2], means, sides, task, np.full_like(numerators, base_column), order
-                )
+                rows = slice(2 * number, 2 * number + 2)
+                self._add(own[rows], means, sides, task, numerators, order)
+                self._add(base[rows], means, sides, task, np.full_like(numerators, base_column), order)
         for column, average in enumerate(averages):
             for number, side in enumerate(average.sides):
                 for measure, shares in enumerate((side.weights, side.ratios)):
@@ -221,29 +235,47 @@ class SplitScores:
         return needed.union(*(side.denominators.values() for average in averages for side in average.sides))
 
     def _task_means(self, task: str, cells: Sequence[str], order: Mapping[str, int], draws: Draws) -> Floats:
-        """Means over the items of a task, (1 + resamples) × (all cells + one that is always NaN); NaN where absent."""
+        """Scores of a task as they are shown, (1 + resamples) × (all cells + one that is always NaN).
+
+        NaN where absent.
+        """
         means = np.full((1 + draws.resamples, len(order) + 1), np.nan)
         present = [cell for cell in cells if task in self.items[cell]]
         if present:
             scores = np.stack([np.asarray(self.items[cell][task], dtype=np.float64) for cell in present], axis=1)
             scores[:, ~np.isfinite(scores).all(axis=0)] = np.nan
             means[:, [order[cell] for cell in present]] = draws.task_means(task, scores)
-        return means
+        return np.asarray(self._shown(task, means))
 
+    def _add(
+        self,
+        total: Floats,
+        means: Floats,
+        sides: Sequence[Side],
+        task: str,
+        numerators: NDArray[np.intp],
+        order: Mapping[str, int],
+    ) -> None:
+        """Add one task's share to the raw and the normalised mean (2 × (1 + resamples) × cells) of every cell, in
+        place.
+        """
+        raw = [column for column, side in enumerate(sides) if task in side.weights]
+        total[0][:, raw] += means[:, numerators[raw]] * np.array([sides[column].weights[task] for column in raw])
+        divided = [column for column, side in enumerate(sides) if task in side.ratios]
+        reference = means[:, [order[sides[column].denominators[task]] for column in divided]]
+        ratio = self._ratio(task, means[:, numerators[divided]], reference)
+        total[1][:, divided] += ratio * np.array([sides[column].ratios[task] for column in divided])
 
-def _add(
-    total: Floats,
-    means: Floats,
-    sides: Sequence[Side],
-    task: str,
-    numerators: NDArray[np.intp],
-    order: Mapping[str, int],
-) -> None:
-    """Add one task's share to the raw and the normalised mean (2 × (1 + resamples) × cells) of every cell, in place."""
-    raw = [column for column, side in enumerate(sides) if task in side.weights]
-    total[0][:, raw] += means[:, numerators[raw]] * np.array([sides[column].weights[task] for column in raw])
-    divided = [column for column, side in enumerate(sides) if task in side.ratios]
-    below = means[:, [order[sides[column].denominators[task]] for column in divided]]
-    above = means[:, numerators[divided]]
-    ratio = np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
-    total[1][:, divided] += ratio * np.array([sides[column].ratios[task] for column in divided])
+    def _ratio(self, task: str, own: Floats, reference: Floats) -> Floats:
+        """Return how good scores are against those of the reference, 1 where they are equal, more where they are
+        better.
+
+        The level of chance is subtracted from both. Without one, a ratio is turned over where lower is better. NaN
+        where the reference is no better than chance, or nothing can be divided by.
+        """
+        if task in self.chance:
+            sign = 1.0 if self._higher(task) else -1.0
+            above, below = sign * (own - self.chance[task]), sign * (reference - self.chance[task])
+        else:
+            above, below = (own, reference) if self._higher(task) else (reference, own)
+        return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)

@@ -34,11 +34,19 @@ def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
 
 
+def _filled(head: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 2) -> str:
+    """Return a table without the columns in which nothing was measured; '' where none is left besides the labels."""
+    kept = [*range(labels), *(column for column in range(labels, len(head)) if any(row[column] != "–" for row in rows))]
+    if len(kept) == labels:
+        return ""
+    return _grid([head[column] for column in kept], [[row[column] for column in kept] for row in rows])
+
+
 def _side(curve: Sequence[Mapping[str, Any]], name: str, split: str) -> str:
     """Held-in or held-out; of validation items only those that decide something are scored."""
     if split == VALIDATION and all(row[name] is None for row in curve):
         return "Nothing is decided by these tasks, so their validation items are not scored; see the test items."
-    return _by_count(curve, name)
+    return _by_count(curve, name) if any(row[name] is not None for row in curve) else ""
 
 
 def _by_count(curve: Sequence[Mapping[str, Any]], name: str) -> str:
@@ -68,11 +76,11 @@ def markdown(summary: Summary) -> str:
         side = summary.select_by.replace("_", "-")
         parts.append(f"Best merge by {side} score on {summary.winner[1]} items: **{names[summary.winner[0]]}**.")
     for side, against in (("held_in", "the merge's own experts"), ("held_out", "the base")):
-        parts.append(f"## {side.replace('_', '-').capitalize()}, relative to {against}")
-        parts.append(_side(curve, f"{side}_normalised", summary.split) if curve else "No merge has been measured yet.")
+        text = _side(curve, f"{side}_normalised", summary.split) if curve else "No merge has been measured yet."
+        parts += [f"## {side.replace('_', '-').capitalize()}, relative to {against}", text] if text else []
     parts += ["## Baselines", _baseline_grid(baselines) if baselines else "No baseline has been measured yet."]
-    if curve:
-        parts += ["## Differences at the same count", _difference_grid(curve)]
+    if curve and (differences := _difference_grid(curve)):
+        parts += ["## Differences at the same count", differences]
     parts += _searches(summary)
     parts += _kept(summary)
     parts += _troubles(summary, cells)
@@ -81,7 +89,7 @@ def markdown(summary: Summary) -> str:
 
 def _baseline_grid(baselines: Sequence[Mapping[str, Any]]) -> str:
     rows = [[row["kind"], row["name"], *(_with_interval(row, measure) for measure in MEASURES)] for row in baselines]
-    return _grid(["", "name", *(measure.replace("_", " ") for measure in MEASURES)], rows)
+    return _filled(["", "name", *(measure.replace("_", " ") for measure in MEASURES)], rows)
 
 
 def _difference_grid(curve: Sequence[Mapping[str, Any]]) -> str:
@@ -93,7 +101,7 @@ def _difference_grid(curve: Sequence[Mapping[str, Any]]) -> str:
         for row in curve
     ]
     head = [f"held-in − {REFERENCE}", f"held-out − {REFERENCE}", "held-in − base on the same tasks"]
-    return _grid(["method", "experts", *head], rows)
+    return _filled(["method", "experts", *head], rows)
 
 
 def _searches(summary: Summary) -> list[str]:
@@ -138,11 +146,13 @@ def _troubles(summary: Summary, cells: Sequence[Mapping[str, Any]]) -> list[str]
 
 def _explanation(summary: Summary) -> str:
     return (
-        "A task's score is the mean over its items. Held-in tasks are those that the merged experts were trained for; "
-        "each is divided by the score of the best of these experts (for the base and the multitask model: of all "
-        "experts). Each held-out task is divided by the score of the base. The ratios are averaged within each "
-        "category, then over categories, then over subsets of experts. Where a grid of values was searched, only the "
-        "values chosen on validation items are shown. "
+        "A task's score is the mean over its items, or what its metric makes of that (a perplexity). Held-in tasks are "
+        "those that the merged experts were trained for; each is divided by the score of the best of these experts "
+        "(for the base and the multitask model: of all experts). Each held-out task is divided by the score of the "
+        "base. Where lower is better, the ratio is turned over; where the spec gives a level of chance, it is "
+        "subtracted from both first. The ratios are averaged within each category, then over categories, then over "
+        "subsets of experts. Where a grid of values was searched, only the values chosen on validation items are "
+        "shown. "
         f"Brackets: 95 % percentile intervals of a paired bootstrap ({summary.resamples} resamples) over subsets of "
         "experts, where there are several, and over items within each task; every method, baseline and denominator "
         "sees the same resamples. Two or three subsets say little about other subsets: with so few the intervals are "

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mergecore.reporting.scales import Scale
+
 Kind = Literal["base", "expert", "multitask", "merge"]
 Status = Literal["done", "pending", "failed", "refused"]
 
@@ -111,6 +113,10 @@ class Sweep:
     registered: Mapping[str, Any] | None = None
     """The registration record: cell, model name, alias, uri, digest, and whether validation or test scores chose it."""
     searches: tuple[Trajectory, ...] = ()
+    scales: Mapping[str, Scale] = field(default_factory=dict)
+    """Task → how its score is shown, where that is not the mean over items."""
+    chance: Mapping[str, float] = field(default_factory=dict)
+    """Task → the score of guessing, as it is shown; subtracted before scores are divided."""
 
     @property
     def kept(self) -> Iterator[tuple[str, str, str]]:

@@ -20,7 +20,6 @@ REFERENCE = "average"
 """The method every other one is compared with, at the same count and on the same subsets."""
 VALIDATION, TEST = "validation", "test"
 DRAWS = Draws(resamples=2000, seed=0)
-NO_CHANCE: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Summary:
     """The tables of a sweep on one split. A null was not measured; a NaN was, and means nothing: see `unreliable`.
 
     cells: cell, kind, name, method, values (JSON), count, subset, experts, status, reason, chosen, model, digest,
-    the four MEASURES, unreliable (reasons), score/<task> (mean over items).
+    the four MEASURES, unreliable (reasons), score/<task> (the mean over items, or what the task shows in its place).
     curve: method, label, values (JSON list of those in use), count, subsets, subsets_planned, cells; for each measure
     <measure>, <measure>_low, <measure>_high and the same three after <measure>_difference_to_average and
     <measure>_difference_to_base (the base on the same tasks, divided by the same experts).
@@ -64,16 +63,16 @@ class Summary:
     kept: tuple[tuple[str, str, str], ...] = ()
 
 
-def summarise(sweep: Sweep, split: str, *, chance: Mapping[str, float] = NO_CHANCE, draws: Draws = DRAWS) -> Summary:
+def summarise(sweep: Sweep, split: str, *, draws: Draws = DRAWS) -> Summary:
     """The tables of a sweep on one split ('validation' or 'test').
 
-    chance: task → score of guessing, below which nothing is divided by. Intervals are 95 % percentile intervals.
+    Intervals are 95 % percentile intervals.
     Raises EvaluationError where two cells were measured on different numbers of items.
     """
-    scores = SplitScores(sweep, split, chance)
+    scores = SplitScores(sweep, split)
     averages = {cell.cell: scores.average(cell) for cell in sweep.cells}
     try:
-        winner = best(sweep, chance=chance)
+        winner = best(sweep)
     except EvaluationError:
         winner = None
     return Summary(
@@ -101,32 +100,32 @@ class Summaries:
     Its intervals come from a bootstrap that takes seconds, so whoever reports on a sweep gets this object handed on.
     """
 
-    def __init__(self, sweep: Sweep, *, chance: Mapping[str, float] = NO_CHANCE, draws: Draws = DRAWS) -> None:
-        self.sweep, self._chance, self._draws = sweep, chance, draws
+    def __init__(self, sweep: Sweep, *, draws: Draws = DRAWS) -> None:
+        self.sweep, self._draws = sweep, draws
         self._by_split: dict[str, Summary] = {}
 
     def on(self, split: str) -> Summary:
         """Return the summary on one split ('validation' or 'test'). Raises EvaluationError as `summarise` does."""
         if split not in self._by_split:
-            self._by_split[split] = summarise(self.sweep, split, chance=self._chance, draws=self._draws)
+            self._by_split[split] = summarise(self.sweep, split, draws=self._draws)
         return self._by_split[split]
 
     def cells(self, split: str) -> pa.Table:
         """Return the table `Summary.cells` of one split; without the others it needs no bootstrap."""
         known = self._by_split.get(split)
-        return known.cells if known else cell_table(self.sweep, split, chance=self._chance)
+        return known.cells if known else cell_table(self.sweep, split)
 
 
-def cell_table(sweep: Sweep, split: str, *, chance: Mapping[str, float] = NO_CHANCE) -> pa.Table:
+def cell_table(sweep: Sweep, split: str) -> pa.Table:
     """Return the table `Summary.cells` of a sweep on one split: one row per cell, without intervals.
 
     Raises EvaluationError where two cells were measured on different numbers of items.
     """
-    scores = SplitScores(sweep, split, chance)
+    scores = SplitScores(sweep, split)
     return _cell_rows(sweep, scores, {cell.cell: scores.average(cell) for cell in sweep.cells})
 
 
-def best(sweep: Sweep, *, chance: Mapping[str, float] = NO_CHANCE) -> tuple[str, str]:
+def best(sweep: Sweep) -> tuple[str, str]:
     """The merge to register and the split that chose it: the highest normalised score, equal ones by cell id.
 
     Only merges that are done and whose values were chosen compete, on validation scores where any of them has some,
@@ -138,7 +137,7 @@ def best(sweep: Sweep, *, chance: Mapping[str, float] = NO_CHANCE) -> tuple[str,
         raise EvaluationError(f"cells cannot be chosen by '{sweep.select_by}'; known: held_in, held_out")
     merges = [cell for cell in sweep.cells if cell.kind == "merge" and cell.status == "done" and cell.chosen]
     split = VALIDATION if any(cell.items.get(VALIDATION) for cell in merges) else TEST
-    scores = SplitScores(sweep, split, chance)
+    scores = SplitScores(sweep, split)
     averages = [scores.average(cell) for cell in merges]
     means = scores.resampled(averages, Draws(resamples=0))[0][MEASURES.index(measure), 0]
     # Rounded, so that the order in which tasks were added up does not decide between equals.

@@ -50,6 +50,9 @@ class Evaluate(Numbers):
     held_in: Mapping[str, tuple[str, ...]] = Field(description="category → tasks that experts were trained for")
     held_out: Mapping[str, tuple[str, ...]] = Field({}, description="category → tasks that no expert saw")
     validation: Validation | None = None
+    chance: Mapping[str, float] = Field(
+        {}, description="task → score of guessing, as the task's metric says it; subtracted in normalised scores"
+    )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -137,6 +140,10 @@ class Spec(SpecPart):
             if count > len(self.experts):
                 raise ValueError(f"counts: {count} experts are asked for, the pool has {len(self.experts)}")
         held_in = {task for tasks in self.evaluate.held_in.values() for task in tasks}
+        held_out = {task for tasks in self.evaluate.held_out.values() for task in tasks}
+        for task in self.evaluate.chance:
+            if task not in held_in | held_out:
+                raise ValueError(f"evaluate.chance: '{task}' is no task here; {nearest(task, held_in | held_out)}")
         for expert in self.experts:
             for task in expert.tasks:
                 if task not in held_in:

@@ -34,6 +34,8 @@ def collect(frontier: Frontier) -> Sweep:
         register.by if register else "held_in",
         read_registration(store, plan.spec.name, {cell.cell for cell in cells}),
         frontier.trajectories(),
+        {task: identity.scale for own in plan.tasks.values() for task, identity in own.items()},
+        plan.spec.evaluate.chance,
     )
 
 

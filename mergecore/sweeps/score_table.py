@@ -10,6 +10,7 @@ import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
 from mergecore.planning.cells import Plan
 from mergecore.plugins.evaluator import Split
 from mergecore.reporting.curves import json_text
+from mergecore.reporting.scales import shown
 from mergecore.reporting.scores import CellScores, Suite, Sweep
 
 SCHEMA = pa.schema(
@@ -68,7 +69,7 @@ def _row(sweep: Sweep, cell: CellScores, split: Split | None, task: str | None) 
         "experts": list(cell.experts),
         "split": split,
         "task": task,
-        "score": None if items is None else float(items.mean()),
+        "score": None if items is None else float(shown(sweep.scales.get(str(task), "mean"), items.mean())),
         "items": 0 if items is None else len(items),
     }
 

@@ -15,11 +15,12 @@ import yaml
 from safetensors.torch import save_file
 
 from flows.session.session import open_session
-from mergecore.errors import PluginError
+from mergecore.errors import PluginError, SpecError
 from mergecore.evaluators.classification import SPLITS, Classification
 from mergecore.evaluators.lm_eval import LmEval
 from mergecore.execution.scoring import Bench, resident
 from mergecore.plugins.own_code import OwnCode, code_of, put_on_path
+from mergecore.sweeps.measured import collect
 
 NETWORK = """
 import torch
@@ -181,6 +182,14 @@ def test_scores_and_statistics_follow_the_code_and_merges_do_not(tmp_path: Path)
     same = {name for name in before if after[name] == before[name]}
     assert same == {"average n2 s0"}  # Fisher's statistic runs the model
     assert keys(written_spec(tmp_path / "elsewhere", {})) == before
+
+
+def test_chance_of_a_strange_task_is_refused_and_no_key_depends_on_chance(tmp_path: Path) -> None:
+    spec = written_spec(tmp_path / "with", {"chance": {"task": 0.5}})
+    assert keys(spec) == keys(written_spec(tmp_path / "without", {}))
+    assert collect(open_session(spec).frontier).chance == {"task": 0.5}
+    with pytest.raises(SpecError, match=r"chance: 'tusk' is no task here; did you mean 'task'"):
+        open_session(written_spec(tmp_path / "strange", {"chance": {"tusk": 0.5}}))
 
 
 def test_a_version_in_the_spec_keeps_scores(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mergecore.reporting.bootstrap import Draws, percentile_interval
 from mergecore.reporting.figure import draw, method_lines, sweep_figure
 from mergecore.reporting.report import markdown, write_tables
 from mergecore.reporting.scores import CellScores, Suite, Sweep
-from mergecore.reporting.summary import best, summarise
+from mergecore.reporting.summary import best, cell_table, summarise
 
 SUITE = Suite(
     held_in={"a": ("a1", "a2"), "b": ("b1",)},
@@ -195,17 +196,71 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say(subsets: int, leas
 
 
 @pytest.mark.parametrize(
-    "score, chance, reason", [(0.0, {}, "cannot be divided by"), (0.2, {"c2": 0.25}, "below chance")]
+    "score, chance, reason", [(0.0, {}, "cannot be divided by"), (0.2, {"c2": 0.25}, "not better than chance")]
 )
 def test_an_unreliable_denominator_is_kept_out_and_named(score: float, chance: dict[str, float], reason: str) -> None:
     base = cell("base", "base", {**BASE.items["test"], "c2": [score, score]})
-    summary = summarise(sweep(base, ALPHA, BETA, MERGED), "test", chance=chance, draws=QUICK)
+    summary = summarise(replace(sweep(base, ALPHA, BETA, MERGED), chance=chance), "test", draws=QUICK)
     cell_row = row(summary.cells, "m")
     assert cell_row["held_out_normalised"] == pytest.approx((1.5 + 1.0) / 2)
     assert len(cell_row["unreliable"]) == 1
     assert reason in cell_row["unreliable"][0]
     assert "c2" in cell_row["unreliable"][0]
     assert cell_row["unreliable"][0] in markdown(summary)
+
+
+def test_where_lower_is_better_more_than_one_is_better() -> None:
+    """Perplexities 10 of the base and 5 of the merge; errors 0.4 and 0.5 of the experts and the merge."""
+    cells = [
+        cell("alpha", "expert", {"a1": [-0.3, -0.5], "a2": 0.6}),
+        cell("beta", "expert", {"b1": 0.5}),
+        cell("base", "base", {"c1": [-np.log(5), -np.log(20)], "c2": 0.2, "d1": 0.5}),
+        merge("m", {"a1": -0.5, "a2": 0.6, "b1": 0.5, "c1": -np.log(5), "c2": 0.2, "d1": 0.5}),
+    ]
+    made_of = replace(sweep(*cells), scales={"a1": "error", "c1": "perplexity"})
+    for split_row in (row(summarise(made_of, "test", draws=QUICK).cells, "m"), row(cell_table(made_of, "test"), "m")):
+        assert split_row["score/c1"] == pytest.approx(5.0) and split_row["score/a1"] == pytest.approx(0.5)
+        assert split_row["held_in_normalised"] == pytest.approx(((0.4 / 0.5 + 1) / 2 + 1) / 2)
+        assert split_row["held_out_normalised"] == pytest.approx(((10 / 5 + 1) / 2 + 1) / 2)
+        assert split_row["unreliable"] == []
+
+
+def test_the_best_expert_is_the_one_with_the_lowest_error() -> None:
+    worse = cell("gamma", "expert", {"a1": -0.8})
+    better = cell("alpha", "expert", {"a1": -0.2, "a2": 0.5})
+    own = merge("m", {"a1": -0.4, "a2": 0.5}, experts=("alpha", "gamma"))
+    suite = Suite({"a": ("a1",)}, {}, {"alpha": ("a1",), "gamma": ("a1",)})
+    summary = summarise(replace(sweep(worse, better, own, suite=suite), scales={"a1": "error"}), "test", draws=QUICK)
+    assert row(summary.cells, "m")["held_in_normalised"] == pytest.approx(0.2 / 0.4)
+
+
+@pytest.mark.parametrize("scale, sign", [("mean", 1), ("error", -1)])
+def test_chance_is_subtracted_from_both(scale: Any, sign: int) -> None:
+    base = cell("base", "base", {**BASE.items["test"], "c1": sign * 0.4})
+    merged = merge("m", {**MERGED.items["test"], "c1": sign * 0.55})
+    chance = 0.25 if sign > 0 else 0.7
+    summary = summarise(
+        replace(sweep(base, ALPHA, BETA, merged), chance={"c1": chance}, scales={"c1": scale}), "test", draws=QUICK
+    )
+    ratio = (0.55 - 0.25) / (0.4 - 0.25) if sign > 0 else (0.7 - 0.55) / (0.7 - 0.4)
+    assert row(summary.cells, "m")["held_out_normalised"] == pytest.approx(((ratio + 0.5) / 2 + 1.0) / 2)
+    assert row(summary.baselines, "base")["held_out_normalised"] == pytest.approx(1.0)
+
+
+def test_an_error_of_zero_is_said_and_not_divided_by() -> None:
+    suite = Suite({}, {"c": ("c1",)}, {})
+    cells = cell("base", "base", {"c1": -0.4}), merge("m", {"c1": 0.0})
+    summary = summarise(replace(sweep(*cells, suite=suite), scales={"c1": "error"}), "test", draws=QUICK)
+    assert np.isnan(row(summary.cells, "m")["held_out_normalised"])
+    assert "c1: this cell scores 0 where lower is better" in markdown(summary)
+
+
+def test_what_was_not_measured_is_no_table() -> None:
+    suite = Suite(SUITE.held_in, {}, SUITE.trained_for)
+    text = markdown(summarise(sweep(BASE, ALPHA, BETA, MERGED, suite=suite), "test", draws=QUICK))
+    assert "Held-out, relative" not in text and "held out" not in text and "held-out −" not in text
+    assert "## Held-in, relative" in text and "| base |" in text
+    assert not [line for line in text.splitlines() if line.startswith("|") and set(line) <= set("|– ")]
 
 
 def test_without_any_denominator_to_trust_the_mean_is_nan_and_never_infinite() -> None:
