@@ -19,8 +19,10 @@ from mergecore.engine.executor import Executor
 from mergecore.events import Report, silent
 from mergecore.execution.place import Place
 from mergecore.planning.cells import Plan
+from mergecore.planning.groups import ungrouped
 from mergecore.planning.planner import make_plan
 from mergecore.planning.pool import resolve_pool
+from mergecore.plugins.own_code import put_on_path
 from mergecore.spec.sources import Resolver, SourceSpec
 from mergecore.spec.sweep import Spec, parse_spec
 from mergecore.spec.yaml_files import read_yaml
@@ -142,6 +144,8 @@ def session_of(spec: Spec, report: Report = silent, options: Options = Options()
 
     home: the folder of the spec, from which a user's own modules are imported; None: the current directory.
     """
+    put_on_path(home or Path.cwd())
+    spec = ungrouped(spec, Path.cwd())
     store = Store(spec.output.store)
     settings = resolved(spec.run, store, options)
     find = resolver(digest_cache(), report)

@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 
 from mergecore.errors import EvaluationError, nearest
+from mergecore.evaluators.lm_groups import tasks_of
 from mergecore.evaluators.lm_inputs import LanguageInputs, task_inputs
 from mergecore.evaluators.lm_loglikelihood import Encoded, Likelihood, batches, likelihoods
 from mergecore.evaluators.lm_prepared import (
@@ -83,6 +84,11 @@ class LmEval(Evaluator):
         if split == "test" and (strangers := sorted(self.primary.keys() - set(tasks))):  # all tasks have test items
             raise EvaluationError(f"evaluate.primary: no task here is '{strangers[0]}'; {nearest(strangers[0], tasks)}")
         return {name: self._resolved(find_task(name, local), split) for name in tasks}
+
+    def members(self, names: Sequence[str], folder: Path | None) -> Mapping[str, tuple[str, ...]]:
+        """The tasks of groups and tags. Raises EvaluationError for a group that changes settings of its tasks."""
+        local = _local(folder)
+        return {name: tasks_of(name, local) for name in names}
 
     @property
     def factories(self) -> tuple[str, ...]:

@@ -280,7 +280,7 @@ def tasks_in(folder: Path) -> dict[str, TaskFile]:
 
 
 @functools.cache
-def _own_index() -> dict[str, tuple[str, Path | None]]:
+def own_index() -> dict[str, tuple[str, Path | None]]:
     """lm-eval's own names with kind and file: 6.5 s, so only for a name that the folder does not have."""
     from lm_eval.tasks import TaskManager
 
@@ -300,13 +300,13 @@ def find_task(name: str, local: Mapping[str, TaskFile]) -> TaskFile:
                 f"'{name}' is a group of {', '.join(inner)}; name its tasks one by one, the means are taken here"
             )
         return local[name]
-    kind, path = _own_index().get(name, ("", None))
+    kind, path = own_index().get(name, ("", None))
     if kind in ("GROUP", "TAG"):
         raise EvaluationError(
             f"'{name}' is a group of lm-eval tasks; name its tasks one by one, the means are taken here"
         )
     if kind != "TASK" or path is None:
-        own = {known for known, (kind, _) in _own_index().items() if kind == "TASK"}
+        own = {known for known, (kind, _) in own_index().items() if kind == "TASK"}
         offers = [nearest(name, local), nearest(name, own)]  # lm-eval has thousands of names: offered, never listed
         close = [offer for offer in offers if offer.startswith("did you mean")]
         raise EvaluationError(f"there is no task '{name}': {(close or offers)[0]}")

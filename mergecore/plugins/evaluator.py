@@ -58,6 +58,10 @@ class Evaluator(Plugin, ABC):
         read.
         """
 
+    def members(self, names: Sequence[str], folder: Path | None) -> Mapping[str, tuple[str, ...]]:
+        """Return the tasks that each name stands for: itself, or those of a group where the evaluator knows groups."""
+        return {name: (name,) for name in names}
+
     @property
     def factories(self) -> tuple[str, ...]:
         """Return the modules of a user that are called: those that a field names as 'package.module:function'.

@@ -367,7 +367,7 @@ def test_filtered_documents_and_functions(place: Path, tmp_path: Path) -> None:
 
 def test_refusals(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"arc_easy": ("TASK", None), "mmlu": ("GROUP", None)}
-    monkeypatch.setattr(task_files, "_own_index", lambda: known)  # the real one takes seconds
+    monkeypatch.setattr(task_files, "own_index", lambda: known)  # the real one takes seconds
     with pytest.raises(EvaluationError, match="did you mean 'tiny_choice'"):
         LmEval().resolve(["tiny_choise"], "test", place / "tasks")
     with pytest.raises(EvaluationError, match="did you mean 'arc_easy'"):
