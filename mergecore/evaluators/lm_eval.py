@@ -77,7 +77,8 @@ class LmEval(Evaluator):
         """What each task is: configuration and SHA-256 of the data, from the files alone.
 
         Data of a hub, filtered documents and formats other than JSON lines and Parquet are loaded to be counted (and,
-        where they are no local files, hashed). Code that a `!function` module imports from elsewhere is not hashed.
+        where they are no local files, hashed). Code that a `!function` module imports is hashed where it lies in the
+        spec's folder, and nowhere else.
         Raises EvaluationError: unknown task (nearest name), no such split, unreadable file, no such metric or filter.
         """
         local = _local(folder)

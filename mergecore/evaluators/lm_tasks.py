@@ -24,6 +24,7 @@ from mergecore.checkpoints.sources.digests import file_sha256
 from mergecore.errors import EvaluationError, SpecError, nearest
 from mergecore.plugins.bounded_yaml import BoundedConstructor, check_depth, check_ordinary
 from mergecore.plugins.evaluator import Split
+from mergecore.plugins.own_code import imported_by
 from mergecore.reporting.scales import Scale
 
 _DATE = re.compile(r"\s*\d{1,4}[-/.:]\d")
@@ -57,10 +58,13 @@ class _Loader(BoundedConstructor, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     """YAML whose `!function module.name` becomes the name and the digest of the module beside the file."""
 
 
-def _function(loader: Any, node: Any) -> dict[str, str]:
+def _function(loader: Any, node: Any) -> dict[str, Any]:
     name = str(loader.construct_scalar(node))
     module = Path(node.start_mark.name).parent / (name.rpartition(".")[0].replace(".", "/") + ".py")
-    return {"function": name, **({"sha256": file_sha256(module)} if module.is_file() else {})}
+    if not module.is_file():
+        return {"function": name}
+    imported = imported_by(module, str(module.with_suffix("")))  # lm-eval's name of it
+    return {"function": name, "sha256": file_sha256(module), **({"imports": imported} if imported else {})}
 
 
 _Loader.add_constructor("!function", _function)

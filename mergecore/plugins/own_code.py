@@ -70,9 +70,7 @@ class OwnCode:
                 f"the code of {_listed(sorted(stale))} changed after this process had imported it; start the process "
                 "(or the worker) again"
             )
-        if changed:
-            for name in files.keys() - lasting.keys():
-                sys.modules.pop(name, None)
+        _renew({name: digest for name, digest in files.items() if name not in lasting})
         _SEEN.update(files)
 
 
@@ -108,6 +106,27 @@ def put_on_path(folder: Path | None) -> None:
 def folder_on_path() -> Path | None:
     """Return the folder of a spec or recipe that is on this process's path."""
     return Path(_FOLDERS[0]) if _FOLDERS else None
+
+
+def imported_by(path: Path, module: str) -> dict[str, str]:
+    """Return module → SHA-256 of what a file imports from the folder of the spec, for files that others import.
+
+    module: the name under which this process keeps the file. Where what it imports has changed, all is imported anew.
+    """
+    folder = folder_on_path()
+    names = [name for name in _imports("", path) if not _is_ours(name)] if folder else []
+    own = [name for name in names if (file := _file(name)) is not None and _lies_in(file, folder)]
+    files = _digests(own, folder)
+    _renew(files, module)
+    return files
+
+
+def _renew(files: Mapping[str, str], *importers: str) -> None:
+    """Have modules, and those that import them, imported anew where one of them changed."""
+    if any(name in sys.modules and _SEEN.get(name, digest) != digest for name, digest in files.items()):
+        for name in (*files, *importers):
+            sys.modules.pop(name, None)
+    _SEEN.update(files)
 
 
 def _is_ours(module: str) -> bool:

@@ -28,6 +28,7 @@ from mergecore.evaluators.lm_results import results_json
 from mergecore.events import Event, silent
 from mergecore.identity.keys import digest
 from mergecore.plugins.evaluator import Resident
+from mergecore.plugins.own_code import put_on_path
 from mergecore.reporting.scales import higher_is_better, shown
 from mergecore.tensors.memory import MemoryTensors
 from tests import tiny_lm
@@ -363,6 +364,26 @@ def test_filtered_documents_and_functions(place: Path, tmp_path: Path) -> None:
     assert identity.items == 7 and identity.identity["config"]["process_docs"]["function"] == "odd.keep"
     (folder / "odd.py").write_text((folder / "odd.py").read_text() + "# changed\n")
     assert LmEval().resolve(["odd"], "test", folder)["odd"] != identity
+
+
+def test_what_a_function_imports_from_the_folder_of_the_spec(place: Path, tmp_path: Path) -> None:
+    folder = tiny_lm.write_tasks(tmp_path / "tasks")
+    (tmp_path / "my_numbers.py").write_text("COUNT = 5\n")
+    (folder / "odd.py").write_text(
+        "from my_numbers import COUNT\ndef keep(documents):\n    return documents.select(range(COUNT))\n"
+    )
+    (folder / "odd.yaml").write_text("include: tiny_choice.yaml\ntask: odd\nprocess_docs: !function odd.keep\n")
+    put_on_path(tmp_path)
+    try:
+        five = LmEval().resolve(["odd"], "test", folder)["odd"]
+        (tmp_path / "my_numbers.py").write_text("COUNT = 11\n")
+        eleven = LmEval().resolve(["odd"], "test", folder)["odd"]
+    finally:
+        put_on_path(None)
+        sys.modules.pop("my_numbers", None)
+    assert (five.items, eleven.items) == (5, 11)
+    imports = [task.identity["config"]["process_docs"]["imports"] for task in (five, eleven)]
+    assert imports[0].keys() == imports[1].keys() == {"my_numbers"} and imports[0] != imports[1]
 
 
 def test_refusals(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
