@@ -38,6 +38,8 @@ class Classification(Evaluator):
     """Accuracy of a classifier; a task is one file, `<folder>/<task>.npz` or `.safetensors`.
 
     A file holds `<split>.inputs` (items, …) and `<split>.labels` (items,) for the splits train, validation and test.
+    Where the task has a frozen head of its own it holds `head.weight` (classes, features) and may hold `head.bias`
+    (classes,): the module then gives features (items, features), and logits are features · weightᵀ + bias.
     model: 'package.module:function' that makes the module from the config.json of the model (a dict).
     limit: the first so many items of a split (None: all). batch_size: items in one pass.
     recalibrate: 'batchnorm' recomputes the running statistics of BatchNorm layers, where the model has any, as the
@@ -101,12 +103,36 @@ class Classification(Evaluator):
 
 
 @dataclass(frozen=True)
+class Head:
+    """A frozen linear layer of a task. weight: (classes, features), float32. bias: (classes,), float32."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(items, features) → (items, classes), float32. Raises EvaluationError where the features are others."""
+        if features.dim() != 2 or features.shape[1] != self.weight.shape[1]:
+            raise EvaluationError(
+                f"the model gives {list(features.shape[1:])} numbers an item, and the task's head.weight "
+                f"{list(self.weight.shape)} takes {self.weight.shape[1]}; make the head for this model"
+            )
+        weight, bias = self.weight.to(features.device), self.bias.to(features.device)
+        return nn.functional.linear(features.float(), weight, bias)
+
+
+@dataclass(frozen=True)
 class ClassifierItems:
-    """Training items for statistics that need the model's own predictions (a `Calibration`): one position an item."""
+    """Items of tasks, for scores and for statistics that need the model's own predictions (a `Calibration`).
+
+    inputs: (items, …). targets: (items,), int64. documents: a digest of each. heads: of the tasks; None where the model
+    gives logits itself. places: (items,), which of the heads is an item's.
+    """
 
     inputs: Tensor
     targets: Tensor
     documents: tuple[str, ...]
+    heads: tuple[Head | None, ...]
+    places: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -114,7 +140,15 @@ class ClassifierItems:
     def logits(self, model: nn.Module, items: Sequence[int]) -> list[Tensor]:
         """Per item (1, classes), float32, differentiable; one pass for all."""
         inputs = self.inputs[list(items)].to(next(model.parameters()).device)
-        return [row[None] for row in _logits(model, inputs).float()]
+        rows = _outputs(model, inputs).float()
+        heads = [self.heads[self.places[item]] for item in items]
+        return [row[None] if head is None else head.logits(row[None]) for row, head in zip(rows, heads, strict=True)]
+
+    def together(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """(items, classes), float32, differentiable, of inputs of the only task."""
+        (head,) = self.heads
+        outputs = _outputs(model, inputs.to(next(model.parameters()).device))
+        return outputs.float() if head is None else head.logits(outputs)
 
     def labels(self, items: Sequence[int]) -> list[Tensor]:
         """Per item the true class, shape (1,), int64."""
@@ -130,8 +164,7 @@ class ClassifierInputs(TaskInputs):
 
     def logits(self, model: nn.Module, items: Sequence[int]) -> Tensor:
         """(items, classes), float32, differentiable; one pass for all."""
-        inputs = self._items.inputs[list(items)].to(next(model.parameters()).device)
-        return _logits(model, inputs).float()
+        return self._items.together(model, self._items.inputs[list(items)])
 
     def run(self, model: nn.Module, items: Sequence[int]) -> None:
         """One pass for all items."""
@@ -187,11 +220,10 @@ class _ClassifierResident(Resident):
         items = self._items(task)
         self._recalibrate(self._evaluator.recalibration_tasks or (task.task,))
         rows: list[Tensor] = []
-        device = next(self._model.parameters()).device
         with torch.no_grad():
             for start in range(0, task.items, self._evaluator.batch_size):
                 stop = min(start + self._evaluator.batch_size, task.items)
-                rows.append(_logits(self._model, items.inputs[start:stop].to(device)).double().log_softmax(-1).cpu())
+                rows.append(items.together(self._model, items.inputs[start:stop]).double().log_softmax(-1).cpu())
                 report(Event(f"evaluate {task.task}", stop, task.items, "items"))
         logits = torch.cat(rows)
         if torch.isnan(logits).any():
@@ -214,7 +246,7 @@ class _ClassifierResident(Resident):
         for name, count in zip(tasks, shared_out(items, len(tasks)), strict=True):
             own = _drawn([_path(name, self._folder)], count, seed, SPLITS[inputs])
             with torch.no_grad():  # the width alone: there may be no weights yet
-                classes = _logits(self._model, own.inputs[:1].to(next(self._model.parameters()).device)).shape[-1]
+                classes = own.together(self._model, own.inputs[:1]).shape[-1]
             drawn.append(ClassifierInputs(name, own, classes, labels))
         return drawn
 
@@ -295,8 +327,8 @@ def _module(factory: str, config: Mapping[str, Any]) -> nn.Module:
     return network
 
 
-def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    """(items, classes), whether the model returns a tensor or an object with `logits`."""
+def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+    """(items, classes or features), whether the model returns a tensor or an object with `logits`."""
     out = model(inputs)
     logits: Tensor = getattr(out, "logits", out)
     return logits
@@ -330,6 +362,37 @@ def _array(path: Path, name: str) -> NDArray[Any]:
     raise EvaluationError(f"task '{path.stem}' has no {name}; its file has: {', '.join(known)}")
 
 
+def _names(path: Path) -> Sequence[str]:
+    """The names of the arrays of a task file. Raises EvaluationError for a damaged one."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                return list(archive.files)
+        with safe_open(path, framework="numpy") as opened:
+            return list(opened.keys())
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise EvaluationError(f"the task file {path.name} cannot be read: {error}") from error
+
+
+def _head(path: Path) -> Head | None:
+    """The task's own head; None where its file has none. Raises EvaluationError for one of wrong shapes."""
+    names = _names(path)
+    if "head.weight" not in names:
+        return None
+    weight = _array(path, "head.weight")
+    bias = _array(path, "head.bias") if "head.bias" in names else np.zeros(weight.shape[:1], np.float32)
+    if (
+        weight.ndim != 2
+        or bias.shape != weight.shape[:1]
+        or not (np.isfinite(weight).all() and np.isfinite(bias).all())
+    ):
+        raise EvaluationError(
+            f"task '{path.stem}': head.weight {list(weight.shape)} and head.bias {list(bias.shape)} must be finite, of "
+            "shapes (classes, features) and (classes,)"
+        )
+    return Head(torch.from_numpy(weight.astype(np.float32)), torch.from_numpy(bias.astype(np.float32)))
+
+
 def _items(path: Path, split: str) -> ClassifierItems:
     """All items of a split; floating inputs become float32, integers stay what they are."""
     inputs, labels = _array(path, f"{split}.inputs"), _array(path, f"{split}.labels")
@@ -341,7 +404,14 @@ def _items(path: Path, split: str) -> ClassifierItems:
         hashlib.sha256(np.ascontiguousarray(row).tobytes() + str(label).encode()).hexdigest()
         for row, label in zip(inputs, labels.tolist(), strict=True)
     )
-    return ClassifierItems(torch.from_numpy(inputs), torch.from_numpy(labels.astype(np.int64)), names)
+    head = _head(path)
+    if head is not None and len(labels) and not 0 <= labels.min() <= labels.max() < len(head.weight):
+        raise EvaluationError(
+            f"task '{path.stem}': its {split} labels go from {labels.min()} to {labels.max()}, and its head has "
+            f"{len(head.weight)} classes, counted from 0"
+        )
+    targets = torch.from_numpy(labels.astype(np.int64))
+    return ClassifierItems(torch.from_numpy(inputs), targets, names, (head,), (0,) * len(names))
 
 
 def _drawn(paths: Sequence[Path], items: int, seed: int, split: str = "train") -> ClassifierItems:
@@ -361,6 +431,8 @@ def _drawn(paths: Sequence[Path], items: int, seed: int, split: str = "train") -
         torch.stack([tables[position].inputs[item] for _, position, item in drawn]),
         torch.stack([tables[position].targets[item] for _, position, item in drawn]),
         tuple(tables[position].documents[item] for _, position, item in drawn),
+        tuple(table.heads[0] for table in tables),
+        tuple(position for _, position, _ in drawn),
     )
 
 

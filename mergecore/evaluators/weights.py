@@ -41,7 +41,8 @@ def mismatches(module: nn.Module, weights: TensorSource) -> list[str]:
     places = _places(module)
     known = {name for place in places for name in place.names}
     missing = [place.names[0] for place in places if not any(name in weights.tensors for name in place.names)]
-    unexpected = sorted(set(weights.tensors) - known)
+    constants = {name for name, _ in module.named_buffers()}  # older versions saved them with the weights
+    unexpected = sorted(set(weights.tensors) - known - constants)
     problems = []
     if missing:
         problems.append(f"missing: {few(missing, 5)}")
