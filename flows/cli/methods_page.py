@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -158,6 +159,8 @@ def _kind(annotation: Any) -> str:
         return f"{'two' if len(parts) == 2 and parts[1] is not Ellipsis else 'list'} × {_kind(parts[0])}".replace(
             "list × ", "list of "
         )
+    if origin is abc.Mapping:
+        return f"keys, each with {_kind(get_args(annotation)[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "keys below"
     return {float: "number", int: "whole number", bool: "true, false", str: "text"}.get(annotation, str(annotation))

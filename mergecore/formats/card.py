@@ -54,6 +54,9 @@ def model_card(
     if origin.get("kept_density"):
         kept = ", ".join(f"{name} {share:.4%}" for name, share in origin["kept_density"].items())
         lines += ["", f"Share of each task vector that the threshold kept: {kept}."]
+    if origin.get("learned"):
+        lines += ["", "Learned, with the experts in the order of the recipe:", ""]
+        lines += ["```yaml", as_yaml(dict(origin["learned"])).strip(), "```"]
     for kind, ids in origin.get("drawn_with", {}).items():
         lines += ["", DRAWN[kind], "", "| expert | id |", "|---|---|"]
         named = [expert["name"] for expert in origin["experts"] if expert["name"] in ids]

@@ -7,6 +7,7 @@ from mergecore.methods.task_arithmetic import TaskArithmetic as TaskArithmetic
 from mergecore.methods.ties import Ties as Ties
 from mergecore.methods.fisher import Fisher as Fisher
 from mergecore.methods.regmean import RegMean as RegMean
+from mergecore.methods.adamerging import AdaMerging as AdaMerging
 from mergecore.methods.slerp import Slerp as Slerp
 from mergecore.methods.karcher import Karcher as Karcher
 from mergecore.methods.model_stock import ModelStock as ModelStock

@@ -14,8 +14,9 @@ from mergecore.plugins.block import Block
 from mergecore.plugins.by_layer import Scale
 from mergecore.plugins.examples import Examples
 from mergecore.plugins.method import DeltaMethod
-from mergecore.plugins.per_expert import check_each, moved
+from mergecore.plugins.per_expert import check_each
 from mergecore.plugins.statistic import Statistic, Statistics
+from mergecore.plugins.table import Weights, bound_weights, check_count
 from mergecore.statistics.dropped_norms import DropArguments, drawn_for, drop_statistics
 
 
@@ -40,8 +41,11 @@ class TaskArithmetic(DeltaMethod[DropArguments]):
 
     scale: Annotated[Scale, Field(description="λ, the factor of the summed task vectors; 1/T gives the average")]
     weights: Annotated[
-        tuple[float, ...] | None,
-        Field(description="one factor per expert, in the order of the recipe, negative to forget; none: 1 each"),
+        Weights | None,
+        Field(
+            description="one factor per expert, in the order of the recipe, negative to forget, or a table of them "
+            "(docs/learned.md); none: 1 each"
+        ),
     ] = None
     aggregate: Annotated[
         Aggregate, Field(description=f"the sum of the weighted task vectors, or a mean; {AGGREGATE}")
@@ -59,6 +63,7 @@ class TaskArithmetic(DeltaMethod[DropArguments]):
                 {"scale": 0.5, "drop": {"kind": "random", "rate": 0.75, "seed": 11}},
                 {"scale": 1.0, "drop": {"kind": "random", "rate": 0.4, "rescale": "l1", "seed": 3}},
                 {"scale": {"first": 0.25, "last": 1.0}},
+                {"scale": 1.0, "weights": {"groups": {"by": "model"}, "rows": {"all": [0.5, -0.25, 1.5]}}},
             ],
             others=[
                 {
@@ -72,7 +77,7 @@ class TaskArithmetic(DeltaMethod[DropArguments]):
         )
 
     def revision(self, count: int) -> int:
-        weights = self.weights or (1.0,)
+        weights = self.weights if isinstance(self.weights, tuple) else (1.0,)  # a table is newer than its versions
         divided = self.aggregate != "sum" and min(weights) < 0
         return self.version + (divided or self.scale == 0 or not any(weights))
 
@@ -88,12 +93,12 @@ class TaskArithmetic(DeltaMethod[DropArguments]):
         return drop_statistics(self.drop)
 
     def validate_count(self, count: int) -> None:
-        check_each("weights", self.weights, count)
+        check_count("weights", self.weights, count)
         check_each("drop.rate", self.drop and self.drop.rate, count)
 
     def bound(self, order: Sequence[int]) -> TaskArithmetic:
         drop = self.drop and self.drop.bound(order)
-        return self.model_copy(update={"weights": moved(self.weights, order), "drop": drop})
+        return self.model_copy(update={"weights": bound_weights(self.weights, order), "drop": drop})
 
     def arguments(self, block: Block, statistics: Statistics) -> DropArguments:
         return DropArguments(drawn_for(self.drop, block, statistics))

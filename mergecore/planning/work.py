@@ -138,6 +138,10 @@ class Work(ABC):
         """Return what of its numbers stands in the record of the model that it is for, by name."""
         return {}
 
+    def noted(self, numbers: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what was learned for the model that it is for, as it stands in the model's record."""
+        return {}
+
     # --- what must be known for it ---------------------------------------------------------------------------------
 
     def with_inputs(self) -> Iterator[Work]:
@@ -222,6 +226,9 @@ class ModelWork(Work):
     @property
     def use(self) -> Use:
         return self.statistic.use
+
+    def noted(self, numbers: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self.statistic.noted(numbers)
 
     @property
     def tasks_seen(self) -> tuple[tuple[str, ...], ...]:
@@ -343,10 +350,14 @@ class MergeWork(Work):
         """Return what is recorded of the model: its tensors, its bytes, what was left out, what statistics report."""
         tensors = {name: [info.dtype, list(info.shape), digests[name]] for name, info in sorted(self.outputs.items())}
         reported: dict[str, dict[str, float]] = {}
+        learned: dict[str, Any] = {}
         for work in () if self.parts else (work for works in self.inputs.values() for work in works):
-            for name, value in work.reported(results(work.step).numbers).items():
+            numbers = results(work.step).numbers
+            for name, value in work.reported(numbers).items():
                 reported.setdefault(name, {})[work.experts[0]] = value
-        return {"tensors": tensors, "bytes": self.size, "dropped": dict(self.layout.dropped), **reported}
+            learned |= work.noted(numbers)
+        told = {**reported, **({"learned": learned} if learned else {})}
+        return {"tensors": tensors, "bytes": self.size, "dropped": dict(self.layout.dropped), **told}
 
     @property
     def published(self) -> Work:

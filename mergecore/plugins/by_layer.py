@@ -11,6 +11,7 @@ from mergecore.checkpoints.architectures import LAYER, depths
 from mergecore.errors import SpecError
 from mergecore.identity.numbers import Numbers
 from mergecore.plugins.per_expert import ONE
+from mergecore.plugins.per_tensor import PerTensor
 
 
 class Stack(Numbers):
@@ -27,7 +28,7 @@ def stacks_of(tensors: Iterable[str]) -> tuple[Stack, ...]:
     return tuple(Stack(stem=stem, layers=layers) for stem, layers in sorted(depths(tensors).items()))
 
 
-class ByLayer(Numbers):
+class ByLayer(PerTensor):
     """One number per layer: λ_ℓ = first + (last − first) · ℓ / (L − 1) for layer ℓ of L, counted from 0.
 
     Each stack of a model (an encoder and a decoder, a vision tower) is counted by itself. The only layer of a stack of

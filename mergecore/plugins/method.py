@@ -22,8 +22,8 @@ from typing_extensions import TypeVar
 
 from mergecore.plugins.any_statistic import AnyStatistic
 from mergecore.plugins.block import Block, Per
-from mergecore.plugins.by_layer import ByLayer
 from mergecore.plugins.examples import Examples
+from mergecore.plugins.per_tensor import PerTensor
 from mergecore.plugins.plugin import Plugin
 from mergecore.plugins.statistic import Statistics
 from mergecore.tensors.source import TensorInfo
@@ -117,12 +117,12 @@ class Method(Plugin, ABC, Generic[A]):
 
     @final
     def of_tensor(self, name: str) -> Method[A]:
-        """Return the method as it is for one tensor: with numbers in place of factors that go by layer."""
+        """Return the method for one tensor: with numbers in place of factors that go by layer, and of tables."""
         layered = self._layered()
         return self.model_copy(update={key: value.at(name) for key, value in layered.items()}) if layered else self
 
-    def _layered(self) -> dict[str, ByLayer]:
-        return {key: value for key, value in self if isinstance(value, ByLayer)}
+    def _layered(self) -> dict[str, PerTensor]:
+        return {key: value for key, value in self if isinstance(value, PerTensor)}
 
     def outputs(self, selection: Mapping[str, TensorInfo], count: int) -> Mapping[str, TensorInfo]:
         """Return names, dtypes and shapes of what is made from the merged tensors of `count` experts."""

@@ -270,6 +270,13 @@ class ModelStatistic(AnyStatistic, ABC):
         must be the same: what a step does depends on `progress.last` and on nothing else that changes.
         """
 
+    def noted(self, numbers: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what of its numbers stands in the record of a model and on its card, by name; plain JSON.
+
+        What stands under `warnings`, a list of sentences, is said aloud too.
+        """
+        return {}
+
     def taken(self, tensors: Mapping[str, Tensor], selection: Mapping[str, TensorInfo]) -> Result:
         """Return the result whose tensors were worked out elsewhere. Raises SpecError where one is missing."""
         missing = sorted(set(self.outputs(selection, 1, {})) - set(tensors))

@@ -18,7 +18,7 @@ PLAIN = {
     "valid integer": "whole number",
 }
 """pydantic's words, and what a person who writes YAML calls the same."""
-FORMS = ("(one)", "(each)", "(layers)")
+FORMS = ("(one)", "(each)", "(layers)", "(table)")
 """Tags of the forms that a parameter may have; they are no part of a place."""
 
 
@@ -29,9 +29,7 @@ def explained(error: ValidationError, model: type[Any], where: str, beside: Iter
     for problem in errors:
         if problem["type"] == "too_short" and any(_inside(other["loc"], problem["loc"]) for other in errors):
             continue  # a list counts as empty once what is in it is wrong
-        place = ".".join(
-            [where, *(str(part) for part in problem["loc"] if part not in ("(one)", "(each)", "(layers)"))]
-        )
+        place = ".".join([where, *(str(part) for part in problem["loc"] if part not in FORMS)])
         if problem["type"] == "extra_forbidden":
             parent, key = list(problem["loc"][:-1]), str(problem["loc"][-1])
             said.append(f"{place}: unknown key; {nearest(key, {*_keys(model, parent), *(() if parent else beside)})}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +228,7 @@ def _settle(place: Place, merge: MergeWork, recipe: Recipe, draft: Path, read_fr
         origin["looked_at"] = [str(use) for use in seen]
     lines = product.card_lines(published.card)
     _write_card(draft, _pinned(recipe, place.pool), origin, lines, place.pool.warnings, read_from)
-    return published
+    return replace(published, notes=(*published.notes, *origin["learned"].get("warnings", ())))
 
 
 def _write_card(
@@ -284,5 +284,6 @@ def _origin(pool: Pool, step: Step, result: Any) -> dict[str, Any]:
         ],
         "step": step.as_json(),
         "kept_density": pool.by_name(result.get("kept_density", {})),
+        "learned": result.get("learned", {}),
         "drawn_with": {kind: pool.by_name(ids) for kind, ids in result.get("drawn_with", {}).items()},
     }

@@ -12,6 +12,7 @@ from mergecore.statistics.trimmed_norms import TrimmedNorms as TrimmedNorms
 from mergecore.statistics.products import Products as Products
 from mergecore.statistics.fisher import DiagonalFisher as DiagonalFisher
 from mergecore.statistics.gram import Gram as Gram
+from mergecore.statistics.coefficients import Coefficients as Coefficients
 from mergecore.statistics.magnitude_quantiles import MagnitudeQuantiles as MagnitudeQuantiles
 from mergecore.statistics.balance_cut import BalanceCut as BalanceCut
 from mergecore.statistics.softmax_means import SoftmaxMeans as SoftmaxMeans

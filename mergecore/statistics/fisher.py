@@ -119,7 +119,7 @@ class DiagonalFisher(ModelStatistic):
         sums = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
         count, positions = min(self.samples, len(data)), 0
         size = self.batch_size if self.batch == "batch" else 1
-        with _differentiated(model, parameters.values()):
+        with differentiated(model, parameters.values()):
             for start in range(0, count, size):
                 items = range(start, min(start + size, count))
                 logits = data.logits(model, items)
@@ -207,7 +207,7 @@ def _selected_parameters(model: nn.Module, selection: Mapping[str, TensorInfo]) 
 
 
 @contextmanager
-def _differentiated(model: nn.Module, wanted: Iterable[Tensor]) -> Iterator[None]:
+def differentiated(model: nn.Module, wanted: Iterable[Tensor]) -> Iterator[None]:
     """Require gradients for the wanted parameters only; afterwards as before."""
     chosen = {id(tensor) for tensor in wanted}
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

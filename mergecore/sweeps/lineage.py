@@ -27,6 +27,8 @@ def lineage(plan: Plan, cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]
     }
     if "kept_density" in result:
         origin["kept_density"] = plan.pool.by_name(result["kept_density"])
+    if "learned" in result:
+        origin["learned"] = result["learned"]
     if "drawn_with" in result:
         origin["drawn_with"] = {kind: plan.pool.by_name(ids) for kind, ids in result["drawn_with"].items()}
     if cell.merge is not None and (seen := uses(cell.merge)):

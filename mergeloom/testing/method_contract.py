@@ -172,8 +172,7 @@ def test_not_finite_is_refused_by_name(method: Method, bad: float) -> None:
     experts[last]["layers.1.conv"] = experts[last]["layers.1.conv"].clone()
     experts[last]["layers.1.conv"].view(-1)[3] = bad
     if data_statistics(method, experts):  # what it knows of the expert does not fit one that is not finite
-        ones = [{name: torch.ones_like(value, dtype=torch.float32) for name, value in e.items()} for e in experts]
-        statistics = dict.fromkeys(method.statistics(), ones)
+        statistics = data_statistics(method, models()[1])
         with pytest.raises(NonFiniteError, match="conv"):
             merge(method, base=base, experts=experts, statistics=statistics)
         return

@@ -84,24 +84,34 @@ def accepted(method: Method, at_most: int = 3) -> int:
 
 def data_statistics(method: Method, experts: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Model]] | None:
     """Return numbers between 0 and 1 in place of what the method works out with data; None where it needs no data."""
-    numbers = [{name: (value.float() * 3).sin() ** 2 for name, value in expert.items()} for expert in experts]
+    numbers = [
+        {name: (value.float() * 3).sin() ** 2 for name, value in expert.items() if value.is_floating_point()}
+        for expert in experts
+    ]
     results: dict[str, list[Model]] = {}
     for name, statistic in method.statistics().items():
         if statistic.takes_data and isinstance(statistic, ModelStatistic):
-            results[name] = [in_place_of(statistic, own) for own in numbers[: statistic.handed(len(numbers))]]
+            results[name] = [
+                in_place_of(statistic, own, len(numbers)) for own in numbers[: statistic.handed(len(numbers))]
+            ]
     return results or None
 
 
-def in_place_of(statistic: ModelStatistic, numbers: Model) -> Model:
-    """Return these numbers where the statistic has one for each of a model; else matrices without negative eigenvalues,
-    as large as those that it writes.
+def in_place_of(statistic: ModelStatistic, numbers: Model, count: int = 1) -> Model:
+    """Return these numbers where the statistic has one for each of a model; else matrices as large as those that it
+    writes: for a square one a matrix without negative eigenvalues, for others numbers between 0 and 1.
+
+    count: of the experts.
     """
     selection = {name: TensorInfo("F32", tuple(value.shape)) for name, value in numbers.items()}
-    written = statistic.outputs(selection, 1, {})
+    written = statistic.outputs(selection, count, {})
     if all(selection.get(name) == info for name, info in written.items()) and written.keys() == selection.keys():
         return numbers
     made_up = {}
     for name, info in written.items():
+        if name not in numbers:
+            made_up[name] = ((torch.arange(info.count).double() * 3 + 1).sin() ** 2).reshape(info.shape)
+            continue
         values = numbers[name].reshape(-1)[: info.shape[0]].repeat(info.shape[0])[: info.shape[0]]
         made_up[name] = torch.outer(values, values) + torch.eye(info.shape[0])
     return made_up

@@ -100,9 +100,11 @@ def result(method: Method) -> dict[str, Tensor]:
                     {
                         tensor: drawn(f"{name} {n}/{tensor}", tuple(value.shape), 8).abs()
                         for tensor, value in expert.items()
+                        if value.is_floating_point()
                     },
+                    len(experts),
                 )
-                for n, expert in enumerate(experts)
+                for n, expert in enumerate(experts[: statistic.handed(len(experts))])
             ]
     return merge(method, base=base, experts=experts, ids=["c", "a", "b"][: len(experts)], statistics=handed or None)
 
