@@ -132,9 +132,10 @@ class Coefficients(ModelStatistic):
         return {TABLE: TensorInfo("F64", (len(self.groups.rows(selection)), count))}
 
     def memory(self, selection: Mapping[str, TensorInfo], count: int) -> int:
-        """Return the bytes of the merged model, of its gradient and largest tensor, and of a piece of each expert."""
+        """Return the bytes of the merged model, its gradient, and every task vector. With less, these are streamed."""
         largest = max((info.count for info in selection.values()), default=0)
-        return super().memory(selection, count) + 4 * (largest + (count + 3) * min(largest, PIECE))
+        whole = count * sum(info.count for info in selection.values())
+        return super().memory(selection, count) + 4 * (whole + largest + (count + 3) * min(largest, PIECE))
 
     def compute(
         self,
@@ -257,18 +258,14 @@ class Merged:
             )
             for name, info in selection.items()
         }
-        self._known: dict[tuple[str, int], list[Tensor]] | None = {} if self._fits(statistic) else None
+        wanted = statistic.memory(selection, len(models.experts))
+        fits = models.memory is None or models.memory >= wanted
+        self._known: dict[tuple[str, int], list[Tensor]] | None = {} if fits else None
         shell: Shell = models.shell()
         shell.swap(models.base)
         self.module, self._slots = shell.module, shell.slots(selection)
         state = shell.module.state_dict(keep_vars=True)
         self._parameters = {slot.parameter: state[slot.parameter] for slot in self._slots.values()}
-
-    def _fits(self, statistic: Coefficients) -> bool:
-        """Whether all task vectors may stay in memory."""
-        count, memory = len(self._models.experts), self._models.memory
-        size = 4 * count * sum(info.count for info in self._selection.values())
-        return memory is None or memory >= statistic.memory(self._selection, count) + size
 
     @contextmanager
     def learning(self) -> Iterator[None]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import pytest
@@ -16,20 +19,32 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mergecore import merge
+from mergecore.checkpoints.folded import FoldedTensors
 from mergecore.checkpoints.sources.resolve import resolve
 from mergecore.engine.executor import InProcess
 from mergecore.errors import NonFiniteError, SpecError
+from mergecore.evaluators.lm_eval import LmEval
 from mergecore.events import silent
+from mergecore.execution.fetch import fetch
+from mergecore.execution.model_runs import OpenedModels
+from mergecore.execution.place import Place, snapshots_of
 from mergecore.methods.adamerging import AdaMerging
 from mergecore.methods.task_arithmetic import TaskArithmetic
-from mergecore.plugins.model_statistic import ModelStatistic, TaskInputs
+from mergecore.planning.data import ExpertData
+from mergecore.planning.merge_builder import MergeBuilder
+from mergecore.planning.pool import opened as opened_experts
+from mergecore.planning.pool import resolve_pool
+from mergecore.plugins.model_statistic import ModelStatistic, Slot, TaskInputs
 from mergecore.plugins.table import Groups, Table, part_of
 from mergecore.recipes.merge_recipe import merge_recipe, run_for
 from mergecore.registry import METHODS
 from mergecore.spec.recipe import parse_recipe
+from mergecore.spec.sources import BaseSpec, ExpertSpec
 from mergecore.statistics.coefficients import Coefficients, Merged, mean_entropy
 from mergecore.store.results import open_model, read_statistic
+from mergecore.store.store import Store
 from mergecore.tensors.memory import MemoryTensors
+from tests import tiny_lm
 from tests.execution.learned_pool import FACTORY, NAMES, merge_of, write_pool
 from tests.execution.test_model_statistics import killed_at
 
@@ -73,8 +88,6 @@ class Shell:
             parameter.data.copy_(weights.read(name).view(parameter.shape))
 
     def slots(self, names: Any) -> Mapping[str, Any]:
-        from mergecore.plugins.model_statistic import Slot
-
         return {name: Slot(name) for name in names}
 
 
@@ -348,6 +361,70 @@ def test_the_card_has_the_table_and_pasting_it_makes_the_model(pool: Path, tmp_p
     pasted = {"method": "task_arithmetic", "scale": 1.0, "weights": told["coefficients"]}
     actual, _ = made_of("pasted", **pasted, coefficients=None, data=None)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+# --- a language model ------------------------------------------------------------------------------------------------
+
+
+def test_a_language_model_learns_from_closed_and_open_answers(tmp_path: Path) -> None:
+    """A full fine-tune and a LoRA adapter; the first gradient is the finite difference of the loss in merged models."""
+    torch.set_num_threads(1)
+    base = tiny_lm.write_base(tmp_path / "base", num_hidden_layers=1)
+    tiny_lm.write_expert(base, tmp_path / "choice", 1)
+    tiny_lm.write_adapter(base, tmp_path / "write", 2)
+    tasks = tiny_lm.write_tasks(tmp_path / "tasks")
+    experts = tuple(
+        ExpertSpec(source=str(tmp_path / name), name=name, tasks=(f"tiny_{name}",)) for name in ("choice", "write")
+    )
+    pool = resolve_pool(BaseSpec(source=str(base)), experts, None, lambda source: resolve(source.source), silent)
+    evaluator = LmEval()
+    data = ExpertData(evaluator, tasks, pool.base.companions)
+    statistic = Coefficients(groups=Groups(by="model", parts=True), items=6, batch=4, steps=3, learning_rate=0.1)
+    work = MergeBuilder(pool, (), None, data).build(AdaMerging(coefficients=statistic), list(pool.experts.values()))
+    where = Place(pool, Store(tmp_path / "store"), InProcess(), silent, 1 << 30, evaluator, tasks)
+    for snapshot in snapshots_of(pool):
+        fetch(where, snapshot)
+    assert not run_for(where, work).failures
+    learning = work.inputs["coefficients"][0]
+    numbers = read_statistic(where.store, learning.step).numbers
+    assert set(numbers["at_start"]) == {"tiny_choice", "tiny_write"} and len(numbers["losses"]) == 3
+    _, opened = opened_experts(where.pool, where.folders)
+    assert list(learning.experts) == [pool.experts[name].id for name in ("choice", "write")], "the recipe's order"
+    plain = load_file(base / "model.safetensors")
+    folded = [FoldedTensors(MemoryTensors(plain), opened[pool.experts[name].id]) for name in ("choice", "write")]
+    full = [{name: own.read(name).view(value.shape).float() for name, value in plain.items()} for own in folded]
+    shell = evaluator.open(base, tasks)
+    own = [shell.inputs([f"tiny_{name}"], "training", 6, 0, labels=False)[0] for name in ("choice", "write")]
+
+    rows_of = statistic.groups.rows(plain)
+
+    def loss(values: Tensor) -> float:
+        merged = {}
+        for name, value in plain.items():
+            row = values[rows_of.index(statistic.groups.of(name))]
+            merged[name] = value + sum(float(f) * (e[name] - value) for f, e in zip(row, full, strict=True))
+        shell.swap(MemoryTensors(merged))
+        with torch.no_grad():
+            return sum(float(mean_entropy(task.logits(shell.model, task.batch(0, 4, 0)))) for task in own)
+
+    start = torch.full((3, 2), 0.3, dtype=torch.float64)
+    assert numbers["losses"][0] == pytest.approx(loss(start), abs=1e-4)
+    models = OpenedModels(MemoryTensors(plain), [MemoryTensors(expert) for expert in full], None, {}, 1,
+                          lambda: shell, lambda: shell)  # fmt: skip
+    merged = Merged(statistic, models, learning.selection, {})
+    with merged.learning():
+        merged.put(start)
+        for task in own:
+            statistic._backward(task, merged.module, 0)
+        gradient = merged.gradient()
+    for place in np.ndindex(3, 2):
+        ends = []
+        for step in (2e-2, -2e-2):
+            beside = start.clone()
+            beside[place] += step
+            ends.append(loss(beside))
+        assert float(gradient[place]) == pytest.approx((ends[0] - ends[1]) / 4e-2, abs=5e-4), place
+    assert gradient.abs().max() > 1e-3
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
