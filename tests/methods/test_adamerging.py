@@ -24,7 +24,7 @@ from mergecore.checkpoints.sources.resolve import resolve
 from mergecore.engine.executor import InProcess
 from mergecore.errors import NonFiniteError, SpecError
 from mergecore.evaluators.lm_eval import LmEval
-from mergecore.events import silent
+from mergecore.events import Event, silent
 from mergecore.execution.fetch import fetch
 from mergecore.execution.model_runs import OpenedModels
 from mergecore.execution.place import Place, snapshots_of
@@ -331,6 +331,27 @@ def test_bad_input_is_refused_in_words(pool: Path, tmp_path: Path) -> None:
         learned([Own([Given("one", [[1, 1]], 1)])], steps=1)
     with pytest.raises(NonFiniteError, match=r"task 'one', step 1: the entropy .* is nan"):
         learned([Own([Given("one", [[float("nan"), 1]])])], steps=1)
+
+
+def test_without_data_it_says_what_to_write(pool: Path, tmp_path: Path) -> None:
+    asked = {key: value for key, value in recipe_of(pool).items() if key != "data"}
+    with pytest.raises(SpecError, match=r"'coefficients' of expert .* write `data:`"):
+        merge_recipe(
+            parse_recipe(asked, "recipe"), tmp_path / "out", lambda source: resolve(source.source), InProcess(), silent
+        )
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_every_step_is_reported_with_its_loss() -> None:
+    told: list[Event] = []
+    nothing, statistic = Nothing(), Coefficients(steps=3)
+    statistic.compute(Models(BASE, DELTAS), INPUTS, SELECTION, {}, nothing, nothing, told.append)  # type: ignore[arg-type]
+    assert [(event.done, event.total, event.unit) for event in told] == [
+        (1, 3, "steps"),
+        (2, 3, "steps"),
+        (3, 3, "steps"),
+    ]
+    assert told[0].activity == "learn coefficients, loss 2.1234"
 
 
 def recipe_of(pool: Path, **changes: Any) -> dict[str, Any]:
