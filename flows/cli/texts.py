@@ -30,7 +30,7 @@ from mergecore.sweeps.cost import Cost, PassCost
 
 SHOWN_PASSES = 12
 SHOWN_TRIALS = 8
-WIDTHS = (20, 42, 26, 56)
+WIDTHS = (26, 42, 26, 56)
 """Characters at most in the columns of a table of parameters."""
 
 

@@ -47,8 +47,8 @@ class SentenceEncoder(nn.Module):
         own = dict(config)
         if own.get("pad_token_id") is None or "model_type" not in own:
             raise SpecError("its config.json must name model_type and pad_token_id")
-        made: Any = AutoModel  # transformers leaves its factories untyped
-        inner = made.from_config(AutoConfig.for_model(own.pop("model_type"), **own))
+        untyped: Any = AutoModel  # transformers leaves its factories without types
+        inner = untyped.from_config(AutoConfig.for_model(own.pop("model_type"), **own))
         for name, child in inner.named_children():
             self.add_module(name, child)
         self._inner = (inner.eval(),)  # in a tuple: it is no part, so that its parts keep their own names

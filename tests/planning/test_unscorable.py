@@ -73,24 +73,10 @@ def test_an_expert_that_cannot_be_scored_by_itself_is_a_refused_cell(folder: Pat
 
 
 def test_a_task_that_does_not_exist_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergecore.evaluators.lm_tasks._own_index", dict)  # lm-eval's own takes seconds
+    for module in ("lm_tasks", "lm_groups"):
+        monkeypatch.setattr(f"mergecore.evaluators.{module}.own_index", dict)  # lm-eval's own takes seconds
     result = plan_of(tmp_path, spec(folder, tmp_path / "store", held_out={"more": ["tiny_choise"]}))
     assert result.exit_code == 1 and "there is no task 'tiny_choise': did you mean 'tiny_choice'?" in result.output
-
-
-@pytest.mark.parametrize(
-    ("document", "said"),
-    [
-        ("group: mine\ntask: [tiny_choice, tiny_write]\n", "'mine' is a group of tiny_choice, tiny_write"),
-        ("group: mine\ntask: [{task: tiny_choice}]\n", "'mine' is a group of tiny_choice"),
-    ],
-)
-def test_a_group_of_the_folder_is_named_as_one(document: str, said: str, folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "tasks", tmp_path / "tasks")
-    (tmp_path / "tasks" / "mine.yaml").write_text(document)
-    asked = spec(folder, tmp_path / "store", held_out={"more": ["mine"]}, path=tmp_path / "tasks")
-    result = plan_of(tmp_path, asked)
-    assert result.exit_code == 1 and said in result.output and "one by one" in result.output
 
 
 FILES = ("config.json", "tokenizer.json")

@@ -14,6 +14,7 @@ import mergecore.evaluators.lm_eval as lm_eval
 from mergecore.checkpoints.snapshot import Snapshot
 from mergecore.methods import Average, Emr, LayerSwap, LoraArithmetic, Opcm, Ties
 from mergecore.planning.pool import Pool, snapshot_step
+from mergecore.plugins import own_code
 from mergecore.statistics.fisher import DiagonalFisher
 from mergecore.statistics.threshold import Threshold
 from mergecore.store.store import Store
@@ -48,6 +49,8 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(lm_eval, "lm_eval_version", lambda: results["lm_eval"])
+        # The code of a user's own factory is in the keys of scores now (CHANGELOG.md): here it stands for one of ours.
+        patch.setattr(own_code, "_digests", lambda *_: {})
         yield results
 
 
