@@ -42,13 +42,13 @@ def check_fit(
         )
         astray = missing + unknown
         is_head = len(astray) <= HEAD and all(layer_of(name) is None and outside(name) == "head" for name in astray)
-        hint = _without(astray[0]) if is_head else INCOMPLETE if missing and not unknown else OTHER_MODEL
+        hint = _without(astray) if is_head else INCOMPLETE if missing and not unknown else OTHER_MODEL
         raise MismatchError(f"{where} does not have the base's architecture: it {' and '.join(differences)}; {hint}")
     for name in sorted(base):
         if name in expert and name not in ignored and tuple(base[name].shape) != tuple(expert[name].shape):
             wide = re.search(r"embed|wte|lm_head|shared", name)
             is_head = layer_of(name) is None and outside(name) == "head"
-            hint = VOCABULARIES_DIFFER if wide else _without(name) if is_head else OTHER_MODEL
+            hint = VOCABULARIES_DIFFER if wide else _without([name]) if is_head else OTHER_MODEL
             raise MismatchError(
                 f"{where}: '{name}' has shape {list(expert[name].shape)}, in the base {list(base[name].shape)}; {hint}"
             )
@@ -72,6 +72,7 @@ def float64_loss(name: str) -> str:
     )
 
 
-def _without(name: str) -> str:
-    """Say what can be done about a tensor that does not fit."""
-    return f"a task's head may be left out of the result: select: [{{names: '{name}', take: drop}}, {{}}]"
+def _without(names: Sequence[str]) -> str:
+    """Say what can be done about tensors that do not fit."""
+    rules = ", ".join(f"{{names: '{name}', take: drop}}" for name in names)
+    return f"a task's head may be left out of the result: select: [{rules}, {{}}]"

@@ -21,13 +21,13 @@ SILENT = (
     "*_loss*", "*aux_loss*", "*loss_coef*", "mask_time_*", "mask_feature_*", "apply_spec_augment", "ctc_*",
     "router_jitter_noise", "jitter_noise", "rescale_prenorm_residual",
     # What a task's head or a generation reads, and what is checked elsewhere.
-    "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params", "prefix",
-    "summary_*", "classifier_*",
-    "*token_id", "*token_ids", "*token_index", "suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids",
+    "id2label", "label2id", "num_labels", "finetuning_task", "task_specific_params", "prefix",
+    "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "mask_token_id", "unk_token_id", "*token_ids",
+    "suppress_tokens", "begin_suppress_tokens",
     "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "temperature",
     "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "bad_words_ids",
     "num_return_sequences", "remove_invalid_values", "diversity_penalty", "encoder_no_repeat_ngram_size",
-    "exponential_decay_length_penalty", "return_dict_in_generate", "is_decoder", "add_cross_attention",
+    "exponential_decay_length_penalty", "return_dict_in_generate",
     "tie_word_embeddings", "vocab_size", "quantization_config",
 )  # fmt: skip
 """Patterns of keys that may differ without a word."""
@@ -58,6 +58,7 @@ def check_computation(base: Mapping[str, Any], expert: Mapping[str, Any], where:
 
     Raises MismatchError where its weights cannot mean the same in the base's computation.
     """
+    _check_labels(base, expert, where)
     differing = differences(base, expert)
     refused = [key for key, (ours, theirs) in differing.items() if _must_agree(key, ours, theirs)]
     if refused:
@@ -68,6 +69,23 @@ def check_computation(base: Mapping[str, Any], expert: Mapping[str, Any], where:
     if not differing:
         return ""
     return f"its config.json says {_told(differing, list(differing))}; the result computes as the base's says"
+
+
+def _check_labels(base: Mapping[str, Any], expert: Mapping[str, Any], where: str) -> None:
+    """Raise MismatchError where the rows of two heads are the same classes in another order."""
+    ours, theirs = _labels(base), _labels(expert)
+    if ours != theirs and sorted(ours.values()) == sorted(theirs.values()) and len(set(ours.values())) == len(ours):
+        place = next(place for place in sorted(ours) if ours[place] != theirs.get(place))
+        raise MismatchError(
+            f"{where}: its config.json numbers the same labels in another order (id2label: {place} is "
+            f"'{theirs.get(place)}' where the base's is '{ours[place]}'): the rows of its head are other classes; put "
+            "the rows of its head, and id2label and label2id, into the base's order"
+        )
+
+
+def _labels(config: Mapping[str, Any]) -> dict[str, str]:
+    labels = config.get("id2label")
+    return {str(place): str(label) for place, label in labels.items()} if isinstance(labels, Mapping) else {}
 
 
 def _told(differing: Mapping[str, tuple[Any, Any]], keys: list[str]) -> str:

@@ -63,11 +63,33 @@ def test_weights_that_cannot_mean_the_same_are_refused(ours: dict[str, Any], the
             "layer_types ['sliding_attention'] where the base's has ['full_attention']",
         ),
         ({"model_type": "toy"}, {"logit_scale": 0.5}, "logit_scale 0.5 where the base's has nothing"),
+        (
+            {"model_type": "modernbert"},
+            {"classifier_pooling": "mean"},
+            "classifier_pooling mean where the base's has cls",
+        ),
+        ({"model_type": "gemma3"}, {"image_token_index": 51}, "image_token_index 51"),
+        ({"model_type": "whisper"}, {"decoder_start_token_id": 3}, "decoder_start_token_id 3"),
+        ({"model_type": "bert"}, {"is_decoder": True}, "is_decoder True where the base's has False"),
+        (
+            {"model_type": "bert", "problem_type": "single_label_classification"},
+            {"problem_type": "multi_label_classification"},
+            "problem_type multi_label_classification",
+        ),
     ],
 )
 def test_what_weights_may_live_with_is_said(ours: dict[str, Any], theirs: dict[str, Any], said: str) -> None:
     base = {**LLAMA, **ours}
     assert said in check_computation(base, {**base, **theirs}, "expert 'x'")
+
+
+def test_labels_in_another_order_are_refused() -> None:
+    """The rows of the heads are other classes: their mean is of none."""
+    base = {"model_type": "bert", "id2label": {"0": "neg", "1": "pos"}}
+    with pytest.raises(MismatchError, match=r"expert 'x'.*id2label: 0 is 'pos' where the base's is 'neg'"):
+        check_computation(base, {**base, "id2label": {"0": "pos", "1": "neg"}}, "expert 'x'")
+    for others in ({0: "neg", 1: "pos"}, {"0": "a", "1": "b"}, {"0": "neg"}):
+        assert check_computation(base, {**base, "id2label": others}, "expert 'x'") == ""
 
 
 @pytest.mark.parametrize(
