@@ -125,36 +125,46 @@ def check_rank(method: str, of: Of, rank: int | None) -> None:
 class Parts:
     """How factors or updates are joined.
 
-    weights: one per expert. rank: of the result, where updates are joined; None: the largest of the experts' ranks.
-    scale: the factor of the result.
+    weights, shares: one per expert; of its elements the share stays that has the largest magnitudes. drop: at random,
+    before. rank: of the result, where updates are joined; None: the largest of the experts' ranks. scale: the factor of
+    the result.
     """
 
     of: Of
     weights: Sequence[float]
+    shares: Sequence[float]
+    drop: RandomDrop | None
     rank: int | None
     scale: float
 
+    def pruned(self, values: Tensor, place: int, owner: str, name: str) -> Tensor:
+        """Return the values of an expert that stay, and zeros for the others.
 
-Prune = Callable[[Tensor, int, str, str], Tensor]
-"""(values, the expert's place, its id, the tensor's name) → the values that stay, zeros for the others."""
+        place: the expert's, in fold order. owner: its id. name: the tensor's name.
+        """
+        return largest(dropped_at_random(values, self.drop, place, owner, name), self.shares[place])
+
+
 Join = Callable[[Sequence[Tensor], Sequence[float]], Tensor]
 """(values of the experts, a weight for each) → one tensor."""
 
 
-def joined_parts(module: str, updates: Updates, parts: Parts, prune: Prune, join: Join) -> Combined:
+def joined_parts(module: str, updates: Updates, parts: Parts, join: Join) -> Combined:
     """Return a module joined out of pruned factors, or out of pruned updates that are then cut to the rank."""
     present = [(place, update) for place, update in enumerate(updates) if update is not None]
     weights = [parts.weights[place] for place, _ in present]
     if parts.of == "update":
         name = f"{module}.weight"
-        values = [prune(update_of(update), place, update.owner, name) for place, update in present]
+        values = [parts.pruned(update_of(update), place, update.owner, name) for place, update in present]
         rank = min(parts.rank or max(update.rank for _, update in present), *values[0].shape)
         return cut(join(values, weights).to(torch.float64) * parts.scale, rank)
     narrow, tall = shared_out([weight * update.scaling for weight, (_, update) in zip(weights, present, strict=True)])
     down = join(
-        [prune(update.down, place, update.owner, f"{module}.lora_A.weight") for place, update in present], narrow
+        [parts.pruned(update.down, place, update.owner, f"{module}.lora_A.weight") for place, update in present], narrow
     )
-    up = join([prune(update.up, place, update.owner, f"{module}.lora_B.weight") for place, update in present], tall)
+    up = join(
+        [parts.pruned(update.up, place, update.owner, f"{module}.lora_B.weight") for place, update in present], tall
+    )
     return Combined(down, up * parts.scale, {})
 
 

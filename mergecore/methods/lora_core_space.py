@@ -16,15 +16,16 @@ from torch import Tensor
 
 from mergecore.arithmetic.linear_algebra import decomposition
 from mergecore.arithmetic.low_rank import dropped_at_random
+from mergecore.arithmetic.pruned_adapter import PrunedAdapter
 from mergecore.arithmetic.spectral import directions_of, orthonormal, side_by_side
 from mergecore.arithmetic.trims import RandomDrop, Shares, agreeing, disjoint_mean, elected_sign, folded_sum, trimmed
 from mergecore.checkpoints.adapters import padded, relative_error
-from mergecore.plugins.adapter_method import AdapterMethod, Combined, Updates
+from mergecore.plugins.adapter_method import Combined, Updates
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.per_expert import check_each, each, moved
+from mergecore.plugins.per_expert import each
 
 
-class LoraCoreSpace(AdapterMethod):
+class LoraCoreSpace(PrunedAdapter):
     """Write the experts' updates as small core matrices between common bases of all their B and all their A. Merge the
     cores. The result is an adapter.
     """
@@ -70,19 +71,6 @@ class LoraCoreSpace(AdapterMethod):
                 {"merge": "ties", "density": 0.5, "rank": 3},
                 {"merge": "sum", "isotropic": True, "drop": {"kind": "random", "rate": 0.4, "seed": 3}},
             ]
-        )
-
-    @property
-    def needs_ids(self) -> bool:
-        return self.drop is not None
-
-    def validate_count(self, count: int) -> None:
-        check_each("density", self.density, count)
-        check_each("drop.rate", self.drop and self.drop.rate, count)
-
-    def bound(self, order: Sequence[int]) -> LoraCoreSpace:
-        return self.model_copy(
-            update={"density": moved(self.density, order), "drop": self.drop and self.drop.bound(order)}
         )
 
     def rank_made(self, module: str, ranks: Sequence[int], shape: tuple[int, int]) -> int:

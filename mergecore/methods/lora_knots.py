@@ -18,11 +18,12 @@ from torch import Tensor
 
 from mergecore.arithmetic.linear_algebra import ROUNDING, decomposition
 from mergecore.arithmetic.low_rank import dropped_at_random, nearest_adapter
+from mergecore.arithmetic.pruned_adapter import PrunedAdapter
 from mergecore.arithmetic.trims import RandomDrop, Shares, agreeing, disjoint_mean, elected_sign, folded_sum
 from mergecore.checkpoints.adapters import LowRank, module_of, padded, relative_error
-from mergecore.plugins.adapter_method import AdapterMethod, Combined, Updates, Walk
+from mergecore.plugins.adapter_method import Combined, Updates, Walk
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.per_expert import check_each, each, moved
+from mergecore.plugins.per_expert import each
 from mergecore.plugins.statistic import SparseCounts
 from mergecore.statistics.radix import OrderStatistic, bits, joined, value_of
 
@@ -66,7 +67,7 @@ class Ranking:
         return value_of(max(self.order.value, 0))
 
 
-class LoraKnots(AdapterMethod):
+class LoraKnots(PrunedAdapter):
     """Write the experts' updates in the basis of one SVD of them all. Trim, elect and average there. The result is an
     adapter.
     """
@@ -121,19 +122,6 @@ class LoraKnots(AdapterMethod):
             ]
         )
 
-    @property
-    def needs_ids(self) -> bool:
-        return self.drop is not None
-
-    def validate_count(self, count: int) -> None:
-        check_each("density", self.density, count)
-        check_each("drop.rate", self.drop and self.drop.rate, count)
-
-    def bound(self, order: Sequence[int]) -> LoraKnots:
-        return self.model_copy(
-            update={"density": moved(self.density, order), "drop": self.drop and self.drop.bound(order)}
-        )
-
     def rank_made(self, module: str, ranks: Sequence[int], shape: tuple[int, int]) -> int:
         """Return all ranks together, no more than the shared side has rows, or the rank of the cut."""
         whole = min(sum(ranks), shape[0] if self.side == "outputs" else shape[1])
@@ -141,16 +129,16 @@ class LoraKnots(AdapterMethod):
 
     def combined(self, module: str, updates: Updates) -> Combined:
         """Return one module, its magnitudes ranked by themselves."""
-        ((_, whole),) = self._made(lambda: iter([(f"{module}.weight", updates)]))
+        ((_, whole),) = self._ranked(lambda: iter([(f"{module}.weight", updates)]))
         return whole
 
     def combined_all(self, walk: Walk) -> Iterator[tuple[str, Combined]]:
         if self.scope == "global":
-            yield from self._made(walk)
+            yield from self._ranked(walk)
         else:
             yield from super().combined_all(walk)
 
-    def _made(self, walk: Walk) -> Iterator[tuple[str, Combined]]:
+    def _ranked(self, walk: Walk) -> Iterator[tuple[str, Combined]]:
         rankings = self._rankings(walk)
         for target, updates in walk():
             yield target, self._joined(target, updates, [ranking.least for ranking in rankings])

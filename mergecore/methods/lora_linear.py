@@ -9,29 +9,28 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from mergecore.arithmetic.low_rank import (
     Of,
     Parts,
     check_rank,
-    dropped_at_random,
     joined_parts,
-    largest,
     rank_of_parts,
 )
+from mergecore.arithmetic.pruned_adapter import PrunedAdapter
 from mergecore.arithmetic.trims import RandomDrop, Shares, folded_sum
 from mergecore.arithmetic.weights import weighted
 from mergecore.checkpoints.adapters import relative_error
-from mergecore.plugins.adapter_method import AdapterMethod, Combined, Updates
+from mergecore.plugins.adapter_method import Combined, Updates
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.per_expert import check_each, each, moved
+from mergecore.plugins.per_expert import each
 
 
-class LoraLinear(AdapterMethod):
+class LoraLinear(PrunedAdapter):
     """Make an adapter from the weighted sum of the experts' factors, or of their updates. They may be pruned first."""
 
     name: ClassVar[str] = "lora_linear"
+    per_expert: ClassVar[tuple[str, ...]] = ("weights", "density")
     paper: ClassVar[str] = (
         "Yu et al. 2024, Language models are Super Mario: absorbing abilities from homologous models as a free lunch, "
         "arXiv:2311.03099 (the random drop); the rest as PEFT does it"
@@ -67,19 +66,9 @@ class LoraLinear(AdapterMethod):
             ]
         )
 
-    @property
-    def needs_ids(self) -> bool:
-        return self.drop is not None
-
     def validate_count(self, count: int) -> None:
         check_rank(self.name, self.of, self.rank)
-        for name, values in (("weights", self.weights), ("density", self.density)):
-            check_each(name, values, count)
-        check_each("drop.rate", self.drop and self.drop.rate, count)
-
-    def bound(self, order: Sequence[int]) -> LoraLinear:
-        changes = {"density": moved(self.density, order), "weights": moved(self.weights, order)}
-        return self.model_copy(update={**changes, "drop": self.drop and self.drop.bound(order)})
+        super().validate_count(count)
 
     def rank_made(self, module: str, ranks: Sequence[int], shape: tuple[int, int]) -> int:
         """Return the experts' rank, or the rank of the cut. Raise SpecError for factors of different ranks."""
@@ -87,15 +76,9 @@ class LoraLinear(AdapterMethod):
 
     def combined(self, module: str, updates: Updates) -> Combined:
         """Return Σ w_t s_t B_t A_t cut to the rank; of factors Σ √(w_t s_t) B_t and Σ √(w_t s_t) A_t."""
-        shares = each(self.density, len(updates))
-        parts = Parts(self.of, each(self.weights or 1.0, len(updates)), self.rank, self.scale)
-
-        def prune(values: Tensor, place: int, owner: str, name: str) -> Tensor:
-            return largest(dropped_at_random(values, self.drop, place, owner, name), shares[place])
-
-        return joined_parts(
-            module, updates, parts, prune, lambda values, weights: folded_sum(weighted(values, weights))
-        )
+        weights, shares = (each(values, len(updates)) for values in (self.weights or 1.0, self.density))
+        parts = Parts(self.of, weights, shares, self.drop, self.rank, self.scale)
+        return joined_parts(module, updates, parts, lambda values, factors: folded_sum(weighted(values, factors)))
 
     def total(self, modules: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         """Return the relative error of the cut, in the Frobenius norm."""

@@ -16,26 +16,26 @@ from mergecore.arithmetic.low_rank import (
     Of,
     Parts,
     check_rank,
-    dropped_at_random,
     joined_parts,
-    largest,
     majority_signs,
     mean_of_agreeing,
     rank_of_parts,
 )
+from mergecore.arithmetic.pruned_adapter import PrunedAdapter
 from mergecore.arithmetic.trims import RandomDrop, Shares
 from mergecore.checkpoints.adapters import relative_error
-from mergecore.plugins.adapter_method import AdapterMethod, Combined, Updates
+from mergecore.plugins.adapter_method import Combined, Updates
 from mergecore.plugins.examples import Examples
-from mergecore.plugins.per_expert import check_each, each, moved
+from mergecore.plugins.per_expert import each
 
 
-class LoraTies(AdapterMethod):
+class LoraTies(PrunedAdapter):
     """Trim the experts' factors or updates, elect signs, and average what has the elected sign. The result is an
     adapter.
     """
 
     name: ClassVar[str] = "lora_ties"
+    per_expert: ClassVar[tuple[str, ...]] = ("weights", "density")
     paper: ClassVar[str] = (
         "Yadav et al. 2023, TIES-Merging: resolving interference when merging models, arXiv:2306.01708"
     )
@@ -80,19 +80,9 @@ class LoraTies(AdapterMethod):
             ]
         )
 
-    @property
-    def needs_ids(self) -> bool:
-        return self.drop is not None
-
     def validate_count(self, count: int) -> None:
         check_rank(self.name, self.of, self.rank)
-        for name, values in (("weights", self.weights), ("density", self.density)):
-            check_each(name, values, count)
-        check_each("drop.rate", self.drop and self.drop.rate, count)
-
-    def bound(self, order: Sequence[int]) -> LoraTies:
-        changes = {"density": moved(self.density, order), "weights": moved(self.weights, order)}
-        return self.model_copy(update={**changes, "drop": self.drop and self.drop.bound(order)})
+        super().validate_count(count)
 
     def rank_made(self, module: str, ranks: Sequence[int], shape: tuple[int, int]) -> int:
         """Return the experts' rank, or the rank of the cut. Raise SpecError for factors of different ranks."""
@@ -103,16 +93,13 @@ class LoraTies(AdapterMethod):
 
         It is taken of A and of B, or of the update, which is then cut to the rank.
         """
-        shares = each(self.density, len(updates))
-        parts = Parts(self.of, each(self.weights or 1.0, len(updates)), self.rank, self.scale)
+        weights, shares = (each(values, len(updates)) for values in (self.weights or 1.0, self.density))
+        parts = Parts(self.of, weights, shares, self.drop, self.rank, self.scale)
 
-        def prune(values: Tensor, place: int, owner: str, name: str) -> Tensor:
-            return largest(dropped_at_random(values, self.drop, place, owner, name), shares[place])
+        def join(values: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+            return mean_of_agreeing(values, factors, majority_signs(values, self.majority))
 
-        def join(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-            return mean_of_agreeing(values, weights, majority_signs(values, self.majority))
-
-        return joined_parts(module, updates, parts, prune, join)
+        return joined_parts(module, updates, parts, join)
 
     def total(self, modules: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         """Return the relative error of the cut, in the Frobenius norm."""
