@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
-import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from mergecore.checkpoints.sources.digests import file_sha256
 from mergecore.errors import EvaluationError, NonFiniteError, PluginError, SpecError, nearest
+from mergecore.evaluators.classification_tasks import (
+    SPLITS,
+    ClassifierItems,
+    array_of,
+    drawn_items,
+    items_of,
+    path_of,
+)
 from mergecore.evaluators.weights import blank, check_fit, fill
 from mergecore.events import Event, Report
-from mergecore.identity.keys import digest
 from mergecore.plugins.evaluator import Evaluator, Resident, Split, TaskIdentity, shared_out
 from mergecore.plugins.model_statistic import LABELS_NOT_USED, Seen, TaskInputs
 from mergecore.tensors.source import TensorSource
 
-SPLITS = {"training": "train", "validation": "validation", "test": "test"}
-"""What a file calls its splits."""
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -64,11 +63,11 @@ class Classification(Evaluator):
         Raises EvaluationError for an unknown task (nearest name) and a file that lacks the split.
         """
         calibrated = self.recalibration_tasks if self.recalibrate == "batchnorm" else ()
-        others = {name: file_sha256(_path(name, folder)) for name in calibrated}
+        others = {name: file_sha256(path_of(name, folder)) for name in calibrated}
         identities = {}
         for name in tasks:
-            path = _path(name, folder)
-            count = len(_array(path, f"{split}.labels"))
+            path = path_of(name, folder)
+            count = len(array_of(path, f"{split}.labels"))
             data = {"sha256": file_sha256(path), "split": split, "recalibration": others}
             identity = {"data": data, "documents": count, "evaluator": self.parameters()}
             identities[name] = TaskIdentity(name, split, min(count, self.limit or count), "acc", identity)
@@ -76,7 +75,7 @@ class Classification(Evaluator):
 
     def documents(self, task: TaskIdentity, folder: Path | None) -> frozenset[str] | None:
         """Inputs and label of each item."""
-        return frozenset(_items(_path(task.task, folder), task.split).documents[: task.items])
+        return frozenset(items_of(path_of(task.task, folder), task.split).documents[: task.items])
 
     def check(self, config: Mapping[str, Any], files: Collection[str], chat_template: str | None) -> None:
         """Make the module once. Raises what `open` does."""
@@ -86,7 +85,7 @@ class Classification(Evaluator):
 
     def training_identity(self, tasks: Sequence[str], folder: Path | None) -> dict[str, Any]:
         """What `Resident.calibration` draws from, as plain JSON for a statistic's key."""
-        data = {name: file_sha256(_path(name, folder)) for name in tasks}
+        data = {name: file_sha256(path_of(name, folder)) for name in tasks}
         return {"tasks": data, "evaluator": self.parameters()}
 
     def drawn(
@@ -94,65 +93,12 @@ class Classification(Evaluator):
     ) -> frozenset[str] | None:
         """Inputs and label of each item that `Resident.inputs` or `Resident.calibration` draws."""
         shares = zip(tasks, shared_out(items, len(tasks)), strict=True)
-        own = [_drawn([_path(name, folder)], count, seed, SPLITS[inputs]).documents for name, count in shares]
+        own = [drawn_items([path_of(name, folder)], count, seed, SPLITS[inputs]).documents for name, count in shares]
         return frozenset(document for documents in own for document in documents)
 
     def open(self, companions: Path, folder: Path | None) -> Resident:
         """The module that `model` makes of `companions`/config.json, on the CPU; `.model.to(device)` moves it."""
         return _ClassifierResident(self, companions, folder)
-
-
-@dataclass(frozen=True)
-class Head:
-    """A frozen linear layer of a task. weight: (classes, features), float32. bias: (classes,), float32."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def logits(self, features: Tensor) -> Tensor:
-        """(items, features) → (items, classes), float32. Raises EvaluationError where the features are others."""
-        if features.dim() != 2 or features.shape[1] != self.weight.shape[1]:
-            raise EvaluationError(
-                f"the model gives {list(features.shape[1:])} numbers an item, and the task's head.weight "
-                f"{list(self.weight.shape)} takes {self.weight.shape[1]}; make the head for this model"
-            )
-        weight, bias = self.weight.to(features.device), self.bias.to(features.device)
-        return nn.functional.linear(features.float(), weight, bias)
-
-
-@dataclass(frozen=True)
-class ClassifierItems:
-    """Items of tasks, for scores and for statistics that need the model's own predictions (a `Calibration`).
-
-    inputs: (items, …). targets: (items,), int64. documents: a digest of each. heads: of the tasks; None where the model
-    gives logits itself. places: (items,), which of the heads is an item's.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    documents: tuple[str, ...]
-    heads: tuple[Head | None, ...]
-    places: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def logits(self, model: nn.Module, items: Sequence[int]) -> list[Tensor]:
-        """Per item (1, classes), float32, differentiable; one pass for all."""
-        inputs = self.inputs[list(items)].to(next(model.parameters()).device)
-        rows = _outputs(model, inputs).float()
-        heads = [self.heads[self.places[item]] for item in items]
-        return [row[None] if head is None else head.logits(row[None]) for row, head in zip(rows, heads, strict=True)]
-
-    def together(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """(items, classes), float32, differentiable, of inputs of the only task."""
-        (head,) = self.heads
-        outputs = _outputs(model, inputs.to(next(model.parameters()).device))
-        return outputs.float() if head is None else head.logits(outputs)
-
-    def labels(self, items: Sequence[int]) -> list[Tensor]:
-        """Per item the true class, shape (1,), int64."""
-        return [target[None] for target in self.targets[list(items)]]
 
 
 class ClassifierInputs(TaskInputs):
@@ -235,7 +181,7 @@ class _ClassifierResident(Resident):
         """Training items of the tasks, shared out evenly, with the lowest hash(seed, document), in that order."""
         key = (tuple(tasks), items, seed)
         if key not in self._training:
-            self._training[key] = _drawn([_path(name, self._folder) for name in tasks], items, seed)
+            self._training[key] = drawn_items([path_of(name, self._folder) for name in tasks], items, seed)
         return self._training[key]
 
     def inputs(
@@ -244,7 +190,7 @@ class _ClassifierResident(Resident):
         """The items of each task that `Classification.drawn` names, without their classes."""
         drawn = []
         for name, count in zip(tasks, shared_out(items, len(tasks)), strict=True):
-            own = _drawn([_path(name, self._folder)], count, seed, SPLITS[inputs])
+            own = drawn_items([path_of(name, self._folder)], count, seed, SPLITS[inputs])
             with torch.no_grad():  # the width alone: there may be no weights yet
                 classes = own.together(self._model, own.inputs[:1]).shape[-1]
             drawn.append(ClassifierInputs(name, own, classes, labels))
@@ -259,7 +205,7 @@ class _ClassifierResident(Resident):
         asked = self._evaluator.model_copy(update={"limit": task.identity["evaluator"]["limit"]})
         if asked.resolve([task.task], task.split, self._folder)[task.task] != task:
             raise EvaluationError(f"task '{task.task}' is not what it was when it was resolved; plan again")
-        items = _items(_path(task.task, self._folder), task.split)
+        items = items_of(path_of(task.task, self._folder), task.split)
         self._held[task.task, task.split] = (task, items)
         return items
 
@@ -325,115 +271,6 @@ def _module(factory: str, config: Mapping[str, Any]) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise SpecError(f"model '{factory}' gave a {type(network).__name__}, not a torch module")
     return network
-
-
-def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
-    """(items, classes or features), whether the model returns a tensor or an object with `logits`."""
-    out = model(inputs)
-    logits: Tensor = getattr(out, "logits", out)
-    return logits
-
-
-def _path(task: str, folder: Path | None) -> Path:
-    """The task's file. Raises EvaluationError with the nearest name."""
-    if folder is None or not folder.is_dir():
-        raise EvaluationError(f"classification tasks are files in a folder; {folder} is none (set evaluate.path)")
-    files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in (".npz", ".safetensors")}
-    if task not in files:
-        raise EvaluationError(f"there is no task '{task}' in {folder.name}: {nearest(task, files)}")
-    return files[task]
-
-
-def _array(path: Path, name: str) -> NDArray[Any]:
-    """One array of a task file. Raises EvaluationError naming what the file has instead."""
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                known: Sequence[str] = archive.files
-                if name in known:
-                    return np.asarray(archive[name])
-        else:
-            with safe_open(path, framework="numpy") as opened:
-                known = list(opened.keys())
-                if name in known:
-                    return np.asarray(opened.get_tensor(name))
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise EvaluationError(f"the task file {path.name} cannot be read: {error}") from error
-    raise EvaluationError(f"task '{path.stem}' has no {name}; its file has: {', '.join(known)}")
-
-
-def _names(path: Path) -> Sequence[str]:
-    """The names of the arrays of a task file. Raises EvaluationError for a damaged one."""
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return list(archive.files)
-        with safe_open(path, framework="numpy") as opened:
-            return list(opened.keys())
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise EvaluationError(f"the task file {path.name} cannot be read: {error}") from error
-
-
-def _head(path: Path) -> Head | None:
-    """The task's own head; None where its file has none. Raises EvaluationError for one of wrong shapes."""
-    names = _names(path)
-    if "head.weight" not in names:
-        return None
-    weight = _array(path, "head.weight")
-    bias = _array(path, "head.bias") if "head.bias" in names else np.zeros(weight.shape[:1], np.float32)
-    if (
-        weight.ndim != 2
-        or bias.shape != weight.shape[:1]
-        or not (np.isfinite(weight).all() and np.isfinite(bias).all())
-    ):
-        raise EvaluationError(
-            f"task '{path.stem}': head.weight {list(weight.shape)} and head.bias {list(bias.shape)} must be finite, of "
-            "shapes (classes, features) and (classes,)"
-        )
-    return Head(torch.from_numpy(weight.astype(np.float32)), torch.from_numpy(bias.astype(np.float32)))
-
-
-def _items(path: Path, split: str) -> ClassifierItems:
-    """All items of a split; floating inputs become float32, integers stay what they are."""
-    inputs, labels = _array(path, f"{split}.inputs"), _array(path, f"{split}.labels")
-    if len(inputs) != len(labels):
-        raise EvaluationError(f"task '{path.stem}': {len(inputs)} {split} inputs but {len(labels)} labels")
-    if np.issubdtype(inputs.dtype, np.floating):
-        inputs = inputs.astype(np.float32)
-    names = tuple(
-        hashlib.sha256(np.ascontiguousarray(row).tobytes() + str(label).encode()).hexdigest()
-        for row, label in zip(inputs, labels.tolist(), strict=True)
-    )
-    head = _head(path)
-    if head is not None and len(labels) and not 0 <= labels.min() <= labels.max() < len(head.weight):
-        raise EvaluationError(
-            f"task '{path.stem}': its {split} labels go from {labels.min()} to {labels.max()}, and its head has "
-            f"{len(head.weight)} classes, counted from 0"
-        )
-    targets = torch.from_numpy(labels.astype(np.int64))
-    return ClassifierItems(torch.from_numpy(inputs), targets, names, (head,), (0,) * len(names))
-
-
-def _drawn(paths: Sequence[Path], items: int, seed: int, split: str = "train") -> ClassifierItems:
-    """`items` items of a split, from each file its share, mixed by their hashes so that batches hold all tasks.
-
-    Raises EvaluationError where a file has none.
-    """
-    tables = [_items(path, split) for path in paths]
-    drawn = []
-    for position, (part, share) in enumerate(zip(tables, shared_out(items, len(paths)), strict=True)):
-        if not part.documents:
-            raise EvaluationError(f"task '{paths[position].stem}' has no {split} items to look at")
-        order = sorted((digest([seed, name]), item) for item, name in enumerate(part.documents))
-        drawn += [(mark, position, item) for mark, item in order[:share]]
-    drawn.sort()
-    return ClassifierItems(
-        torch.stack([tables[position].inputs[item] for _, position, item in drawn]),
-        torch.stack([tables[position].targets[item] for _, position, item in drawn]),
-        tuple(tables[position].documents[item] for _, position, item in drawn),
-        tuple(table.heads[0] for table in tables),
-        tuple(position for _, position, _ in drawn),
-    )
 
 
 def _table(scores: Tensor, items: ClassifierItems) -> pa.Table:
