@@ -14,6 +14,7 @@ os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="mergeloom-prefect-")
 atexit.register(shutil.rmtree, os.environ["PREFECT_HOME"], ignore_errors=True)
 
 from tests.deployed import project  # noqa: E402 — Prefect reads its settings as it is imported
+from tests.shared_digits import tier  # noqa: E402
 from tests.shared_servers import shared_servers  # noqa: E402
 
-__all__ = ["project", "shared_servers"]
+__all__ = ["project", "shared_servers", "tier"]

@@ -16,14 +16,7 @@ from mergecore.evaluators.classification import Classification
 from mergecore.events import silent
 from mergecore.identity.keys import digest
 from mergecore.tensors.memory import MemoryTensors
-from tests.digits import CHANGES, CONFIG, FACTORY, DigitsTier, digits_cnn, digits_tier
-
-
-@pytest.fixture(scope="module")
-def tier(pytestconfig: pytest.Config) -> DigitsTier:
-    assert pytestconfig.cache is not None
-    torch.set_num_threads(1)
-    return digits_tier(Path(pytestconfig.cache.mkdir("digits")))
+from tests.digits import CHANGES, CONFIG, FACTORY, DigitsTier, digits_cnn
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:

@@ -26,17 +26,10 @@ from mergecore.store.store import State
 from mergecore.sweeps.complete import run_round
 from mergecore.tensors.files import open_files
 from tests.checkpoints.test_adapters import adapted, fresh
-from tests.digits import DigitsTier, digits_tier
+from tests.digits import DigitsTier
 from tests.digits_sweep import digits_spec, opened
 from tests.recipe_files import find, merge_into
 from tests.small_pool import merge_plan, open_pool, place_in, write_pool
-
-
-@pytest.fixture(scope="module")
-def tier(pytestconfig: pytest.Config) -> DigitsTier:
-    assert pytestconfig.cache is not None
-    torch.set_num_threads(1)
-    return digits_tier(Path(pytestconfig.cache.mkdir("digits")))
 
 
 def links(plan: MergeWork) -> list[Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from flows.conduct import _spec_file, conduct
@@ -20,15 +19,8 @@ from mergecore.reporting.bootstrap import Draws, Floats
 from mergecore.reporting.scores import Sweep
 from mergecore.spec.sweep import parse_spec
 from mergecore.spec.yaml_files import read_yaml
-from tests.digits import DigitsTier, digits_tier
+from tests.digits import DigitsTier
 from tests.digits_sweep import digits_spec
-
-
-@pytest.fixture(scope="module")
-def tier(pytestconfig: pytest.Config) -> DigitsTier:
-    assert pytestconfig.cache is not None
-    torch.set_num_threads(1)
-    return digits_tier(Path(pytestconfig.cache.mkdir("digits")))
 
 
 def test_a_sweep_that_registers_and_tracks_bootstraps_each_split_once(

@@ -16,14 +16,13 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped,unused-ignore]
 import pytest
-import torch
 import yaml
 from mlflow import MlflowClient
 
 from flows.services.servers import Addresses
 from mergecore.events import silent
 from mergecore.store.store import Store
-from tests.digits import DigitsTier, digits_tier
+from tests.digits import DigitsTier
 from tests.digits_sweep import EXPERTS, contents, digits_spec, leftovers, opened, stamps
 from tests.processes import Started, kill_at, was_killed
 
@@ -31,13 +30,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SPAN_SECONDS = 1.0
 PATIENCE = 600.0
 """Seconds for what takes a few on a machine with nothing else to do."""
-
-
-@pytest.fixture(scope="module")
-def tier(pytestconfig: pytest.Config) -> DigitsTier:
-    assert pytestconfig.cache is not None
-    torch.set_num_threads(1)
-    return digits_tier(Path(pytestconfig.cache.mkdir("digits")))
 
 
 @pytest.fixture

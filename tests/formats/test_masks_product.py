@@ -15,7 +15,7 @@ from flows.cli.main import main
 from mergecore.errors import SourceError
 from mergecore.products.masks import open_product
 from mergecore.store.results import ITEMS
-from tests.digits import DigitsTier, digits_tier
+from tests.digits import DigitsTier
 from tests.digits_sweep import digits_spec, opened
 from tests.recipe_files import command, merge_into
 from tests.tiny_lm import write_base, write_expert
@@ -153,13 +153,6 @@ def test_what_cannot_be_unpacked_is_refused(product: Path, models: tuple[Path, l
 
 
 # --- in a sweep -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tier(pytestconfig: pytest.Config) -> DigitsTier:
-    assert pytestconfig.cache is not None
-    torch.set_num_threads(1)
-    return digits_tier(Path(pytestconfig.cache.mkdir("digits")))
 
 
 def test_a_sweep_measures_each_task_on_the_model_that_is_loaded_for_it(tier: DigitsTier, tmp_path: Path) -> None:

@@ -21,19 +21,12 @@ from mergecore.reporting.summary import summarise
 from mergecore.store.store import RECORD, State
 from mergecore.sweeps.exporting import Exported, cell_named, export
 from mergecore.sweeps.registration import registration_step
-from tests.digits import DigitsTier, digits_tier
+from tests.digits import DigitsTier
 from tests.digits_sweep import Swept, contents, digits_spec, opened
 from tests.recipe_files import merge_into
 from tests.tiny_sweep import write_spec
 
 LOSER = "ties(density=0.3, scale=1) n2 s0"
-
-
-@pytest.fixture(scope="module")
-def tier(pytestconfig: pytest.Config) -> DigitsTier:
-    assert pytestconfig.cache is not None
-    torch.set_num_threads(1)
-    return digits_tier(Path(pytestconfig.cache.mkdir("digits")))
 
 
 def short(tier: DigitsTier, store: Path, **changes: Any) -> Swept:

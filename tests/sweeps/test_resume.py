@@ -22,7 +22,7 @@ from mergecore.execution.place import Place
 from mergecore.execution.scoring import Bench, ScoreTask
 from mergecore.planning.cells import Scoring
 from mergecore.store.store import Store
-from tests.digits import DigitsTier, digits_tier
+from tests.digits import DigitsTier
 from tests.digits_sweep import EXPERTS, contents, digits_spec, leftovers, opened, stamps
 from tests.hub_server import running_hub
 from tests.processes import Started, kill_at, killed_here, ran, was_killed
@@ -32,13 +32,6 @@ METHODS = [
     {"method": "ties", "density": 0.3, "scale": {"grid": [0.5, 1.0]}},
     {"method": "fisher", "fisher": {"samples": 16}},
 ]
-
-
-@pytest.fixture(scope="module")
-def tier(pytestconfig: pytest.Config) -> DigitsTier:
-    assert pytestconfig.cache is not None
-    torch.set_num_threads(1)
-    return digits_tier(Path(pytestconfig.cache.mkdir("digits")))
 
 
 def spec(tier: DigitsTier, store: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from mergecore.reporting.report import markdown
 from mergecore.reporting.summary import summarise
 from mergecore.store.store import Store
 from mergecore.sweeps.remaining import Frontier, summary
-from tests.digits import DigitsTier, digits_tier
+from tests.digits import DigitsTier
 from tests.digits_sweep import EXPERTS as EXPERTS_OF_THE_TIER
 from tests.digits_sweep import digits_spec, opened, records
 from tests.small_pool import NAMES, planned, write_pool
@@ -280,13 +280,6 @@ def test_named_tasks_decide(folder: Path, tmp_path: Path) -> None:
 
 
 # --- with real models -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tier(pytestconfig: pytest.Config) -> DigitsTier:
-    assert pytestconfig.cache is not None
-    torch.set_num_threads(1)
-    return digits_tier(Path(pytestconfig.cache.mkdir("digits")))
 
 
 def test_a_soup_of_real_experts_is_the_average_of_those_that_joined(tier: DigitsTier, tmp_path: Path) -> None:

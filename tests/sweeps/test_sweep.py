@@ -27,15 +27,8 @@ from mergecore.reporting.summary import summarise
 from mergecore.store.results import ITEMS
 from mergecore.store.store import State
 from mergecore.sweeps.registration import registration_step
-from tests.digits import CONFIG, FACTORY, DigitsTier, digits_cnn, digits_tier
+from tests.digits import CONFIG, FACTORY, DigitsTier, digits_cnn
 from tests.digits_sweep import EXPERTS, METHODS, Swept, contents, digits_spec, leftovers, opened, records, stamps
-
-
-@pytest.fixture(scope="module")
-def tier(pytestconfig: pytest.Config) -> DigitsTier:
-    assert pytestconfig.cache is not None
-    torch.set_num_threads(1)
-    return digits_tier(Path(pytestconfig.cache.mkdir("digits")))
 
 
 @pytest.fixture(scope="module")

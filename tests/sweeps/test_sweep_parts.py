@@ -17,7 +17,7 @@ from mergecore.recipes.in_memory import merge
 from mergecore.spec.sweep import parse_spec
 from mergecore.spec.variants import expanded, gridded
 from mergecore.sweeps.measured import collect
-from tests.digits import DigitsTier, digits_tier
+from tests.digits import DigitsTier
 from tests.digits_sweep import Swept, digits_spec, opened
 from tests.recipe_files import merge_into
 
@@ -31,13 +31,6 @@ SWAPPED = {
         {"weights": {"grid": [[1, 3], [3, 1]]}},
     ],
 }
-
-
-@pytest.fixture(scope="module")
-def tier(pytestconfig: pytest.Config) -> DigitsTier:
-    assert pytestconfig.cache is not None
-    torch.set_num_threads(1)
-    return digits_tier(Path(pytestconfig.cache.mkdir("digits")))
 
 
 def paired(tier: DigitsTier, store: Path, **changes: Any) -> dict[str, Any]:

@@ -9,25 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from click.testing import CliRunner, Result
 
 from flows.cli.main import main
 from mergecore.store.store import RECORD, Store
-from tests.digits import DigitsTier, digits_tier
+from tests.digits import DigitsTier
 from tests.digits_sweep import contents, digits_spec, leftovers, opened, records
 
 SHORT = {"counts": [2], "evaluate__validation": None, "evaluate__limit": 10, "output__keep": "all"}
 TIES = {"method": "ties", "density": 0.3, "scale": 1.0}
 AVERAGE = {"method": "average"}
-
-
-@pytest.fixture(scope="module")
-def tier(pytestconfig: pytest.Config) -> DigitsTier:
-    assert pytestconfig.cache is not None
-    torch.set_num_threads(1)
-    return digits_tier(Path(pytestconfig.cache.mkdir("digits")))
 
 
 @pytest.fixture(scope="module")
