@@ -209,7 +209,7 @@ def extract_lora(
     type=click.Choice(["omp", "nearest", "mean", "zero"]),
     default="omp",
     show_default=True,
-    help="rows of tokens that MODEL lacks: sparse combinations of shared tokens, of the nearest ones, a mean, zeros",
+    help="rows of tokens that MODEL lacks: sparse combinations of shared tokens, the nearest ones, a mean, or zeros",
 )
 @click.option("--count", "-k", type=click.IntRange(1), default=64, show_default=True, help="shared tokens in each row")
 @click.option("--metric", type=click.Choice(["euclidean", "cosine"]), default="euclidean", help="of nearest")
@@ -219,7 +219,13 @@ def extract_lora(
     default="distance",
     help="of nearest",
 )
-@click.option("--pad-to-multiple-of", "multiple", type=click.IntRange(1), default=1, help="of it is the number of rows")
+@click.option(
+    "--pad-to-multiple-of",
+    "multiple",
+    type=click.IntRange(1),
+    default=1,
+    help="make the number of rows a multiple of this",
+)
 @click.option("--shard-size", default="5GB", show_default=True, help="at most so many bytes in a file")
 @click.option("--durable", is_flag=True, help="fsync every file before OUT appears")
 @click.option("--workers", type=click.IntRange(1), help="threads; default: one a core")
@@ -238,8 +244,9 @@ def transplant_tokenizer(
 ) -> None:
     """Write MODEL with the tokenizer of DONOR into the new folder OUT, without training.
 
-    Rows of tokens that both have stay as they are. A row that MODEL lacks is put together of shared tokens: the
-    combination that approximates DONOR's row, taken of MODEL's rows. Both are directories or hub ids.
+    Rows of tokens that both have stay as they are. For a token that MODEL lacks, a combination of shared tokens is
+    found that approximates DONOR's row. The new row is the same combination of MODEL's rows. MODEL and DONOR are
+    directories or hub ids.
     """
     with errors(partial(left_of, out)):
         from flows.cli.terminal import progress

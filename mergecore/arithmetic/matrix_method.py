@@ -47,7 +47,7 @@ class MatrixMethod(DeltaMethod[MatrixArguments], ABC):
 
     @property
     def factor(self) -> float:
-        """The factor of X, and of the mean task vector of what is no matrix."""
+        """The factor of X, and of the mean task vector where a tensor is not a matrix."""
         return self.scale
 
     @property
@@ -77,11 +77,11 @@ class MatrixMethod(DeltaMethod[MatrixArguments], ABC):
         return base_and_matrix(base, self.change(deltas, matrix), self.factor)
 
     def takes(self, matrix: Matrix, count: int) -> bool:
-        """Return whether `change` can be asked for with matrices of this size of so many experts."""
+        """Return whether `change` takes matrices of this size from so many experts."""
         return True
 
     def of_vector(self, base: Tensor, deltas: Sequence[Tensor]) -> Tensor:
-        """Return the merged weights of what is no matrix, float32."""
+        """Return the merged weights of a tensor that is not a matrix, float32."""
         return base_and_mean(base, deltas, self.factor)
 
     @abstractmethod

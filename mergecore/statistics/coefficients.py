@@ -172,7 +172,7 @@ class Coefficients(ModelStatistic):
         return {**self._numbers(values, selection), "losses": losses, "at_start": at_start}
 
     def _values(self, raw: Tensor) -> Tensor:
-        """λ of what Adam has."""
+        """Return λ of the numbers that Adam changes."""
         return raw.clamp(0, 1) if self.clamp else raw
 
     def _stepped(self, state: Mapping[str, Tensor], gradient: Tensor, step: int) -> dict[str, Tensor]:

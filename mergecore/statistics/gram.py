@@ -145,7 +145,7 @@ def _is_transposed(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def _width(name: str, info: TensorInfo, config: Mapping[str, Any]) -> int:
-    """The width of a layer's input."""
+    """Return the width of a layer's input."""
     return info.shape[0 if _is_transposed(name, config) else 1]
 
 
@@ -174,7 +174,7 @@ class _Tap:
         self._seen: Tensor | None = None
 
     def hooked(self, stack: ExitStack) -> None:
-        """Listen until the stack is left. What is no linear layer in the module is not listened to."""
+        """Listen until the stack is left. Modules that are not linear layers are passed over."""
         for name, module in self._modules.items():
             if module is not None:
                 handle = module.register_forward_pre_hook(
@@ -197,7 +197,7 @@ class _Tap:
 
 
 def _linear_of(model: nn.Module, parameter: str) -> nn.Module | None:
-    """The linear layer (or transformers' Conv1D) whose weight this is; None where it is of something else."""
+    """Return the linear layer, or Conv1D of transformers, that has this weight; None without one."""
     module = model.get_submodule(parameter.rpartition(".")[0])
     return module if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" else None
 

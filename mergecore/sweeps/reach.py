@@ -82,7 +82,7 @@ class Rubbish:
 
 @dataclass(frozen=True)
 class Kept:
-    """What must stay. keys: of the steps that specs reach; None: nobody said which, so all stay.
+    """What must stay. keys: of the steps that specs reach; None: no spec was named, so all stay.
 
     former: whether models that were registered before, and are no longer, may go. forgotten: names of sweeps that go.
     """

@@ -39,7 +39,7 @@ OURS = ("method", "base", "experts", "select", "stack")
 
 
 def known_keys(document: Mapping[str, Any], where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The document with the keys that mergekit reads, and what is to be said of the others."""
+    """Return the document with the keys that mergekit reads, and a note about each of the others."""
     notes: list[str] = []
     return _tidied(document, Document, where, notes), tuple(notes)
 
