@@ -24,7 +24,6 @@ from tests.digits import DigitsTier
 from tests.digits_sweep import contents, opened
 from tests.recipe_files import find, plain
 from tests.sweeps.test_sweep_parts import paired
-from tests.sweeps.test_sweep_parts import tier as tier
 from tests.sweeps.test_tokenizers_sweep import sweep_in
 from tests.vocabularies import words, write_model
 
